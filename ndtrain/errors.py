@@ -1,0 +1,31 @@
+"""The errors that end a run, each with the exit code that the user sees. Imports nothing."""
+
+
+class NdtrainError(Exception):
+    """An error with one clear line for the user and an exit code; printed without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(NdtrainError):
+    """The recipe or the command line is wrong."""
+
+    exit_code = 2
+
+
+class PlanError(NdtrainError):
+    """The recipe is well formed, but this model cannot be trained rightly on this mesh."""
+
+    exit_code = 3
+
+
+class DamagedError(NdtrainError):
+    """A checkpoint or an input file is missing, truncated or altered."""
+
+    exit_code = 4
+
+
+class Stopped(NdtrainError):
+    """The run was stopped on request, after saving; resuming goes on from there."""
+
+    exit_code = 75
