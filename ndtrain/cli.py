@@ -1,0 +1,193 @@
+"""The verbs `run`, `inspect` and `convert`. Thin, and quick to start: torch, transformers, pydantic and rich
+are imported inside the verbs, and the recipe is read before any of torch.
+"""
+
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import ndtrain
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+
+if TYPE_CHECKING:
+    from ndtrain.recipe import Recipe
+
+app = typer.Typer(
+    name="ndtrain",
+    help="Train any Hugging Face causal language model with N-D parallelism, from a TOML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich is slow to import and belongs to console.py
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML recipe.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.steps=10. Repeatable."),
+]
+
+
+def main() -> None:
+    """Run the command line; every error that the user can mend ends in one line and its own exit code."""
+    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun the same error is met on every rank
+    try:
+        code = app(prog_name="ndtrain", standalone_mode=False)
+    except NdtrainError as error:
+        if speaks:
+            for line in str(error).splitlines() or [type(error).__name__]:
+                print(f"ndtrain: error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has left; the flush at exit must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        show = getattr(
+            error, "show", None
+        )  # the usage errors of the click inside Typer, which it does not export
+        if show is None:
+            raise
+        if speaks:
+            show()
+        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        _print(f"ndtrain {ndtrain.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Train: under torchrun as one of its workers, otherwise with a local worker for each rank of the mesh."""
+    resolved = _load(recipe, set_)
+    if "RANK" not in os.environ:
+        ranks = _local_world_size(resolved)
+        if ranks > 1:
+            arguments = [part for value in set_ or () for part in ("--set", value)]
+            raise typer.Exit(_launch(ranks, ["run", *arguments, "--", str(recipe)]))
+    _tell_notes(resolved)
+
+    from ndtrain import console, train
+
+    train.run(resolved, console.Reporter())
+
+
+@app.command()
+def inspect(
+    recipe: RecipeArgument,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default what the mesh says.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="The rank whose share is shown.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Print the mesh, the plan and the memory of a run, without starting it."""
+    resolved = _load(recipe, set_)
+    _tell_notes(resolved)
+
+    from ndtrain import console
+
+    _print(console.inspect_text(resolved, world_size=world_size, rank=rank, as_json=as_json))
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A step-... directory of a run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 5GB.")] = "5GB",
+) -> None:
+    """Write a checkpoint as the safetensors directory that from_pretrained reads."""
+    from ndtrain import convert as converter
+
+    converter.convert(checkpoint, out, dtype=dtype, max_shard_size=max_shard_size)
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
+    from ndtrain.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+def _tell_notes(recipe: "Recipe") -> None:
+    if os.environ.get("RANK", "0") == "0":
+        for note in recipe.notes:
+            print(f"ndtrain: note: {note}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)  # flushed here, so that a broken pipe is met where it is handled
+
+
+def _local_world_size(recipe: "Recipe") -> int:
+    """Ranks that the mesh asks for on this machine; `dp_shard = -1` takes its GPUs, or is 1 without any."""
+    mesh = recipe.mesh
+    others = mesh.dp_replicate * mesh.cp * mesh.tp
+    if mesh.dp_shard > 0:
+        return others * mesh.dp_shard
+    import torch
+
+    return others * max(1, torch.cuda.device_count() // others)
+
+
+def _launch(ranks: int, arguments: list[str]) -> int:
+    """Start `ranks` local workers with torch's elastic launcher; returns the exit code they ended with."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The workers say themselves what went wrong; the launcher's banner would bury it.
+    logging.disable(logging.ERROR)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",  # the host's own name need not resolve
+        max_restarts=0,
+    )
+    launch: Any = elastic_launch(config, sys.executable)
+    try:
+        launch("-m", "ndtrain", *arguments)
+    except ChildFailedError as error:
+        return _exit_code([(failure.timestamp, failure.exitcode) for failure in error.failures.values()])
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _exit_code(failures: list[tuple[int, int]]) -> int:
+    """The exit code that tells most among `(time, exit code)` of the workers that failed.
+
+    A worker that names its reason comes before one that died because its peers were gone.
+    """
+    named = {error.exit_code for error in (RecipeError, PlanError, DamagedError, Stopped)}
+    _, code = min(failures, key=lambda failure: (failure[1] not in named, failure[0]))
+    return code if code >= 0 else 128 - code

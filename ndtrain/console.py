@@ -1,0 +1,218 @@
+"""What people see: the plan of `inspect`, the progress of `run`. The only importer of rich."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from ndtrain.metrics import StepMetrics
+from ndtrain.model import meta_model
+from ndtrain.plan import ParamPlan, Plan, make_plan
+from ndtrain.recipe import Recipe
+from ndtrain.train import sizes_for
+
+
+class Reporter:
+    """Tells of a run: one live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._said = 0.0
+        self._pace: float | None = None
+
+    def info(self, line: str) -> None:
+        (self._bar.console if self._bar else self._console).print(line, markup=False)
+
+    def _task(self, what: str, total: int) -> TaskID:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:,}/{task.total:,} {task.fields[detail]}", markup=False),
+                console=self._console,
+            )
+            self._bar.start()
+        if what not in self._tasks:
+            for old in self._tasks.values():
+                self._bar.remove_task(old)
+            self._tasks = {what: self._bar.add_task(what, total=total, detail="")}
+        return self._tasks[what]
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Progress of a long preparation, in bytes."""
+        if self._live:
+            self._bar_update(what, done, total, detail="bytes")
+        elif done >= total or time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            self.info(f"{what} {done:,} of {total:,} bytes")
+
+    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
+        """One optimizer step; `show` says whether it is due where lines are printed."""
+        self._pace = metrics.step_seconds if self._pace is None else 0.8 * self._pace + 0.2 * metrics.step_seconds
+        eta = _duration(self._pace * (steps - metrics.step))
+        text = (
+            f"loss {metrics.loss:.4f}  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"{metrics.tokens_per_second:,.0f} tokens/s  ETA {eta}"
+        )
+        if self._live:
+            self._bar_update("step", metrics.step, steps, detail=text)
+        elif show:
+            self.info(f"step {metrics.step}/{steps}  {text}")
+
+    def _bar_update(self, what: str, done: int, total: int, *, detail: str) -> None:
+        task = self._task(what, total)
+        assert self._bar is not None
+        self._bar.update(task, completed=done, total=total, detail=detail)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} TiB"
+
+
+def inspect_text(recipe: Recipe, *, world_size: int | None, rank: int, as_json: bool) -> str:
+    """The plan of `recipe` for `world_size` ranks as a table or as JSON; raises what `run` would raise."""
+    from ndtrain.errors import RecipeError
+
+    mesh = recipe.mesh
+    if world_size is None:
+        world_size = mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp
+    sizes = sizes_for(recipe, world_size)
+    if not 0 <= rank < world_size:
+        raise RecipeError(f"--rank {rank} must be from 0 to {world_size - 1}")
+    plan = make_plan(meta_model(recipe), sizes, recipe)
+    report = plan_report(plan, rank=rank)
+    return json.dumps(report, indent=2) if as_json else _plan_text(plan, report, rank)
+
+
+def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
+    """The plan as JSON-ready data; bytes of one rank and of the largest, for float32 parameters, gradients, AdamW."""
+    sizes = plan.sizes
+    # Ranks that differ only in dp_replicate hold the same, so one replica's ranks tell the largest.
+    per_rank = [plan.rank_numel(r) for r in range(sizes.world_size // sizes.dp_replicate)]
+    largest = max(range(len(per_rank)), key=per_rank.__getitem__)
+
+    def held(numel: int) -> dict[str, int]:
+        return {"parameters": 4 * numel, "gradients": 4 * numel, "optimizer": 8 * numel, "total": 16 * numel}
+
+    return {
+        "model_type": plan.model_type,
+        "mesh": {**asdict(sizes), "world_size": sizes.world_size, "fsdp": sizes.fsdp, "batch": sizes.batch},
+        "rank": rank,
+        "coordinate": sizes.coordinate(rank),
+        "parameters": plan.numel,
+        "tp_coverage": plan.tp_coverage,
+        "loss_in_head": plan.head is not None,
+        "bytes": {
+            "rank": held(plan.rank_numel(rank)),
+            "largest_rank": {"rank": largest, **held(per_rank[largest])},
+            "all_ranks": held(sum(per_rank) * sizes.dp_replicate),
+        },
+        "units": [asdict(unit) for unit in plan.units],
+        "tied": plan.tied,
+        "notes": list(plan.notes),
+        "params": [_param_report(param, plan, rank) for param in plan.params],
+    }
+
+
+def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
+    offsets, shape = param.box(plan.sizes, rank)
+    return {
+        "fqn": param.fqn,
+        "shape": list(param.shape),
+        "dtype": str(param.dtype).removeprefix("torch."),
+        "style": param.style,
+        "unit": param.unit,
+        "axes": list(param.axes),
+        "placements": [str(p) for p in param.placements],
+        "local_shape": list(shape),
+        "local_offsets": list(offsets),
+        "local_bytes": math.prod(shape) * param.dtype.itemsize,
+    }
+
+
+def _fold(report: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
+    """Rows in order, with the same parameter of repeated layers folded into one: (name, how many, row)."""
+    rows: dict[tuple[Any, ...], tuple[list[str], dict[str, Any]]] = {}
+    for param in report["params"]:
+        pattern = re.sub(r"\.\d+(?=\.)", ".*", param["fqn"])
+        key = (pattern, tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]))
+        rows.setdefault(key, ([], param))[0].append(param["fqn"])
+    folded = []
+    for (pattern, *_), (names, row) in rows.items():
+        numbers = [int(m.group(1)) for n in names if (m := re.search(r"\.(\d+)\.", n))]
+        contiguous = len(numbers) == len(names) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        span = f"{{{numbers[0]}-{numbers[-1]}}}" if contiguous and len(names) > 1 else "*"
+        folded.append((pattern.replace("*", span, 1) if len(names) > 1 else names[0], len(names), row))
+    return folded
+
+
+def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
+    console = Console(width=150, highlight=False, color_system=None)
+    place = ", ".join(f"{k} {v}" for k, v in report["coordinate"].items() if k not in ("fsdp", "batch"))
+    with console.capture() as capture:
+        console.print(f"{plan.model_type}: {plan.numel:,} parameters on {plan.sizes.describe()}", markup=False)
+        console.print(f"rank {rank} of {plan.sizes.world_size}: {place}", markup=False)
+        table = Table(box=None, pad_edge=False)
+        columns = ("parameter", "x", "shape", "tp style", "placements", "FSDP unit", "on this rank", "bytes")
+        for column in columns:
+            table.add_column(column, justify="right" if column in ("x", "bytes") else "left", no_wrap=column != "FSDP unit")
+        for name, count, row in _fold(report):
+            axes = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
+            unit = re.sub(r"\.\d+$", ".*", row["unit"]) if count > 1 else row["unit"]
+            table.add_row(
+                name,
+                str(count),
+                "x".join(map(str, row["shape"])) or "scalar",
+                row["style"],
+                axes,
+                unit,
+                "x".join(map(str, row["local_shape"])) or "scalar",
+                size(row["local_bytes"] * count),
+            )
+        console.print(table, markup=False)
+        for who in ("rank", "largest_rank", "all_ranks"):
+            held = report["bytes"][who]
+            label = {"rank": f"rank {rank}", "largest_rank": f"largest (rank {report['bytes']['largest_rank']['rank']})"}
+            console.print(
+                f"{label.get(who, 'all ranks'):>20}: {size(held['total'])} = parameters {size(held['parameters'])} + "
+                f"gradients {size(held['gradients'])} + AdamW {size(held['optimizer'])}",
+                markup=False,
+            )
+        if plan.sizes.tp > 1:
+            console.print(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters", markup=False)
+        for note in plan.notes:
+            console.print(f"note: {note}", markup=False)
+    return capture.get().rstrip("\n")
+
+
+def _short(placement: str) -> str:
+    match = re.search(r"dim=(\d+)", placement) or re.search(r"\((\d+)", placement)
+    return f"dim{match.group(1)}" if match else "copy"

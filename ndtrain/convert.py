@@ -1,0 +1,78 @@
+"""A DCP checkpoint of ndtrain to the directory that `save_pretrained` would have written. One process, no group."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from ndtrain.checkpoint import CheckpointStore, check, load_tensors
+from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.model import tie, tied_keys
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def convert(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+    """Write `checkpoint` (a step directory, or a run directory: its newest) as Hugging Face safetensors to `out`.
+
+    Key names, tied weights, config and tokenizer are as `save_pretrained` writes them; the dtype is the config's
+    unless given. `out` appears whole or not at all. Raises `RecipeError` for wrong arguments and `DamagedError` for a
+    checkpoint that is not complete.
+    """
+    import transformers
+
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f'--dtype "{dtype}" must be one of {", ".join(DTYPES)}')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} already exists and is not an empty directory; choose another")
+    source = _step_directory(checkpoint)
+    check(source)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise DamagedError(f"{source}/config.json names no model: {str(error).splitlines()[0]}") from error
+    target = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
+    kept = model._get_dtype_plan(target)
+    aliases = tied_keys(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, meta in model.state_dict().items():
+        if name in aliases:
+            continue
+        full = torch.empty(meta.shape, dtype=meta.dtype)
+        load_tensors(source / "model", {name: full})
+        high = any(pattern in name for pattern in kept)
+        tensors[name] = full.to(target) if full.is_floating_point() and not high else full
+    model.load_state_dict(tensors, assign=True, strict=False)
+    tie(model)
+    model.config.dtype = target
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        model.save_pretrained(part, max_shard_size=max_shard_size)
+        for file in source.iterdir():
+            # config and generation config are written by save_pretrained itself
+            if file.is_file() and file.name not in ("config.json", "train_state.json", "manifest.json"):
+                shutil.copy2(file, part / file.name)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _step_directory(path: Path) -> Path:
+    if (path / "manifest.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        found, _ = CheckpointStore(path, keep=1).newest_valid()
+        if found is None:
+            raise DamagedError(f"{path} has no complete checkpoint")
+        return found
+    if not path.exists():
+        raise RecipeError(f"{path} does not exist; give a directory like RUN_DIR/checkpoints/step-00000100")
+    raise DamagedError(f"{path} is no ndtrain checkpoint: it has no manifest.json")

@@ -1,0 +1,302 @@
+"""Weights into the sharded model: from rank 0, from each rank's own slices of the files, or initialized.
+
+Comes in: a parallelized model on meta. Goes out: the same model on the device, every parameter and buffer set.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ndtrain.errors import DamagedError, PlanError, RecipeError
+from ndtrain.layout import local_box
+from ndtrain.model import meta_model, tie, tied_keys
+from ndtrain.plan import Plan
+from ndtrain.recipe import Recipe
+from ndtrain.runtime import Runtime, raise_together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Weights travel from rank 0 in pieces of at most this many bytes: all that another rank holds beyond its shards.
+PIECE_BYTES = 64 * 2**20
+
+
+def materialize(model: PreTrainedModel, runtime: Runtime) -> None:
+    """Give every parameter and buffer memory on the device, filled with NaN, and compute the buffers anew.
+
+    Buffers that are not in a checkpoint (rotary frequencies) come from the model's own initialization, as they do in
+    one process. Raises `PlanError` naming a buffer that the model cannot compute again.
+    """
+    model.to_empty(device=runtime.device)
+    tie(model)
+    saved = set(model.state_dict().keys())
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(float("nan"))
+            tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
+        model.initialize_weights()
+    for name, buffer in model.named_buffers():
+        if name not in saved and buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise PlanError(f"buffer {name} is made only when the model is built; ndtrain cannot shard this model yet")
+
+
+def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> None:
+    """Fill the materialized `model` as `[model] init` and `[load] mode` say; the same weights on every mesh."""
+    if recipe.model.init == "random":
+        initialize(model, plan, recipe=recipe)
+    elif recipe.load.mode == "rank0":
+        _load_rank0(model, recipe=recipe, runtime=runtime)
+    else:
+        failure = None
+        try:
+            _load_sharded(model, recipe)
+        except Exception as error:
+            failure = error
+        raise_together(failure)
+    tie(model)
+    for name, tensor in model.state_dict().items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and bool(local.isnan().any()):
+            raise DamagedError(f"{name} has NaN after loading from {recipe.model.name or recipe.model.type}")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the state dict once: parameters and persistent buffers, tied aliases left out."""
+    aliases = tied_keys(model)  # type: ignore[arg-type]
+    return {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases}
+
+
+def _box(target: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if not isinstance(target, DTensor):
+        return (0,) * target.ndim, tuple(target.shape)
+    mesh = target.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    return local_box(tuple(target.shape), tuple(mesh.shape), coordinate, target.placements)
+
+
+def _local(target: Tensor) -> Tensor:
+    return (target.to_local() if isinstance(target, DTensor) else target).detach()
+
+
+# ---- rank 0 reads
+
+
+def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime) -> None:
+    """Rank 0 reads the whole model through transformers; the others receive it piece by piece and keep their slices."""
+    source: dict[str, Tensor] = {}
+    failure: Exception | None = None
+    if runtime.is_main:
+        try:
+            source = _read_whole(model, recipe)
+        except Exception as error:
+            failure = error
+    raise_together(failure)
+    for name, target in model_tensors(model).items():
+        full = source.pop(name, None)
+        scatter(target, full, runtime=runtime)
+
+
+def _read_whole(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
+    import transformers
+
+    try:
+        whole, report = transformers.AutoModelForCausalLM.from_pretrained(
+            recipe.model.name,
+            config=copy.deepcopy(model.config),
+            dtype=torch.float32,
+            trust_remote_code=recipe.model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _unreadable(recipe, error) from error
+    _check_report(report["missing_keys"], report["mismatched_keys"], recipe)
+    aliases = tied_keys(model)
+    return {k: v for k, v in whole.state_dict().items() if k not in aliases}
+
+
+def _unreadable(recipe: Recipe, error: Exception) -> Exception:
+    line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+    return DamagedError(f'the weights of model.name = "{recipe.model.name}" cannot be read: {line}')
+
+
+def _check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:
+    if missing:
+        raise DamagedError(
+            f'model.name = "{recipe.model.name}" lacks {len(missing)} weights of the model, the first is '
+            f'{sorted(missing)[0]}; complete it, or set model.init = "random"'
+        )
+    if mismatched:
+        raise DamagedError(
+            f'model.name = "{recipe.model.name}" has weights of another shape than its config says: '
+            f"{sorted(map(str, mismatched))[0]}"
+        )
+
+
+@torch.no_grad()
+def scatter(target: Tensor, full: Tensor | None, *, runtime: Runtime) -> None:
+    """Fill each rank's part of `target` from rank 0's `full` tensor of the global shape (None on the other ranks).
+
+    The global tensor is broadcast in pieces of whole rows, so that no other rank holds more than one piece of it.
+    """
+    local, (offsets, sizes) = _local(target), _box(target)
+    shape = tuple(target.shape)
+    rows = shape[0] if shape else 1
+    row_bytes = max(1, target.numel() // max(1, rows)) * target.element_size()
+    step = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        if full is not None:
+            piece = (full[start:stop] if shape else full).to(runtime.device, target.dtype).contiguous()
+        else:
+            piece = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=target.dtype, device=runtime.device)
+        if runtime.world_size > 1:
+            dist.broadcast(piece, src=0)
+        if not shape:
+            local.copy_(piece)
+            continue
+        low, high = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
+        if low < high and local.numel():
+            inner = tuple(slice(o, o + n) for o, n in zip(offsets[1:], sizes[1:], strict=True))
+            local[low - offsets[0] : high - offsets[0]].copy_(piece[(slice(low - start, high - start), *inner)])
+
+
+# ---- every rank reads its slices
+
+
+def _load_sharded(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Read only this rank's slices, through transformers' own converting loader (core_model_loading, 5.23)."""
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    try:
+        handles = [safe_open(path, framework="pt", device="cpu") for path in _weight_files(recipe)]
+        slices = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
+        before = dict(model.named_parameters())
+        config = LoadStateDictConfig(
+            device_map={"": next(model.parameters()).device},
+            dtype=torch.float32,
+            weight_mapping=get_model_conversion_mapping(model),
+        )
+        report, _ = convert_and_load_state_dict_in_model(model, slices, config)
+    except Exception as error:
+        raise _unreadable(recipe, error) from error
+    missing = {k for k in report.missing_keys if k not in tied_keys(model)}
+    _check_report(missing, report.mismatched_keys, recipe)
+    _put_back(model, before)
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
+    """Move loaded values into the parameters that FSDP knows: the loader replaces parameter objects."""
+    for name, param in before.items():
+        module, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(module)
+        loaded = owner._parameters[leaf]
+        if loaded is not param and loaded is not None:
+            _local(param).copy_(_local(loaded))
+            owner._parameters[leaf] = param
+
+
+def _weight_files(recipe: Recipe) -> list[str]:
+    """Paths of the model's safetensors files, from a local directory or through the hub's cache."""
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    name = str(recipe.model.name)
+    index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        files, _ = get_checkpoint_shard_files(name, index)
+        return list(files)
+    single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if single is None:
+        raise RecipeError('no safetensors files found; use load.mode = "rank0"')
+    return [single]
+
+
+# ---- random initialization
+
+
+def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
+    """Draw the weights from (train.seed, FQN) with the model's own initialization, the same on every mesh.
+
+    One block at a time is drawn whole on the CPU and its slices are kept. Raises `PlanError` naming a weight that the
+    model's own initialization leaves unset.
+    """
+    reference = meta_model(recipe)
+    targets = model_tensors(model)
+    for name in _initialized_together(reference, plan):
+        module = reference.get_submodule(name)
+        _draw(reference, module, seed=_seed(recipe.train.seed, name))
+        for leaf, value in module.state_dict().items():
+            fqn = f"{name}.{leaf}" if name else leaf
+            if fqn not in targets:
+                continue
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise PlanError(f"{fqn} is not set by the model's own initialization; start from saved weights")
+            target = targets.pop(fqn)
+            offsets, sizes = _box(target)
+            part = value[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+            with torch.no_grad():
+                _local(target).copy_(part)
+        module.to("meta")
+    if targets:
+        raise PlanError(f"{min(targets)} is not set by the model's own initialization; start from saved weights")
+
+
+def _initialized_together(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """Blocks, then every remaining module with tensors of its own: a cut that is the same on every mesh."""
+    yield from plan.blocks
+    for name, module in model.named_modules():
+        inside = any(name == b or name.startswith(f"{b}.") for b in plan.blocks)
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own and not inside:
+            yield name
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+@torch.no_grad()
+def _draw(model: PreTrainedModel, module: nn.Module, *, seed: int) -> None:
+    import transformers.initialization as init
+
+    module.to_empty(device="cpu")
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    with torch.random.fork_rng(devices=[]), init.guard_torch_init_functions():
+        torch.manual_seed(seed)
+        _apply_inside_out(module, _owner(model, module)._init_weights)
+
+
+def _apply_inside_out(module: nn.Module, fn: Callable[[nn.Module], None]) -> None:
+    from transformers import PreTrainedModel
+
+    for child in module.children():
+        _apply_inside_out(child, child._init_weights if isinstance(child, PreTrainedModel) else fn)
+    fn(module)
+
+
+def _owner(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:
+    """The innermost model whose `_init_weights` is responsible for `module`."""
+    from transformers import PreTrainedModel
+
+    owner = model
+    for candidate in model.modules():
+        if isinstance(candidate, PreTrainedModel) and any(m is module for m in candidate.modules()):
+            owner = candidate
+    return owner
+
+

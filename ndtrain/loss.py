@@ -1,0 +1,132 @@
+"""Summed cross-entropy over the target tokens, divided by their global count, without full float32 logits.
+
+Where the model passes its head's output on unchanged (`Plan.head`), the loss is taken inside the head: chunk by chunk
+the logits are made, used for loss and gradient, and dropped (the idea of Liger Kernel's fused linear cross-entropy,
+arXiv:2410.10989). Elsewhere the model's own logits are cast to float32 a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ndtrain.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORE = -100
+CHUNK_TOKENS = 1024
+
+
+def chunk_rows(tokens: int) -> int:
+    """Rows per chunk: at most `CHUNK_TOKENS`, and never all tokens of a micro batch at once."""
+    return max(1, min(CHUNK_TOKENS, -(-tokens // 4)))
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over targets of the cross-entropy of `logits` `[T, V]` against `labels` `[T]` (-100 ignored), in float32."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Loss and all its gradients in one pass over chunks of tokens; nothing of size `[T, V]` outlives a chunk."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, labels: Tensor, scale: Tensor, head: Callable[[Tensor], Tensor], *weights: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grads: list[Tensor | None] = [None] * len(weights)
+        rows = chunk_rows(hidden.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = cross_entropy_sum(head(part), labels[start : start + rows])
+                grads = torch.autograd.grad(loss * scale, [part, *weights])
+            total += loss.detach()
+            hidden_grad[start : start + rows] = grads[0]
+            for i, grad in enumerate(grads[1:]):
+                # Chunks are added in float32, so that their number does not change the gradient of a bf16 head.
+                weight_grads[i] = grad.float() if weight_grads[i] is None else weight_grads[i].add_(grad)  # type: ignore[union-attr]
+        ctx.grads = [hidden_grad, *(g.to(w.dtype) for g, w in zip(weight_grads, weights, strict=True) if g is not None)]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # The gradients already carry the scale of the loss, so that backward runs on the plain sum.
+        hidden_grad, *weight_grads = ctx.grads
+        ctx.grads = None
+        return hidden_grad, None, None, None, *weight_grads
+
+
+class LossModel:
+    """A model and its loss: `backward` runs one micro batch and adds to the gradients.
+
+    The gradient is that of sum of cross-entropy / `count`, where `count` is the number of target tokens of the global
+    batch, so that gradients summed over ranks and micro batches are those of the mean loss.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, *, takes_positions: bool):
+        self.model = model
+        self.takes_positions = takes_positions
+        self._inside_head = plan.head is not None
+        self._labels: Tensor | None = None
+        self._scale: Tensor | None = None
+        if plan.head is not None:
+            head = model.get_submodule(plan.head)
+            project = head.forward
+
+            def loss_in_head(hidden: Tensor) -> Tensor:
+                if self._labels is None:
+                    return project(hidden)
+                assert self._scale is not None
+                weights = [p for p in head.parameters(recurse=False)]
+                flat = hidden.reshape(-1, hidden.shape[-1])
+                return _ChunkedHead.apply(flat, self._labels, self._scale, project, *weights)
+
+            head.forward = loss_in_head  # type: ignore[method-assign]
+
+    def backward(self, batch: dict[str, Tensor], *, count: int) -> Tensor:
+        """Forward and backward of one micro batch of int64 `[B, S]` input_ids, labels (already shifted), position_ids.
+
+        Returns the detached float32 sum of cross-entropy of this micro batch's targets.
+        """
+        device = batch["input_ids"].device
+        scale = torch.tensor(1.0 / max(1, count), dtype=torch.float32, device=device)
+        labels = batch["labels"].reshape(-1)
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        if self.takes_positions:
+            inputs["position_ids"] = batch["position_ids"]
+        if self._inside_head:
+            self._labels, self._scale = labels, scale
+            try:
+                loss = self.model(**inputs).logits
+            finally:
+                self._labels = self._scale = None
+            loss.backward()
+            return loss.detach()
+        logits = self.model(**inputs).logits
+        loss = self.loss_of(logits, labels)
+        (loss * scale).backward()
+        return loss.detach()
+
+    @staticmethod
+    def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of cross-entropy of `[B, S, V]` logits; only a chunk of them is in float32 at a time, recomputed backward."""
+        if isinstance(logits, DTensor):
+            logits = logits.full_tensor()
+        flat = logits.reshape(-1, logits.shape[-1])
+        rows = chunk_rows(flat.shape[0])
+        parts = [
+            checkpoint(cross_entropy_sum, flat[s : s + rows], labels[s : s + rows], use_reentrant=False)
+            for s in range(0, flat.shape[0], rows)
+        ]
+        return torch.stack(parts).sum()

@@ -1,0 +1,182 @@
+"""The N-D mesh: `MeshSizes` is arithmetic alone; `build_mesh` makes the device meshes over the same ranks.
+
+World size = dp_replicate x dp_shard x cp x tp, outermost to innermost; ep is carved out of the same ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ndtrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """Sizes of every mesh axis, all positive; the product of the first four is the world size."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @classmethod
+    def resolve(
+        cls, world_size: int, *, dp_replicate: int = 1, dp_shard: int = -1, cp: int = 1, tp: int = 1, ep: int = 1
+    ) -> MeshSizes:
+        """Fill in `dp_shard = -1` for `world_size` ranks and check every rule.
+
+        Raises `RecipeError` naming the numbers and the nearest meshes that would fit.
+        """
+        given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp, "ep": ep}
+        for axis, size in given.items():
+            if size < 1 and not (axis == "dp_shard" and size == -1):
+                allowed = "-1 or at least 1" if axis == "dp_shard" else "at least 1"
+                raise RecipeError(f"mesh.{axis} = {size} must be {allowed}")
+        others = dp_replicate * cp * tp
+        if dp_shard == -1:
+            if world_size % others:
+                raise RecipeError(
+                    f"{_product(given, skip='dp_shard')} = {others} does not divide the {world_size} ranks; "
+                    f"start a multiple of {others} ranks ({_multiples(others, world_size)}), or {_nearest(given, world_size)}"
+                )
+            dp_shard = world_size // others
+        elif others * dp_shard != world_size:
+            raise RecipeError(
+                f"the mesh {_product(given)} needs {others * dp_shard} ranks, but {world_size} "
+                f"{'was' if world_size == 1 else 'were'} started; start {others * dp_shard}, "
+                f"or {_nearest(given, world_size)}"
+            )
+        sizes = cls(dp_replicate, dp_shard, cp, tp, ep)
+        sizes._check_ep()
+        return sizes
+
+    def _check_ep(self) -> None:
+        if self.ep == 1:
+            return
+        region = self.dp_shard * self.cp * self.tp
+        fitting = [n for n in range(1, region + 1) if region % n == 0 and (n == 1 or n % self.tp == 0)]
+        if self.ep not in fitting:
+            raise RecipeError(
+                f"mesh.ep = {self.ep} must be a multiple of tp = {self.tp} and divide dp_shard x cp x tp = {region}; "
+                f"ep may be {_either(fitting)}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks over which FSDP2 shards dense parameters: dp_shard x cp."""
+        return self.dp_shard * self.cp
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks over which FSDP2 shards each expert: dp_shard x cp x tp / ep."""
+        return self.dp_shard * self.cp * self.tp // self.ep
+
+    @property
+    def batch(self) -> int:
+        """Ranks that read different samples: dp_replicate x dp_shard."""
+        return self.dp_replicate * self.dp_shard
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Place of `rank` on every axis, dp_replicate outermost, and on the views `fsdp` and `batch`."""
+        rest, place = rank, {}
+        for axis in reversed(AXES):
+            rest, place[axis] = divmod(rest, getattr(self, axis))
+        place = {axis: place[axis] for axis in AXES}
+        place["fsdp"] = place["dp_shard"] * self.cp + place["cp"]
+        place["batch"] = place["dp_replicate"] * self.dp_shard + place["dp_shard"]
+        return place
+
+    def describe(self) -> str:
+        """The mesh in one line, axes of size 1 left out."""
+        named = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        if self.ep > 1:
+            named.append(f"(ep {self.ep} inside)")
+        return " x ".join(named) or "1 rank"
+
+
+def _product(given: dict[str, int], *, skip: str = "") -> str:
+    return " x ".join(f"{axis} {given[axis]}" for axis in AXES if axis != skip)
+
+
+def _multiples(unit: int, near: int) -> str:
+    low = near // unit * unit
+    return _either([n for n in (low, low + unit) if n > 0])
+
+
+def _either(numbers: list[int]) -> str:
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def _nearest(given: dict[str, int], world_size: int) -> str:
+    """Meshes for `world_size` ranks closest to what was given: tp kept or reduced, then dp_shard = what is left."""
+    found = []
+    for tp in range(given["tp"], 0, -1):
+        rest = world_size
+        kept: dict[str, int] = {}
+        for axis, size in (("tp", tp), ("cp", given["cp"]), ("dp_replicate", given["dp_replicate"])):
+            kept[axis] = size if rest % size == 0 else 1
+            rest //= kept[axis]
+        if kept["tp"] != tp:
+            continue
+        mesh = {**kept, "dp_shard": rest}
+        text = ", ".join(f"{axis} = {mesh[axis]}" for axis in AXES if mesh[axis] > 1) or "dp_shard = 1"
+        if text not in found:
+            found.append(text)
+    return "set " + " or ".join(f"[{text}]" for text in found[:3])
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Device meshes over the same ranks.
+
+    `train` is (dp_replicate, fsdp, tp), the parent of every sharding; `dense` is (dp_replicate, dp_shard, cp, tp);
+    `expert` is (dp_replicate, efsdp, ep), absent when ep = 1; `loss` is dp_replicate x fsdp flattened.
+    """
+
+    sizes: MeshSizes
+    train: DeviceMesh
+    dense: DeviceMesh
+    expert: DeviceMesh | None
+    loss: DeviceMesh
+
+    @property
+    def fsdp(self) -> DeviceMesh:
+        """Mesh handed to `fully_shard`: 1-D (fsdp), or 2-D (dp_replicate, fsdp) when there are replicas."""
+        return self.train["dp_replicate", "fsdp"] if self.sizes.dp_replicate > 1 else self.train["fsdp"]
+
+    @property
+    def tp(self) -> DeviceMesh:
+        return self.train["tp"]
+
+
+def build_mesh(sizes: MeshSizes, device_type: str) -> Meshes:
+    """Make the device meshes for `sizes`; every rank of the default process group calls this."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    # fsdp is an axis of its own parent mesh, not a flattened view, because fully_shard wants its mesh and the tp mesh
+    # to be slices of one parent.
+    train = init_device_mesh(
+        device_type, (sizes.dp_replicate, sizes.fsdp, sizes.tp), mesh_dim_names=("dp_replicate", "fsdp", "tp")
+    )
+    dense = init_device_mesh(device_type, tuple(getattr(sizes, a) for a in AXES), mesh_dim_names=AXES)
+    expert = None
+    if sizes.ep > 1:
+        expert = init_device_mesh(
+            device_type,
+            (sizes.dp_replicate, sizes.efsdp, sizes.ep),
+            mesh_dim_names=("dp_replicate", "efsdp", "ep"),
+        )
+    loss = train["dp_replicate", "fsdp"]._flatten("loss")
+    return Meshes(sizes=sizes, train=train, dense=dense, expert=expert, loss=loss)

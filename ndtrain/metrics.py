@@ -1,0 +1,81 @@
+"""What a step was and how fast: `StepMetrics`, model FLOPs, peak memory, and the metrics.jsonl sink."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from ndtrain.plan import Plan
+
+# Dense bf16 FLOP/s by device name, from NVIDIA's datasheets (A100, H100 SXM, H200, B200).
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. `loss` is the mean over the global batch's targets, `tokens` their count."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    mfu: float | None
+    peak_memory_bytes: int
+    time: str
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def flops_per_token(plan: Plan, config: object, seq_len: int) -> float:
+    """Forward and backward FLOPs per token: 6 N plus causal attention 6 L H S (PaLM, arXiv:2204.02311, appendix B).
+
+    N counts the weights that multiply: all but input embeddings, unless they are tied to the head.
+    """
+    tied = set(plan.tied.values())
+    multiplied = sum(
+        p.numel for p in plan.params if not ("embed" in p.fqn or "wte" in p.fqn or "wpe" in p.fqn) or p.fqn in tied
+    )
+    layers = getattr(config, "num_hidden_layers", 0) or 0
+    hidden = getattr(config, "hidden_size", 0) or 0
+    return 6.0 * multiplied + 6.0 * layers * hidden * seq_len
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory held so far: the allocator's on CUDA, the resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class JsonLines:
+    """Appends one step a line to metrics.jsonl; a step trained again after a crash is simply appended again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+            # A line cut short by a crash must not swallow the next one.
+            with path.open("ab") as file:
+                file.write(b"\n")
+
+    def write(self, metrics: StepMetrics) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(metrics)) + "\n")

@@ -1,0 +1,52 @@
+"""Apply a `Plan` to a model on meta, in fixed order: tp, activation checkpointing, fsdp. Decides nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ndtrain.mesh import Meshes
+from ndtrain.model import tie
+from ndtrain.plan import Plan
+from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> None:
+    """Turn `model` (on meta) into the sharded model that `plan` describes, in place."""
+    if plan.tp_rules:
+        # transformers.distributed moves between releases (read at 5.23); this is its one caller.
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+        rules = dict(plan.tp_rules)
+        for name, style in plan.tp_rules.items():
+            for param, _ in model.get_submodule(name).named_parameters(recurse=False):
+                rules[f"{name}.{param}"] = style
+        apply_tensor_parallelism(model, meshes.tp, rules)
+        tie(model)
+    if recipe.train.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compute = getattr(torch, recipe.fsdp.param_dtype)
+    reduce = getattr(torch, recipe.fsdp.reduce_dtype)
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    if compute == torch.float32:
+        mixed = MixedPrecisionPolicy()
+    for unit in plan.units:
+        modules = [model.get_submodule(name) for name in unit.modules]
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=meshes.fsdp,
+            reshard_after_forward=unit.reshard,
+            mp_policy=MixedPrecisionPolicy() if unit.fp32 else mixed,
+        )
+    fully_shard(model, mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=mixed)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the global count of target tokens, so gradients are summed, never averaged.
+            # gloo has no PREMUL_SUM, hence the forced plain sum (torch <= 2.13).
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,298 @@
+"""A recipe file and `--set` arguments in, a `Recipe` out; or a `RecipeError` of one line per problem."""
+
+import datetime
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import tomli
+import tomli_w
+from pydantic import ValidationError
+
+from ndtrain.errors import RecipeError
+from ndtrain.recipe.aliases import ALIASES, canonical
+from ndtrain.recipe.rules import Path, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.schema import Recipe
+
+MAX_PROBLEMS = 5
+_KEY = r"""(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')"""
+_DOTTED = rf"{_KEY}(?:[ \t]*\.[ \t]*{_KEY})*"
+_HEADER = re.compile(rf"[ \t]*\[\[?[ \t]*({_DOTTED})[ \t]*\]")
+_ASSIGNMENT = re.compile(rf"[ \t]*({_DOTTED})[ \t]*=")
+
+
+def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path`, with each `section.key=value` of `overrides` set over it.
+
+    Raises `RecipeError` whose message has one line for each problem, at most five.
+    """
+    name = str(path) if str(path).isprintable() else ascii(str(path))
+    text = _read(path, name)
+    try:
+        raw = tomli.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
+        reason = re.sub(r"\(at (line.*)\)$", r"(\1)", " ".join(str(error).split())) or "nested too deeply"
+        raise RecipeError(f"{name} is not valid TOML: {reason}") from None
+    spelled: dict[Path, Path] = {}
+    notes: list[str] = []
+    try:
+        document = canonical(raw, spelled, notes)
+    except RecipeError as error:
+        raise RecipeError(f"{error} ({name})") from None
+    arguments: dict[Path, str] = {}
+    for argument in overrides:
+        _override(document, argument, arguments, notes)
+    lines = _line_numbers(text)
+
+    def line(at: Path) -> int | None:
+        """The line of the key at `at`, or of the innermost table around it."""
+        prefixes = (at[:length] for length in range(len(at), 0, -1))
+        return next((lines[found] for p in prefixes if (found := spelled.get(p, p)) in lines), None)
+
+    def where(at: Path) -> str:
+        for length in range(len(at), 0, -1):
+            if at[:length] in arguments:
+                return f"(--set {arguments[at[:length]]})"
+        return f"({name}, line {line(at)})" if line(at) else f"({name})"
+
+    problems = list(_unusable(document, ()))
+    if not problems:
+        for section in Recipe.model_fields:
+            document.setdefault(section, {})  # so that a missing section is reported key by key
+        try:
+            recipe = Recipe.model_validate(document)
+        except ValidationError as error:
+            problems = list(_problems(error, document))
+        else:
+            recipe._notes = tuple(notes)
+            return recipe
+
+    def last_if_missing(problem: Problem) -> tuple[bool, int]:
+        # A misspelt key makes another one missing; the cause comes first.
+        section, *key = at = problem[0]
+        there = section in document and (not key or key[0] in document[section])
+        return not there, line(at) or 0
+
+    problems.sort(key=last_if_missing)
+    shown = [f"{sentence} {where(at)}" for at, sentence in problems[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        shown[-1] += f"; and {len(problems) - MAX_PROBLEMS} more"
+    raise RecipeError("\n".join(shown))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe, all defaults filled in, as TOML that `load_recipe` reads back to an equal one."""
+    return tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ndtrain recipe"}
+
+
+def _read(path: FilePath, name: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {name}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{name} is a directory, not a recipe file") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name} is not UTF-8 text (byte {error.start})") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"the recipe {name} cannot be read: {reason}") from None
+
+
+def _override(document: dict[str, Any], argument: str, arguments: dict[Path, str], notes: list[str]) -> None:
+    """Set the `key=value` of one `--set` in `document`, in place."""
+    shown = argument if argument.isprintable() else ascii(argument)
+    key, equals, text = argument.partition("=")
+    path: list[str] = []
+    try:
+        argument.encode()  # argv that is not UTF-8 comes as lone surrogates, which no file could hold
+        table: Any = tomli.loads(f"{key} = 0") if equals and "\n" not in key else {}
+        while isinstance(table, dict) and table:
+            ((part, table),) = table.items()
+            path.append(part)
+    except (ValueError, RecursionError):
+        path = []
+    if not path:
+        raise RecipeError(f"--set {shown} is not of the form section.key=value")
+    value = _override_value(text, shown)
+    for part in reversed(path[1:]):
+        value = {part: value}
+    spelled: dict[Path, Path] = {}
+    try:
+        change = canonical({path[0]: value}, spelled, notes)
+    except RecipeError as error:
+        raise RecipeError(f"{error} (--set {shown})") from None
+    if len(path) > 1:
+        path[1] = next(iter(change[path[0]]))
+    arguments[tuple(path)] = shown
+    target = document
+    for part in path[:-1]:
+        inner = target.get(part)
+        if not isinstance(inner, dict):
+            inner = target[part] = {}
+        target, change = inner, change[part]
+    new = change[path[-1]]
+    if len(path) == 1 and isinstance(new, dict) and isinstance(target.get(path[0]), dict):
+        target[path[0]] = {**target[path[0]], **new}  # a whole section: its other keys stay
+        arguments.update({(path[0], key): shown for key in new})
+        del arguments[(path[0],)]
+    else:
+        target[path[-1]] = new
+
+
+def _override_value(text: str, shown: str) -> Any:
+    try:
+        table = tomli.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        table = {}
+    if list(table) == ["value"]:
+        value = table["value"]
+        # `--set run.dir=2026-01-31` means the text; no key of a recipe is a date
+        return text.strip() if isinstance(value, datetime.date | datetime.time) else value
+    if text.lstrip()[:1] in {'"', "'", "[", "{"}:
+        raise RecipeError(f"--set {shown} has a value that looks like TOML but is not valid")
+    return text
+
+
+def _line_numbers(text: str) -> dict[Path, int]:
+    """The first line of each key and table, found by a scan that need only be right on well-formed TOML."""
+    lines: dict[Path, int] = {}
+    table: Path = ()
+    inside: str | None = None  # the quotes of a multi-line string
+    for number, line in enumerate(text.split("\n"), start=1):
+        if inside is None:
+            if header := _HEADER.match(line):
+                table = _parts(header[1])
+                found = table
+            elif assignment := _ASSIGNMENT.match(line):
+                found = table + _parts(assignment[1])
+            else:
+                found = ()
+            for length in range(1, len(found) + 1):
+                lines.setdefault(found[:length], number)
+        for quotes in re.findall(r'"""|\'\'\'', line):
+            inside = quotes if inside is None else None if quotes == inside else inside
+    return lines
+
+
+def _parts(key: str) -> Path:
+    return tuple(part.strip("\"'") for part in re.findall(_KEY, key))
+
+
+def _unusable(value: Any, at: Path) -> Iterator[Problem]:
+    """Values that TOML can say and no key of a recipe can mean."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _unusable(inner, (*at, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _unusable(inner, at)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield at, f"{dotted(at)} = {str(value).lower()} must be a finite number"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield at, f"{dotted(at)} = {hex(value)[:18]}... does not fit in 64 bits"
+    elif isinstance(value, datetime.date | datetime.time):
+        yield (
+            at,
+            f"{dotted(at)} = {value} is a date or time, which no key takes; put it in quotes if it is a text",
+        )
+
+
+def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Problem]:
+    """The errors of pydantic in the recipe's own words, one for each key."""
+    seen: set[Path] = set()
+    for item in error.errors(include_url=False):
+        broken = item.get("ctx", {}).get("error")
+        if isinstance(broken, RulesBroken):
+            yield from broken.problems
+            continue
+        extra = item["type"] == "extra_forbidden"
+        at: Path = tuple(str(part) for part in item["loc"][:2])
+        if at in seen:  # a union reports each of its members
+            continue
+        seen.add(at)
+        if extra:
+            yield at, _unknown(at)
+        elif len(at) == 1:
+            yield at, f"{at[0]} = {show(document[at[0]])} must be a table: [{at[0]}]"
+        elif item["type"] == "missing" and len(item["loc"]) == 2:
+            yield at, f"{dotted(at)} is required: {_rule(at)}"
+        else:
+            yield at, f"{dotted(at)} = {show(document[at[0]][at[1]])} must be {_rule(at)}"
+
+
+def _unknown(at: Path) -> str:
+    sections = {name: _keys(name) for name in Recipe.model_fields}
+    if len(at) == 1:
+        homes = [name for name, keys in sections.items() if at[0] in keys]
+        close = difflib.get_close_matches(at[0], sections, n=1)
+        if homes and not close:
+            return f"the recipe has no section or key {show(at[0])} at its top; " + _home(homes)
+        hint = f"did you mean [{close[0]}]?" if close else "its sections are " + ", ".join(sections)
+        return f"the recipe has no section [{dotted(at)}]; {hint}"
+    section, key = at
+    known = sections[section]
+    aliases = {alias: name for (home, alias), name in ALIASES.items() if home == section}
+    text = f"[{section}] has no key {show(key)}; "
+    if close := difflib.get_close_matches(key, [*known, *aliases], n=1):
+        return text + f'did you mean "{aliases.get(close[0], close[0])}"?'
+    if homes := [name for name, keys in sections.items() if key in keys or (name, key) in ALIASES]:
+        return text + _home(homes)
+    return text + "its keys are " + ", ".join(known)
+
+
+def _home(sections: list[str]) -> str:
+    return "it belongs to " + " or ".join(f"[{name}]" for name in sections)
+
+
+def _keys(section: str) -> list[str]:
+    annotation: Any = Recipe.model_fields[section].annotation
+    return [field.alias or name for name, field in annotation.model_fields.items()]
+
+
+def _rule(at: Path) -> str:
+    """What the schema allows at `at`, in words."""
+    annotation: Any = Recipe.model_fields[at[0]].annotation
+    return _words(annotation.model_json_schema(by_alias=True)["properties"][at[1]])
+
+
+def _words(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_words(option) for option in schema["anyOf"] if option.get("type") != "null")
+    if "const" in schema:
+        return show(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(show(value) for value in schema["enum"])
+    match schema["type"]:
+        case "boolean":
+            return "true or false"
+        case "string":
+            return "a string that is not empty" if schema.get("minLength") else "a string"
+        case "array":
+            return f"an array of {schema['minItems']}, each {_words(schema['prefixItems'][0])}"
+        case "object":
+            values = schema.get("additionalProperties")
+            return (
+                "a table of strings"
+                if isinstance(values, dict) and values.get("type") == "string"
+                else "a table"
+            )
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    bounds = [
+        f"{word} {bound:g}" if isinstance(bound, float) else f"{word} {bound}"
+        for word, bound in (("of at least", low), ("above", above), ("at most", high), ("below", below))
+        if bound is not None
+    ]
+    return " ".join(
+        ["a whole number" if schema["type"] == "integer" else "a number", " and ".join(bounds)]
+    ).strip()

@@ -1,0 +1,334 @@
+"""The wiring of a run and its one loop: recipe, plan, sharded model, batches, steps, checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+import ndtrain
+from ndtrain import data as data_module
+from ndtrain import runtime as runtime_module
+from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
+from ndtrain.errors import NdtrainError, RecipeError
+from ndtrain.load import load_weights, materialize, model_tensors
+from ndtrain.loss import LossModel
+from ndtrain.mesh import Meshes, MeshSizes, build_mesh
+from ndtrain.metrics import JsonLines, StepMetrics, flops_per_token, now, peak_flops, peak_memory_bytes
+from ndtrain.model import ByteTokenizer, HubTokenizer, load_tokenizer, meta_model
+from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_over_tp
+from ndtrain.parallelize import parallelize
+from ndtrain.plan import Plan, make_plan
+from ndtrain.recipe import Recipe, to_toml
+from ndtrain.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Reporter(Protocol):
+    """Where rank 0 tells what happens."""
+
+    def info(self, line: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """The reporter of every rank but 0."""
+
+    def info(self, line: str) -> None:
+        pass
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def run(recipe: Recipe, reporter: Reporter) -> None:
+    """Train as `recipe` says, on the ranks that torchrun started (or on one). Raises `NdtrainError`s."""
+    sizes = sizes_for(recipe, runtime_module.env_world_size() or 1)
+    model = meta_model(recipe)
+    plan = make_plan(model, sizes, recipe)
+    with runtime_module.start() as runtime:
+        trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=reporter if runtime.is_main else Silent())
+        try:
+            trainer.prepare()
+            trainer.train()
+        finally:
+            trainer.reporter.close()
+
+
+def sizes_for(recipe: Recipe, world_size: int) -> MeshSizes:
+    mesh = recipe.mesh
+    return MeshSizes.resolve(
+        world_size, dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep
+    )
+
+
+class Trainer:
+    """One run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, runtime: Runtime, reporter: Reporter
+    ):
+        self.recipe, self.plan, self.model = recipe, plan, model
+        self.runtime, self.reporter = runtime, reporter
+        self.sizes = plan.sizes
+        self.run_dir = Path(recipe.run.dir)
+        self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep)
+        self.step = 0
+        self.cursor = 0
+        self.saved_step: int | None = None
+
+    # ---- before the first step
+
+    def prepare(self) -> None:
+        """Tokenize, shard, load or resume. Every refusal comes before the first weight is read."""
+        recipe, runtime = self.recipe, self.runtime
+        self.tokenizer = load_tokenizer(recipe)
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        if self.tokenizer.vocab_size > vocab:
+            raise RecipeError(
+                f"data.tokenizer has {self.tokenizer.vocab_size} tokens, but the model only {vocab}; "
+                f"set model.config.vocab_size = {self.tokenizer.vocab_size} or choose the model's tokenizer"
+            )
+        self.batches = self._open_data()
+        found, messages = self.store.find(recipe.checkpoint.resume)
+        for message in messages:
+            self.reporter.info(message)
+        state = read_state(found) if found is not None else None
+        if state is not None:
+            self._check_state(state, found)
+        self.reporter.info(self._arithmetic())
+        for note in self.plan.notes:
+            self.reporter.info(f"note: {note}")
+
+        self.meshes = build_mesh(self.sizes, runtime.device.type)
+        self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
+        forward = type(self.model).forward
+        parallelize(self.model, self.plan, self.meshes, recipe=recipe)
+        materialize(self.model, runtime)
+        if found is None:
+            load_weights(self.model, self.plan, recipe=recipe, runtime=runtime)
+        else:
+            load_tensors(found / "model", model_tensors(self.model))
+        self.optimizer = build_optimizer(self.model, recipe)
+        if state is not None and found is not None:
+            self.step, self.cursor = state["step"], state["samples"]
+            self.saved_step = self.step
+            restore_optimizer(self.model, self.optimizer, found / "optim", step=self.step)
+            self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
+        self.loss_model = LossModel(
+            self.model, self.plan, takes_positions="position_ids" in inspect.signature(forward).parameters
+        )
+        if runtime.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+            self.sink = JsonLines(self.run_dir / "metrics.jsonl")
+
+    def _open_data(self) -> data_module.GlobalBatches:
+        recipe, runtime = self.recipe, self.runtime
+        cache_dir = cache_root() / "data"
+        where: list[Path] = []
+
+        def build() -> None:
+            files = data_module.find_files(recipe.data.path)
+            progress: Callable[[int, int], None] | None = None
+            if runtime.is_main:
+                progress = lambda done, total: self.reporter.progress("tokenizing", done, total)  # noqa: E731
+            where.append(data_module.build_cache(files, self.tokenizer, cache_dir=cache_dir, progress=progress))
+
+        runtime_module.rank0_first(runtime, build)
+        # The other ranks find the cache by its key; the digests of the files are remembered beside it.
+        failure = None
+        try:
+            if not where:
+                build()
+            cache = data_module.TokenCache.open(where[0])
+        except NdtrainError as error:
+            failure = error
+        runtime_module.raise_together(failure)
+        samples = data_module.Samples(
+            cache, recipe.data.seq_len, packing=recipe.data.packing, pad_id=self.tokenizer.pad_id
+        )
+        order = data_module.Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle)
+        return data_module.GlobalBatches(
+            samples,
+            order,
+            global_batch_size=recipe.train.global_batch_size,
+            micro_batch_size=recipe.train.micro_batch_size,
+            batch_rank=self.sizes.coordinate(runtime.rank)["batch"],
+            batch_ranks=self.sizes.batch,
+        )
+
+    def _check_state(self, state: dict[str, Any], found: Path | None) -> None:
+        if state["data"] != self.batches.fingerprint or state["seed"] != self.recipe.train.seed:
+            raise RecipeError(
+                f"{found} was trained on other data, seq_len, packing or train.seed than this recipe says; restore "
+                'them, or start anew with another run.dir or checkpoint.resume = "never"'
+            )
+
+    def _arithmetic(self) -> str:
+        train, micro = self.recipe.train, self.batches.micro_steps
+        return (
+            f"{self.plan.model_type}, {self.plan.numel:,} parameters on {self.sizes.describe()} "
+            f"({self.runtime.world_size} x {self.runtime.device.type}); global batch {train.global_batch_size} x "
+            f"{self.recipe.data.seq_len} = {train.global_batch_size * self.recipe.data.seq_len:,} tokens = "
+            f"{self.sizes.batch} batch ranks x {micro} micro batches; {len(self.batches.samples):,} samples"
+        )
+
+    # ---- the loop
+
+    def train(self) -> None:
+        """Train to `train.steps`, saving every `checkpoint.every` steps and at the end."""
+        recipe = self.recipe
+        gc.collect()
+        gc.freeze()
+        if self.step >= recipe.train.steps:
+            self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
+        while self.step < recipe.train.steps:
+            metrics = self._train_step()
+            if self.runtime.is_main:
+                self.sink.write(metrics)
+            show = self.step % recipe.log.every == 0 or self.step == recipe.train.steps
+            self.reporter.step(metrics, steps=recipe.train.steps, show=show)
+            due = recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0
+            if due or self.step == recipe.train.steps:
+                self.save()
+
+    def _train_step(self) -> StepMetrics:
+        recipe, meshes, device = self.recipe, self.meshes, self.runtime.device
+        started = time.perf_counter()
+        batches = [
+            {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            for batch in self.batches.load(self.cursor)
+        ]
+        if self.saved_step == self.step or self.step == 0:
+            check_same_batch(batches[0], meshes)
+        loss_group = meshes.loss.get_group()
+        count_tensor = torch.tensor(data_module.labels_count(batches), dtype=torch.int64, device=device)
+        dist.all_reduce(count_tensor, group=loss_group)
+        count = int(count_tensor)
+        # Keyed by step and batch rank: a resumed run draws the same dropout on any mesh with the same batch ranks.
+        torch.manual_seed(step_seed(recipe.train.seed, self.step, self.sizes.coordinate(self.runtime.rank)["batch"]))
+
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for i, batch in enumerate(batches):
+            # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
+            self.model.set_requires_all_reduce(i == len(batches) - 1)
+            total += self.loss_model.backward(batch, count=count)
+        if self.plan.tp_summed:
+            sum_over_tp(self.model, self.plan.tp_summed, meshes.tp.get_group())
+        norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
+        lr = learning_rate(recipe, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        dist.all_reduce(total, group=loss_group)
+        peak = torch.tensor(peak_memory_bytes(device), dtype=torch.int64, device=device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        loss, grad_norm = float(total) / max(1, count), float(norm)
+        seconds = time.perf_counter() - started
+        self.step += 1
+        self.cursor += recipe.train.global_batch_size
+        speed = count / seconds
+        per_rank = speed / self.runtime.world_size
+        flops = peak_flops(device)
+        return StepMetrics(
+            step=self.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=count,
+            tokens_per_second=speed,
+            step_seconds=seconds,
+            mfu=per_rank * self.flops_per_token / flops if flops else None,
+            peak_memory_bytes=int(peak),
+            time=now(),
+        )
+
+    def save(self) -> None:
+        """Write and publish the checkpoint of the current step, unless it is the one resumed from."""
+        if self.saved_step == self.step:
+            return
+        import transformers
+
+        state = {
+            "step": self.step,
+            "samples": self.cursor,
+            "data": self.batches.fingerprint,
+            "seed": self.recipe.train.seed,
+            "mesh": asdict(self.sizes),
+            "schedule": self.recipe.schedule.model_dump(),
+            "versions": {
+                "ndtrain": ndtrain.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        path = self.store.save(
+            self.step,
+            model=model_tensors(self.model),
+            optim=optimizer_tensors(self.model, self.optimizer),
+            state=state,
+            extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer),
+        )
+        self.saved_step = self.step
+        self.reporter.info(f"saved {path}")
+
+
+def save_extras(directory: Path, model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) -> None:
+    """Write config, generation config and tokenizer beside the tensors."""
+    model.export_config.save_pretrained(directory)
+    if model.can_generate():
+        # A generation config that its own library would refuse to save must not lose the checkpoint.
+        with suppress(ValueError):
+            model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def cache_root() -> Path:
+    """Directory of the token caches: $NDTRAIN_CACHE, or ndtrain under the user's cache directory."""
+    if given := os.environ.get("NDTRAIN_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"
+
+
+def step_seed(seed: int, step: int, batch_rank: int) -> int:
+    """Seed of a step's random numbers on one batch rank, in [0, 2^63)."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{batch_rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def check_same_batch(batch: dict[str, torch.Tensor], meshes: Meshes) -> None:
+    """Raise if the tp ranks of a batch rank read different samples: nothing else would show it but the gradient."""
+    digest = hashlib.blake2b(batch["input_ids"].cpu().numpy().tobytes(), digest_size=7).digest()
+    mine = torch.tensor(int.from_bytes(digest, "big"), dtype=torch.int64, device=batch["input_ids"].device)
+    low, high = mine.clone(), mine.clone()
+    for group in (meshes.tp.get_group(), meshes.dense["cp"].get_group()):
+        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+    if not torch.equal(low, high):
+        raise NdtrainError("ranks of one tp or cp group read different samples; this is a bug of ndtrain")

@@ -1,0 +1,134 @@
+"""Pools of gloo worker processes that stay alive over many test cases: starting torch takes seconds."""
+
+import atexit
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_GRACE_S = 10  # for the other ranks to fail too, after one has
+
+
+class RanksFailed(AssertionError):
+    """At least one rank raised, died or ran out of time; the message has every traceback."""
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    """A worker: takes (function, arguments), answers (True, result) or (False, traceback), until the pipe
+    closes."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
+    )
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            os._exit(0)  # no shutdown of gloo: the other ranks are going as well
+        try:
+            answer = (True, fn(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        try:
+            pipe.send(answer)
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+class RankPool:
+    """`size` gloo ranks. A case is a module-level function, sent by its name, and picklable arguments."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._workers: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._folder = ""
+
+    def _start(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="ndtrain-ranks-")
+        context = multiprocessing.get_context("spawn")
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when the child loads torch
+        try:
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                args = (rank, self.size, f"{self._folder}/store", theirs)
+                worker = context.Process(target=_serve, args=args, daemon=True)
+                worker.start()
+                theirs.close()
+                self._workers.append(worker)
+                self._pipes.append(ours)
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """fn(*args) on every rank; the results by rank. RanksFailed otherwise, and the next case has new
+        workers."""
+        if not self._workers:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((fn, args))
+        results: list[Any] = [None] * self.size
+        failures: dict[int, str] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        end = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                failures.update(dict.fromkeys(waiting.values(), f"no answer ({timeout} s)"))
+                break
+            for item in ready:
+                assert isinstance(item, Connection)
+                rank = waiting.pop(item)
+                try:
+                    good, value = item.recv()
+                except (EOFError, OSError):
+                    good, value = False, "the process died"
+                if good:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
+                    end = min(end, time.monotonic() + _GRACE_S)
+        if failures:
+            self.close()  # the process group may be out of step
+            raise RanksFailed("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        return results
+
+    def close(self) -> None:
+        """Ends the workers; a later run starts new ones."""
+        for pipe in self._pipes:
+            pipe.close()
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._workers, self._pipes = [], []
+
+
+_pools: dict[int, RankPool] = {}
+
+
+def get_pool(size: int) -> RankPool:
+    """The shared pool of `size` ranks; started at its first case, ended with this process."""
+    if size not in _pools:
+        _pools[size] = RankPool(size)
+        atexit.register(_pools[size].close)
+    return _pools[size]

@@ -1,0 +1,554 @@
+"""Checkpoints: the layout against torch and FSDP, saving on one mesh and loading on another, damage,
+crashes."""
+
+import json
+import shutil
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from ndtrain.checkpoint import (
+    CheckpointStore,
+    check,
+    load_tensors,
+    local_boxes,
+    optimizer_tensors,
+    read_state,
+    restore_optimizer,
+    save_tensors,
+)
+from ndtrain.errors import DamagedError, NdtrainError
+from tests.ranks import RanksFailed, get_pool
+
+R = Replicate()
+MESHES = {"dp4": (4, 1), "tp4": (1, 4), "dp2tp2": (2, 2), "hsdp": (2, 2)}
+
+
+def strided(dim: int, factor: int) -> Any:
+    return _StridedShard(dim, split_factor=factor)
+
+
+def gather(shape: Any, mesh: Any, coordinate: Any, placements: Any, local: Tensor, out: Tensor) -> int:
+    """Puts a local tensor into a global one by its boxes; returns how many values it put."""
+    boxes = local_boxes(shape, mesh, coordinate, placements)
+    for box in boxes:
+        there = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
+        here = tuple(slice(o, o + s) for o, s in zip(box.local_offsets, box.sizes, strict=True))
+        out[there] = local[here]
+    return int(sum(torch.Size(box.sizes).numel() for box in boxes))
+
+
+# Layout
+
+
+def layouts_as_torch() -> int:
+    meshes = {shape: init_device_mesh("cpu", shape) for shape in ((4,), (2, 2), (1, 4), (4, 1), (2, 1, 2))}
+    count = 0
+    for shape in ((8, 4), (67, 5), (3, 16), (1, 2), (5,), (12, 2, 8)):
+        whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
+        kinds = [R, *(Shard(d) for d in range(len(shape))), *(strided(d, 2) for d in range(len(shape)))]
+        for mesh_shape, mesh in meshes.items():
+            for placements in product(kinds, repeat=len(mesh_shape)):
+                dims = [p.dim for p in placements if isinstance(p, (Shard, _StridedShard))]
+                if len(set(dims)) < len(dims) and any(isinstance(p, _StridedShard) for p in placements):
+                    continue  # FSDP over TP: compared with FSDP itself below
+                local = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+                out = torch.full(shape, -1)
+                put = gather(shape, mesh_shape, mesh.get_coordinate(), placements, local, out)
+                assert put == local.numel(), (shape, placements)
+                assert torch.equal(out[out >= 0], whole[out >= 0]), (shape, placements)
+                count += 1
+    return count
+
+
+def test_local_boxes_are_what_torch_distributes() -> None:
+    assert min(get_pool(4).run(layouts_as_torch)) > 300
+
+
+class One(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def layouts_as_fsdp() -> list[str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    seen = []
+    for shape in ((16, 4), (12, 8), (67, 5), (9, 2), (6, 4), (2, 4), (1, 2)):
+        whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+        for placement in (R, Shard(0), Shard(1), strided(0, 2), strided(1, 2)):
+            placed = distribute_tensor(whole, mesh["tp"], (placement,), src_data_rank=None)
+            if placement == strided(0, 2) and shape[0] % 4:
+                continue  # distribute_tensor pads here
+            module = One(placed)
+            fully_shard(module, mesh=mesh["dp"])
+            weight = module.weight.detach()
+            assert isinstance(weight, DTensor)
+            out = torch.full(shape, -1.0)
+            put = gather(shape, (2, 2), mesh.get_coordinate(), weight.placements, weight.to_local(), out)
+            assert put == weight.to_local().numel()
+            assert torch.equal(out[out >= 0], whole[out >= 0]), (shape, weight.placements)
+            dist.all_reduce(out, op=dist.ReduceOp.MAX)
+            assert torch.equal(out, whole), (shape, weight.placements)
+            seen.append(str(weight.placements))
+    return seen
+
+
+def test_local_boxes_are_what_fsdp_over_tp_holds() -> None:
+    seen = get_pool(4).run(layouts_as_fsdp)[0]
+    assert len(seen) > 25
+    assert sum("S" in s for s in seen) == len(seen)
+
+
+def test_local_boxes_of_packed_and_fsdp() -> None:
+    # gate rows 0-7, up rows 8-15; tp 1 holds rows 4-7 and 12-15, and FSDP gives the first half to dp 0
+    boxes = [local_boxes((16,), (2, 2), (dp, 1), (strided(0, 2), strided(0, 2))) for dp in (0, 1)]
+    assert boxes == [[((4,), (4,), (0,))], [((12,), (4,), (0,))]]
+    plain = [local_boxes((16,), (2, 2), (dp, 1), (Shard(0), strided(0, 2))) for dp in (0, 1)]
+    assert plain == boxes
+    assert local_boxes((16,), (1, 2), (0, 1), (Shard(0), strided(0, 2))) == [
+        ((4,), (4,), (0,)),
+        ((12,), (4,), (4,)),
+    ]
+    assert local_boxes((), (2,), (1,), (R,)) == [((), (), ())]
+    assert local_boxes((3,), (4,), (3,), (Shard(0),)) == []
+
+
+# From mesh to mesh
+
+
+def build(name: str, *, fill: bool) -> dict[str, Tensor]:
+    """Tensors of every kind on a mesh; the values depend on the key alone. Includes what FSDP makes."""
+    mesh = init_device_mesh("cpu", MESHES[name], mesh_dim_names=("dp", "tp"))
+    hsdp = name == "hsdp"
+    dp0, dp1 = (R, R) if hsdp else (Shard(0), Shard(1))
+    tensors: dict[str, Tensor] = {}
+
+    def add(key: str, shape: tuple[int, ...], placements: Any, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(len(key) + shape[0] if shape else 1)
+        whole = torch.randint(-99, 99, shape, generator=generator).to(dtype)
+        if not fill:
+            whole = torch.zeros_like(whole)
+        tensors[key] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+    add("rows", (16, 6), (dp0, R))
+    add("columns", (8, 16), (dp1, R))
+    add("both", (8, 12), (dp0, Shard(1)))
+    add("uneven", (67, 5), (dp0, R))
+    add("uneven.tp", (67, 5), (R, Shard(0)))
+    add("packed", (32, 4), (R, strided(0, 2)))
+    add("packed.experts", (4, 16, 8), (dp0, strided(1, 2)))
+    add("norm", (7,), (R, R))
+    add("norm2", (9,), (dp0, R))
+    add("few", (2, 3), (dp0, R))
+    add("ints", (10, 3), (dp0, R), torch.int64)
+    add("bools", (9,), (R, Shard(0)), torch.bool)
+    add("half", (12, 4), (dp0, R), torch.bfloat16)
+    add("scalar", (), (R, R))
+    tensors["plain"] = torch.arange(5.0) if fill else torch.zeros(5)
+    for key, shape, placement in (
+        ("fsdp", (67, 5), Shard(0)),
+        ("fsdp.packed", (32, 3), strided(0, 2)),
+        ("fsdp.packed1", (8, 16), strided(1, 2)),
+        ("fsdp.empty", (3, 2), Shard(0)),
+    ):
+        whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+        module = One(
+            distribute_tensor(whole if fill else whole * 0, mesh["tp"], (placement,), src_data_rank=None)
+        )
+        fully_shard(module, mesh=mesh["dp"])
+        tensors[key] = module.weight
+    return tensors
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def locals_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: local_of(t) for k, t in tensors.items()}
+
+
+def every_mesh_to_every_mesh(root: Path) -> None:
+    for name in MESHES:
+        save_tensors(root / name, build(name, fill=True))
+    for source, target in product(MESHES, MESHES):
+        wanted, got = build(target, fill=True), build(target, fill=False)
+        load_tensors(root / source, got)
+        for key, value in locals_of(got).items():
+            assert torch.equal(value, locals_of(wanted)[key]), (source, target, key)
+
+
+def test_save_on_one_mesh_load_on_another(tmp_path: Path) -> None:
+    get_pool(4).run(every_mesh_to_every_mesh, tmp_path)
+    for name in MESHES:  # one process reads them all, and so does plain DCP
+        whole: dict[str, Tensor] = {}
+        from safetensors import safe_open
+
+        written: dict[str, int] = {}
+        for file in (tmp_path / name).iterdir():
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - no mapping
+                    written[key] = written.get(key, 0) + opened.get_tensor(key).numel()
+        assert written["norm"] == 7, "a replicated tensor is written once"
+        assert written["uneven"] == 67 * 5
+        whole = {"uneven": torch.zeros(67, 5), "fsdp.packed": torch.zeros(32, 3), "norm": torch.zeros(7)}
+        whole |= {
+            "packed": torch.zeros(32, 4),
+            "packed.experts": torch.zeros(4, 16, 8),
+            "fsdp": torch.zeros(67, 5),
+        }
+        whole |= {
+            "half": torch.zeros(12, 4, dtype=torch.bfloat16),
+            "ints": torch.zeros(10, 3, dtype=torch.int64),
+        }
+        whole |= {"bools": torch.zeros(9, dtype=torch.bool), "plain": torch.zeros(5)}
+        ours = {key: torch.zeros_like(value) for key, value in whole.items()}
+        load_tensors(tmp_path / name, ours)
+        load_plain_dcp(tmp_path / name, whole)
+        for key, value in whole.items():
+            assert torch.equal(ours[key], value), (name, key)
+        assert torch.equal(ours["fsdp"], torch.arange(335.0).reshape(67, 5))
+        assert torch.equal(ours["fsdp.packed"], torch.arange(96.0).reshape(32, 3))
+
+
+def load_plain_dcp(directory: Path, tensors: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+
+
+def test_two_ranks_and_one(tmp_path: Path) -> None:
+    get_pool(2).run(save_two, tmp_path)
+    got = {"w": torch.zeros(6, 2)}
+    load_tensors(tmp_path, got)
+    assert torch.equal(got["w"], torch.arange(12.0).reshape(6, 2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "00000-of-00002.1.safetensors",
+        "00000-of-00002.safetensors",
+        "00001-of-00002.1.safetensors",
+        "00001-of-00002.safetensors",
+    ]
+
+
+def save_two(directory: Path) -> None:
+    whole = torch.arange(12.0).reshape(6, 2)
+    mesh = init_device_mesh("cpu", (2,))
+    save_tensors(directory, {"w": distribute_tensor(whole, mesh, (strided(0, 2),), src_data_rank=None)})
+
+
+# Damage
+
+
+def tensors_of(number: float) -> dict[str, Tensor]:
+    value = float(number)
+    return {"w": torch.full((64, 8), value), "../evil": torch.full((3,), value), "s": torch.tensor(value)}
+
+
+def write_config(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "x"}')
+
+
+def save_step(run: Path, step: int, keep: int = 2) -> Path:
+    store = CheckpointStore(run, keep=keep)
+    return store.save(
+        step,
+        model=tensors_of(step),
+        optim={"exp_avg.w": torch.full((64, 8), step / 2)},
+        state={"step": step, "rng": [2**63, None, "x"]},
+        extra_files=write_config,
+    )
+
+
+def test_save_find_read_and_keep(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.find("auto") == (None, [])
+    paths = [save_step(tmp_path, step) for step in (1, 2, 3, 3)]
+    assert sorted(p.name for p in store.root.iterdir()) == ["step-00000002", "step-00000003"]
+    assert store.find("auto") == (paths[-1], [])
+    assert store.find("never") == (None, [])
+    assert store.find(paths[1]) == (paths[1], [])
+    assert read_state(paths[-1]) == {"step": 3, "rng": [2**63, None, "x"]}
+    got = {key: value * 0 for key, value in tensors_of(1).items()}
+    load_tensors(paths[-1] / "model", got)
+    assert all(torch.equal(got[key], value) for key, value in tensors_of(3).items())
+    assert not list(tmp_path.rglob("*evil*"))
+    save_step(tmp_path, 1, keep=1)  # gone back: the later ones are not the reason to lose this one
+    assert store.path(1).is_dir()
+
+
+TENSOR_FILE = "model/00000-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("name", [TENSOR_FILE, "train_state.json", "config.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "link"])
+def test_damage_is_refused_and_the_one_before_taken(tmp_path: Path, name: str, damage: str) -> None:
+    before, last = save_step(tmp_path, 1), save_step(tmp_path, 2)
+    file = last / name
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "truncate":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        if name == TENSOR_FILE:
+            pytest.skip("tensor files have no hash yet")
+        if name == "manifest.json":
+            data = data.replace(b'"version"', b'"versiom"')
+        file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    elif damage == "link":
+        (tmp_path / "elsewhere").write_bytes(data)
+        file.symlink_to(tmp_path / "elsewhere")
+        if name == "manifest.json":
+            pytest.skip("its content is checked, wherever it is")
+    store = CheckpointStore(tmp_path, keep=2)
+    found, messages = store.find("auto")
+    assert found == before
+    assert len(messages) == 1
+    assert str(last) in messages[0]
+    assert name in messages[0]
+    with pytest.raises(DamagedError, match=name):
+        store.find(last)
+    shutil.rmtree(before)
+    with pytest.raises(DamagedError, match="no checkpoint is whole"):
+        store.find("auto")
+    with pytest.raises(DamagedError, match="no such checkpoint"):
+        store.find(tmp_path / "nowhere")
+
+
+def test_truncation_names_the_bytes(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 1)
+    size = (path / TENSOR_FILE).stat().st_size
+    (path / TENSOR_FILE).write_bytes((path / TENSOR_FILE).read_bytes()[:1024])
+    with pytest.raises(DamagedError, match=f"{TENSOR_FILE} has 1,024 of {size:,} bytes"):
+        check(path)
+    with pytest.raises(DamagedError, match=TENSOR_FILE):
+        load_tensors(path / "model", tensors_of(0))
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "model/../../evil", "", ".hidden", "a//b", "a\n"])
+def test_names_never_leave_the_directory(tmp_path: Path, name: str) -> None:
+    path = save_step(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 1}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedError, match="file name"):
+        check(path)
+    with pytest.raises(DamagedError, match="file name"):
+        load_tensors(path / "model", tensors_of(0))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"other": torch.zeros(2)}, "other is missing"),
+        ({"w": torch.zeros(64, 9)}, "shape"),
+        ({"w": torch.zeros(64)}, "shape"),
+        ({"w": torch.zeros(())}, "scalar"),
+        ({"s": torch.zeros(1)}, "shape"),
+        ({"w": torch.zeros(64, 8, dtype=torch.bfloat16)}, "F32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, wanted: dict[str, Tensor], message: str) -> None:
+    save_tensors(tmp_path, tensors_of(1))
+    with pytest.raises(DamagedError, match=message):
+        load_tensors(tmp_path, wanted)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"\xff" * 40, b"\x02" + b"\0" * 7 + b"[]", b"\x08" + b"\0" * 7 + b'{"a": 1}']
+)
+def test_garbage_headers_are_refused(tmp_path: Path, garbage: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(garbage)
+    with pytest.raises(DamagedError, match=r"x\.safetensors"):
+        load_tensors(tmp_path, {"a": torch.zeros(1)})
+
+
+def test_a_gap_is_refused(tmp_path: Path) -> None:
+    get_pool(2).run(save_two, tmp_path)
+    (tmp_path / "00000-of-00002.1.safetensors").unlink()
+    with pytest.raises(DamagedError, match="of 12 values"):
+        load_tensors(tmp_path, {"w": torch.zeros(6, 2)})
+
+
+# Failures and crashes
+
+
+def failing_rank(run: Path) -> str:
+    mesh = init_device_mesh("cpu", (2, 2))
+    store = CheckpointStore(run, keep=1)
+    whole = {"w": distribute_tensor(torch.ones(8, 4), mesh, (Shard(0), R), src_data_rank=None)}
+    old = store.save(1, model=whole, optim=whole, state={"step": 1})
+    import ndtrain.checkpoint as module
+
+    real = module._write_file
+
+    def full_disk(path: Path, entries: Any) -> None:
+        if path.name.startswith("00002") and path.parent.name == "optim":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, entries)
+
+    both = {"w": distribute_tensor(torch.ones(8, 4), mesh, (Shard(0), Shard(1)), src_data_rank=None)}
+    module._write_file = full_disk
+    try:
+        store.save(2, model=both, optim=both, state={"step": 2})
+    except NdtrainError as error:
+        message = str(error)
+    finally:
+        module._write_file = real
+    dist.barrier()
+    assert [p.name for p in store.root.iterdir()] == [old.name]
+    assert store.find("auto") == (old, [])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (old / "train_state.json").unlink()
+    dist.barrier()
+    for resume in ("auto", old):
+        with pytest.raises(DamagedError, match=r"train_state\.json is missing"):
+            store.find(resume)
+    assert store.save(2, model=both, optim=both, state={"step": 2}).name == "step-00000002"
+    dist.barrier()
+    found, messages = store.find("auto")
+    assert found == store.path(2)
+    assert messages == []
+    return message
+
+
+def test_a_failing_rank_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    for message in get_pool(4).run(failing_rank, tmp_path):
+        assert "rank 2" in message
+        assert "No space left on device" in message
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, GeneratorExit])
+def test_a_failure_in_publishing_leaves_no_partial(tmp_path: Path, error: type[BaseException]) -> None:
+    old = save_step(tmp_path, 1)
+    store = CheckpointStore(tmp_path, keep=2)
+
+    def fail(directory: Path) -> None:
+        (directory / "config.json").write_text("{")
+        raise error("stop")
+
+    for step in (1, 2):
+        with pytest.raises((NdtrainError, KeyboardInterrupt), match="stop"):
+            store.save(step, model=tensors_of(1), optim={}, state={}, extra_files=fail)
+        assert [p.name for p in store.root.iterdir()] == [old.name]
+        check(old)
+
+
+def test_what_a_crash_leaves(tmp_path: Path) -> None:
+    old = save_step(tmp_path, 1)
+    store = CheckpointStore(tmp_path, keep=2)
+    shutil.copytree(old, store.root / ".tmp-step-00000002")
+    shutil.copytree(old, store.root / ".del-step-00000003")
+    old.rename(store.root / ".old-step-00000001")  # killed between the two renames
+    assert store.find("auto") == (old, [])
+    assert [p.name for p in store.root.iterdir()] == [old.name]
+    (store.root / ".tmp-step-00000002" / "model").mkdir(parents=True)
+    assert store.newest_valid() == (old, [])
+    new = save_step(tmp_path, 2)
+    check(new)
+    assert sorted(p.name for p in store.root.iterdir()) == [old.name, new.name]
+
+
+# The optimizer
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 10, bias=False)
+        self.norm = nn.LayerNorm(6)
+        self.few = nn.Linear(6, 3)
+        self.head = nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(x)
+        out: Tensor = self.head(hidden).sum() + self.few(hidden).square().sum()
+        return out
+
+
+def make(size: int | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Tied()
+    if size is not None:
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def optimizer_round(directory: Path, size: int | None) -> None:
+    model, optimizer = make(size)
+    for _ in range(3):
+        model(torch.arange(12.0).reshape(2, 6)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = optimizer_tensors(model, optimizer)
+    names = {"embed.weight", "norm.weight", "norm.bias", "few.weight", "few.bias"}
+    assert set(tensors) == {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names}
+    save_tensors(directory, tensors)
+    fresh_model, fresh = make(size)
+    fresh_model.load_state_dict(model.state_dict())
+    model(torch.ones(2, 6)).backward()
+    fresh_model(torch.ones(2, 6)).backward()  # loading with live gradients
+    restore_optimizer(fresh_model, fresh, directory, step=3)
+    optimizer.step()
+    fresh.step()
+    for a, b in zip(model.parameters(), fresh_model.parameters(), strict=True):
+        assert torch.equal(local_of(a), local_of(b))
+    for state in fresh.state.values():
+        assert state["step"].item() == 4
+        assert state["step"].dtype == torch.float32
+
+
+def test_optimizer_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+    optimizer_round(tmp_path / "one", None)
+    get_pool(4).run(optimizer_round, tmp_path / "four", 4)
+    one, four = make(None), make(None)
+    restore_optimizer(*one, tmp_path / "one", step=3)
+    restore_optimizer(*four, tmp_path / "four", step=3)
+    for key, value in optimizer_tensors(*one).items():
+        # FSDP averages the gradients of equal ranks: the same values but for rounding
+        torch.testing.assert_close(optimizer_tensors(*four)[key], value)
+
+
+def test_optimizer_without_a_parameter_is_refused() -> None:
+    model = Tied()
+    with pytest.raises(NdtrainError, match=r"norm\.weight|few"):
+        optimizer_tensors(model, torch.optim.AdamW([model.embed.weight]))
+
+
+# The pool
+
+
+def fail_on(rank: int) -> int:
+    if dist.get_rank() == rank:
+        raise ValueError("rank error")
+    return dist.get_rank()
+
+
+def sleep() -> None:
+    import time
+
+    time.sleep(60)
+
+
+def test_pool_reports_and_recovers() -> None:
+    pool = get_pool(2)
+    assert pool.run(fail_on, -1) == [0, 1]
+    with pytest.raises(RanksFailed, match="rank 1: Traceback"):
+        pool.run(fail_on, 1)
+    with pytest.raises(RanksFailed, match="no answer"):
+        pool.run(sleep, timeout=0.5)
+    assert pool.run(fail_on, -1) == [0, 1]

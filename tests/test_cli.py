@@ -1,0 +1,197 @@
+"""Promises of the command line: quick to answer, one line for an error, the right exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import ndtrain
+from ndtrain import cli
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+
+QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.toml")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of `ndtrain ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["ndtrain", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> str:
+    path = tmp_path / "bad.toml"
+    path.write_text('[train]\nstpes = 3\n[model]\nname = "x"\n')
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand-ins for the modules that `run` imports; returns the recipes that were run."""
+    ran: list[Any] = []
+    monkeypatch.setitem(
+        sys.modules, "ndtrain.train", SimpleNamespace(run=lambda recipe, _: ran.append(recipe))
+    )
+    monkeypatch.setitem(sys.modules, "ndtrain.console", SimpleNamespace(Reporter=object))
+    monkeypatch.setattr(ndtrain, "train", sys.modules["ndtrain.train"], raising=False)
+    monkeypatch.setattr(ndtrain, "console", sys.modules["ndtrain.console"], raising=False)
+    return ran
+
+
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, ndtrain.cli; "
+        "print([m for m in ('torch', 'transformers', 'rich', 'pydantic') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_bad_recipe_is_answered_without_torch(bad: str) -> None:
+    code = (
+        "import sys, ndtrain.cli\n"
+        f"sys.argv = ['ndtrain', 'run', {bad!r}]\n"
+        "try: ndtrain.cli.main()\n"
+        "except SystemExit as e:\n"
+        "    print(e.code, [m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 []"
+    assert 'ndtrain: error: [train] has no key "stpes"; did you mean "steps"?' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect"])
+def test_a_bad_recipe_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: Any, bad: str, verb: str) -> None:
+    assert call(monkeypatch, verb, bad) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(line.startswith("ndtrain: error: ") for line in err.splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nope"],
+        ["run"],
+        ["run", "a", "b"],
+        ["run", "a", "--nope"],
+        ["inspect", "a", "--world-size", "0"],
+        ["convert", "a"],
+    ],
+)
+def test_usage_errors_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str]) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert "Usage: ndtrain" in err
+    monkeypatch.setenv("RANK", "1")
+    assert call(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_only_rank_0_speaks_and_every_rank_exits_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, bad: str
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert call(monkeypatch, "run", bad) == 2
+        assert ("error" in capsys.readouterr().err) == (rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NdtrainError("x"), 1),
+        (RecipeError("x"), 2),
+        (PlanError("x"), 3),
+        (DamagedError("x"), 4),
+        (Stopped("x"), 75),
+    ],
+)
+def test_each_error_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, train: list[Any], error: NdtrainError, code: int
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["ndtrain.train"], "run", fail)
+    assert call(monkeypatch, "run", QUICKSTART, "--set", "mesh.dp_shard=1", "--set", "mesh.tp=1") == code
+    assert capsys.readouterr().err == "ndtrain: error: x\n"
+
+
+def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch, train: list[Any]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["ndtrain.train"], "run", interrupt)
+    assert call(monkeypatch, "run", QUICKSTART, "--set", "mesh={dp_shard=1, tp=1}") == 130
+
+
+def test_a_mesh_of_one_rank_just_runs_and_notes_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, train: list[Any]
+) -> None:
+    assert call(monkeypatch, "run", QUICKSTART, "--set", "mesh.fsdp_size=1", "--set", "mesh.tp=1") == 0
+    assert train[0].mesh.dp_shard == 1
+    assert capsys.readouterr().err == "ndtrain: note: mesh.fsdp_size is read as mesh.dp_shard = 1\n"
+
+
+def test_a_larger_mesh_starts_its_workers(monkeypatch: pytest.MonkeyPatch, train: list[Any]) -> None:
+    launched: list[Any] = []
+
+    def launch(ranks: int, arguments: list[str]) -> int:
+        launched.append((ranks, arguments))
+        return 4
+
+    monkeypatch.setattr(cli, "_launch", launch)
+    assert call(monkeypatch, "run", QUICKSTART, "--set", "run.dir=x") == 4
+    assert launched == [(4, ["run", "--set", "run.dir=x", "--", QUICKSTART])]
+    assert train == []
+
+
+def test_the_launcher_ends_with_its_workers_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "ndtrain").mkdir()
+    (tmp_path / "ndtrain" / "__init__.py").write_text("")
+    worker = (
+        "import os, sys, time\nif os.environ['RANK'] == '0': print('one line', file=sys.stderr)\nsys.exit({})"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(cli.__file__).parent.parent)!r})\n"
+        "from ndtrain import cli; sys.exit(cli._launch(2, ['run', 'x']))"
+    )
+    for status in (0, 3):
+        (tmp_path / "ndtrain" / "__main__.py").write_text(worker.format(status))
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (status, "one line\n")
+
+
+def test_a_named_exit_code_is_told_before_a_crash_of_the_peers() -> None:
+    assert cli._exit_code([(1, 1), (2, 4)]) == 4
+    assert cli._exit_code([(2, 5), (1, 1)]) == 1
+    assert cli._exit_code([(1, -9)]) == 137
+
+
+def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"ndtrain {ndtrain.__version__}\n"
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in ("run", "inspect", "convert"))
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    command = f"{sys.executable} -m ndtrain --version | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

@@ -1,0 +1,368 @@
+"""Promises of the recipe: what is wrong is refused with the key, the value, the rule and the line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+
+from ndtrain.errors import RecipeError
+from ndtrain.recipe import Recipe, json_schema, load_recipe, to_toml
+from ndtrain.recipe.aliases import ALIASES, VALUES
+from ndtrain.recipe.rules import NOT_YET
+
+ROOT = Path(__file__).parent.parent
+MINIMAL = """\
+[model]
+name = "org/model"
+[data]
+path = "data"
+seq_len = 16
+[optim]
+lr = 1e-3
+[train]
+steps = 10
+[run]
+dir = "runs/x"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    """Load a recipe given as text."""
+
+    def load(text: str = MINIMAL, *overrides: str) -> Recipe:
+        path = tmp_path / "r.toml"
+        path.write_bytes(text.encode())
+        return load_recipe(path, overrides)
+
+    return load
+
+
+def with_line(line: str, section: str) -> str:
+    """MINIMAL with `line` in `[section]`."""
+    header = f"[{section}]\n"
+    if header in MINIMAL:
+        return MINIMAL.replace(header, header + line + "\n")
+    return MINIMAL + header + line + "\n"
+
+
+def test_defaults_are_the_designs(recipe: Any) -> None:
+    r = recipe()
+    assert (r.model.init, r.model.dtype, r.model.attn) == ("pretrained", "float32", "sdpa")
+    assert (r.mesh.dp_replicate, r.mesh.dp_shard, r.mesh.cp, r.mesh.tp, r.mesh.ep) == (1, -1, 1, 1, 1)
+    assert (r.fsdp.param_dtype, r.fsdp.reduce_dtype, r.fsdp.reshard_after_forward) == (
+        "bfloat16",
+        "float32",
+        True,
+    )
+    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("rank0", True, True, None)
+    assert (r.train.global_batch_size, r.train.micro_batch_size, r.train.seed) == (32, 4, 0)
+    assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (100, 2, False)
+    assert (r.checkpoint.resume, r.schedule.kind, r.optim.max_grad_norm, r.log.every) == (
+        "auto",
+        "cosine",
+        1.0,
+        1,
+    )
+    assert r.notes == ()
+
+
+# section, line, words that the message must hold
+WRONG = [
+    ("train", "stpes = 3", ['[train] has no key "stpes"', 'did you mean "steps"?']),
+    ("train", "qqqq = 3", ["its keys are steps, global_batch_size"]),
+    ("train", "lr = 3", ['[train] has no key "lr"', "it belongs to [optim]"]),
+    ("trian", "x = 3", ["no section [trian]", "did you mean [train]?"]),
+    ("zzz", "x = 3", ["no section [zzz]", "its sections are model, mesh"]),
+    ("checkpoint", "async_ = false", ['[checkpoint] has no key "async_"', 'did you mean "async"?']),
+    ("train", "learning = 'x'\nmicro_batch_sise = 1", ['did you mean "micro_batch_size"?']),
+    (
+        "train",
+        "global_batch_size = '10'",
+        ['train.global_batch_size = "10" must be a whole number of at least 1'],
+    ),
+    ("train", "global_batch_size = true", ["train.global_batch_size = true must be a whole number"]),
+    ("train", "global_batch_size = 1.0", ["train.global_batch_size = 1.0 must be a whole number"]),
+    ("train", "micro_batch_size = 0", ["train.micro_batch_size = 0", "at least 1"]),
+    (
+        "train",
+        "micro_batch_size = 64",
+        ["train.micro_batch_size = 64 is larger than train.global_batch_size = 32"],
+    ),
+    ("train", "seed = -1", ["train.seed = -1", "at least 0"]),
+    ("train", "seed = 9223372036854775808", ["train.seed", "64 bits"]),
+    ("train", "activation_checkpointing = true", ['one of "none", "full", "selective"']),
+    ("mesh", "dp_shard = 0", ["mesh.dp_shard = 0 must be -1 or a whole number of at least 1"]),
+    ("mesh", "dp_shard = -2", ["mesh.dp_shard = -2 must be -1 or"]),
+    ("mesh", "tp = 0", ["mesh.tp = 0"]),
+    ("mesh", "tp = [2]", ["mesh.tp = [2]"]),
+    ("optim", "eps = 0", ["optim.eps = 0 must be a number above 0"]),
+    ("optim", "eps = nan", ["optim.eps = nan must be a finite number"]),
+    ("optim", "weight_decay = inf", ["optim.weight_decay = inf must be a finite number"]),
+    ("optim", "weight_decay = -0.1", ["optim.weight_decay = -0.1", "at least 0"]),
+    ("optim", "betas = [0.9, 1.0]", ["optim.betas = [0.9, 1.0]", "below 1"]),
+    ("optim", "betas = [0.9]", ["optim.betas = [0.9] must be an array of 2"]),
+    ("optim", "betas = 0.9", ["optim.betas = 0.9"]),
+    ("optim", "max_grad_norm = 0", ["optim.max_grad_norm = 0"]),
+    ("optim", "name = 'muon'", ['optim.name = "muon" must be "adamw"']),
+    ("schedule", "kind = 'cosin'", ['schedule.kind = "cosin"', '"constant", "linear", "cosine", "wsd"']),
+    ("schedule", "warmup_steps = 10", ["schedule.warmup_steps = 10 must be less than train.steps = 10"]),
+    ("schedule", "warmup_steps = -1", ["schedule.warmup_steps = -1"]),
+    ("schedule", "min_lr_ratio = 1.5", ["schedule.min_lr_ratio = 1.5", "at least 0 and at most 1"]),
+    ("schedule", "decay_steps = 3", ["schedule.decay_steps = 3", 'kind = "wsd"']),
+    ("schedule", "kind = 'wsd'\ndecay_steps = 8\nwarmup_steps = 3", ["together more than train.steps = 10"]),
+    ("data", "packing = 1", ["data.packing = 1 must be true or false"]),
+    ("data", "tokenizer = ''", ["data.tokenizer", "not empty"]),
+    ("checkpoint", "keep = 0", ["checkpoint.keep = 0"]),
+    ("checkpoint", "every = -1", ["checkpoint.every = -1"]),
+    ("checkpoint", "resume = false", ["checkpoint.resume = false"]),
+    ("log", "every = 0", ["log.every = 0"]),
+    ("fsdp", "param_dtype = 'fp8'", ['fsdp.param_dtype = "fp8"', '"float32", "bfloat16", "float16"']),
+    ("model", "type = 'qwen3'", ["model.name", "model.type", "exclude each other"]),
+    ("model", "config = 3", ["model.config = 3 must be a table"]),
+    ("model", "config = {a = {b = 2024-01-01}}", ["model.config.a.b = 2024-01-01 is a date"]),
+    ("model", "config = {a = [nan]}", ["model.config.a = nan must be a finite number"]),
+    ("tp", "plan = {x = 3}", ["tp.plan", "a table of strings"]),
+    ("mesh", "fsdp_size = 2\ndp_shard = 2", ["mesh.fsdp_size = 2 and mesh.dp_shard = 2 are the same key"]),
+]
+
+
+@pytest.mark.parametrize(("section", "line", "words"), WRONG, ids=[f"{s}-{x}" for s, x, _ in WRONG])
+def test_what_is_wrong_is_named(recipe: Any, section: str, line: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe(with_line(line, section))
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert "r.toml" in message
+
+
+LATER = [
+    ("fsdp", "mode = 'manual'"),
+    ("fsdp", "modules = {a = ['keep_full_weight']}"),
+    ("fsdp", "cpu_offload = true"),
+    ("fsdp", "param_dtype = 'float16'"),
+    ("fsdp", "reduce_dtype = 'float16'"),
+    ("tp", "plan = {a = 'colwise'}"),
+    ("tp", "sequence_parallel = true"),
+    ("ep", "plan = {a = 'x'}"),
+    ("cp", "kind = 'ring'"),
+    ("model", "experts = 'grouped_mm'"),
+    ("model", "dtype = 'bfloat16'"),
+    ("data", "format = 'chat'"),
+    ("checkpoint", "async = true"),
+    ("checkpoint", "verify = true"),
+    ("log", "tensorboard = true"),
+    ("train", "compile = true"),
+    ("train", "activation_checkpointing = 'selective'"),
+]
+
+
+@pytest.mark.parametrize(("section", "line"), LATER)
+def test_what_comes_later_is_refused_and_not_ignored(recipe: Any, section: str, line: str) -> None:
+    with pytest.raises(RecipeError, match=r"is not available in this version: .* \(.*r\.toml, line \d+\)$"):
+        recipe(with_line(line, section))
+
+
+def test_every_key_that_comes_later_has_its_case() -> None:
+    assert {(section, line.split(" =")[0]) for section, line in LATER} == set(NOT_YET)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("model", "name"),
+        ("data", "path"),
+        ("data", "seq_len"),
+        ("optim", "lr"),
+        ("train", "steps"),
+        ("run", "dir"),
+    ],
+)
+def test_required_keys_are_asked_for(recipe: Any, path: tuple[str, str]) -> None:
+    text = re.sub(rf"(\[{path[0]}\]\n(?:\w.*\n)*?){path[1]} = .*\n", r"\1", MINIMAL)
+    with pytest.raises(RecipeError, match=rf"^{path[0]}\.{path[1]} is required"):
+        recipe(text)
+
+
+def test_an_error_names_the_line(recipe: Any) -> None:
+    with pytest.raises(RecipeError, match=r"r\.toml, line 9\)"):
+        recipe(MINIMAL.replace("steps = 10", "stpes = 10"))
+    with pytest.raises(RecipeError, match=r'train\.steps = "ten" must be .*line 9\)'):
+        recipe(MINIMAL.replace("steps = 10", 'max_steps = "ten"'))
+    text = 'train.steps = "x"\n' + MINIMAL.replace("[train]\nsteps = 10\n", "")
+    with pytest.raises(RecipeError, match=r"line 1\)"):
+        recipe(text)
+    prose = MINIMAL.replace('path = "data"', 'path = """\n[train]\nsteps = 1\n"""\ntokenizer = 3')
+    with pytest.raises(RecipeError, match=r"data\.tokenizer = 3 .*line 8\)"):
+        recipe(prose)
+
+
+def test_several_errors_come_together_and_at_most_five(recipe: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe(with_line("tp = 0\ncp = 0\nep = 0\ndp_shard = 0\nx = 1\ny = 2", "mesh"))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert lines[-1].endswith("and 1 more")
+
+
+@pytest.mark.parametrize("text", ["", "model = 3", "[[model]]\nname='x'", "model = 'x'\n" + MINIMAL[30:]])
+def test_sections_must_be_tables(recipe: Any, text: str) -> None:
+    with pytest.raises(RecipeError):
+        recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[model", "not valid TOML"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"a = " + b"9" * 5000, "not valid TOML"),
+        (b"a = " + b"[" * 20000, "not valid TOML"),
+        (b"[a]\n[a]\n", "not valid TOML"),
+        (b"a = 1\r b = 2", "not valid TOML"),
+    ],
+)
+def test_files_that_are_not_toml(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "f.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=words) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match="is a directory"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / ("x" * 300))
+
+
+def test_from_scratch(recipe: Any) -> None:
+    text = MINIMAL.replace('name = "org/model"', 'type = "llama"')
+    with pytest.raises(RecipeError, match=r'data\.tokenizer is required .*"bytes"'):
+        recipe(text)
+    r = recipe(text, "data.tokenizer=bytes")
+    assert (r.model.name, r.model.type, r.model.init) == (None, "llama", "random")
+    with pytest.raises(RecipeError, match=r'model\.init = "pretrained" contradicts model\.type'):
+        recipe(text, "data.tokenizer=bytes", "model.init=pretrained")
+    with pytest.raises(RecipeError, match=r"model\.name is required: .*model\.type"):
+        recipe(MINIMAL.replace('name = "org/model"\n', ""))
+
+
+def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:
+    text = MINIMAL.replace(
+        'name = "org/model"', 'type = "llama"\nconfig = {hidden_size = 8, rope = {theta = 1.5}}'
+    )
+    for r in (
+        recipe(),
+        recipe(text, "data.tokenizer=bytes", 'run.dir="ä \\"b\\" \\n"', "optim.eps=1e-12"),
+        recipe(MINIMAL, "schedule.kind=wsd", "schedule.decay_steps=2", "train.seed=9223372036854775807"),
+    ):
+        assert recipe(to_toml(r)) == r
+        assert "async = false" in to_toml(r)
+        assert tomli.loads(to_toml(r))["train"]["micro_batch_size"] == 4
+
+
+SAMPLES: dict[str, Any] = {"name": "n", "type": "t", "attn": "eager", "lr": 0.5, "eps": 0.5, "kind": "linear"}
+SAMPLES |= {
+    "experts": "auto",
+    "dtype": "float32",
+    "packing": False,
+    "max_grad_norm": 0.5,
+    "min_lr_ratio": 0.5,
+}
+SAMPLES |= {"activation_checkpointing": True, "resume": "never", "dir": "d"}
+
+
+@pytest.mark.parametrize(("section", "alias"), ALIASES)
+def test_aliases_are_read_with_a_note(recipe: Any, section: str, alias: str) -> None:
+    key = ALIASES[section, alias]
+    value = SAMPLES.get(key, 3)
+    text = re.sub(rf"(\[{section}\]\n(?:\w.*\n)*?){key} = .*\n", r"\1", MINIMAL)
+    extra = []
+    if key == "type":
+        text = text.replace('name = "org/model"\n', "")
+        extra = ["data.tokenizer=bytes"]
+    header = f"[{section}]\n"
+    line = f"{alias} = {json.dumps(value)}\n"
+    text = text.replace(header, header + line) if header in text else text + header + line
+    r = recipe(text, *extra)
+    expected = dict(VALUES.get((section, alias), [])).get(value, value)
+    assert getattr(getattr(r, section), key) == expected
+    (note,) = r.notes
+    assert f"{section}.{alias} is read as {section}.{key}" in note
+
+
+def test_peers_values_are_read_too(recipe: Any) -> None:
+    assert recipe(MINIMAL, "train.gradient_checkpointing=false").train.activation_checkpointing == "none"
+    assert recipe(MINIMAL, "schedule.lr_scheduler_type=constant_with_warmup").schedule.kind == "constant"
+    with pytest.raises(RecipeError, match=r"train\.activation_checkpointing = 1 must be"):
+        recipe(MINIMAL, "train.gradient_checkpointing=1")
+
+
+def test_set_overrides(recipe: Any) -> None:
+    r = recipe(
+        MINIMAL,
+        "train.steps=7",
+        "model.name=org/other",
+        "optim.betas=[0.8, 0.9]",
+        "model.config.hidden_size=8",
+        "model.config.rope.theta=2.5",
+        "run.dir=2026-01-31",
+        "data.path=a=b",
+        "mesh.fsdp_size=2",
+        "mesh.tp=2",
+        "mesh={cp=3}",
+    )
+    assert (r.train.steps, r.model.name, r.optim.betas) == (7, "org/other", (0.8, 0.9))
+    assert r.model.config == {"hidden_size": 8, "rope": {"theta": 2.5}}
+    assert (r.run.dir, r.data.path) == ("2026-01-31", "a=b")
+    assert (r.mesh.dp_shard, r.mesh.tp, r.mesh.cp) == (2, 2, 3)
+    assert recipe(with_line("dp_shard = 4", "mesh"), "mesh.fsdp_size=2").mesh.dp_shard == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.steps", "not of the form section.key=value"),
+        ("=3", "not of the form section.key=value"),
+        ("train..steps=3", "not of the form section.key=value"),
+        ("train.=3", "not of the form section.key=value"),
+        ("a b=3", "not of the form section.key=value"),
+        ("a=1\nb=2", "section"),
+        ("train.steps=[1", "looks like TOML but is not valid"),
+        ("train.steps=ten", r'train\.steps = "ten" must be a whole number.* \(--set train\.steps=ten\)'),
+        ("train.steps=", r'train\.steps = "" must be'),
+        ("train.stpes=3", r'\[train\] has no key "stpes"; did you mean "steps"\? \(--set train\.stpes=3\)'),
+        ("trian.steps=3", r"did you mean \[train\]\?"),
+        ("train=3", "train = 3 must be a table"),
+        ("train.steps.x=3", r"train\.steps = \{"),
+        ("run.dir=\udcff", "not of the form"),
+        ("train.steps=" + "9" * 5000, "train.steps"),
+    ],
+)
+def test_set_refuses(recipe: Any, argument: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        recipe(MINIMAL, argument)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_are_frozen(recipe: Any) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        recipe().train.steps = 3
+
+
+def test_the_schema_file_has_not_drifted() -> None:
+    stored = json.loads((ROOT / "recipes" / "schema.json").read_text())
+    assert stored == json_schema(), "run: python -m ndtrain.recipe > recipes/schema.json"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_in_the_repository_loads(path: Path) -> None:
+    assert load_recipe(path).notes == ()
