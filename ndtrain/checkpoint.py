@@ -117,9 +117,7 @@ def local_boxes(
     splits: dict[int, dict[int, int | None]] = defaultdict(dict)
     for mesh_dim, placement in enumerate(placements):
         if placement.is_partial():
-            raise NdtrainError(
-                f"a tensor with placements {tuple(placements)} cannot be saved: it is not reduced yet"
-            )
+            raise NdtrainError(f"a tensor with placements {tuple(placements)} cannot be saved: it is not reduced yet")
         if not placement.is_replicate():
             splits[placement.dim % len(shape)][mesh_dim] = getattr(placement, "split_factor", None)
     per_dim: list[list[tuple[int, int, int]]] = []
@@ -164,9 +162,7 @@ def _held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
         for box in boxes
         for start, size, limit in zip(box.local_offsets, box.sizes, local.shape, strict=True)
     ):
-        raise NdtrainError(
-            f"{key}: local shape {tuple(local.shape)} does not fit {detached.placements} on {mesh}"
-        )
+        raise NdtrainError(f"{key}: local shape {tuple(local.shape)} does not fit {detached.placements} on {mesh}")
     return local, boxes
 
 
@@ -395,9 +391,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
                 raise DamagedError(f"{directory}: {key} is no scalar")
             for piece in pieces:
                 if _DTYPES.get(piece.dtype) != tensor.dtype:
-                    raise DamagedError(
-                        f"{directory}: {key} is {piece.dtype} in {piece.file.name}, not {tensor.dtype}"
-                    )
+                    raise DamagedError(f"{directory}: {key} is {piece.dtype} in {piece.file.name}, not {tensor.dtype}")
             for box in boxes:
                 covered = 0
                 for piece in pieces:
@@ -410,9 +404,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
                     if any(s <= 0 for s in sizes):
                         continue
                     covered += math.prod(sizes)
-                    inner = tuple(
-                        at - o + lo for at, o, lo in zip(low, box.offsets, box.local_offsets, strict=True)
-                    )
+                    inner = tuple(at - o + lo for at, o, lo in zip(low, box.offsets, box.local_offsets, strict=True))
                     target = _view(local, Box((), sizes, inner))
                     source = tuple(
                         slice(at - o, at - o + s) for at, o, s in zip(low, piece.offsets, sizes, strict=True)
@@ -420,9 +412,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
                     by_file[piece.file].append((key, target, source))
                 wanted_here = math.prod(box.sizes)
                 if covered != wanted_here:
-                    raise DamagedError(
-                        f"{directory}: {key} has {covered:,} of {wanted_here:,} values at {box.offsets}"
-                    )
+                    raise DamagedError(f"{directory}: {key} has {covered:,} of {wanted_here:,} values at {box.offsets}")
         for file, wanted in sorted(by_file.items()):
             try:
                 with safe_open(file, framework="pt") as source_file:
@@ -485,9 +475,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DamagedError(f"{directory}: manifest.json is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"{directory}: manifest.json is damaged ({type(error).__name__}: {error})"
-        ) from error
+        raise DamagedError(f"{directory}: manifest.json is damaged ({type(error).__name__}: {error})") from error
     return manifest
 
 
@@ -647,9 +635,7 @@ class CheckpointStore:
 # The optimizer's tensors
 
 
-def _trainable(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[tuple[str, Tensor, dict[str, Any]]]:
+def _trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
     """(name, parameter, its group) of every trainable parameter, tied ones once. NdtrainError if one has no
     group."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -679,9 +665,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, *, step: int
-) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, *, step: int) -> None:
     """Loads AdamW's moments from a tensor directory and sets every parameter's step; collective.
 
     Gradients need not be there, and do no harm. DamagedError as load_tensors.

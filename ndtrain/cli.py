@@ -49,9 +49,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        show = getattr(
-            error, "show", None
-        )  # the usage errors of the click inside Typer, which it does not export
+        show = getattr(error, "show", None)  # the usage errors of the click inside Typer, which it does not export
         if show is None:
             raise
         if speaks:
@@ -76,7 +74,7 @@ def _root(
 
 @app.command()
 def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Train: under torchrun as one of its workers, otherwise with a local worker for each rank of the mesh."""
+    """Train: under torchrun as one of its workers, otherwise with a local worker for each rank."""
     resolved = _load(recipe, set_)
     if "RANK" not in os.environ:
         ranks = _local_world_size(resolved)
@@ -113,9 +111,7 @@ def inspect(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A step-... directory of a run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 5GB.")] = "5GB",
 ) -> None:
     """Write a checkpoint as the safetensors directory that from_pretrained reads."""

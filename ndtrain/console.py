@@ -183,7 +183,9 @@ def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
         table = Table(box=None, pad_edge=False)
         columns = ("parameter", "x", "shape", "tp style", "placements", "FSDP unit", "on this rank", "bytes")
         for column in columns:
-            table.add_column(column, justify="right" if column in ("x", "bytes") else "left", no_wrap=column != "FSDP unit")
+            table.add_column(
+                column, justify="right" if column in ("x", "bytes") else "left", no_wrap=column != "FSDP unit"
+            )
         for name, count, row in _fold(report):
             axes = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
             unit = re.sub(r"\.\d+$", ".*", row["unit"]) if count > 1 else row["unit"]
@@ -200,7 +202,10 @@ def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
         console.print(table, markup=False)
         for who in ("rank", "largest_rank", "all_ranks"):
             held = report["bytes"][who]
-            label = {"rank": f"rank {rank}", "largest_rank": f"largest (rank {report['bytes']['largest_rank']['rank']})"}
+            label = {
+                "rank": f"rank {rank}",
+                "largest_rank": f"largest (rank {report['bytes']['largest_rank']['rank']})",
+            }
             console.print(
                 f"{label.get(who, 'all ranks'):>20}: {size(held['total'])} = parameters {size(held['parameters'])} + "
                 f"gradients {size(held['gradients'])} + AdamW {size(held['optimizer'])}",

@@ -152,9 +152,7 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     return out
 
 
-def build_cache(
-    files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None
-) -> Path:
+def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None) -> Path:
     """The directory of the cache of these files' tokens; tokenizes only when it is not there yet.
 
     A document is stored as [bos?] + its tokens + [eos]; empty ones are skipped. One document at a time is in
@@ -330,9 +328,7 @@ class Order:
         while count > 0:
             epoch, place = divmod(cursor, self.n_samples)
             take = min(count, self.n_samples - place)
-            ids = (
-                self._permutation(epoch)[place : place + take] if self.shuffle else range(place, place + take)
-            )
+            ids = self._permutation(epoch)[place : place + take] if self.shuffle else range(place, place + take)
             parts.append(np.asarray(ids, dtype=np.int64))
             cursor, count = cursor + take, count - take
         return np.concatenate(parts)
@@ -388,9 +384,7 @@ class GlobalBatches:
             rows = [self.samples[int(ids[place if place < len(ids) else 0])] for place in places]
             for filler in rows[max(0, len(ids) - first) :]:
                 filler["labels"].fill(IGNORE)
-            batches.append(
-                {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-            )
+            batches.append({name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
         return batches
 
 

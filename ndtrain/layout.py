@@ -22,7 +22,10 @@ def fsdp_over(placement: Placement, tp: int) -> Placement:
 
 
 def local_box(
-    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Global offsets and sizes of the one box that a rank holds.
 

@@ -109,9 +109,13 @@ def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime) -> 
 def _read_whole(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     import transformers
 
+    whole: Any
+    report: Any
+
     try:
-        whole, report = transformers.AutoModelForCausalLM.from_pretrained(
-            recipe.model.name,
+        # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
+        whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            str(recipe.model.name),
             config=copy.deepcopy(model.config),
             dtype=torch.float32,
             trust_remote_code=recipe.model.trust_remote_code,
@@ -187,7 +191,7 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe) -> None:
         config = LoadStateDictConfig(
             device_map={"": next(model.parameters()).device},
             dtype=torch.float32,
-            weight_mapping=get_model_conversion_mapping(model),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         )
         report, _ = convert_and_load_state_dict_in_model(model, slices, config)
     except Exception as error:
@@ -298,5 +302,3 @@ def _owner(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:
         if isinstance(candidate, PreTrainedModel) and any(m is module for m in candidate.modules()):
             owner = candidate
     return owner
-
-

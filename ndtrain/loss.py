@@ -40,7 +40,12 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, labels: Tensor, scale: Tensor, head: Callable[[Tensor], Tensor], *weights: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        head: Callable[[Tensor], Tensor],
+        *weights: Tensor,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
@@ -56,7 +61,10 @@ class _ChunkedHead(torch.autograd.Function):
             for i, grad in enumerate(grads[1:]):
                 # Chunks are added in float32, so that their number does not change the gradient of a bf16 head.
                 weight_grads[i] = grad.float() if weight_grads[i] is None else weight_grads[i].add_(grad)  # type: ignore[union-attr]
-        ctx.grads = [hidden_grad, *(g.to(w.dtype) for g, w in zip(weight_grads, weights, strict=True) if g is not None)]
+        ctx.grads = [
+            hidden_grad,
+            *(g.to(w.dtype) for g, w in zip(weight_grads, weights, strict=True) if g is not None),
+        ]
         return total
 
     @staticmethod
@@ -88,7 +96,7 @@ class LossModel:
                 if self._labels is None:
                     return project(hidden)
                 assert self._scale is not None
-                weights = [p for p in head.parameters(recurse=False)]
+                weights = list(head.parameters(recurse=False))
                 flat = hidden.reshape(-1, hidden.shape[-1])
                 return _ChunkedHead.apply(flat, self._labels, self._scale, project, *weights)
 
@@ -120,7 +128,7 @@ class LossModel:
 
     @staticmethod
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of cross-entropy of `[B, S, V]` logits; only a chunk of them is in float32 at a time, recomputed backward."""
+        """Sum of cross-entropy of `[B, S, V]` logits, a chunk of them in float32 at a time, made again in backward."""
         if isinstance(logits, DTensor):
             logits = logits.full_tensor()
         flat = logits.reshape(-1, logits.shape[-1])

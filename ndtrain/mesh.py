@@ -28,7 +28,14 @@ class MeshSizes:
 
     @classmethod
     def resolve(
-        cls, world_size: int, *, dp_replicate: int = 1, dp_shard: int = -1, cp: int = 1, tp: int = 1, ep: int = 1
+        cls,
+        world_size: int,
+        *,
+        dp_replicate: int = 1,
+        dp_shard: int = -1,
+        cp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
     ) -> MeshSizes:
         """Fill in `dp_shard = -1` for `world_size` ranks and check every rule.
 
@@ -44,7 +51,8 @@ class MeshSizes:
             if world_size % others:
                 raise RecipeError(
                     f"{_product(given, skip='dp_shard')} = {others} does not divide the {world_size} ranks; "
-                    f"start a multiple of {others} ranks ({_multiples(others, world_size)}), or {_nearest(given, world_size)}"
+                    f"start a multiple of {others} ranks ({_multiples(others, world_size)}), "
+                    f"or {_nearest(given, world_size)}"
                 )
             dp_shard = world_size // others
         elif others * dp_shard != world_size:

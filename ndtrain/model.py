@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from ndtrain.errors import PlanError, RecipeError
+from ndtrain.errors import RecipeError
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     try:
         if section.type is not None:
             return transformers.AutoConfig.for_model(section.type, **overrides)
-        config = transformers.AutoConfig.from_pretrained(
-            section.name, trust_remote_code=section.trust_remote_code
-        )
+        config = transformers.AutoConfig.from_pretrained(str(section.name), trust_remote_code=section.trust_remote_code)
     except Exception as error:
         what = f'model.type = "{section.type}"' if section.type else f'model.name = "{section.name}"'
         raise RecipeError(f"{what} gives no config: {_first_line(error)}") from error
@@ -45,11 +43,12 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
 def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """The causal LM on the meta device in its master dtype (float32): shapes and names, no memory.
 
-    `model.export_config` is the config to publish with its weights, in the dtype to publish them in. Raises `RecipeError` for a config that is no
-    causal LM or that the model's own code rejects.
+    `model.export_config` is the config to publish with its weights, in the dtype to publish them in. Raises
+    `RecipeError` for a config that is no causal LM or that the model's own code rejects.
     """
     config = config if config is not None else load_config(recipe)
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    if not known and not getattr(config, "auto_map", None):
         raise RecipeError(f'model type "{config.model_type}" is not a causal language model of transformers')
     export_dtype = getattr(config, "dtype", None) or torch.float32
     try:
@@ -119,7 +118,11 @@ class ByteTokenizer:
 
 def _byte_letters() -> list[str]:
     """GPT-2's printable letter for every byte value."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     spare = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 

@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [{"params": params} for params in groups.values()],
         lr=section.lr,
-        betas=tuple(section.betas),
+        betas=(section.betas[0], section.betas[1]),
         eps=section.eps,
         weight_decay=section.weight_decay,
         fused=True,

@@ -22,10 +22,9 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         # transformers.distributed moves between releases (read at 5.23); this is its one caller.
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-        rules = dict(plan.tp_rules)
-        for name, style in plan.tp_rules.items():
-            for param, _ in model.get_submodule(name).named_parameters(recurse=False):
-                rules[f"{name}.{param}"] = style
+        # The parameters of a ruled module, then the module itself; a tied alias gets its parameter from `tie`.
+        params = {fqn: plan.tp_rules.get(fqn.rpartition(".")[0]) for fqn, _ in model.named_parameters()}
+        rules = {fqn: style for fqn, style in params.items() if style} | plan.tp_rules
         apply_tensor_parallelism(model, meshes.tp, rules)
         tie(model)
     if recipe.train.activation_checkpointing == "full":

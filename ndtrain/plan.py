@@ -130,12 +130,8 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     if head is None:
         notes.append("the head's output is changed before the loss: logits are held in the compute dtype")
     owner = {module: unit.name for unit in units for module in unit.modules}
-    params = tuple(
-        _param_plan(fqn, param, sizes, rules=rules, owner=owner) for fqn, param in model.named_parameters()
-    )
-    summed = tuple(
-        fqn for fqn, _ in model.named_parameters() if _rule_of(fqn, rules)[0] == SUMMED_STYLE
-    )
+    params = tuple(_param_plan(fqn, param, sizes, rules=rules, owner=owner) for fqn, param in model.named_parameters())
+    summed = tuple(fqn for fqn, _ in model.named_parameters() if _rule_of(fqn, rules)[0] == SUMMED_STYLE)
     return Plan(
         model_type=model_type,
         sizes=sizes,
@@ -204,9 +200,7 @@ def find_blocks(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _units(
-    model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str], recipe: Recipe
-) -> Iterator[Unit]:
+def _units(model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str], recipe: Recipe) -> Iterator[Unit]:
     """Units in the order in which FSDP wraps them: a module before the one that contains it; the root is implied."""
     names = {module: name for name, module in model.named_modules()}
     dtype_plan = model._get_dtype_plan(getattr(torch, recipe.fsdp.param_dtype))
@@ -264,6 +258,7 @@ def _plain_head(model: PreTrainedModel) -> str | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward))))
     except (OSError, TypeError, SyntaxError):
         return None
+    tree = _drop_unset(tree, model.config.get_text_config())
     writes = [
         node
         for node in ast.walk(tree)
@@ -278,6 +273,24 @@ def _plain_head(model: PreTrainedModel) -> str | None:
         return None
     reads = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "logits" and isinstance(n.ctx, ast.Load)]
     return name if len(reads) <= 3 else None
+
+
+def _drop_unset(tree: ast.Module, config: object) -> ast.Module:
+    """`tree` without the blocks that run only `if self.config.NAME is not None`, where this config has None."""
+
+    class Dropper(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST:
+            match node.test:
+                case ast.Compare(
+                    left=ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr="config"), attr=option),
+                    ops=[ast.IsNot()],
+                    comparators=[ast.Constant(value=None)],
+                ) if not node.orelse and getattr(config, option, 0) is None:
+                    return ast.Pass()
+            self.generic_visit(node)
+            return node
+
+    return Dropper().visit(tree)
 
 
 def _target(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> ast.AST:
@@ -339,9 +352,7 @@ def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> N
             whole = math.gcd(*(n for c in (heads, kv_heads) for n in (c if isinstance(c, list) else [c]) if n))
             allowed = [n for n in range(1, whole + 1) if whole % n == 0]
             words = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else "1"
-            raise PlanError(
-                f"mesh.tp = {tp} does not divide the {count} {kind} heads of {what}; tp may be {words}"
-            )
+            raise PlanError(f"mesh.tp = {tp} does not divide the {count} {kind} heads of {what}; tp may be {words}")
 
 
 def _check_siblings(what: str, modules: dict[str, nn.Module], rules: dict[str, str], tp: int) -> None:
@@ -386,9 +397,7 @@ def _refuse(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise PlanError(f'{what} cannot recompute its blocks; set train.activation_checkpointing = "none"')
     if sizes.tp > 1:
-        dropout = next(
-            (k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0), None
-        )
+        dropout = next((k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0), None)
         if dropout:
             raise PlanError(
                 f"{what} has {dropout} = {getattr(config, dropout, None)}: dropout under mesh.tp > 1 is not supported "

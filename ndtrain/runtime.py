@@ -56,9 +56,7 @@ def start() -> Iterator[Runtime]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=STEP_TIMEOUT)
     else:
-        dist.init_process_group(
-            backend, timeout=STEP_TIMEOUT, store=dist.HashStore(), rank=rank, world_size=world_size
-        )
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT, store=dist.HashStore(), rank=rank, world_size=world_size)
     try:
         yield Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
     finally:

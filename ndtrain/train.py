@@ -11,10 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 import ndtrain
 from ndtrain import data as data_module
@@ -33,7 +34,7 @@ from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runtime import Runtime
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Reporter(Protocol):
@@ -88,9 +89,7 @@ def sizes_for(recipe: Recipe, world_size: int) -> MeshSizes:
 class Trainer:
     """One run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
 
-    def __init__(
-        self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, runtime: Runtime, reporter: Reporter
-    ):
+    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, runtime: Runtime, reporter: Reporter):
         self.recipe, self.plan, self.model = recipe, plan, model
         self.runtime, self.reporter = runtime, reporter
         self.sizes = plan.sizes
@@ -106,7 +105,7 @@ class Trainer:
         """Tokenize, shard, load or resume. Every refusal comes before the first weight is read."""
         recipe, runtime = self.recipe, self.runtime
         self.tokenizer = load_tokenizer(recipe)
-        vocab = self.model.get_input_embeddings().weight.shape[0]
+        vocab = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type]
         if self.tokenizer.vocab_size > vocab:
             raise RecipeError(
                 f"data.tokenizer has {self.tokenizer.vocab_size} tokens, but the model only {vocab}; "
@@ -207,14 +206,19 @@ class Trainer:
         if self.step >= recipe.train.steps:
             self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
         while self.step < recipe.train.steps:
-            metrics = self._train_step()
-            if self.runtime.is_main:
-                self.sink.write(metrics)
-            show = self.step % recipe.log.every == 0 or self.step == recipe.train.steps
-            self.reporter.step(metrics, steps=recipe.train.steps, show=show)
-            due = recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0
-            if due or self.step == recipe.train.steps:
-                self.save()
+            self.train_step()
+
+    def train_step(self) -> StepMetrics:
+        """One optimizer step, told and logged, and its checkpoint where one is due."""
+        recipe = self.recipe
+        metrics = self._train_step()
+        if self.runtime.is_main:
+            self.sink.write(metrics)
+        last = self.step == recipe.train.steps
+        self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
+        if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
+            self.save()
+        return metrics
 
     def _train_step(self) -> StepMetrics:
         recipe, meshes, device = self.recipe, self.meshes, self.runtime.device
@@ -235,7 +239,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
-            self.model.set_requires_all_reduce(i == len(batches) - 1)
+            cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
             total += self.loss_model.backward(batch, count=count)
         if self.plan.tp_summed:
             sum_over_tp(self.model, self.plan.tp_summed, meshes.tp.get_group())
@@ -301,11 +305,11 @@ class Trainer:
 
 def save_extras(directory: Path, model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) -> None:
     """Write config, generation config and tokenizer beside the tensors."""
-    model.export_config.save_pretrained(directory)
+    cast("PreTrainedConfig", model.export_config).save_pretrained(directory)
     if model.can_generate():
         # A generation config that its own library would refuse to save must not lose the checkpoint.
         with suppress(ValueError):
-            model.generation_config.save_pretrained(directory)
+            cast(Any, model.generation_config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

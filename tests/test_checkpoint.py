@@ -162,9 +162,7 @@ def build(name: str, *, fill: bool) -> dict[str, Tensor]:
         ("fsdp.empty", (3, 2), Shard(0)),
     ):
         whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
-        module = One(
-            distribute_tensor(whole if fill else whole * 0, mesh["tp"], (placement,), src_data_rank=None)
-        )
+        module = One(distribute_tensor(whole if fill else whole * 0, mesh["tp"], (placement,), src_data_rank=None))
         fully_shard(module, mesh=mesh["dp"])
         tensors[key] = module.weight
     return tensors
@@ -365,9 +363,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, wanted: dict[str, Tensor],
         load_tensors(tmp_path, wanted)
 
 
-@pytest.mark.parametrize(
-    "garbage", [b"", b"\xff" * 40, b"\x02" + b"\0" * 7 + b"[]", b"\x08" + b"\0" * 7 + b'{"a": 1}']
-)
+@pytest.mark.parametrize("garbage", [b"", b"\xff" * 40, b"\x02" + b"\0" * 7 + b"[]", b"\x08" + b"\0" * 7 + b'{"a": 1}'])
 def test_garbage_headers_are_refused(tmp_path: Path, garbage: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(garbage)
     with pytest.raises(DamagedError, match=r"x\.safetensors"):

@@ -40,9 +40,7 @@ def outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stand-ins for the modules that `run` imports; returns the recipes that were run."""
     ran: list[Any] = []
-    monkeypatch.setitem(
-        sys.modules, "ndtrain.train", SimpleNamespace(run=lambda recipe, _: ran.append(recipe))
-    )
+    monkeypatch.setitem(sys.modules, "ndtrain.train", SimpleNamespace(run=lambda recipe, _: ran.append(recipe)))
     monkeypatch.setitem(sys.modules, "ndtrain.console", SimpleNamespace(Reporter=object))
     monkeypatch.setattr(ndtrain, "train", sys.modules["ndtrain.train"], raising=False)
     monkeypatch.setattr(ndtrain, "console", sys.modules["ndtrain.console"], raising=False)
@@ -51,8 +49,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
     code = (
-        "import sys, ndtrain.cli; "
-        "print([m for m in ('torch', 'transformers', 'rich', 'pydantic') if m in sys.modules])"
+        "import sys, ndtrain.cli; print([m for m in ('torch', 'transformers', 'rich', 'pydantic') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
@@ -99,9 +96,7 @@ def test_usage_errors_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: Any, argum
     assert capsys.readouterr().err == ""
 
 
-def test_only_rank_0_speaks_and_every_rank_exits_alike(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any, bad: str
-) -> None:
+def test_only_rank_0_speaks_and_every_rank_exits_alike(monkeypatch: pytest.MonkeyPatch, capsys: Any, bad: str) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert call(monkeypatch, "run", bad) == 2
@@ -161,18 +156,14 @@ def test_a_larger_mesh_starts_its_workers(monkeypatch: pytest.MonkeyPatch, train
 def test_the_launcher_ends_with_its_workers_exit_code(tmp_path: Path) -> None:
     (tmp_path / "ndtrain").mkdir()
     (tmp_path / "ndtrain" / "__init__.py").write_text("")
-    worker = (
-        "import os, sys, time\nif os.environ['RANK'] == '0': print('one line', file=sys.stderr)\nsys.exit({})"
-    )
+    worker = "import os, sys, time\nif os.environ['RANK'] == '0': print('one line', file=sys.stderr)\nsys.exit({})"
     code = (
         f"import sys; sys.path.insert(0, {str(Path(cli.__file__).parent.parent)!r})\n"
         "from ndtrain import cli; sys.exit(cli._launch(2, ['run', 'x']))"
     )
     for status in (0, 3):
         (tmp_path / "ndtrain" / "__main__.py").write_text(worker.format(status))
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, "one line\n")
 
 

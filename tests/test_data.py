@@ -151,9 +151,7 @@ def test_the_order_is_fixed_by_the_seed_for_good() -> None:
         Order(3, seed=-1, shuffle=True)
 
 
-def gather(
-    samples: Samples, order: Order, *, size: int, micro: int, ranks: int, cursor: int
-) -> dict[str, Any]:
+def gather(samples: Samples, order: Order, *, size: int, micro: int, ranks: int, cursor: int) -> dict[str, Any]:
     """All rows of the global batch in slot order, and the targets of all ranks."""
     loaders = [
         GlobalBatches(
@@ -247,16 +245,12 @@ def test_a_cache_hit_does_not_tokenize_again(folder: Path) -> None:
     reports: list[tuple[int, int]] = []
     files = find_files(str(folder))
     cache_dir = folder.parent / "cache"
-    path = build_cache(
-        files, first, cache_dir=cache_dir, progress=lambda done, total: reports.append((done, total))
-    )
+    path = build_cache(files, first, cache_dir=cache_dir, progress=lambda done, total: reports.append((done, total)))
     assert build_cache(files, second, cache_dir=cache_dir) == path
     assert first.calls == 6 and second.calls == 0  # the empty document is skipped
     total = sum(map(len, TEXTS))
     assert reports[-1] == (total, total)
-    assert [p.name for p in cache_dir.iterdir() if p.name != ".digests.json"] == [path.name], (
-        "nothing left over"
-    )
+    assert [p.name for p in cache_dir.iterdir() if p.name != ".digests.json"] == [path.name], "nothing left over"
 
 
 def test_two_tokenizers_have_two_caches(folder: Path) -> None:
@@ -361,9 +355,7 @@ def test_jsonl_lines_are_documents(tmp_path: Path) -> None:
     assert make_cache(data).key != cache.key, "the same bytes as one document are another cache"
 
 
-@pytest.mark.parametrize(
-    "line", [b'{"text": "cut', b'{"content": "x"}', b'["text"]', b'{"text": 3}', b"\xff"]
-)
+@pytest.mark.parametrize("line", [b'{"text": "cut', b'{"content": "x"}', b'["text"]', b'{"text": 3}', b"\xff"])
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
@@ -385,9 +377,7 @@ def test_file_directory_and_glob(tmp_path: Path) -> None:
     assert names(tmp_path / "**" / "*") == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt", "n.pyc", "w.bin"]
     assert names(tmp_path / "*.txt") == ["[1].txt", "b.txt"]
     build_cache(find_files(str(tmp_path)), Bytes(), cache_dir=tmp_path / "cache")
-    assert names(tmp_path) == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt"], (
-        "a cache beside the data is no data"
-    )
+    assert names(tmp_path) == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt"], "a cache beside the data is no data"
 
 
 def test_a_path_that_matches_nothing_is_a_recipe_error(tmp_path: Path) -> None:

@@ -256,9 +256,7 @@ def test_from_scratch(recipe: Any) -> None:
 
 
 def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:
-    text = MINIMAL.replace(
-        'name = "org/model"', 'type = "llama"\nconfig = {hidden_size = 8, rope = {theta = 1.5}}'
-    )
+    text = MINIMAL.replace('name = "org/model"', 'type = "llama"\nconfig = {hidden_size = 8, rope = {theta = 1.5}}')
     for r in (
         recipe(),
         recipe(text, "data.tokenizer=bytes", 'run.dir="ä \\"b\\" \\n"', "optim.eps=1e-12"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from tests import tiny
 from tests.ranks import get_pool
 
@@ -32,8 +33,8 @@ def ranks_of(mesh: dict[str, int]) -> int:
     return product
 
 
-def trained(path: str, overrides: list[str]) -> dict[str, Any]:
-    """One run on the ranks of a pool: its metrics and the sample ids of every step."""
+def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[str, Any]:
+    """One run on the ranks of a pool, killed after `stop` steps: its metrics and the sample ids of every step."""
     import torch.distributed as dist
 
     from ndtrain.model import meta_model
@@ -50,7 +51,8 @@ def trained(path: str, overrides: list[str]) -> dict[str, Any]:
     trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Silent())
     trainer.prepare()
     first = trainer.cursor
-    trainer.train()
+    while trainer.step < (stop or recipe.train.steps):
+        trainer.train_step()
     size = recipe.train.global_batch_size
     ids = [trainer.batches.sample_ids(c).tolist() for c in range(first, trainer.cursor, size)]
     lines = (Path(recipe.run.dir) / "metrics.jsonl").read_text().splitlines()

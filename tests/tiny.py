@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def write_corpus(directory: Path) -> Path:
 
     text = Path(source.__file__).read_text(encoding="utf-8")
     cuts = [0, 40, 53, 300, 1100, 1107, 2500, 2900, 4200, 6000, 8000, 9000]
-    for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
         (directory / f"{i:02}.txt").write_text(text[a:b], encoding="utf-8")
     return directory
 

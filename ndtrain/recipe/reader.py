@@ -281,11 +281,7 @@ def _words(schema: dict[str, Any]) -> str:
             return f"an array of {schema['minItems']}, each {_words(schema['prefixItems'][0])}"
         case "object":
             values = schema.get("additionalProperties")
-            return (
-                "a table of strings"
-                if isinstance(values, dict) and values.get("type") == "string"
-                else "a table"
-            )
+            return "a table of strings" if isinstance(values, dict) and values.get("type") == "string" else "a table"
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
     bounds = [
@@ -293,6 +289,4 @@ def _words(schema: dict[str, Any]) -> str:
         for word, bound in (("of at least", low), ("above", above), ("at most", high), ("below", below))
         if bound is not None
     ]
-    return " ".join(
-        ["a whole number" if schema["type"] == "integer" else "a number", " and ".join(bounds)]
-    ).strip()
+    return " ".join(["a whole number" if schema["type"] == "integer" else "a number", " and ".join(bounds)]).strip()

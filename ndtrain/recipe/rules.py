@@ -67,8 +67,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if model.name is None and model.type is None:
         yield (
             ("model", "name"),
-            "model.name is required: a local directory or hub id; or, to start from scratch, "
-            'model.type, e.g. "qwen3"',
+            'model.name is required: a local directory or hub id; or, to start from scratch, model.type, e.g. "qwen3"',
         )
     if model.name is not None and model.type is not None:
         yield (
@@ -125,8 +124,7 @@ def not_yet(recipe: Recipe) -> Iterator[Problem]:
 def dotted(path: Path) -> str:
     """`("tp", "plan", "a.b")` as TOML spells it: `tp.plan."a.b"`."""
     return ".".join(
-        key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else show(key)
-        for key in path
+        key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else show(key) for key in path
     )
 
 

@@ -47,9 +47,7 @@ class MeshSection(Section):
     """Sizes of the mesh axes; world size = dp_replicate x dp_shard x cp x tp."""
 
     dp_replicate: Size = Field(1, description="Replicas of the sharded model.")
-    dp_shard: Literal[-1] | Size = Field(
-        -1, description="Ranks that shard parameters; -1 takes what is left."
-    )
+    dp_shard: Literal[-1] | Size = Field(-1, description="Ranks that shard parameters; -1 takes what is left.")
     cp: Size = Field(1, description="Ranks that split a sequence.")
     tp: Size = Field(1, description="Ranks that split each matrix.")
     ep: Size = Field(1, description="Ranks that split the experts; carved out of dp_shard x cp x tp.")
@@ -112,17 +110,13 @@ class OptimSection(Section):
     betas: Betas = Field((0.9, 0.95), description="Decay of the running averages.")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the denominator.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Gradients are clipped to this norm."
-    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
 class ScheduleSection(Section):
     """Learning rate over the steps."""
 
-    kind: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "cosine", description="Shape after the warm-up."
-    )
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="Shape after the warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Final lr over peak lr.")
     decay_steps: Size | None = Field(
@@ -146,9 +140,7 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     """Saving and resuming."""
 
-    every: Annotated[int, Field(ge=0)] = Field(
-        100, description="Steps between checkpoints; 0 = only at the end."
-    )
+    every: Annotated[int, Field(ge=0)] = Field(100, description="Steps between checkpoints; 0 = only at the end.")
     keep: Size = Field(2, description="Newest checkpoints kept.")
     async_: bool = Field(False, alias="async", description="Write while training goes on.")
     resume: Text = Field(

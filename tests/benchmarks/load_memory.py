@@ -1,0 +1,200 @@
+"""Memory and time of loading weights on a rank that is not rank 0: ndtrain's modes, transformers' and torch's.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/load_memory.py
+
+Every case runs in processes of its own. The figure is the growth of the rank's RssAnon + RssShmem (private and shared
+memory, without pages of mapped files), sampled every millisecond, over what it was before the weights got memory. The
+growth of VmHWM, which counts the mapped file too and is exact, is printed beside it.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+CASES = {
+    "ndtrain-rank0": 'ndtrain `load.mode = "rank0"`',
+    "ndtrain-sharded": 'ndtrain `load.mode = "sharded"`',
+    "transformers": "transformers `from_pretrained(distributed_config=...)`",
+    "torch": "torch `set_model_state_dict(..., broadcast_from_rank0=True)`",
+}
+SLACK = 150e6
+
+
+def status() -> dict[str, int]:
+    """Bytes of /proc/self/status by key."""
+    text = Path("/proc/self/status").read_text()
+    return {k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.M)}
+
+
+class Peak:
+    """Growth of memory between entering and leaving."""
+
+    def __enter__(self) -> "Peak":
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = status()
+        self._own, self._all = before["RssAnon"] + before["RssShmem"], before["VmRSS"]
+        self._top, self._stop = self._own, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        self._begin = time.perf_counter()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.001):
+            now = status()
+            self._top = max(self._top, now["RssAnon"] + now["RssShmem"])
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._begin
+        self._stop.set()
+        self._thread.join()
+        after = status()
+        self.own = max(self._top, after["RssAnon"] + after["RssShmem"]) - self._own
+        self.all = after["VmHWM"] - self._all
+
+
+def worker(case: str, model_dir: Path, out: Path) -> None:
+    """One rank of one case; rank 1 writes what it saw."""
+    import torch
+    import torch.distributed as dist
+    import transformers
+
+    from ndtrain.runtime import start
+
+    transformers.logging.set_verbosity_error()
+    with start() as runtime:
+        dist.barrier()  # gloo's own buffers are there before
+        if case.startswith("ndtrain"):
+            from ndtrain.load import load_weights, materialize
+            from ndtrain.mesh import build_mesh
+            from ndtrain.model import meta_model
+            from ndtrain.parallelize import parallelize
+            from ndtrain.plan import make_plan
+            from ndtrain.recipe import load_recipe
+            from ndtrain.train import sizes_for
+            from tests.tiny import recipe_text
+
+            text = recipe_text(
+                model={"name": str(model_dir)},
+                load={"mode": case.removeprefix("ndtrain-")},
+                data={"path": ".", "seq_len": 32, "tokenizer": "bytes"},
+                optim={"lr": 1e-3},
+                train={"steps": 1},
+                run={"dir": "run"},
+            )
+            path = out.with_suffix(f".{runtime.rank}.toml")
+            path.write_text(text)
+            recipe = load_recipe(path, [])
+            model = meta_model(recipe)
+            plan = make_plan(model, sizes_for(recipe, runtime.world_size), recipe)
+            parallelize(model, plan, build_mesh(plan.sizes, runtime.device.type), recipe=recipe)
+            with Peak() as peak:
+                materialize(model, runtime)
+                load_weights(model, plan, recipe=recipe, runtime=runtime)
+        elif case == "transformers":
+            from transformers.distributed import DistributedConfig
+
+            config = DistributedConfig(fsdp_size=runtime.world_size)
+            with Peak() as peak:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    model_dir, dtype=torch.float32, distributed_config=config
+                )
+        else:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+            from torch.distributed.fsdp import fully_shard
+
+            with torch.device("meta"):
+                config = transformers.AutoConfig.from_pretrained(model_dir)
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            with Peak() as peak:
+                whole: dict[str, Any] = {}
+                if runtime.is_main:
+                    whole = transformers.AutoModelForCausalLM.from_pretrained(
+                        model_dir, dtype=torch.float32
+                    ).state_dict()
+                model.to_empty(device="cpu")
+                set_model_state_dict(model, whole, options=options)
+        own = 0
+        for param in model.parameters():
+            assert param.device.type == "cpu"
+            own += param.to_local().nbytes
+        if runtime.rank == 1:
+            largest = max(p.numel() * 4 for p in model.parameters())
+            row = {"own": peak.own, "all": peak.all, "shards": own, "largest": largest, "seconds": peak.seconds}
+            out.write_text(json.dumps(row))
+        dist.barrier()
+
+
+def save_model(path: Path, layers: int) -> None:
+    """A random Llama of about 1.5 GB in float32 at 10 layers."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=1536,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=False,
+        dtype=torch.float32,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        case, model_dir, out = options.worker
+        return worker(case, Path(model_dir), Path(out))
+    rows: dict[str, list[dict[str, float]]] = {case: [] for case in options.cases}
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir, out = Path(folder) / "model", Path(folder) / "row.json"
+        save_model(model_dir, options.layers)
+        for _ in range(options.rounds):
+            for case in options.cases:
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+                command += [__file__, "--worker", case, str(model_dir), str(out)]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ}
+                )
+                if done.returncode:
+                    sys.exit(f"{case} failed:\n{done.stderr[-4000:]}")
+                rows[case].append(json.loads(out.read_text()))
+    first = rows[options.cases[0]][0]
+    limit = first["shards"] + first["largest"] + SLACK
+    print(
+        f"Shards of rank 1 {first['shards'] / 1e6:.0f} MB, largest tensor {first['largest'] / 1e6:.0f} MB, limit "
+        f"(shards + one tensor + {SLACK / 1e6:.0f} MB) {limit / 1e6:.0f} MB. Worst of {options.rounds} rounds; time: best.\n"
+    )
+    print("| loader | peak growth, MB | of the limit | with mapped files, MB | seconds |")
+    print("|---|---|---|---|---|")
+    for case, seen in rows.items():
+        own, mapped = max(r["own"] for r in seen), max(r["all"] for r in seen)
+        seconds = min(r["seconds"] for r in seen)
+        print(f"| {CASES[case]} | {own / 1e6:.0f} | {own / limit:.2f} | {mapped / 1e6:.0f} | {seconds:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The plan says what parallelize does, for any world size, and refuses what cannot be trained rightly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+
+from ndtrain.errors import PlanError
+from ndtrain.mesh import MeshSizes, build_mesh
+from ndtrain.model import meta_model
+from ndtrain.parallelize import parallelize
+from ndtrain.plan import Plan, make_plan
+from ndtrain.recipe import Recipe, load_recipe
+from tests import tiny
+
+GPT2_DROPOUT = {"summary_first_dropout": 0.0}
+EXTRA: dict[str, dict[str, Any]] = {
+    "cohere": {**tiny.DENSE, "tie_word_embeddings": True},
+    "granite": {**tiny.DENSE, "tie_word_embeddings": True},
+    "mamba": {"vocab_size": 261, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4},
+}
+
+
+def recipe_for(tmp_path: Path, kind: str, config: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    base = copy.deepcopy(tiny.CONFIGS.get(kind) or EXTRA[kind])
+    eager = {"attn": "eager"} if kind in ("gemma2", "mamba") else {}
+    path = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": kind, "config": {**base, **(config or {})}, **eager},
+        corpus=tmp_path,
+        run_dir=tmp_path / "run",
+        **sections,
+    )
+    return load_recipe(path)
+
+
+def plan_for(recipe: Recipe, sizes: MeshSizes) -> tuple[transformers.PreTrainedModel, Plan]:
+    model = meta_model(recipe)
+    return model, make_plan(model, sizes, recipe)
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """A process group of any size in this process, whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+APPLIED = [
+    ("llama", MeshSizes(), 0),
+    ("llama", MeshSizes(1, 4), 3),
+    ("llama", MeshSizes(1, 3), 2),
+    ("llama", MeshSizes(1, 2, 1, 2), 1),
+    ("llama", MeshSizes(1, 3, 1, 4), 10),
+    ("llama", MeshSizes(2, 2, 1, 2), 6),
+    ("llama", MeshSizes(1, 1, 1, 4), 2),
+    ("llama", MeshSizes(4, 4, 1, 4), 45),
+    ("llama", MeshSizes(8, 32, 1, 4), 777),
+    ("qwen3", MeshSizes(1, 2, 1, 2), 2),
+    ("qwen3", MeshSizes(2, 1, 1, 2), 3),
+    ("qwen3", MeshSizes(16, 16, 1, 4), 1023),
+    ("gemma3_text", MeshSizes(1, 4), 1),
+    ("gemma3_text", MeshSizes(1, 2, 1, 2), 3),
+    ("gemma3_text", MeshSizes(1, 32, 1, 2), 63),
+    ("gemma3_text", MeshSizes(2, 2), 2),
+    ("gpt2", MeshSizes(1, 8), 7),
+    ("gpt2", MeshSizes(2, 512), 600),
+    ("qwen3_moe", MeshSizes(1, 8), 5),
+    ("qwen3_moe", MeshSizes(4, 16), 63),
+    ("phi3", MeshSizes(2, 32), 33),
+    ("gemma2", MeshSizes(1, 2, 1, 2), 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "rank"), APPLIED, ids=[f"{k}-{s.describe()}-rank{r}".replace(" ", "") for k, s, r in APPLIED]
+)
+def test_parallelize_gives_exactly_what_the_plan_says(tmp_path: Path, kind: str, sizes: MeshSizes, rank: int) -> None:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    recipe = recipe_for(tmp_path, kind)
+    model, plan = plan_for(recipe, sizes)
+    with fake_world(rank, sizes.world_size):
+        parallelize(model, plan, build_mesh(sizes, "cpu"), recipe=recipe)
+        params = dict(model.named_parameters())
+        assert list(params) == [p.fqn for p in plan.params]
+        for planned in plan.params:
+            param = params[planned.fqn]
+            assert isinstance(param, DTensor), planned.fqn
+            assert param.is_meta
+            assert tuple(param.shape) == planned.shape
+            assert param.dtype == planned.dtype == torch.float32
+            assert param.placements == planned.placements, planned.fqn
+            assert param.device_mesh.mesh_dim_names == planned.axes, planned.fqn
+            local = tuple(param.to_local().shape)
+            assert local == planned.box(sizes, rank)[1], planned.fqn
+        assert sum(p.to_local().numel() for p in params.values()) == plan.rank_numel(rank)
+        wrapped = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+        assert wrapped == {module for unit in plan.units for module in unit.modules} | {""}
+        for alias, source in plan.tied.items():
+            assert model.get_parameter(alias) is model.get_parameter(source)
+
+
+@pytest.mark.parametrize(
+    "sizes", [MeshSizes(1, 3, 1, 4), MeshSizes(2, 2, 1, 2), MeshSizes(1, 16, 1, 2), MeshSizes(1, 7)]
+)
+def test_the_boxes_of_all_ranks_cover_every_parameter_once(tmp_path: Path, sizes: MeshSizes) -> None:
+    _, plan = plan_for(recipe_for(tmp_path, "qwen3"), sizes)
+    for param in plan.params:
+        if "tp" in param.axes and all(not p.is_shard() or p.dim != 0 for p in param.placements[-1:]):
+            copies = sizes.dp_replicate * (sizes.tp if param.placements[-1].is_replicate() else 1)
+        else:
+            copies = sizes.dp_replicate * (1 if "tp" in param.axes else sizes.tp)
+        count = torch.zeros(param.shape, dtype=torch.int32)
+        for rank in range(sizes.world_size):
+            offsets, lengths = param.box(sizes, rank)
+            count[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))] += 1
+        assert bool((count == copies).all()), param.fqn
+
+
+def test_tp_coverage_counts_what_is_cut(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "llama")
+    assert plan_for(recipe, MeshSizes(1, 4))[1].tp_coverage == 0
+    model, plan = plan_for(recipe, MeshSizes(1, 2, 1, 2))
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    assert plan.tp_coverage == pytest.approx(1 - norms / plan.numel)
+    assert plan.numel == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2"])
+def test_tied_weights_are_gathered_in_one_unit(tmp_path: Path, kind: str) -> None:
+    model, plan = plan_for(recipe_for(tmp_path, kind), MeshSizes(1, 2))
+    (alias,), (source,) = plan.tied.keys(), plan.tied.values()
+    owners = [u for u in plan.units for m in u.modules if f"{m}.weight" in (alias, source)]
+    assert len(owners) == 2 and owners[0] is owners[1]
+    assert not owners[0].reshard
+    assert [p.fqn for p in plan.params if p.fqn in (alias, source)] == [source]
+
+
+def test_an_untied_embedding_is_a_unit_of_its_own_and_the_head_shares_one_with_the_norm(tmp_path: Path) -> None:
+    _, plan = plan_for(recipe_for(tmp_path, "llama"), MeshSizes(1, 2))
+    assert [u.modules for u in plan.units] == [
+        ("model.layers.0",),
+        ("model.layers.1",),
+        ("model.embed_tokens",),
+        ("model.norm", "lm_head"),
+    ]
+    assert [u.reshard for u in plan.units] == [True, True, True, False]
+    assert plan.blocks == ("model.layers.0", "model.layers.1")
+    units = {u.name for u in plan.units} | {"root"}
+    assert {p.unit for p in plan.params} <= units
+
+
+def test_q_and_k_norms_are_summed_by_ndtrain_not_by_the_upstream_hook(tmp_path: Path) -> None:
+    _, plan = plan_for(recipe_for(tmp_path, "qwen3"), MeshSizes(1, 1, 1, 2))
+    assert len(plan.tp_summed) == 4
+    assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in plan.tp_summed)
+    assert not any("norm" in name for name in plan.tp_rules)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "head"),
+    [
+        ("llama", {}, "lm_head"),
+        ("qwen3", {}, "lm_head"),
+        ("gpt2", {}, "lm_head"),
+        ("qwen3_moe", {}, "lm_head"),
+        ("gemma3_text", {}, "lm_head"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, None),
+        ("gemma2", {}, None),
+        ("cohere", {}, None),
+        ("granite", {}, None),
+    ],
+)
+def test_only_an_unchanged_head_is_called_plain(
+    tmp_path: Path, kind: str, config: dict[str, Any], head: str | None
+) -> None:
+    _, plan = plan_for(recipe_for(tmp_path, kind, config), MeshSizes())
+    assert plan.head == head
+    assert any("logits are held" in note for note in plan.notes) == (head is None)
+
+
+TP2 = MeshSizes(1, 1, 1, 2)
+REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[str]]] = {
+    "gpt2 has no tp plan": ("gpt2", GPT2_DROPOUT, TP2, {}, ["gpt2", "no tensor-parallel plan", "mesh.tp = 2", "dp_shard"]),
+    "phi3 is fused": ("phi3", {}, TP2, {}, ["phi3", "mesh.tp = 2", "not supported yet; set mesh.tp = 1"]),
+    "qwen3_moe tp": ("qwen3_moe", {}, TP2, {}, ["qwen3_moe", "moe_tp_experts", "set mesh.tp = 1"]),
+    "ep": ("qwen3_moe", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["mesh.ep = 2", "set mesh.ep = 1"]),
+    "cp": ("llama", {}, MeshSizes(1, 1, 2, 1), {}, ["mesh.cp = 2", "set mesh.cp = 1"]),
+    "attention heads": ("llama", {}, MeshSizes(1, 1, 1, 3), {}, ["mesh.tp = 3", "4 attention heads of llama", "tp may be 1, 2 or 4"]),
+    "too many": ("qwen3", {}, MeshSizes(1, 1, 1, 8), {}, ["mesh.tp = 8", "4 attention heads of qwen3", "1, 2 or 4"]),
+    "kv heads": ("llama", {"num_key_value_heads": 2}, MeshSizes(1, 1, 1, 4), {}, ["mesh.tp = 4", "2 key-value heads", "1 or 2"]),
+    "one kv head": ("gemma3_text", {"num_key_value_heads": 1}, TP2, {}, ["mesh.tp = 2", "1 key-value heads", "tp may be 1"]),
+    "dropout": ("llama", {"attention_dropout": 0.1}, TP2, {}, ["attention_dropout = 0.1", "model.config.attention_dropout = 0.0"]),
+    "mamba packs": ("mamba", {}, MeshSizes(), {"data": {"packing": True}}, ["mamba", "mixes along the sequence", "data.packing = false"]),
+    "router loss": ("qwen3_moe", {"output_router_logits": True}, MeshSizes(), {}, ["qwen3_moe", "model.config.output_router_logits = false"]),
+    "positions": ("gpt2", {}, MeshSizes(), {"data": {"seq_len": 256}}, ["data.seq_len = 256", "128 learned positions of gpt2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_trained_rightly_is_refused_with_the_way_out(tmp_path: Path, case: str) -> None:
+    kind, config, sizes, sections, words = REFUSALS[case]
+    recipe = recipe_for(tmp_path, kind, config, **sections)
+    model = meta_model(recipe)
+    with pytest.raises(PlanError) as caught:
+        make_plan(model, sizes, recipe)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "sizes", "sections"),
+    [
+        ("llama", {"attention_dropout": 0.1}, MeshSizes(1, 2), {}),
+        ("llama", {"num_key_value_heads": 2}, TP2, {}),
+        ("llama", {}, TP2, {"data": {"seq_len": 256}}),
+        ("gpt2", {}, MeshSizes(1, 2), {"data": {"seq_len": 128}}),
+        ("mamba", {}, MeshSizes(1, 2), {"data": {"packing": False}}),
+        ("phi3", {}, MeshSizes(1, 2), {}),
+    ],
+)
+def test_what_can_be_trained_is_not_refused(
+    tmp_path: Path, kind: str, config: dict[str, Any], sizes: MeshSizes, sections: dict[str, Any]
+) -> None:
+    _, plan = plan_for(recipe_for(tmp_path, kind, config, **sections), sizes)
+    assert plan.model_type == kind

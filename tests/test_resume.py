@@ -1,0 +1,70 @@
+"""Six steps equal three, a stop, another mesh, and three more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.ranks import get_pool
+from tests.test_train import MESHES, model_dir, ranks_of, trained, world  # noqa: F401
+
+
+def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: str) -> dict[str, Any]:  # noqa: F811
+    sizes = MESHES[mesh]
+    recipe = tiny.recipe_file(
+        folder / f"{mesh}-{steps}.toml",
+        model={"name": str(model_dir(world, kind))},
+        corpus=world["corpus"],
+        run_dir=folder / "run",
+        mesh=sizes,
+        steps=6,
+        batch_ranks=sizes.get("dp_replicate", 1) * sizes.get("dp_shard", 1),
+        checkpoint={"every": 3, "resume": "auto"},
+    )
+    return get_pool(ranks_of(sizes)).run(trained, str(recipe), [], steps, timeout=300)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("qwen3", "dp_shard2-tp2", "tp4"),
+        ("qwen3", "dp_shard4", "1"),
+        ("gemma3_text", "dp_replicate2-dp_shard2", "dp_shard2-tp2"),
+        ("gpt2", "dp_shard2", "dp_shard4"),
+    ],
+)
+def test_resume_on_another_mesh_continues_loss_rate_and_sample_order(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    kind: str,
+    first: str,
+    second: str,
+) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = start(world, tmp_path / "whole", mesh=first, steps=6, kind=kind)
+    begun = start(world, tmp_path / "cut", mesh=first, steps=3, kind=kind)
+    ended = start(world, tmp_path / "cut", mesh=second, steps=6, kind=kind)
+    assert [m["step"] for m in ended["metrics"]] == [1, 2, 3, 4, 5, 6]
+    assert begun["ids"] + ended["ids"] == whole["ids"]
+    assert [m["lr"] for m in ended["metrics"]] == [m["lr"] for m in whole["metrics"]]
+    for ours, theirs in zip(ended["metrics"], whole["metrics"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_resume_with_other_data_is_refused(world: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    start(world, tmp_path, mesh="1", steps=3, kind="gpt2")
+    recipe = tiny.recipe_file(
+        tmp_path / "other.toml",
+        model={"name": str(model_dir(world, "gpt2"))},
+        corpus=world["corpus"],
+        run_dir=tmp_path / "run",
+        checkpoint={"resume": "auto"},
+        data={"seq_len": 16},
+    )
+    with pytest.raises(AssertionError, match="was trained on other data"):
+        get_pool(1).run(trained, str(recipe), [], timeout=100)
