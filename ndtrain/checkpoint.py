@@ -590,6 +590,11 @@ class CheckpointStore:
                 self._clean()
         return final
 
+    def newest_step(self) -> int | None:
+        """Number of the newest published step, whole or not; None where there is none."""
+        steps = self._steps()
+        return steps[-1][0] if steps else None
+
     def newest_valid(self) -> tuple[Path | None, list[tuple[Path, str]]]:
         """The newest whole checkpoint, and (path, reason) of newer ones that are not; for rank 0."""
         refused: list[tuple[Path, str]] = []

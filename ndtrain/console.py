@@ -175,7 +175,7 @@ def _fold(report: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
-    console = Console(width=150, highlight=False, color_system=None)
+    console = Console(width=240, highlight=False, color_system=None)
     place = ", ".join(f"{k} {v}" for k, v in report["coordinate"].items() if k not in ("fsdp", "batch"))
     with console.capture() as capture:
         console.print(f"{plan.model_type}: {plan.numel:,} parameters on {plan.sizes.describe()}", markup=False)

@@ -31,11 +31,12 @@ def convert(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_
     check(source)
     try:
         config = transformers.AutoConfig.from_pretrained(source)
+        # read first: building the model writes its own dtype into the config
+        target = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise DamagedError(f"{source}/config.json names no model: {str(error).splitlines()[0]}") from error
-    target = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
     kept = model._get_dtype_plan(target)
     aliases = tied_keys(model)
     tensors: dict[str, torch.Tensor] = {}

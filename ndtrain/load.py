@@ -63,10 +63,16 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
             failure = error
         raise_together(failure)
     tie(model)
+    # One rank alone may hold the damaged shard; the others must not go on to wait for it.
+    raise_together(_nan_found(model, recipe))
+
+
+def _nan_found(model: PreTrainedModel, recipe: Recipe) -> DamagedError | None:
     for name, tensor in model.state_dict().items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.is_floating_point() and bool(local.isnan().any()):
-            raise DamagedError(f"{name} has NaN after loading from {recipe.model.name or recipe.model.type}")
+            return DamagedError(f"{name} has NaN after loading from {recipe.model.name or recipe.model.type}")
+    return None
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -120,6 +126,7 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
             dtype=torch.float32,
             trust_remote_code=recipe.model.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below with their names
         )
     except Exception as error:
         raise _unreadable(recipe, error) from error
@@ -194,6 +201,8 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe) -> None:
             weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         )
         report, _ = convert_and_load_state_dict_in_model(model, slices, config)
+    except RecipeError:
+        raise
     except Exception as error:
         raise _unreadable(recipe, error) from error
     missing = {k for k in report.missing_keys if k not in tied_keys(model)}
@@ -224,7 +233,7 @@ def _weight_files(recipe: Recipe) -> list[str]:
         return list(files)
     single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if single is None:
-        raise RecipeError('no safetensors files found; use load.mode = "rank0"')
+        raise RecipeError(f'model.name = "{name}" has no safetensors files; set load.mode = "rank0"')
     return [single]
 
 

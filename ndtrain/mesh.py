@@ -108,9 +108,8 @@ class MeshSizes:
     def describe(self) -> str:
         """The mesh in one line, axes of size 1 left out."""
         named = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
-        if self.ep > 1:
-            named.append(f"(ep {self.ep} inside)")
-        return " x ".join(named) or "1 rank"
+        inside = f" (ep {self.ep} inside)" if self.ep > 1 else ""
+        return (" x ".join(named) or "1 rank") + inside
 
 
 def _product(given: dict[str, int], *, skip: str = "") -> str:

@@ -7,9 +7,11 @@ import resource
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
+from ndtrain.errors import RecipeError
 from ndtrain.plan import Plan
 
 # Dense bf16 FLOP/s by device name, from NVIDIA's datasheets (A100, H100 SXM, H200, B200).
@@ -63,6 +65,29 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Sink(Protocol):
+    """Where steps are written, by rank 0."""
+
+    def write(self, metrics: StepMetrics) -> None: ...
+
+
+class TensorBoard:
+    """Writes each step's numbers as TensorBoard scalars. Raises `RecipeError` where the extra is not installed."""
+
+    def __init__(self, directory: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RecipeError("log.tensorboard = true needs the extra: pip install 'ndtrain[tensorboard]'") from error
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, metrics: StepMetrics) -> None:
+        for name, value in asdict(metrics).items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()
 
 
 class JsonLines:

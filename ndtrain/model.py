@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # transformers reports plan and loading details as warnings; ndtrain's own plan says what matters of them.
 transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 
 def load_config(recipe: Recipe) -> PreTrainedConfig:
@@ -60,6 +61,11 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
                 trust_remote_code=recipe.model.trust_remote_code,
             )
     except Exception as error:
+        if "attention implementation" in str(error) or "attn_implementation" in str(error):
+            raise RecipeError(
+                f'model.attn = "{recipe.model.attn}" does not work for {config.model_type}: {_first_line(error).split(". ")[0]}; '
+                'set model.attn = "eager"'
+            ) from error
         raise RecipeError(f'a "{config.model_type}" model cannot be built: {_first_line(error)}') from error
     model.export_config = copy.deepcopy(config)
     model.export_config.dtype = export_dtype

@@ -120,7 +120,10 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     model_type = model.config.model_type
     _refuse(model, sizes, recipe)
     notes: list[str] = []
-    rules = _tp_rules(model, sizes) if sizes.tp > 1 else {}
+    rules: dict[str, str] = {}
+    if sizes.tp > 1:
+        rules = _tp_rules(model, sizes)
+        _refuse_dropout(model)
     tied = tied_keys(model)
     blocks = tuple(find_blocks(model))
     units = tuple(_units(model, blocks, tied, recipe))
@@ -252,7 +255,7 @@ def _plain_head(model: PreTrainedModel) -> str | None:
     """
     head = _embeddings(model, "output")
     name = next((n for n, m in model.named_modules() if m is head), None)
-    if not isinstance(head, nn.Linear) or name is None or "." in name:
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or name is None or "." in name:
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward))))
@@ -396,17 +399,22 @@ def _refuse(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         raise PlanError(f"{what}: {reason}, so packed documents would see each other; set data.packing = false")
     if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise PlanError(f'{what} cannot recompute its blocks; set train.activation_checkpointing = "none"')
-    if sizes.tp > 1:
-        dropout = next((k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0), None)
-        if dropout:
-            raise PlanError(
-                f"{what} has {dropout} = {getattr(config, dropout, None)}: dropout under mesh.tp > 1 is not supported "
-                f"yet; set model.config.{dropout} = 0.0 or mesh.tp = 1"
-            )
     limit = getattr(config, "max_position_embeddings", None)
     learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not _embeddings(model, "input")]
     if limit and recipe.data.seq_len > limit and any(m.num_embeddings <= limit + 8 for m in learned):
         raise PlanError(f"data.seq_len = {recipe.data.seq_len} exceeds the {limit} learned positions of {what}")
+
+
+def _refuse_dropout(model: PreTrainedModel) -> None:
+    """Under tp every rank would drop other elements of what should be one replicated activation."""
+    what, config = model.config.model_type, model.config.get_text_config()
+    for key, value in config.to_dict().items():
+        # summary_* and classifier_* belong to other heads than the causal LM's
+        if "drop" in key and not key.startswith(("summary", "classifier")) and isinstance(value, float) and value > 0:
+            raise PlanError(
+                f"{what} has {key} = {value}: dropout under mesh.tp > 1 is not supported yet; "
+                f"set model.config.{key} = 0.0 or mesh.tp = 1"
+            )
 
 
 def _no_packing(model: PreTrainedModel, forward: object) -> str | None:

@@ -25,7 +25,16 @@ from ndtrain.errors import NdtrainError, RecipeError
 from ndtrain.load import load_weights, materialize, model_tensors
 from ndtrain.loss import LossModel
 from ndtrain.mesh import Meshes, MeshSizes, build_mesh
-from ndtrain.metrics import JsonLines, StepMetrics, flops_per_token, now, peak_flops, peak_memory_bytes
+from ndtrain.metrics import (
+    JsonLines,
+    Sink,
+    StepMetrics,
+    TensorBoard,
+    flops_per_token,
+    now,
+    peak_flops,
+    peak_memory_bytes,
+)
 from ndtrain.model import ByteTokenizer, HubTokenizer, load_tokenizer, meta_model
 from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_over_tp
 from ndtrain.parallelize import parallelize
@@ -116,6 +125,7 @@ class Trainer:
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
+        self._check_run_dir(state)
         if state is not None:
             self._check_state(state, found)
         self.reporter.info(self._arithmetic())
@@ -143,7 +153,9 @@ class Trainer:
         if runtime.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-            self.sink = JsonLines(self.run_dir / "metrics.jsonl")
+            self.sinks: list[Sink] = [JsonLines(self.run_dir / "metrics.jsonl")]
+            if recipe.log.tensorboard:
+                self.sinks.append(TensorBoard(self.run_dir / "tensorboard"))
 
     def _open_data(self) -> data_module.GlobalBatches:
         recipe, runtime = self.recipe, self.runtime
@@ -180,6 +192,15 @@ class Trainer:
             batch_ranks=self.sizes.batch,
         )
 
+    def _check_run_dir(self, state: dict[str, Any] | None) -> None:
+        """Refuse to train beside later checkpoints of another attempt: the next resume would take those."""
+        later = self.store.newest_step()
+        if later is not None and later > (state["step"] if state is not None else -1):
+            raise RecipeError(
+                f"{self.run_dir} already has a checkpoint of step {later}, from which the next resume would go on; "
+                'move its checkpoints away, choose another run.dir, or set checkpoint.resume = "auto"'
+            )
+
     def _check_state(self, state: dict[str, Any], found: Path | None) -> None:
         if state["data"] != self.batches.fingerprint or state["seed"] != self.recipe.train.seed:
             raise RecipeError(
@@ -213,7 +234,8 @@ class Trainer:
         recipe = self.recipe
         metrics = self._train_step()
         if self.runtime.is_main:
-            self.sink.write(metrics)
+            for sink in self.sinks:
+                sink.write(metrics)
         last = self.step == recipe.train.steps
         self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
         if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):

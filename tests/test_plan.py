@@ -143,7 +143,7 @@ def test_tp_coverage_counts_what_is_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt2"])
 def test_tied_weights_are_gathered_in_one_unit(tmp_path: Path, kind: str) -> None:
-    model, plan = plan_for(recipe_for(tmp_path, kind), MeshSizes(1, 2))
+    _, plan = plan_for(recipe_for(tmp_path, kind), MeshSizes(1, 2))
     (alias,), (source,) = plan.tied.keys(), plan.tied.values()
     owners = [u for u in plan.units for m in u.modules if f"{m}.weight" in (alias, source)]
     assert len(owners) == 2 and owners[0] is owners[1]
@@ -196,20 +196,68 @@ def test_only_an_unchanged_head_is_called_plain(
 
 TP2 = MeshSizes(1, 1, 1, 2)
 REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[str]]] = {
-    "gpt2 has no tp plan": ("gpt2", GPT2_DROPOUT, TP2, {}, ["gpt2", "no tensor-parallel plan", "mesh.tp = 2", "dp_shard"]),
+    "gpt2 has no tp plan": (
+        "gpt2",
+        GPT2_DROPOUT,
+        TP2,
+        {},
+        ["gpt2", "no tensor-parallel plan", "mesh.tp = 2", "dp_shard"],
+    ),
     "phi3 is fused": ("phi3", {}, TP2, {}, ["phi3", "mesh.tp = 2", "not supported yet; set mesh.tp = 1"]),
     "qwen3_moe tp": ("qwen3_moe", {}, TP2, {}, ["qwen3_moe", "moe_tp_experts", "set mesh.tp = 1"]),
     "ep": ("qwen3_moe", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["mesh.ep = 2", "set mesh.ep = 1"]),
     "cp": ("llama", {}, MeshSizes(1, 1, 2, 1), {}, ["mesh.cp = 2", "set mesh.cp = 1"]),
-    "attention heads": ("llama", {}, MeshSizes(1, 1, 1, 3), {}, ["mesh.tp = 3", "4 attention heads of llama", "tp may be 1, 2 or 4"]),
+    "attention heads": (
+        "llama",
+        {},
+        MeshSizes(1, 1, 1, 3),
+        {},
+        ["mesh.tp = 3", "4 attention heads of llama", "tp may be 1, 2 or 4"],
+    ),
     "too many": ("qwen3", {}, MeshSizes(1, 1, 1, 8), {}, ["mesh.tp = 8", "4 attention heads of qwen3", "1, 2 or 4"]),
-    "kv heads": ("llama", {"num_key_value_heads": 2}, MeshSizes(1, 1, 1, 4), {}, ["mesh.tp = 4", "2 key-value heads", "1 or 2"]),
-    "one kv head": ("gemma3_text", {"num_key_value_heads": 1}, TP2, {}, ["mesh.tp = 2", "1 key-value heads", "tp may be 1"]),
-    "dropout": ("llama", {"attention_dropout": 0.1}, TP2, {}, ["attention_dropout = 0.1", "model.config.attention_dropout = 0.0"]),
-    "mamba packs": ("mamba", {}, MeshSizes(), {"data": {"packing": True}}, ["mamba", "mixes along the sequence", "data.packing = false"]),
-    "router loss": ("qwen3_moe", {"output_router_logits": True}, MeshSizes(), {}, ["qwen3_moe", "model.config.output_router_logits = false"]),
-    "positions": ("gpt2", {}, MeshSizes(), {"data": {"seq_len": 256}}, ["data.seq_len = 256", "128 learned positions of gpt2"]),
-}  # fmt: skip
+    "kv heads": (
+        "llama",
+        {"num_key_value_heads": 2},
+        MeshSizes(1, 1, 1, 4),
+        {},
+        ["mesh.tp = 4", "2 key-value heads", "1 or 2"],
+    ),
+    "one kv head": (
+        "gemma3_text",
+        {"num_key_value_heads": 1},
+        TP2,
+        {},
+        ["mesh.tp = 2", "1 key-value heads", "tp may be 1"],
+    ),
+    "dropout": (
+        "llama",
+        {"attention_dropout": 0.1},
+        TP2,
+        {},
+        ["attention_dropout = 0.1", "model.config.attention_dropout = 0.0"],
+    ),
+    "mamba packs": (
+        "mamba",
+        {},
+        MeshSizes(),
+        {"data": {"packing": True}},
+        ["mamba", "mixes along the sequence", "data.packing = false"],
+    ),
+    "router loss": (
+        "qwen3_moe",
+        {"output_router_logits": True},
+        MeshSizes(),
+        {},
+        ["qwen3_moe", "model.config.output_router_logits = false"],
+    ),
+    "positions": (
+        "gpt2",
+        {},
+        MeshSizes(),
+        {"data": {"seq_len": 256}},
+        ["data.seq_len = 256", "128 learned positions of gpt2"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -155,7 +155,6 @@ LATER = [
     ("data", "format = 'chat'"),
     ("checkpoint", "async = true"),
     ("checkpoint", "verify = true"),
-    ("log", "tensorboard = true"),
     ("train", "compile = true"),
     ("train", "activation_checkpointing = 'selective'"),
 ]

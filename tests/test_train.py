@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from tests import tiny
 from tests.ranks import get_pool
@@ -138,3 +139,55 @@ def test_every_mesh_trains_like_plain_transformers(
     want = expected(world, kind, recipe)
     for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
         assert ours == pytest.approx(theirs, rel=1e-4), f"step {step + 1}"
+
+
+# (kind, mesh, what the recipe adds): the paths that the table above does not take.
+OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixture of experts": ("qwen3_moe", "dp_shard4", {}),
+    "fused projections": ("phi3", "dp_replicate2-dp_shard2", {}),
+    "soft-capped logits": ("gemma3_capped", "dp_shard2", {}),
+    "recomputed blocks": ("llama", "dp_shard2-tp2", {"train": {"activation_checkpointing": "full"}}),
+    "one document a row": ("qwen3", "dp_shard2", {"data": {"packing": False}}),
+    "weights kept gathered": ("qwen3", "dp_shard2", {"fsdp": {"reshard_after_forward": False}}),
+    "rows that do not divide": ("llama", "dp_shard4", {"train": {"micro_batch_size": 3}}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_train_like_plain_transformers(world: dict[str, Any], tmp_path: Path, option: str) -> None:
+    kind, mesh, more = OPTIONS[option]
+    sizes = MESHES[mesh]
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(model_dir(world, kind))},
+        corpus=world["corpus"],
+        run_dir=tmp_path / "run",
+        mesh=sizes,
+        accumulation=2,
+        steps=4,
+        batch_ranks=sizes.get("dp_replicate", 1) * sizes.get("dp_shard", 1),
+        **more,
+    )
+    result = get_pool(ranks_of(sizes)).run(trained, str(recipe), [], timeout=300)[0]
+    want = reference(model_dir(world, kind), recipe)
+    for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_bf16_compute_keeps_fp32_masters(world: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(model_dir(world, "qwen3"))},
+        corpus=world["corpus"],
+        run_dir=tmp_path / "run",
+        mesh=MESHES["dp_shard2-tp2"],
+        batch_ranks=2,
+        fsdp={"param_dtype": "bfloat16"},
+    )
+    result = get_pool(4).run(trained, str(recipe), [], timeout=300)[0]
+    for metrics, (loss, norm) in zip(result["metrics"], expected(world, "qwen3", recipe), strict=True):
+        assert metrics["loss"] == pytest.approx(loss, rel=2e-2)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=5e-2)
+    files = sorted((tmp_path / "run/checkpoints/step-00000008/model").glob("*.safetensors"))
+    assert {t.dtype for f in files for t in load_file(f).values()} == {torch.float32}

@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 256,
         "eos_token_id": 257,
     },
+    "gemma3_capped": {**DENSE, "sliding_window": 8, "tie_word_embeddings": True, "final_logit_softcapping": 2.0},
     "qwen3_moe": {
         **DENSE,
         "num_experts": 4,
@@ -53,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def save_model(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random model of `kind`; norms and biases too, so that a lost one shows."""
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
+    config = transformers.AutoConfig.for_model(kind.replace("_capped", "_text"), **CONFIGS[kind])
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for param in model.parameters():

@@ -52,7 +52,6 @@ NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
     ("data", "format"): (("text",), 'only "text" can be read for now'),
     ("checkpoint", "async"): ((False,), "checkpoints are written in the foreground for now; leave it false"),
     ("checkpoint", "verify"): ((False,), "hashes of checkpoint files come later; leave it false"),
-    ("log", "tensorboard"): ((False,), "TensorBoard events come later; metrics.jsonl holds every step"),
     ("train", "compile"): ((False,), "torch.compile comes later; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
