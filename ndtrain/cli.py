@@ -3,7 +3,9 @@ are imported inside the verbs, and the recipe is read before any of torch.
 """
 
 import os
+import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,9 @@ from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, S
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
+
+# How long another rank than 0 waits to be ended after an error: rank 0 may still be importing torch.
+LEAVE_AFTER_S = 10.0
 
 app = typer.Typer(
     name="ndtrain",
@@ -40,8 +45,8 @@ def main() -> None:
     except NdtrainError as error:
         if speaks:
             for line in str(error).splitlines() or [type(error).__name__]:
-                print(f"ndtrain: error: {line}", file=sys.stderr)
-        sys.exit(error.exit_code)
+                print(f"ndtrain: error: {line}", file=sys.stderr, flush=True)
+        _leave(error.exit_code, first=speaks)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -56,6 +61,21 @@ def main() -> None:
             show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int, *, first: bool) -> None:
+    """Exit with `code` on every rank, rank 0 first.
+
+    torchrun ends the other workers as soon as one has failed: were another rank first, rank 0 could be gone before it
+    has said why. A worker that torchrun ends while it waits keeps its own exit code.
+    """
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        if not first:
+            time.sleep(LEAVE_AFTER_S)
+    sys.exit(code)
 
 
 def _version(asked: bool) -> None:

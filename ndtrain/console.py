@@ -115,9 +115,8 @@ def inspect_text(recipe: Recipe, *, world_size: int | None, rank: int, as_json: 
 def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
     """The plan as JSON-ready data; bytes of one rank and of the largest, for float32 parameters, gradients, AdamW."""
     sizes = plan.sizes
-    # Ranks that differ only in dp_replicate hold the same, so one replica's ranks tell the largest.
-    per_rank = [plan.rank_numel(r) for r in range(sizes.world_size // sizes.dp_replicate)]
-    largest = max(range(len(per_rank)), key=per_rank.__getitem__)
+    # Every cut gives its first part the most, so rank 0 is a largest rank.
+    largest = 0
 
     def held(numel: int) -> dict[str, int]:
         return {"parameters": 4 * numel, "gradients": 4 * numel, "optimizer": 8 * numel, "total": 16 * numel}
@@ -132,8 +131,8 @@ def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
         "loss_in_head": plan.head is not None,
         "bytes": {
             "rank": held(plan.rank_numel(rank)),
-            "largest_rank": {"rank": largest, **held(per_rank[largest])},
-            "all_ranks": held(sum(per_rank) * sizes.dp_replicate),
+            "largest_rank": {"rank": largest, **held(plan.rank_numel(largest))},
+            "all_ranks": held(sum(p.numel * p.copies(sizes) for p in plan.params)),
         },
         "units": [asdict(unit) for unit in plan.units],
         "tied": plan.tied,

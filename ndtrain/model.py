@@ -62,8 +62,9 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
             )
     except Exception as error:
         if "attention implementation" in str(error) or "attn_implementation" in str(error):
+            reason = _first_line(error).split(". ")[0]
             raise RecipeError(
-                f'model.attn = "{recipe.model.attn}" does not work for {config.model_type}: {_first_line(error).split(". ")[0]}; '
+                f'model.attn = "{recipe.model.attn}" does not work for {config.model_type}: {reason}; '
                 'set model.attn = "eager"'
             ) from error
         raise RecipeError(f'a "{config.model_type}" model cannot be built: {_first_line(error)}') from error

@@ -74,6 +74,13 @@ class ParamPlan:
     def local_numel(self, sizes: MeshSizes, rank: int) -> int:
         return math.prod(self.box(sizes, rank)[1])
 
+    def copies(self, sizes: MeshSizes) -> int:
+        """How many times the mesh holds this parameter, all ranks together."""
+        cuts = (
+            getattr(sizes, a) for a, p in zip(self.axes, self.placements, strict=True) if not isinstance(p, Replicate)
+        )
+        return sizes.world_size // math.prod(cuts)
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)

@@ -1,0 +1,114 @@
+"""The commands as a user runs them: torchrun, the local launcher, inspect, exit codes, no leftovers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from tests import tiny
+from tests.test_train import MESHES
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def ndtrain(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ndtrain", *args], capture_output=True, text=True, env=ENV, timeout=300
+    )
+
+
+def torchrun(ranks: int, *args: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run([*launcher, "-m", "ndtrain", *args], capture_output=True, text=True, env=ENV, timeout=300)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": "qwen3", "config": tiny.CONFIGS["qwen3"]},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        mesh=MESHES["tp2"],
+        steps=3,
+        checkpoint={"resume": "auto"},
+    )
+
+
+def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path: Path) -> None:
+    first = torchrun(2, "run", str(recipe))
+    assert first.returncode == 0, first.stderr
+    assert "step 3/3" in first.stdout and "Traceback" not in first.stderr
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = "step loss grad_norm lr tokens tokens_per_second step_seconds mfu peak_memory_bytes time"
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(set(line) == set(keys.split()) and line["mfu"] is None for line in lines)
+    assert abs(lines[0]["loss"] - 5.56) < 0.2  # ln 261: nothing is learned yet
+    step = run / "checkpoints" / "step-00000003"
+    for name in ("model", "optim", "train_state.json", "manifest.json", "config.json", "tokenizer.json"):
+        assert (step / name).exists(), name
+
+    # the README's snippet
+    reader = HuggingFaceStorageReader(str(step / "model"))
+    stored = reader.read_metadata().state_dict_metadata
+    state = {k: torch.full(tuple(m.size), float("nan"), dtype=m.properties.dtype) for k, m in stored.items()}
+    with warnings.catch_warnings(action="ignore"):  # of torch, about the group that this process has not
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    assert state["model.embed_tokens.weight"].shape == (261, 64)
+    assert not any(t.isnan().any() for t in state.values())
+
+    # the local launcher, another mesh, two more steps
+    second = ndtrain("run", str(recipe), "--set", "train.steps=5", "--set", "mesh.tp=1", "--set", "mesh.dp_shard=2")
+    assert second.returncode == 0, second.stderr
+    assert "resumed from" in second.stdout and "step 5/5" in second.stdout
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
+
+    refused = ndtrain("run", str(recipe), "--set", 'checkpoint.resume="never"', "--set", "mesh.tp=1")
+    assert refused.returncode == 2 and "already has a checkpoint of step 5" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "words"),
+    [
+        (["mesh.tp=3"], 2, "needs 3 ranks, but 2 were started"),
+        (
+            ["model.config.num_attention_heads=3", "model.config.num_key_value_heads=3"],
+            3,
+            "mesh.tp = 2 does not divide",
+        ),
+        (["model.config.vocab_size=200", "model.config.pad_token_id=0"], 2, "data.tokenizer has 259 tokens"),
+    ],
+)
+def test_every_rank_ends_with_the_exit_code_and_one_line(
+    recipe: Path, overrides: list[str], code: int, words: str
+) -> None:
+    result = torchrun(2, "run", str(recipe), *[part for o in overrides for part in ("--set", o)])
+    said = [line for line in result.stderr.splitlines() if line.startswith("ndtrain: error:")]
+    assert len(said) == 1 and words in said[0], result.stderr
+    assert "ndtrain/train.py" not in result.stderr
+    assert result.stderr.count(f"exitcode  : {code} ") == 2, result.stderr
+
+
+def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
+    result = ndtrain("inspect", str(recipe), "--world-size", "8", "--set", "mesh.dp_shard=4", "--json", "--rank", "5")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    total = sum(torch.Size(p["shape"]).numel() for p in report["params"])
+    assert report["parameters"] == total
+    assert report["bytes"]["rank"]["parameters"] == sum(p["local_bytes"] for p in report["params"])
+    assert report["bytes"]["rank"]["optimizer"] == 2 * report["bytes"]["rank"]["parameters"]
+    copies = {"-": 2, "replicated_with_grad_allreduce": 2}  # tp 2 keeps these whole on each of its ranks
+    held = sum(torch.Size(p["shape"]).numel() * copies.get(p["style"], 1) for p in report["params"])
+    assert report["bytes"]["all_ranks"]["parameters"] == 4 * held
+    text = ndtrain("inspect", str(recipe), "--world-size", "8", "--set", "mesh.dp_shard=4")
+    assert "model.layers.{0-1}.self_attn.q_proj.weight" in text.stdout and "largest" in text.stdout
