@@ -78,13 +78,16 @@ class _ChunkedHead(torch.autograd.Function):
 class LossModel:
     """A model and its loss: `backward` runs one micro batch and adds to the gradients.
 
+    `pass_positions` hands the model each document's own positions, which packed rows need; rows of one document leave
+    them to the model.
+
     The gradient is that of sum of cross-entropy / `count`, where `count` is the number of target tokens of the global
     batch, so that gradients summed over ranks and micro batches are those of the mean loss.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, *, takes_positions: bool):
+    def __init__(self, model: PreTrainedModel, plan: Plan, *, pass_positions: bool):
         self.model = model
-        self.takes_positions = takes_positions
+        self.pass_positions = pass_positions
         self._inside_head = plan.head is not None
         self._labels: Tensor | None = None
         self._scale: Tensor | None = None
@@ -111,7 +114,7 @@ class LossModel:
         scale = torch.tensor(1.0 / max(1, count), dtype=torch.float32, device=device)
         labels = batch["labels"].reshape(-1)
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-        if self.takes_positions:
+        if self.pass_positions:
             inputs["position_ids"] = batch["position_ids"]
         if self._inside_head:
             self._labels, self._scale = labels, scale

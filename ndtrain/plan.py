@@ -140,6 +140,11 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     if head is None:
         notes.append("the head's output is changed before the loss: logits are held in the compute dtype")
     owner = {module: unit.name for unit in units for module in unit.modules}
+    for alias, source in tied.items():
+        if _unit_of(alias, owner) != _unit_of(source, owner):
+            raise PlanError(
+                f"{model_type}: {alias} and {source} are one tied weight in two FSDP units; not supported yet"
+            )
     params = tuple(_param_plan(fqn, param, sizes, rules=rules, owner=owner) for fqn, param in model.named_parameters())
     summed = tuple(fqn for fqn, _ in model.named_parameters() if _rule_of(fqn, rules)[0] == SUMMED_STYLE)
     return Plan(
@@ -383,7 +388,9 @@ def _check_siblings(what: str, modules: dict[str, nn.Module], rules: dict[str, s
 # ---- refusals that concern the whole model
 
 
-_MIXING = re.compile(r"mamba|ssm|recurrent|linear_?attn|linear_?attention|delta|rwkv|shortconv|retention", re.I)
+_MIXING = re.compile(
+    r"lightning|mamba|ssm|recurrent|linear_?attn|linear_?attention|delta|rwkv|shortconv|retention", re.I
+)
 
 
 def _refuse(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
@@ -434,4 +441,6 @@ def _no_packing(model: PreTrainedModel, forward: object) -> str | None:
     source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
     if "create_causal_mask" not in source and "create_masks_for_generate" not in source:
         return "it does not build its mask from position_ids"
+    if "position_ids_from_input_ids" in source or re.search(r"attention_mask = torch\.ones", source):
+        return "it replaces the mask or the positions that tell documents apart"
     return None

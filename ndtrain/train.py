@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import inspect
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import ndtrain
 from ndtrain import data as data_module
 from ndtrain import runtime as runtime_module
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
-from ndtrain.errors import NdtrainError, RecipeError
+from ndtrain.errors import NdtrainError, PlanError, RecipeError
 from ndtrain.load import load_weights, materialize, model_tensors
 from ndtrain.loss import LossModel
 from ndtrain.mesh import Meshes, MeshSizes, build_mesh
@@ -134,28 +133,73 @@ class Trainer:
 
         self.meshes = build_mesh(self.sizes, runtime.device.type)
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
-        forward = type(self.model).forward
         parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime)
         if found is None:
             load_weights(self.model, self.plan, recipe=recipe, runtime=runtime)
         else:
             load_tensors(found / "model", model_tensors(self.model))
+        self._check_masks()
         self.optimizer = build_optimizer(self.model, recipe)
         if state is not None and found is not None:
             self.step, self.cursor = state["step"], state["samples"]
             self.saved_step = self.step
             restore_optimizer(self.model, self.optimizer, found / "optim", step=self.step)
             self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
-        self.loss_model = LossModel(
-            self.model, self.plan, takes_positions="position_ids" in inspect.signature(forward).parameters
-        )
+        self.loss_model = LossModel(self.model, self.plan, pass_positions=recipe.data.packing)
         if runtime.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
             self.sinks: list[Sink] = [JsonLines(self.run_dir / "metrics.jsonl")]
             if recipe.log.tensorboard:
                 self.sinks.append(TensorBoard(self.run_dir / "tensorboard"))
+
+    def _check_masks(self) -> None:
+        """Raise `PlanError` if logits depend on later tokens, or on the document packed before theirs.
+
+        The plan has read the model's source; this asks the model itself, on two rows of one shape that differ only
+        where it must not matter. The logits are then equal to the bit, but for experts: the shapes of their products
+        depend on the routing.
+        """
+        half = max(1, min(16, self.recipe.data.seq_len // 2))
+        device = self.runtime.device
+        row = torch.arange(2 * half, device=device) % 97
+        other = (row + 41) % 97
+        later = torch.cat([row[:half], other[half:]])
+        before = torch.cat([other[:half], row[half:]])
+        positions = torch.arange(half, device=device).repeat(2)[None] if self.recipe.data.packing else None
+        plain, changed_later = self._probe(row, positions), self._probe(later, positions)
+        moved = [(plain[:half] - changed_later[:half]).abs().max()]
+        if positions is not None:
+            moved.append((plain[half:] - self._probe(before, positions)[half:]).abs().max())
+        leaks = torch.stack(moved) / plain.abs().max()
+        # One decision for all ranks, so that none goes on alone.
+        dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
+        routed = any("experts" in p.fqn for p in self.plan.params) and self.recipe.fsdp.param_dtype != "float32"
+        limit = 2e-2 if routed else 1e-4
+        what = self.plan.model_type
+        if not float(leaks[0]) < limit:
+            raise PlanError(
+                f"{what}: tokens see later tokens (logits move by {float(leaks[0]):.1e}); "
+                "set model.config.is_decoder = true if it has that key, or choose a causal model"
+            )
+        if positions is not None and not float(leaks[1]) < limit:
+            raise PlanError(
+                f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); "
+                "set data.packing = false"
+            )
+
+    def _probe(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Float32 logits `[S, V]` of one row, with the same dropout every time."""
+        torch.manual_seed(0)
+        inputs = {"input_ids": ids[None]} | ({} if positions is None else {"position_ids": positions})
+        with torch.no_grad():
+            logits = self.model(**inputs, use_cache=False).logits[0].float()
+        # Units that stay gathered for the backward pass would stay so: there is none.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return logits
 
     def _open_data(self) -> data_module.GlobalBatches:
         recipe, runtime = self.recipe, self.runtime

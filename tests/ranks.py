@@ -31,16 +31,20 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
-    )
+    case = 0
     while True:
         try:
             fn, args = pipe.recv()
         except EOFError:
             os._exit(0)  # no shutdown of gloo: the other ranks are going as well
+        case += 1
         try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}-{case}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
+            )
             answer = (True, fn(*args))
+            # Every group has a thread that polls: those of a case's meshes would slow down all later cases.
+            dist.destroy_process_group()
         except BaseException:
             answer = (False, traceback.format_exc())
         try:

@@ -191,3 +191,28 @@ def test_bf16_compute_keeps_fp32_masters(world: dict[str, Any], tmp_path: Path) 
         assert metrics["grad_norm"] == pytest.approx(norm, rel=5e-2)
     files = sorted((tmp_path / "run/checkpoints/step-00000008/model").glob("*.safetensors"))
     assert {t.dtype for f in files for t in load_file(f).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_moe", "phi3"])
+def test_packed_documents_never_see_each_other(world: dict[str, Any], kind: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir(world, kind)).eval()
+    first, second = torch.arange(10, 20)[None], torch.arange(40, 61)[None]
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(10), torch.arange(21)])[None]
+    together = model(input_ids=packed, position_ids=positions, use_cache=False).logits
+    for part, logits in ((first, together[:, :10]), (second, together[:, 10:])):
+        alone = model(input_ids=part, use_cache=False).logits
+        torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_whose_mask_leaks_between_documents_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": "xglm", "config": tiny.CONFIGS["xglm"], "attn": "eager"},
+        corpus=world["corpus"],
+        run_dir=tmp_path / "run",
+        mesh=MESHES["dp_shard2"],
+        batch_ranks=2,
+    )
+    with pytest.raises(AssertionError, match="packed documents see each other"):
+        get_pool(2).run(trained, str(recipe), [], timeout=200)

@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**DENSE, "tie_word_embeddings": False},
     "qwen3": {**DENSE, "tie_word_embeddings": False},
     "gemma3_text": {**DENSE, "sliding_window": 8, "tie_word_embeddings": True},
+    "xglm": {**COMMON, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "dropout": 0.0},
     "gpt2": {
         **COMMON,
         "n_positions": 128,
