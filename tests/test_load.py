@@ -29,7 +29,7 @@ MESHES = {
     "phi3": FSDP,
 }
 
-_built: dict[MeshSizes, Any] = {}  # device meshes of a worker, made once
+_built: dict[tuple[Any, MeshSizes], Any] = {}
 
 
 # ---- on the ranks
@@ -50,9 +50,13 @@ def _loaded(recipe_path: str, sizes: MeshSizes) -> tuple[Any, Any]:
     recipe = load_recipe(Path(recipe_path))
     model = meta_model(recipe)
     plan = make_plan(model, sizes, recipe)
-    if sizes not in _built:
-        _built[sizes] = build_mesh(sizes, "cpu")
-    parallelize(model, plan, _built[sizes], recipe=recipe)
+    # One mesh for all loads of a case; the pool closes a case's process groups, so none outlives it.
+    world = dist.group.WORLD
+    if (world, sizes) not in _built:
+        if any(old is not world for old, _ in _built):
+            _built.clear()
+        _built[world, sizes] = build_mesh(sizes, "cpu")
+    parallelize(model, plan, _built[world, sizes], recipe=recipe)
     rank = dist.get_rank()
     runtime = Runtime(rank=rank, local_rank=rank, world_size=sizes.world_size, device=torch.device("cpu"))
     junk = [torch.full((n,), float("nan")) for n in (4, 8, 16, 32, 64, 1024, 2048, 4096, 8192) for _ in range(40)]
