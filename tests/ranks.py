@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+_CASES = 10  # then fresh workers: every process group of a case leaves a polling thread behind
 _GRACE_S = 10  # for the other ranks to fail too, after one has
 
 
@@ -31,20 +32,16 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    case = 0
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
+    )
     while True:
         try:
             fn, args = pipe.recv()
         except EOFError:
             os._exit(0)  # no shutdown of gloo: the other ranks are going as well
-        case += 1
         try:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}-{case}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
-            )
             answer = (True, fn(*args))
-            # Every group has a thread that polls: those of a case's meshes would slow down all later cases.
-            dist.destroy_process_group()
         except BaseException:
             answer = (False, traceback.format_exc())
         try:
@@ -61,6 +58,7 @@ class RankPool:
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder = ""
+        self._cases = 0
 
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="ndtrain-ranks-")
@@ -85,6 +83,10 @@ class RankPool:
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """fn(*args) on every rank; the results by rank. RanksFailed otherwise, and the next case has new
         workers."""
+        if self._cases >= _CASES:
+            self.close()
+            self._cases = 0
+        self._cases += 1
         if not self._workers:
             self._start()
         for pipe in self._pipes:
