@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained model in about two minutes on two cores: trains a small Qwen3 from scratch on 4 local ranks
+# From nothing to a trained model: trains a small Qwen3 from scratch on 4 local ranks
 # (dp_shard 2 x tp 2) on the Python standard library's sources, stops, resumes on another mesh, converts, and lets
 # plain transformers continue a line of Python.  bash launch/quickstart.sh [RUN_DIR]
 set -euo pipefail
