@@ -142,7 +142,7 @@ def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
 
 
 def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
-    offsets, shape = param.box(plan.sizes, rank)
+    shape = param.local_shape(plan.sizes, rank)
     return {
         "fqn": param.fqn,
         "shape": list(param.shape),
@@ -152,25 +152,38 @@ def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
         "axes": list(param.axes),
         "placements": [str(p) for p in param.placements],
         "local_shape": list(shape),
-        "local_offsets": list(offsets),
+        "boxes": [{"offsets": list(b.offsets), "shape": list(b.sizes)} for b in param.boxes(plan.sizes, rank)],
         "local_bytes": math.prod(shape) * param.dtype.itemsize,
     }
 
 
-def _fold(report: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
-    """Rows in order, with the same parameter of repeated layers folded into one: (name, how many, row)."""
-    rows: dict[tuple[Any, ...], tuple[list[str], dict[str, Any]]] = {}
+def _fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
+    """Rows in order, the same parameter of repeated layers folded into one: (FSDP unit, name in it, how many, row)."""
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for param in report["params"]:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", param["fqn"])
-        key = (pattern, tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]))
-        rows.setdefault(key, ([], param))[0].append(param["fqn"])
+        key = (pattern, tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]), param["style"])
+        rows.setdefault(key, []).append(param)
     folded = []
-    for (pattern, *_), (names, row) in rows.items():
-        numbers = [int(m.group(1)) for n in names if (m := re.search(r"\.(\d+)\.", n))]
-        contiguous = len(numbers) == len(names) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        span = f"{{{numbers[0]}-{numbers[-1]}}}" if contiguous and len(names) > 1 else "*"
-        folded.append((pattern.replace("*", span, 1) if len(names) > 1 else names[0], len(names), row))
+    for (pattern, *_), params in rows.items():
+        name, unit = params[0]["fqn"], params[0]["unit"]
+        if len(params) > 1:
+            layers = {int(m.group(1)) for p in params if (m := re.search(r"\.(\d+)\.", p["fqn"]))}
+            name = pattern.replace("*", _span(sorted(layers)), 1)
+            unit = re.sub(r"(?<=\.)\d+(?=\.|$)", _span(sorted(layers)), unit, count=1)
+        folded.append((unit, name.removeprefix(f"{unit}."), len(params), params[0]))
     return folded
+
+
+def _span(numbers: list[int]) -> str:
+    """Numbers in order as `{0-2,5}`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
 
 
 def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
@@ -180,21 +193,19 @@ def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
         console.print(f"{plan.model_type}: {plan.numel:,} parameters on {plan.sizes.describe()}", markup=False)
         console.print(f"rank {rank} of {plan.sizes.world_size}: {place}", markup=False)
         table = Table(box=None, pad_edge=False)
-        columns = ("parameter", "x", "shape", "tp style", "placements", "FSDP unit", "on this rank", "bytes")
-        for column in columns:
-            table.add_column(
-                column, justify="right" if column in ("x", "bytes") else "left", no_wrap=column != "FSDP unit"
-            )
-        for name, count, row in _fold(report):
+        for column in ("FSDP unit, parameters", "shape", "tp style", "placements", "on this rank", "bytes"):
+            table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
+        shown = None
+        for unit, name, count, row in _fold(report):
+            if unit != shown:
+                table.add_row(unit)
+                shown = unit
             axes = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
-            unit = re.sub(r"\.\d+$", ".*", row["unit"]) if count > 1 else row["unit"]
             table.add_row(
-                name,
-                str(count),
+                f"  {name}",
                 "x".join(map(str, row["shape"])) or "scalar",
                 row["style"],
                 axes,
-                unit,
                 "x".join(map(str, row["local_shape"])) or "scalar",
                 size(row["local_bytes"] * count),
             )
@@ -214,9 +225,9 @@ def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
             console.print(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters", markup=False)
         for note in plan.notes:
             console.print(f"note: {note}", markup=False)
-    return capture.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 def _short(placement: str) -> str:
     match = re.search(r"dim=(\d+)", placement) or re.search(r"\((\d+)", placement)
-    return f"dim{match.group(1)}" if match else "copy"
+    return match.group(1) if match else "-"

@@ -6,7 +6,6 @@ Comes in: a parallelized model on meta. Goes out: the same model on the device, 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError, PlanError, RecipeError
-from ndtrain.layout import local_box
+from ndtrain.layout import Box, local_boxes
 from ndtrain.model import meta_model, tie, tied_keys
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime, raise_together
+from ndtrain.runtime import Runtime, on_rank0, random_seed, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,23 +55,17 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     elif recipe.load.mode == "rank0":
         _load_rank0(model, recipe=recipe, runtime=runtime)
     else:
-        failure = None
-        try:
-            _load_sharded(model, recipe)
-        except Exception as error:
-            failure = error
-        raise_together(failure)
+        together(lambda: _load_sharded(model, recipe))
     tie(model)
     # One rank alone may hold the damaged shard; the others must not go on to wait for it.
-    raise_together(_nan_found(model, recipe))
+    together(lambda: _refuse_nan(model, recipe))
 
 
-def _nan_found(model: PreTrainedModel, recipe: Recipe) -> DamagedError | None:
+def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
     for name, tensor in model.state_dict().items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = _local(tensor)
         if local.is_floating_point() and bool(local.isnan().any()):
-            return DamagedError(f"{name} has NaN after loading from {recipe.model.name or recipe.model.type}")
-    return None
+            raise DamagedError(f"{name} has NaN after loading from {recipe.model.name or recipe.model.type}")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -81,13 +74,13 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases}
 
 
-def _box(target: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _boxes(target: Tensor) -> list[Box]:
     if not isinstance(target, DTensor):
-        return (0,) * target.ndim, tuple(target.shape)
+        return local_boxes(tuple(target.shape), (), (), ())
     mesh = target.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    return local_box(tuple(target.shape), tuple(mesh.shape), coordinate, target.placements)
+    return local_boxes(tuple(target.shape), tuple(mesh.shape), coordinate, target.placements)
 
 
 def _local(target: Tensor) -> Tensor:
@@ -100,13 +93,7 @@ def _local(target: Tensor) -> Tensor:
 def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime) -> None:
     """Rank 0 reads the whole model through transformers; the others receive it piece by piece and keep their slices."""
     source: dict[str, Tensor] = {}
-    failure: Exception | None = None
-    if runtime.is_main:
-        try:
-            source = _read_whole(model, recipe)
-        except Exception as error:
-            failure = error
-    raise_together(failure)
+    on_rank0(lambda: source.update(_read_whole(model, recipe)))
     for name, target in model_tensors(model).items():
         full = source.pop(name, None)
         scatter(target, full, runtime=runtime)
@@ -159,7 +146,7 @@ def scatter(target: Tensor, full: Tensor | None, *, runtime: Runtime) -> None:
 
     The global tensor is broadcast in pieces of whole rows, so that no other rank holds more than one piece of it.
     """
-    local, (offsets, sizes) = _local(target), _box(target)
+    local, boxes = _local(target), _boxes(target)
     shape = tuple(target.shape)
     rows = shape[0] if shape else 1
     row_bytes = max(1, target.numel() // max(1, rows)) * target.element_size()
@@ -175,10 +162,13 @@ def scatter(target: Tensor, full: Tensor | None, *, runtime: Runtime) -> None:
         if not shape:
             local.copy_(piece)
             continue
-        low, high = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
-        if low < high and local.numel():
-            inner = tuple(slice(o, o + n) for o, n in zip(offsets[1:], sizes[1:], strict=True))
-            local[low - offsets[0] : high - offsets[0]].copy_(piece[(slice(low - start, high - start), *inner)])
+        for box in boxes:
+            low, high = max(start, box.offsets[0]), min(stop, box.offsets[0] + box.sizes[0])
+            if low < high:
+                at = box.local_offsets[0] + low - box.offsets[0]
+                local[(slice(at, at + high - low), *box.local[1:])] = piece[
+                    (slice(low - start, high - start), *box.inside[1:])
+                ]
 
 
 # ---- every rank reads its slices
@@ -250,7 +240,7 @@ def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
     targets = model_tensors(model)
     for name in _initialized_together(reference, plan):
         module = reference.get_submodule(name)
-        _draw(reference, module, seed=_seed(recipe.train.seed, name))
+        _draw(reference, module, seed=random_seed(recipe.train.seed, name))
         for leaf, value in module.state_dict().items():
             fqn = f"{name}.{leaf}" if name else leaf
             if fqn not in targets:
@@ -258,10 +248,9 @@ def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise PlanError(f"{fqn} is not set by the model's own initialization; start from saved weights")
             target = targets.pop(fqn)
-            offsets, sizes = _box(target)
-            part = value[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
-            with torch.no_grad():
-                _local(target).copy_(part)
+            local = _local(target)
+            for box in _boxes(target):
+                local[box.local] = value[box.inside]
         module.to("meta")
     if targets:
         raise PlanError(f"{min(targets)} is not set by the model's own initialization; start from saved weights")
@@ -275,10 +264,6 @@ def _initialized_together(model: nn.Module, plan: Plan) -> Iterator[str]:
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own and not inside:
             yield name
-
-
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 from dataclasses import asdict, dataclass
@@ -73,14 +74,18 @@ class Sink(Protocol):
     def write(self, metrics: StepMetrics) -> None: ...
 
 
+def require_tensorboard() -> None:
+    """Raise `RecipeError` where the extra is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("log.tensorboard = true needs the extra: pip install 'ndtrain[tensorboard]'")
+
+
 class TensorBoard:
-    """Writes each step's numbers as TensorBoard scalars. Raises `RecipeError` where the extra is not installed."""
+    """Writes each step's numbers as TensorBoard scalars."""
 
     def __init__(self, directory: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RecipeError("log.tensorboard = true needs the extra: pip install 'ndtrain[tensorboard]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(directory))
 
     def write(self, metrics: StepMetrics) -> None:

@@ -27,6 +27,11 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         rules = {fqn: style for fqn, style in params.items() if style} | plan.tp_rules
         apply_tensor_parallelism(model, meshes.tp, rules)
         tie(model)
+        # The embedding's output under tp is a view, whose later in-place change would drop FSDP's pre-backward hook
+        # without an error (torch 2.13 warns of it).
+        for name, style in plan.tp_rules.items():
+            if style == "embedding_rowwise":
+                model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compute = getattr(torch, recipe.fsdp.param_dtype)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ndtrain.errors import PlanError
-from ndtrain.layout import fsdp_over, local_box
+from ndtrain.layout import Box, fsdp_over, local_boxes, local_shape
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
 from ndtrain.recipe import Recipe
@@ -64,15 +64,20 @@ class ParamPlan:
     axes: tuple[str, ...]
     placements: tuple[Placement, ...]
 
-    def box(self, sizes: MeshSizes, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Global offsets and local shape of what `rank` holds."""
+    def local_shape(self, sizes: MeshSizes, rank: int) -> tuple[int, ...]:
+        """Shape of what `rank` holds."""
+        return local_shape(self.shape, *self._place(sizes, rank))
+
+    def boxes(self, sizes: MeshSizes, rank: int) -> list[Box]:
+        """The boxes of the global tensor that `rank` holds."""
+        return local_boxes(self.shape, *self._place(sizes, rank))
+
+    def _place(self, sizes: MeshSizes, rank: int) -> tuple[list[int], list[int], tuple[Placement, ...]]:
         place = sizes.coordinate(rank)
-        return local_box(
-            self.shape, [getattr(sizes, a) for a in self.axes], [place[a] for a in self.axes], self.placements
-        )
+        return [getattr(sizes, a) for a in self.axes], [place[a] for a in self.axes], self.placements
 
     def local_numel(self, sizes: MeshSizes, rank: int) -> int:
-        return math.prod(self.box(sizes, rank)[1])
+        return math.prod(self.local_shape(sizes, rank))
 
     def copies(self, sizes: MeshSizes) -> int:
         """How many times the mesh holds this parameter, all ranks together."""

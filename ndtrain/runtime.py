@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 # Tokenizing or reading a large model may keep the other ranks waiting for hours; collectives of a step may not.
 WAIT_TIMEOUT = timedelta(days=30)
 STEP_TIMEOUT = timedelta(minutes=30)
+# Room for the message with which a rank tells the others why it failed.
+MESSAGE_BYTES = 4000
 
 
 @dataclass(frozen=True)
@@ -63,52 +68,103 @@ def start() -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
     """Run `work` on rank 0 while the others wait without a deadline, then on one rank of every node that needs it.
 
     `work` must be idempotent and cheap when its result is already there: it runs on local rank 0 of every node after
-    rank 0 is done, so that nodes without a shared file system get their own copy. An error of rank 0 is raised on
+    rank 0 is done, so that nodes without a shared file system get their own copy. An error of one rank is raised on
     every rank.
     """
     import torch.distributed as dist
 
     group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     try:
-        for turn in (runtime.rank == 0, runtime.local_rank == 0 and runtime.rank != 0):
-            failure: Exception | None = None
-            if turn:
-                try:
-                    work()
-                except Exception as error:
-                    failure = error
-            raise_together(failure, group)
+        together(work if runtime.rank == 0 else None, group)
+        together(work if runtime.local_rank == 0 and runtime.rank != 0 else None, group)
     finally:
         dist.destroy_process_group(group)
 
 
-def raise_together(failure: Exception | None, group: object = None) -> None:
-    """Raise on every rank if any rank failed: its own error there, the first failing rank's message elsewhere.
+def on_rank0(work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 alone; its error is raised on every rank."""
+    together(work if rank() == 0 else None)
 
-    The message travels as bytes, never pickled; an `NdtrainError` keeps its exit code.
+
+def together(work: Callable[[], None] | None, group: dist.ProcessGroup | None = None) -> None:
+    """Run `work` on every rank that has any; where one failed, all raise. Also a barrier.
+
+    A rank that left alone would leave the others in the next collective. An `NdtrainError` keeps its class and with it
+    its exit code; a failure of the file system becomes an `NdtrainError`. What the failing rank alone knows is raised
+    there as it is, and as an `NdtrainError` with its message elsewhere. The message travels as bytes, never pickled.
     """
     import torch
     import torch.distributed as dist
 
     from ndtrain import errors
 
+    failure: BaseException | None = None
+    try:
+        if work is not None:
+            work()
+    except OSError as error:
+        failure = errors.NdtrainError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+    except BaseException as error:
+        failure = error
+    if world_size() == 1:
+        if failure is not None:
+            raise failure
+        return
     kinds = [errors.NdtrainError, errors.RecipeError, errors.PlanError, errors.DamagedError, errors.Stopped]
-    text = ("" if failure is None else str(failure) or type(failure).__name__).encode()[:4000]
     kind = next((i for i, k in enumerate(kinds) if type(failure) is k), 0)
-    mine = torch.zeros(4002, dtype=torch.int32)
-    if failure is not None:
-        mine[0], mine[1] = len(text), kind
-        mine[2 : 2 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).int()
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine, group=group)  # type: ignore[arg-type]
-    if failure is not None:
+    words = str(failure) if isinstance(failure, errors.NdtrainError) else f"{type(failure).__name__}: {failure}"
+    # Every rank refuses a recipe or a plan for one reason: whose rank does not matter.
+    where = "" if kinds[kind] in (errors.RecipeError, errors.PlanError) else f"rank {rank()}: "
+    text = b"" if failure is None else f"{where}{words}".encode()[:MESSAGE_BYTES]
+    mine = torch.zeros(MESSAGE_BYTES + 1, dtype=torch.uint8)
+    mine[0] = kind
+    mine[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine, group=group)
+    if failure is not None and not isinstance(failure, errors.NdtrainError):
         raise failure
-    for rank, theirs in enumerate(everyone):
-        if length := int(theirs[0]):
-            message = bytes(theirs[2 : 2 + length].tolist()).decode(errors="replace")
-            kind_class = kinds[int(theirs[1])]
-            raise kind_class(message if kind_class is not errors.NdtrainError else f"rank {rank}: {message}")
+    for theirs in everyone:
+        if message := bytes(theirs[1:].tolist()).rstrip(b"\0").decode(errors="replace"):
+            raise kinds[int(theirs[0])](message) from failure
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's JSON value on every rank; as bytes, since `broadcast_object_list` unpickles."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    data = json.dumps(value).encode() if rank() == 0 else b""
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, 0)
+    payload = torch.zeros(int(length), dtype=torch.uint8)
+    if rank() == 0:
+        payload = torch.tensor(list(data), dtype=torch.uint8)
+    dist.broadcast(payload, 0)
+    return json.loads(bytes(payload.tolist()))
+
+
+def random_seed(*parts: object) -> int:
+    """A seed in [0, 2^63) from `parts`, the same in every process."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

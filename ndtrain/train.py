@@ -33,13 +33,14 @@ from ndtrain.metrics import (
     now,
     peak_flops,
     peak_memory_bytes,
+    require_tensorboard,
 )
 from ndtrain.model import ByteTokenizer, HubTokenizer, load_tokenizer, meta_model
 from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_over_tp
 from ndtrain.parallelize import parallelize
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe, to_toml
-from ndtrain.runtime import Runtime
+from ndtrain.runtime import Runtime, random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -112,11 +113,13 @@ class Trainer:
     def prepare(self) -> None:
         """Tokenize, shard, load or resume. Every refusal comes before the first weight is read."""
         recipe, runtime = self.recipe, self.runtime
+        if recipe.log.tensorboard:
+            require_tensorboard()
         self.tokenizer = load_tokenizer(recipe)
-        vocab = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type]
-        if self.tokenizer.vocab_size > vocab:
+        self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type]
+        if self.tokenizer.vocab_size > self.vocab_size:
             raise RecipeError(
-                f"data.tokenizer has {self.tokenizer.vocab_size} tokens, but the model only {vocab}; "
+                f"data.tokenizer has {self.tokenizer.vocab_size} tokens, but the model only {self.vocab_size}; "
                 f"set model.config.vocab_size = {self.tokenizer.vocab_size} or choose the model's tokenizer"
             )
         self.batches = self._open_data()
@@ -163,8 +166,9 @@ class Trainer:
         """
         half = max(1, min(16, self.recipe.data.seq_len // 2))
         device = self.runtime.device
-        row = torch.arange(2 * half, device=device) % 97
-        other = (row + 41) % 97
+        some = min(97, self.vocab_size)
+        row = torch.arange(2 * half, device=device) % some
+        other = (row + some // 2) % some
         later = torch.cat([row[:half], other[half:]])
         before = torch.cat([other[:half], row[half:]])
         positions = torch.arange(half, device=device).repeat(2)[None] if self.recipe.data.packing else None
@@ -215,14 +219,8 @@ class Trainer:
 
         runtime_module.rank0_first(runtime, build)
         # The other ranks find the cache by its key; the digests of the files are remembered beside it.
-        failure = None
-        try:
-            if not where:
-                build()
-            cache = data_module.TokenCache.open(where[0])
-        except NdtrainError as error:
-            failure = error
-        runtime_module.raise_together(failure)
+        runtime_module.together(lambda: None if where else build())
+        cache = data_module.TokenCache.open(where[0])
         samples = data_module.Samples(
             cache, recipe.data.seq_len, packing=recipe.data.packing, pad_id=self.tokenizer.pad_id
         )
@@ -270,8 +268,15 @@ class Trainer:
         gc.freeze()
         if self.step >= recipe.train.steps:
             self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
+            return
+        started, first = time.perf_counter(), self.train_step()
+        last = first
         while self.step < recipe.train.steps:
-            self.train_step()
+            last = self.train_step()
+        self.reporter.info(
+            f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
+            f"in {time.perf_counter() - started:.0f} s"
+        )
 
     def train_step(self) -> StepMetrics:
         """One optimizer step, told and logged, and its checkpoint where one is due."""
@@ -300,7 +305,7 @@ class Trainer:
         dist.all_reduce(count_tensor, group=loss_group)
         count = int(count_tensor)
         # Keyed by step and batch rank: a resumed run draws the same dropout on any mesh with the same batch ranks.
-        torch.manual_seed(step_seed(recipe.train.seed, self.step, self.sizes.coordinate(self.runtime.rank)["batch"]))
+        torch.manual_seed(random_seed(recipe.train.seed, self.step, self.sizes.coordinate(self.runtime.rank)["batch"]))
 
         total = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(batches):
@@ -384,12 +389,6 @@ def cache_root() -> Path:
     if given := os.environ.get("NDTRAIN_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"
-
-
-def step_seed(seed: int, step: int, batch_rank: int) -> int:
-    """Seed of a step's random numbers on one batch rank, in [0, 2^63)."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{batch_rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def check_same_batch(batch: dict[str, torch.Tensor], meshes: Meshes) -> None:

@@ -3,6 +3,7 @@ crashes."""
 
 import json
 import shutil
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from ndtrain.checkpoint import (
     CheckpointStore,
     check,
     load_tensors,
-    local_boxes,
     optimizer_tensors,
     read_state,
     restore_optimizer,
     save_tensors,
 )
 from ndtrain.errors import DamagedError, NdtrainError
+from ndtrain.layout import local_boxes
 from tests.ranks import RanksFailed, get_pool
 
 R = Replicate()
@@ -224,7 +225,8 @@ def load_plain_dcp(directory: Path, tensors: dict[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # of torch, about the group that this process has not
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
 
 
 def test_two_ranks_and_one(tmp_path: Path) -> None:
@@ -289,8 +291,14 @@ def test_save_find_read_and_keep(tmp_path: Path) -> None:
 TENSOR_FILE = "model/00000-of-00001.safetensors"
 
 
-@pytest.mark.parametrize("name", [TENSOR_FILE, "train_state.json", "config.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "link"])
+FILES = [TENSOR_FILE, "train_state.json", "config.json", "manifest.json"]
+# Tensor files have no hash yet; the manifest's content is checked, wherever it is.
+UNDETECTED = {("flip", TENSOR_FILE), ("link", "manifest.json")}
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"), sorted(set(product(["delete", "truncate", "flip", "link"], FILES)) - UNDETECTED)
+)
 def test_damage_is_refused_and_the_one_before_taken(tmp_path: Path, name: str, damage: str) -> None:
     before, last = save_step(tmp_path, 1), save_step(tmp_path, 2)
     file = last / name
@@ -299,16 +307,12 @@ def test_damage_is_refused_and_the_one_before_taken(tmp_path: Path, name: str, d
     if damage == "truncate":
         file.write_bytes(data[: len(data) // 2])
     elif damage == "flip":
-        if name == TENSOR_FILE:
-            pytest.skip("tensor files have no hash yet")
         if name == "manifest.json":
             data = data.replace(b'"version"', b'"versiom"')
         file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     elif damage == "link":
         (tmp_path / "elsewhere").write_bytes(data)
         file.symlink_to(tmp_path / "elsewhere")
-        if name == "manifest.json":
-            pytest.skip("its content is checked, wherever it is")
     store = CheckpointStore(tmp_path, keep=2)
     found, messages = store.find("auto")
     assert found == before
@@ -385,7 +389,7 @@ def failing_rank(run: Path) -> str:
     store = CheckpointStore(run, keep=1)
     whole = {"w": distribute_tensor(torch.ones(8, 4), mesh, (Shard(0), R), src_data_rank=None)}
     old = store.save(1, model=whole, optim=whole, state={"step": 1})
-    import ndtrain.checkpoint as module
+    import ndtrain.checkpoint.tensors as module
 
     real = module._write_file
 
@@ -436,7 +440,7 @@ def test_a_failure_in_publishing_leaves_no_partial(tmp_path: Path, error: type[B
         raise error("stop")
 
     for step in (1, 2):
-        with pytest.raises((NdtrainError, KeyboardInterrupt), match="stop"):
+        with pytest.raises((NdtrainError, error), match="stop"):
             store.save(step, model=tensors_of(1), optim={}, state={}, extra_files=fail)
         assert [p.name for p in store.root.iterdir()] == [old.name]
         check(old)

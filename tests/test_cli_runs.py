@@ -47,7 +47,8 @@ def recipe(tmp_path: Path) -> Path:
 def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path: Path) -> None:
     first = torchrun(2, "run", str(recipe))
     assert first.returncode == 0, first.stderr
-    assert "step 3/3" in first.stdout and "Traceback" not in first.stderr
+    assert "step 3/3" in first.stdout and "steps 1 to 3: loss 5." in first.stdout
+    assert "Traceback" not in first.stderr and "Warning" not in first.stderr, first.stderr
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     keys = "step loss grad_norm lr tokens tokens_per_second step_seconds mfu peak_memory_bytes time"
@@ -111,4 +112,7 @@ def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
     held = sum(torch.Size(p["shape"]).numel() * copies.get(p["style"], 1) for p in report["params"])
     assert report["bytes"]["all_ranks"]["parameters"] == 4 * held
     text = ndtrain("inspect", str(recipe), "--world-size", "8", "--set", "mesh.dp_shard=4")
-    assert "model.layers.{0-1}.self_attn.q_proj.weight" in text.stdout and "largest" in text.stdout
+    lines = [line.split() for line in text.stdout.splitlines()]
+    assert ["model.layers.{0-1}"] in lines
+    row = next(line for line in lines if line[0] == "self_attn.q_proj.weight")
+    assert row[2:5] == ["colwise", "fsdp:0", "tp:0"]

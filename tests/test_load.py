@@ -74,7 +74,7 @@ def _compare(recipes: dict[str, str], directory: str, meshes: dict[str, MeshSize
     """What differs on this rank from plain transformers, over all modes and meshes."""
     from torch.distributed.tensor import DTensor
 
-    from ndtrain.checkpoint import local_boxes
+    from ndtrain.layout import local_boxes
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     whole, buffers = plain.state_dict(), dict(plain.named_buffers())

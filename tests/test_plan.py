@@ -107,7 +107,7 @@ def test_parallelize_gives_exactly_what_the_plan_says(tmp_path: Path, kind: str,
             assert param.placements == planned.placements, planned.fqn
             assert param.device_mesh.mesh_dim_names == planned.axes, planned.fqn
             local = tuple(param.to_local().shape)
-            assert local == planned.box(sizes, rank)[1], planned.fqn
+            assert local == planned.local_shape(sizes, rank), planned.fqn
         assert sum(p.to_local().numel() for p in params.values()) == plan.rank_numel(rank)
         wrapped = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
         assert wrapped == {module for unit in plan.units for module in unit.modules} | {""}
@@ -127,8 +127,8 @@ def test_the_boxes_of_all_ranks_cover_every_parameter_once(tmp_path: Path, sizes
             copies = sizes.dp_replicate * (1 if "tp" in param.axes else sizes.tp)
         count = torch.zeros(param.shape, dtype=torch.int32)
         for rank in range(sizes.world_size):
-            offsets, lengths = param.box(sizes, rank)
-            count[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))] += 1
+            for box in param.boxes(sizes, rank):
+                count[box.inside] += 1
         assert bool((count == copies).all()), param.fqn
 
 

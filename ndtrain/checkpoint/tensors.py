@@ -1,0 +1,251 @@
+"""Tensors of any sharding in a directory of safetensors files, read back on any mesh.
+
+A tensor directory holds files `00002-of-00004.safetensors` (rank 2 of 4). A tensor whose local part is not one
+contiguous box of the global tensor (packed weights under TP) is stored as one piece for each box; a safetensors file
+has one entry for each key, so a rank's further pieces of a key are in `00002-of-00004.1.safetensors` and so on. Where a
+piece lies is in the header under `DCP_SHARDING_INFO`, as torch's `HuggingFaceStorageWriter` has it (torch 2.13), so
+that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads these directories.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ndtrain.checkpoint.manifest import read_manifest
+from ndtrain.errors import DamagedError, NdtrainError
+from ndtrain.layout import Box, Ints, local_boxes
+from ndtrain.runtime import rank, together, world_size
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+class _Piece(NamedTuple):
+    file: Path
+    offsets: Ints
+    sizes: Ints
+    dtype: str
+
+
+def _held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
+    """The local tensor (sharing memory) and its boxes. NdtrainError where the two disagree."""
+    detached = tensor.detach()
+    if not isinstance(detached, DTensor):
+        return detached, local_boxes(tensor.shape, (), (), ())
+    local, mesh = detached.to_local(), detached.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return local, []
+    boxes = local_boxes(tensor.shape, tuple(mesh.shape), coordinate, detached.placements)
+    if sum(math.prod(box.sizes) for box in boxes) != local.numel() or any(
+        start + size > limit
+        for box in boxes
+        for start, size, limit in zip(box.local_offsets, box.sizes, local.shape, strict=True)
+    ):
+        raise NdtrainError(f"{key}: local shape {tuple(local.shape)} does not fit {detached.placements} on {mesh}")
+    return local, boxes
+
+
+# ---- writing
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys that this rank writes. Every rank computes the same choice, without talking.
+
+    Of R replicas of a tensor the one with the fewest bytes so far writes it, counted for each way of
+    replicating.
+    """
+    loads: dict[Any, list[int]] = {}
+    mine = []
+    for key, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, DTensor):
+            if rank() == 0:
+                mine.append(key)
+            continue
+        mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+        copies = tuple(i for i, p in enumerate(tensor.placements) if p.is_replicate() and mesh.shape[i] > 1)
+        replicas = math.prod(mesh.shape[i] for i in copies)
+        load = loads.setdefault((tuple(mesh.shape), mesh.mesh_dim_names, copies), [0] * replicas)
+        chosen = load.index(min(load))
+        load[chosen] += tensor.numel() * tensor.element_size() * replicas // mesh.size()
+        replica = 0
+        for i in copies:
+            replica = replica * mesh.shape[i] + (coordinate[i] if coordinate is not None else 0)
+        if coordinate is not None and replica == chosen:
+            mine.append(key)
+    return mine
+
+
+def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> None:
+    """One safetensors file of key -> (tensor, global offsets); one tensor at a time is on the CPU."""
+    sharding = {key: {"saved_offsets": list(offsets)} for key, (_, offsets) in entries.items()}
+    info = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
+    header: dict[str, Any] = {"__metadata__": info}
+    end = 0
+    # safetensors wants the widest items first, so that all stay aligned
+    ordered = sorted(entries.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
+    for key, (tensor, _) in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = _DTYPE_NAMES.get(tensor.dtype)
+        if dtype is None:
+            raise NdtrainError(f"{key}: dtype {tensor.dtype} cannot be saved")
+        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, (tensor, _) in ordered:
+            file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes every tensor once, each rank its part; all ranks call it with the same keys, in any order.
+
+    DTensors on any mesh and placements but Partial; other tensors are rank 0's. The directory is there or is
+    made. Raises NdtrainError on all ranks where one failed.
+    """
+
+    def write() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        files: dict[int, dict[str, tuple[Tensor, Ints]]] = defaultdict(dict)
+        for key in _owned(tensors):
+            local, boxes = _held(key, tensors[key])
+            for k, box in enumerate(boxes):
+                files[k][key] = (local[box.local], box.offsets)
+        for k, entries in files.items():
+            part = f".{k}" if k else ""
+            _write_file(directory / f"{rank():05d}-of-{world_size():05d}{part}.safetensors", entries)
+
+    together(write)
+
+
+# ---- reading
+
+
+def _pieces(file: Path, name: str) -> dict[str, _Piece]:
+    """The pieces in one file, with the header checked against the file's length. DamagedError."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(f"{size:,} bytes cannot hold its header")
+            header = json.loads(stream.read(length))
+        info = header.pop("__metadata__", {})
+        sharding = json.loads(info["DCP_SHARDING_INFO"]) if "DCP_SHARDING_INFO" in info else None
+        found, end = {}, 0
+        for key, entry in header.items():
+            shape, dtype = tuple(entry["shape"]), entry["dtype"]
+            offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(shape)
+            numbers = (*shape, *offsets)
+            if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in numbers):
+                raise ValueError(f"{key} has shape {shape} at {offsets}")
+            end = max(end, entry["data_offsets"][1])
+            found[key] = _Piece(file, offsets, shape, dtype)
+        if size != 8 + length + end:
+            raise ValueError(f"{size:,} of {8 + length + end:,} bytes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedError(f"{name}: damaged tensor file ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _stored(directory: Path) -> dict[str, list[_Piece]]:
+    """All pieces by key; from the files of the manifest beside, or all in the directory without one."""
+    if (directory.parent / "manifest.json").exists():
+        prefix = directory.name + "/"
+        names = [n[len(prefix) :] for n in read_manifest(directory.parent)["files"] if n.startswith(prefix)]
+    else:
+        names = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+    stored: dict[str, list[_Piece]] = defaultdict(list)
+    for name in names:
+        if name.endswith(".safetensors"):
+            for key, piece in _pieces(directory / name, f"{directory.name}/{name}").items():
+                # a replica that another writer stored too is no overlap
+                if all((piece.offsets, piece.sizes) != (p.offsets, p.sizes) for p in stored[key]):
+                    stored[key].append(piece)
+    return stored
+
+
+def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills the tensors in place from a save on any mesh, reading only what this rank holds; collective.
+
+    Raises DamagedError on all ranks: a key is missing, its shape or dtype differs, pieces do not cover what
+    is wanted or overlap, or a file is unreadable. Tensors may be partly filled then.
+    """
+
+    def read() -> None:
+        stored = _stored(directory)
+        by_file: dict[Path, list[tuple[str, Tensor, tuple[slice, ...]]]] = defaultdict(list)
+        for key, tensor in tensors.items():
+            local, boxes = _held(key, tensor)
+            pieces = stored.get(key, [])
+            if tensor.numel() and not pieces:
+                raise DamagedError(f"{directory}: {key} is missing")
+            for dim in range(tensor.ndim if pieces else 0):
+                ends = {len(p.sizes) == tensor.ndim and p.offsets[dim] + p.sizes[dim] for p in pieces}
+                if False in ends or max(ends) != tensor.shape[dim]:
+                    raise DamagedError(f"{directory}: {key} does not have the shape {tuple(tensor.shape)}")
+            if not tensor.ndim and any(piece.sizes for piece in pieces):
+                raise DamagedError(f"{directory}: {key} is no scalar")
+            for piece in pieces:
+                if _DTYPES.get(piece.dtype) != tensor.dtype:
+                    raise DamagedError(f"{directory}: {key} is {piece.dtype} in {piece.file.name}, not {tensor.dtype}")
+            for box in boxes:
+                covered = 0
+                for piece in pieces:
+                    low = [max(a, b) for a, b in zip(box.offsets, piece.offsets, strict=True)]
+                    high = [
+                        min(a + s, b + t)
+                        for a, s, b, t in zip(box.offsets, box.sizes, piece.offsets, piece.sizes, strict=True)
+                    ]
+                    sizes = tuple(h - at for at, h in zip(low, high, strict=True))
+                    if any(s <= 0 for s in sizes):
+                        continue
+                    covered += math.prod(sizes)
+                    inner = tuple(at - o + lo for at, o, lo in zip(low, box.offsets, box.local_offsets, strict=True))
+                    target = local[Box((), sizes, inner).local]
+                    source = tuple(
+                        slice(at - o, at - o + s) for at, o, s in zip(low, piece.offsets, sizes, strict=True)
+                    )
+                    by_file[piece.file].append((key, target, source))
+                wanted_here = math.prod(box.sizes)
+                if covered != wanted_here:
+                    raise DamagedError(f"{directory}: {key} has {covered:,} of {wanted_here:,} values at {box.offsets}")
+        for file, wanted in sorted(by_file.items()):
+            try:
+                with safe_open(file, framework="pt") as source_file:
+                    for key, target, source in wanted:
+                        # a slice of a 0-dimensional entry cannot be taken
+                        value = source_file.get_slice(key)[source] if source else source_file.get_tensor(key)
+                        target.copy_(value)
+            except (SafetensorError, OSError) as error:
+                raise DamagedError(f"{file}: damaged tensor file ({error})") from error
+
+    together(read)
+
+
+def listing(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """{key: {shape, dtype}} of `tensors`; raises `NdtrainError` unless all of every one is in `directory`."""
+    stored = _stored(directory)
+    for key, tensor in tensors.items():
+        if sum(math.prod(p.sizes) for p in stored.get(key, [])) != tensor.numel():
+            raise NdtrainError(f"{directory}: not all of {key} was written")
+    return {key: {"shape": list(t.shape), "dtype": _DTYPE_NAMES[t.dtype]} for key, t in tensors.items()}
