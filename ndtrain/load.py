@@ -64,7 +64,8 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
 def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
     for name, tensor in model.state_dict().items():
         local = _local(tensor)
-        if local.is_floating_point() and bool(local.isnan().any()):
+        # A sum is NaN if any part is (or if infinities meet), and takes a third of the time of looking at each.
+        if local.is_floating_point() and bool(local.sum().isnan()) and bool(local.isnan().any()):
             raise DamagedError(f"{name} has NaN after loading from {recipe.model.name or recipe.model.type}")
 
 
@@ -94,9 +95,43 @@ def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime) -> 
     """Rank 0 reads the whole model through transformers; the others receive it piece by piece and keep their slices."""
     source: dict[str, Tensor] = {}
     on_rank0(lambda: source.update(_read_whole(model, recipe)))
+    # Memory touched for the first time costs as much as the transfer: every piece is received into the same.
+    room = torch.empty(0 if runtime.is_main else PIECE_BYTES, dtype=torch.uint8, device=runtime.device)
     for name, target in model_tensors(model).items():
-        full = source.pop(name, None)
-        scatter(target, full, runtime=runtime)
+        _send(source.pop(name, None), target, room=room, runtime=runtime)
+
+
+@torch.no_grad()
+def _send(full: Tensor | None, target: Tensor, *, room: Tensor, runtime: Runtime) -> None:
+    """Fill each rank's part of `target` from rank 0's `full` tensor of the global shape (None on the other ranks).
+
+    The global tensor is broadcast in pieces of whole rows, so that no other rank holds more than one piece of it, in
+    `room` where it fits.
+    """
+    local, boxes = _local(target), _boxes(target)
+    shape = tuple(target.shape)
+    rows = shape[0] if shape else 1
+    row_bytes = max(1, target.numel() // max(1, rows)) * target.element_size()
+    step = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        if full is not None:
+            piece = (full[start:stop] if shape else full).to(runtime.device, target.dtype).contiguous()
+        else:
+            size = (stop - start) * row_bytes
+            own = room if size <= room.numel() else torch.empty(size, dtype=torch.uint8, device=runtime.device)
+            piece = own[:size].view(target.dtype).view((stop - start, *shape[1:]) if shape else ())
+        if runtime.world_size > 1:
+            dist.broadcast(piece, src=0)
+        if not shape:
+            local.copy_(piece)
+            continue
+        for box in boxes:
+            low, high = max(start, box.offsets[0]), min(stop, box.offsets[0] + box.sizes[0])
+            if low < high:
+                at = box.local_offsets[0] + low - box.offsets[0]
+                part = piece[(slice(low - start, high - start), *box.inside[1:])]
+                local[(slice(at, at + high - low), *box.local[1:])] = part
 
 
 def _read_whole(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
@@ -138,37 +173,6 @@ def _check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:
             f'model.name = "{recipe.model.name}" has weights of another shape than its config says: '
             f"{sorted(map(str, mismatched))[0]}"
         )
-
-
-@torch.no_grad()
-def scatter(target: Tensor, full: Tensor | None, *, runtime: Runtime) -> None:
-    """Fill each rank's part of `target` from rank 0's `full` tensor of the global shape (None on the other ranks).
-
-    The global tensor is broadcast in pieces of whole rows, so that no other rank holds more than one piece of it.
-    """
-    local, boxes = _local(target), _boxes(target)
-    shape = tuple(target.shape)
-    rows = shape[0] if shape else 1
-    row_bytes = max(1, target.numel() // max(1, rows)) * target.element_size()
-    step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        if full is not None:
-            piece = (full[start:stop] if shape else full).to(runtime.device, target.dtype).contiguous()
-        else:
-            piece = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=target.dtype, device=runtime.device)
-        if runtime.world_size > 1:
-            dist.broadcast(piece, src=0)
-        if not shape:
-            local.copy_(piece)
-            continue
-        for box in boxes:
-            low, high = max(start, box.offsets[0]), min(stop, box.offsets[0] + box.sizes[0])
-            if low < high:
-                at = box.local_offsets[0] + low - box.offsets[0]
-                local[(slice(at, at + high - low), *box.local[1:])] = piece[
-                    (slice(low - start, high - start), *box.inside[1:])
-                ]
 
 
 # ---- every rank reads its slices
