@@ -6,7 +6,7 @@ Comes in: a parallelized model on meta. Goes out: the same model on the device, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,15 +37,36 @@ def materialize(model: PreTrainedModel, runtime: Runtime) -> None:
     model.to_empty(device=runtime.device)
     tie(model)
     saved = set(model.state_dict().keys())
+    unset([*model.parameters(), *model.buffers()])
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point():
-                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(float("nan"))
-            tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
         model.initialize_weights()
     for name, buffer in model.named_buffers():
         if name not in saved and buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise PlanError(f"buffer {name} is made only when the model is built; ndtrain cannot shard this model yet")
+
+
+@torch.no_grad()
+def unset(tensors: Iterable[Tensor]) -> None:
+    """Fill with NaN, so that what is never loaded is found."""
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            _local(tensor).fill_(float("nan"))
+
+
+@torch.no_grad()
+def fill_with_noise(model: PreTrainedModel) -> None:
+    """Give the materialized `model` weights of ordinary size that mean nothing: enough to see what depends on what."""
+    torch.manual_seed(0)
+    for tensor in model_tensors(model).values():
+        local = _local(tensor)
+        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+            local.zero_()
+        elif tensor.ndim < 2:
+            local.fill_(1.0)
+        else:
+            local.normal_(std=tensor.shape[-1] ** -0.5)
 
 
 def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> None:

@@ -21,7 +21,7 @@ from ndtrain import data as data_module
 from ndtrain import runtime as runtime_module
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
 from ndtrain.errors import NdtrainError, PlanError, RecipeError
-from ndtrain.load import load_weights, materialize, model_tensors
+from ndtrain.load import fill_with_noise, load_weights, materialize, model_tensors, unset
 from ndtrain.loss import LossModel
 from ndtrain.mesh import Meshes, MeshSizes, build_mesh
 from ndtrain.metrics import (
@@ -138,11 +138,15 @@ class Trainer:
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime)
+        fill_with_noise(self.model)
+        checked = self._check_masks()
+        unset(model_tensors(self.model).values())
         if found is None:
             load_weights(self.model, self.plan, recipe=recipe, runtime=runtime)
         else:
             load_tensors(found / "model", model_tensors(self.model))
-        self._check_masks()
+        if not checked and not self._check_masks():
+            raise PlanError(f"{self.plan.model_type}: the logits of its weights are not finite")
         self.optimizer = build_optimizer(self.model, recipe)
         if state is not None and found is not None:
             self.step, self.cursor = state["step"], state["samples"]
@@ -157,8 +161,10 @@ class Trainer:
             if recipe.log.tensorboard:
                 self.sinks.append(TensorBoard(self.run_dir / "tensorboard"))
 
-    def _check_masks(self) -> None:
+    def _check_masks(self) -> bool:
         """Raise `PlanError` if logits depend on later tokens, or on the document packed before theirs.
+
+        Returns False if these weights give no finite logits, so that nothing can be said.
 
         The plan has read the model's source; this asks the model itself, on two rows of one shape that differ only
         where it must not matter. The logits are then equal to the bit, but for experts: the shapes of their products
@@ -176,9 +182,12 @@ class Trainer:
         moved = [(plain[:half] - changed_later[:half]).abs().max()]
         if positions is not None:
             moved.append((plain[half:] - self._probe(before, positions)[half:]).abs().max())
-        leaks = torch.stack(moved) / plain.abs().max()
+        leaks = torch.stack([*moved, plain.new_zeros(())]) / plain.abs().max()
+        leaks[-1] = float(not leaks.isfinite().all())
         # One decision for all ranks, so that none goes on alone.
         dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
+        if leaks[-1]:
+            return False
         routed = any("experts" in p.fqn for p in self.plan.params) and self.recipe.fsdp.param_dtype != "float32"
         limit = 2e-2 if routed else 1e-4
         what = self.plan.model_type
@@ -192,6 +201,7 @@ class Trainer:
                 f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); "
                 "set data.packing = false"
             )
+        return True
 
     def _probe(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Float32 logits `[S, V]` of one row, with the same dropout every time."""
