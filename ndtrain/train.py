@@ -115,13 +115,7 @@ class Trainer:
         recipe, runtime = self.recipe, self.runtime
         if recipe.log.tensorboard:
             require_tensorboard()
-        self.tokenizer = load_tokenizer(recipe)
-        self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type]
-        if self.tokenizer.vocab_size > self.vocab_size:
-            raise RecipeError(
-                f"data.tokenizer has {self.tokenizer.vocab_size} tokens, but the model only {self.vocab_size}; "
-                f"set model.config.vocab_size = {self.tokenizer.vocab_size} or choose the model's tokenizer"
-            )
+        self._open_tokenizer()
         self.batches = self._open_data()
         found, messages = self.store.find(recipe.checkpoint.resume)
         for message in messages:
@@ -214,6 +208,16 @@ class Trainer:
             if isinstance(module, FSDPModule):
                 module.reshard()
         return logits
+
+    def _open_tokenizer(self) -> None:
+        recipe = self.recipe
+        self.tokenizer = load_tokenizer(recipe)
+        self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type]
+        if self.tokenizer.vocab_size > self.vocab_size:
+            raise RecipeError(
+                f"data.tokenizer has {self.tokenizer.vocab_size} tokens, but the model only {self.vocab_size}; "
+                f"set model.config.vocab_size = {self.tokenizer.vocab_size} or choose the model's tokenizer"
+            )
 
     def _open_data(self) -> data_module.GlobalBatches:
         recipe, runtime = self.recipe, self.runtime

@@ -53,8 +53,9 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 class RankPool:
     """`size` gloo ranks. A case is a module-level function, sent by its name, and picklable arguments."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, cases: int = _CASES) -> None:
         self.size = size
+        self._limit = cases
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder = ""
@@ -83,7 +84,7 @@ class RankPool:
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """fn(*args) on every rank; the results by rank. RanksFailed otherwise, and the next case has new
         workers."""
-        if self._cases >= _CASES:
+        if self._cases >= self._limit:
             self.close()
             self._cases = 0
         self._cases += 1

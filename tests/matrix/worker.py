@@ -1,0 +1,217 @@
+"""What the ranks of the matrix run: the plain reference of one model type, and one cell of the table."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import ndtrain.train
+from ndtrain.errors import NdtrainError, PlanError
+from ndtrain.layout import local_boxes
+from ndtrain.loss import IGNORE
+from ndtrain.mesh import Meshes, MeshSizes, build_mesh
+from ndtrain.model import meta_model
+from ndtrain.plan import make_plan
+from ndtrain.recipe import load_recipe
+from ndtrain.runtime import Runtime
+from tests.tiny import recipe_text
+
+STEPS, ROWS, SEQ = 3, 8, 32
+# With a large eps AdamW's update follows the gradient also where that is rounding alone.
+OPTIM = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
+TOLERANCE = 1e-4
+
+
+def rows(vocab: int, step: int) -> dict[str, Tensor]:
+    """The global batch of a step: int64 [ROWS, SEQ], with labels of ragged lengths."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(3, vocab, (ROWS, SEQ + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    for i in range(ROWS):
+        labels[i, SEQ - (5 * i + step) % (SEQ - 4) :] = IGNORE
+    positions = torch.arange(SEQ).repeat(ROWS, 1)
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": labels, "position_ids": positions}
+
+
+class Batches:
+    """The part of `GlobalBatches` that a Trainer uses, over `rows`."""
+
+    def __init__(self, vocab: int, *, micro: int, rank: int, ranks: int):
+        self.vocab, self.micro, self.rank, self.ranks = vocab, micro, rank, ranks
+        self.micro_steps = ROWS // (micro * ranks)
+        self.fingerprint = "matrix"
+        self.samples = range(1000)
+
+    def load(self, cursor: int) -> list[dict[str, Tensor]]:
+        batch = rows(self.vocab, cursor // ROWS)
+        starts = [(i * self.ranks + self.rank) * self.micro for i in range(self.micro_steps)]
+        return [{k: v[s : s + self.micro] for k, v in batch.items()} for s in starts]
+
+
+def build(kind: str, config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Save a random model of `kind` and its reference run; what a recipe needs to know of it."""
+    torch.manual_seed(7)
+    made = transformers.AutoConfig.for_model(kind, **config)
+    for key, value in made.to_dict().items():
+        if isinstance(value, float) and "drop" in key:
+            setattr(made, key, 0.0)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    if sum(p.numel() for p in model.parameters()) > 50e6:
+        raise ValueError("more than 50 M parameters")
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.02 * torch.randn_like(param))
+    path = Path(folder) / kind
+    model.save_pretrained(path)
+    attn = "sdpa" if model._supports_sdpa else "eager"
+    vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,index,arg-type]
+    reference(path, attn, vocab)
+    return {"kind": kind, "path": str(path), "attn": attn, "vocab": vocab}
+
+
+def reference(path: Path, attn: str, vocab: int) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn)
+    model.train()
+    keys = {k: v for k, v in OPTIM.items() if k != "max_grad_norm"}
+    optimizer = torch.optim.AdamW(model.parameters(), **keys)  # type: ignore[arg-type]
+    tensors, losses, norms = {}, [], []
+    tensors.update({f"start.{n}": p.detach().clone() for n, p in model.named_parameters()})
+    for step in range(STEPS):
+        batch = rows(vocab, step)
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
+        loss.backward()
+        if step == 0:
+            tensors.update({f"grad.{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM["max_grad_norm"])))  # type: ignore[arg-type]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    tensors.update({f"param.{n}": p.detach().clone() for n, p in model.named_parameters()})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "reference.st")
+    (path / "reference.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+
+
+@cache
+def meshes_of(sizes: MeshSizes, device: str) -> Meshes:
+    """One mesh for many cells: every new process group leaves a thread behind."""
+    return build_mesh(sizes, device)
+
+
+def whole(tensor: Tensor) -> tuple[Tensor, float]:
+    """The global tensor, and the largest difference between replicas of an element; collective."""
+    local = tensor.detach()
+    boxes = local_boxes(tensor.shape, (), (), ())
+    if isinstance(local, DTensor):
+        mesh = local.device_mesh
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None
+        boxes = local_boxes(tensor.shape, tuple(mesh.shape), coordinate, local.placements)
+        local = local.to_local()
+    low, high = torch.full(tensor.shape, torch.inf), torch.full(tensor.shape, -torch.inf)
+    for box in boxes:
+        low[box.inside] = high[box.inside] = local[box.local].float()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    return low, float((high - low).abs().max()) if low.numel() else 0.0
+
+
+class MatrixTrainer(ndtrain.train.Trainer):
+    vocab: int
+
+    def _open_tokenizer(self) -> None:
+        self.vocab_size = self.vocab
+
+    def _open_data(self) -> Any:
+        place = self.sizes.coordinate(self.runtime.rank)["batch"]
+        return Batches(self.vocab, micro=self.recipe.train.micro_batch_size, rank=place, ranks=self.sizes.batch)
+
+    def save(self) -> None:
+        pass
+
+
+def cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:
+    """Train on `mesh` and compare with the reference: {"status": agrees | refused | wrong, "worst", "what"}."""
+    try:
+        return _cell(model, mesh, more)
+    except PlanError as error:
+        return {"status": "refused", "what": str(error)}
+    except NdtrainError as error:
+        return {"status": "wrong", "what": f"{type(error).__name__}: {error}"}
+
+
+def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    path = Path(model["path"])
+    batch_ranks = mesh.get("dp_replicate", 1) * mesh.get("dp_shard", 1)
+    sections: dict[str, Any] = {
+        "model": {"name": str(path), "attn": model["attn"]},
+        "mesh": {"dp_shard": 1, **mesh},
+        "fsdp": {"param_dtype": "float32"},
+        "data": {"path": ".", "seq_len": SEQ, "tokenizer": "bytes", "packing": False},
+        "optim": OPTIM,
+        "schedule": {"kind": "constant"},
+        "train": {"steps": STEPS, "global_batch_size": ROWS, "micro_batch_size": ROWS // (2 * batch_ranks)},
+        "checkpoint": {"every": 0, "resume": "never"},
+        "run": {"dir": str(path / "run")},
+    }
+    for section, values in more.items():
+        sections[section] = {**sections.get(section, {}), **values}
+    recipe_path = path / f"recipe-{rank}.toml"
+    recipe_path.write_text(recipe_text(**sections))
+    recipe = load_recipe(recipe_path, [])
+    meta = meta_model(recipe)
+    plan = make_plan(meta, ndtrain.train.sizes_for(recipe, world), recipe)
+    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
+    trainer = MatrixTrainer(recipe, plan, meta, runtime=runtime, reporter=ndtrain.train.Silent())
+    trainer.vocab = model["vocab"]
+    grads: dict[str, Any] = {}
+    clip = ndtrain.train.clip_grad_norm
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        if not grads:
+            grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        return clip(*args, **kwargs)
+
+    ndtrain.train.clip_grad_norm, ndtrain.train.build_mesh = seen, meshes_of  # type: ignore[assignment]
+    try:
+        trainer.prepare()
+        steps = [trainer.train_step() for _ in range(STEPS)]
+    finally:
+        ndtrain.train.clip_grad_norm, ndtrain.train.build_mesh = clip, build_mesh
+    return compare(path, trainer, [(m.loss, m.grad_norm) for m in steps], grads)
+
+
+def compare(path: Path, trainer: Any, steps: list[tuple[float, float]], grads: dict[str, Tensor]) -> dict[str, Any]:
+    want = load_file(path / "reference.st")
+    numbers = json.loads((path / "reference.json").read_text())
+    worst: list[tuple[float, str]] = []
+    for i, (loss, norm) in enumerate(steps):
+        for what, got, ref in (("loss", loss, numbers["losses"][i]), ("grad_norm", norm, numbers["norms"][i])):
+            error = abs(got - ref) / abs(ref)
+            worst.append((error if error == error else float("inf"), f"{what} of step {i + 1}"))
+    params = dict(trainer.model.named_parameters())
+    total = sum(float(v.norm()) ** 2 for k, v in want.items() if k.startswith("grad.")) ** 0.5
+    for name, param in params.items():
+        ref = want.get(f"grad.{name}", torch.zeros(param.shape))
+        got, spread = whole(grads[name]) if name in grads else (torch.zeros(param.shape), 0.0)
+        # What is zero in exact arithmetic is compared against the whole gradient.
+        scale = max(float(ref.norm()), 1e-3 * total)
+        worst.append((float((got - ref).norm()) / scale, f"gradient of {name}"))
+        worst.append((spread * ref.numel() ** 0.5 / scale, f"replicas of the gradient of {name}"))
+        end, spread = whole(param)
+        start, ref = want[f"start.{name}"], want[f"param.{name}"]
+        moved = max(float((ref - start).norm()), 1e-5 * float(ref.norm()), 1e-6)
+        worst.append((float((end - ref).norm()) / moved / 10, f"{name} after {STEPS} steps"))
+        worst.append((spread * ref.numel() ** 0.5 / moved / 10, f"replicas of {name} after {STEPS} steps"))
+    error, what = max((e if e == e else float("inf"), w) for e, w in worst)
+    return {"status": "agrees" if error < TOLERANCE else "wrong", "worst": error, "what": what}
