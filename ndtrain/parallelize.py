@@ -1,4 +1,4 @@
-"""Apply a `Plan` to a model on meta, in fixed order: tp, activation checkpointing, fsdp. Decides nothing."""
+"""Apply a `Plan` to a model on meta, in fixed order: tp, activation checkpointing, cp, fsdp. Decides nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from ndtrain.context_parallel import ContextParallel
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
 from ndtrain.plan import Plan
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> None:
-    """Turn `model` (on meta) into the sharded model that `plan` describes, in place."""
+def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> ContextParallel | None:
+    """Turn `model` (on meta) into the sharded model that `plan` describes, in place; returns what splits batches."""
     if plan.tp_rules:
         # transformers.distributed moves between releases (read at 5.23); this is its one caller.
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -27,13 +28,14 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         rules = {fqn: style for fqn, style in params.items() if style} | plan.tp_rules
         apply_tensor_parallelism(model, meshes.tp, rules)
         tie(model)
-        # The embedding's output under tp is a view, whose later in-place change would drop FSDP's pre-backward hook
-        # without an error (torch 2.13 warns of it).
+        # The output of an embedding or head under tp is a view, whose later in-place change would drop FSDP's
+        # pre-backward hook without an error (torch 2.13 warns of it).
         for name, style in plan.tp_rules.items():
-            if style == "embedding_rowwise":
+            if style in ("embedding_rowwise", "colwise_gather_output") and name != plan.head:
                 model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    context = ContextParallel(model, meshes.dense["cp"].get_group()) if plan.sizes.cp > 1 else None
     compute = getattr(torch, recipe.fsdp.param_dtype)
     reduce = getattr(torch, recipe.fsdp.reduce_dtype)
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
@@ -54,3 +56,4 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
             # gloo has no PREMUL_SUM, hence the forced plain sum (torch <= 2.13).
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    return context

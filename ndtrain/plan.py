@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -394,7 +394,7 @@ def _check_siblings(what: str, modules: dict[str, nn.Module], rules: dict[str, s
 
 
 _MIXING = re.compile(
-    r"lightning|mamba|ssm|recurrent|linear_?attn|linear_?attention|delta|rwkv|shortconv|retention", re.I
+    r"(?i:lightning|mamba|recurrent|linear_?attn|linear_?attention|delta|rwkv|shortconv|retention)|SSM|(?<![a-z])Ssm"
 )
 
 
@@ -402,8 +402,6 @@ def _refuse(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     what, config = model.config.model_type, model.config.get_text_config()
     if sizes.ep > 1:
         raise PlanError(f"mesh.ep = {sizes.ep}: expert parallelism is not supported yet; set mesh.ep = 1")
-    if sizes.cp > 1:
-        raise PlanError(f"mesh.cp = {sizes.cp}: context parallelism is not supported yet; set mesh.cp = 1")
     if getattr(config, "output_router_logits", False):
         raise PlanError(
             f"{what} adds a router's auxiliary loss, which is not supported yet; "
@@ -418,10 +416,34 @@ def _refuse(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         raise PlanError(f"{what}: {reason}, so packed documents would see each other; set data.packing = false")
     if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise PlanError(f'{what} cannot recompute its blocks; set train.activation_checkpointing = "none"')
+    if sizes.cp > 1:
+        _refuse_cp(model, sizes, forward)
     limit = getattr(config, "max_position_embeddings", None)
     learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not _embeddings(model, "input")]
     if limit and recipe.data.seq_len > limit and any(m.num_embeddings <= limit + 8 for m in learned):
         raise PlanError(f"data.seq_len = {recipe.data.seq_len} exceeds the {limit} learned positions of {what}")
+
+
+def _refuse_cp(model: PreTrainedModel, sizes: MeshSizes, forward: Mapping[str, object]) -> None:
+    """Refuse what is known not to work on parts of sequences; `Trainer` proves the rest on the model itself."""
+    what, config = model.config.model_type, model.config.get_text_config()
+    if mixing := _mixing(model):
+        raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
+    if "position_ids" not in forward:
+        raise PlanError(f"{what} takes no position_ids, which mesh.cp = {sizes.cp} needs; set mesh.cp = 1")
+    source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
+    if "ALL_ATTENTION_FUNCTIONS" not in source:
+        raise PlanError(
+            f"{what} does not take its attention from transformers' AttentionInterface, which mesh.cp = {sizes.cp} "
+            "needs; set mesh.cp = 1"
+        )
+    heads = getattr(config, "num_attention_heads", None)
+    for count in heads if isinstance(heads, list) else [heads]:
+        if count is not None and count % (sizes.tp * sizes.cp):
+            raise PlanError(
+                f"mesh.cp = {sizes.cp} x tp = {sizes.tp} does not divide the {count} attention heads of {what}, which "
+                "ulysses needs"
+            )
 
 
 def _refuse_dropout(model: PreTrainedModel) -> None:
@@ -436,12 +458,19 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
             )
 
 
-def _no_packing(model: PreTrainedModel, forward: object) -> str | None:
-    """Why packed documents are not kept apart by this model's attention, or None if they are."""
-    for name, module in model.named_modules():
+def _mixing(model: PreTrainedModel) -> str | None:
+    """The module that mixes tokens other than by attention, as a sentence, or None."""
+    for module in model.modules():
         if isinstance(module, nn.Conv1d) or _MIXING.search(type(module).__name__):
-            return f"{name} mixes along the sequence without a mask"
-    if "position_ids" not in forward:  # type: ignore[operator]
+            return f"{type(module).__name__} mixes along the sequence without a mask"
+    return None
+
+
+def _no_packing(model: PreTrainedModel, forward: Mapping[str, object]) -> str | None:
+    """Why packed documents are not kept apart by this model's attention, or None if they are."""
+    if mixing := _mixing(model):
+        return mixing
+    if "position_ids" not in forward:
         return "it takes no position_ids"
     source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
     if "create_causal_mask" not in source and "create_masks_for_generate" not in source:

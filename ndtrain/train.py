@@ -130,7 +130,7 @@ class Trainer:
 
         self.meshes = build_mesh(self.sizes, runtime.device.type)
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
-        parallelize(self.model, self.plan, self.meshes, recipe=recipe)
+        self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime)
         fill_with_noise(self.model)
         checked = self._check_masks()
@@ -147,7 +147,9 @@ class Trainer:
             self.saved_step = self.step
             restore_optimizer(self.model, self.optimizer, found / "optim", step=self.step)
             self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
-        self.loss_model = LossModel(self.model, self.plan, pass_positions=recipe.data.packing)
+        # A part of a sequence does not show where it lies.
+        pass_positions = recipe.data.packing or self.context is not None
+        self.loss_model = LossModel(self.model, self.plan, pass_positions=pass_positions)
         if runtime.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
@@ -171,12 +173,20 @@ class Trainer:
         other = (row + some // 2) % some
         later = torch.cat([row[:half], other[half:]])
         before = torch.cat([other[:half], row[half:]])
-        positions = torch.arange(half, device=device).repeat(2)[None] if self.recipe.data.packing else None
-        plain, changed_later = self._probe(row, positions), self._probe(later, positions)
-        moved = [(plain[:half] - changed_later[:half]).abs().max()]
-        if positions is not None:
-            moved.append((plain[half:] - self._probe(before, positions)[half:]).abs().max())
-        leaks = torch.stack([*moved, plain.new_zeros(())]) / plain.abs().max()
+        packed = self.recipe.data.packing
+        positions = torch.arange(half, device=device).repeat(2) if packed else torch.arange(2 * half, device=device)
+        plain = self._probe(row, positions)
+        moved = [
+            (plain[:half] - self._probe(later, positions)[:half]).abs().max(),
+            plain.new_zeros(()),
+            plain[0, 0] * 0,
+        ]
+        if packed:
+            moved[1] = (plain[half:] - self._probe(before, positions)[half:]).abs().max()
+        if self.context is not None:
+            with self.context.off():
+                moved[2] = (plain - self._probe(row, positions)).abs().max()
+        leaks = torch.stack([*moved, plain[0, 0] * 0]) / plain.abs().max()
         leaks[-1] = float(not leaks.isfinite().all())
         # One decision for all ranks, so that none goes on alone.
         dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
@@ -190,24 +200,43 @@ class Trainer:
                 f"{what}: tokens see later tokens (logits move by {float(leaks[0]):.1e}); "
                 "set model.config.is_decoder = true if it has that key, or choose a causal model"
             )
-        if positions is not None and not float(leaks[1]) < limit:
+        if not float(leaks[1]) < limit:
             raise PlanError(
                 f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); "
                 "set data.packing = false"
             )
+        if not float(leaks[2]) < (1e-3 if self.recipe.fsdp.param_dtype == "float32" else 5e-2):
+            raise PlanError(
+                f"{what} under mesh.cp = {self.sizes.cp} differs from the whole sequence (logits by "
+                f"{float(leaks[2]):.1e}): it mixes tokens outside its attention; set mesh.cp = 1"
+            )
         return True
 
-    def _probe(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    def _probe(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Float32 logits `[S, V]` of one row, with the same dropout every time."""
         torch.manual_seed(0)
-        inputs = {"input_ids": ids[None]} | ({} if positions is None else {"position_ids": positions})
+        batch = {"input_ids": ids[None], "labels": ids[None], "position_ids": positions[None]}
+        split = self.context is not None and self.context.enabled
+        if split:
+            batch = self._split(batch)
+        inputs = {"input_ids": batch["input_ids"]}
+        if self.recipe.data.packing or self.context is not None:
+            inputs["position_ids"] = batch["position_ids"]
         with torch.no_grad():
             logits = self.model(**inputs, use_cache=False).logits[0].float()
+        if split and self.context is not None:
+            logits = self.context.gather(logits)[: len(ids)]
         # Units that stay gathered for the backward pass would stay so: there is none.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         return logits
+
+    def _split(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This rank's part of each sequence."""
+        if self.context is None:
+            return batch
+        return self.context.split(batch, packed=self.recipe.data.packing)
 
     def _open_tokenizer(self) -> None:
         recipe = self.recipe
@@ -317,15 +346,16 @@ class Trainer:
         loss_group = meshes.loss.get_group()
         count_tensor = torch.tensor(data_module.labels_count(batches), dtype=torch.int64, device=device)
         dist.all_reduce(count_tensor, group=loss_group)
-        count = int(count_tensor)
-        # Keyed by step and batch rank: a resumed run draws the same dropout on any mesh with the same batch ranks.
-        torch.manual_seed(random_seed(recipe.train.seed, self.step, self.sizes.coordinate(self.runtime.rank)["batch"]))
+        count = int(count_tensor) // self.sizes.cp  # cp ranks have the same rows
+        # Keyed by step and place: a resumed run draws the same dropout on any mesh with the same batch and cp ranks.
+        place = self.sizes.coordinate(self.runtime.rank)
+        torch.manual_seed(random_seed(recipe.train.seed, self.step, place["batch"], place["cp"]))
 
         total = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            total += self.loss_model.backward(batch, count=count)
+            total += self.loss_model.backward(self._split(batch), count=count)
         if self.plan.tp_summed:
             sum_over_tp(self.model, self.plan.tp_summed, meshes.tp.get_group())
         norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)

@@ -25,13 +25,15 @@ GPT2_DROPOUT = {"summary_first_dropout": 0.0}
 EXTRA: dict[str, dict[str, Any]] = {
     "cohere": {**tiny.DENSE, "tie_word_embeddings": True},
     "granite": {**tiny.DENSE, "tie_word_embeddings": True},
+    "falcon": {"vocab_size": 261, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "bloom": {"vocab_size": 261, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "mamba": {"vocab_size": 261, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4},
 }
 
 
 def recipe_for(tmp_path: Path, kind: str, config: dict[str, Any] | None = None, **sections: Any) -> Recipe:
     base = copy.deepcopy(tiny.CONFIGS.get(kind) or EXTRA[kind])
-    eager = {"attn": "eager"} if kind in ("gemma2", "mamba") else {}
+    eager = {"attn": "eager"} if kind in ("gemma2", "mamba", "bloom") else {}
     path = tiny.recipe_file(
         tmp_path / "recipe.toml",
         model={"type": kind, "config": {**base, **(config or {})}, **eager},
@@ -195,6 +197,7 @@ def test_only_an_unchanged_head_is_called_plain(
 
 
 TP2 = MeshSizes(1, 1, 1, 2)
+NO_PACKING = {"data": {"packing": False}}
 REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[str]]] = {
     "gpt2 has no tp plan": (
         "gpt2",
@@ -206,7 +209,10 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
     "phi3 is fused": ("phi3", {}, TP2, {}, ["phi3", "mesh.tp = 2", "not supported yet; set mesh.tp = 1"]),
     "qwen3_moe tp": ("qwen3_moe", {}, TP2, {}, ["qwen3_moe", "moe_tp_experts", "set mesh.tp = 1"]),
     "ep": ("qwen3_moe", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["mesh.ep = 2", "set mesh.ep = 1"]),
-    "cp": ("llama", {}, MeshSizes(1, 1, 2, 1), {}, ["mesh.cp = 2", "set mesh.cp = 1"]),
+    "cp over a state space": ("mamba", {}, MeshSizes(1, 1, 2, 1), NO_PACKING, ["MambaMixer", "set mesh.cp = 1"]),
+    "cp with attention of its own": ("falcon", {}, MeshSizes(1, 1, 2, 1), NO_PACKING, ["AttentionInterface"]),
+    "cp without positions": ("bloom", {}, MeshSizes(1, 1, 2, 1), NO_PACKING, ["takes no position_ids"]),
+    "cp over the heads": ("llama", {}, MeshSizes(1, 1, 8, 1), {}, ["cp = 8 x tp = 1", "4 attention heads of llama"]),
     "attention heads": (
         "llama",
         {},

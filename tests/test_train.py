@@ -24,7 +24,16 @@ MESHES: dict[str, dict[str, int]] = {
     "dp_replicate2-dp_shard2": {"dp_replicate": 2, "dp_shard": 2},
     "dp_replicate2-tp2": {"dp_replicate": 2, "dp_shard": 1, "tp": 2},
 }
+CP_MESHES: dict[str, dict[str, int]] = {
+    "cp2": {"dp_shard": 1, "cp": 2},
+    "cp4": {"dp_shard": 1, "cp": 4},
+    "dp_shard2-cp2": {"dp_shard": 2, "cp": 2},
+    "cp2-tp2": {"dp_shard": 1, "cp": 2, "tp": 2},
+}
 KINDS = ["llama", "qwen3", "gemma3_text", "gpt2"]
+
+
+ALL_MESHES = MESHES | CP_MESHES
 
 
 def ranks_of(mesh: dict[str, int]) -> int:
@@ -71,7 +80,9 @@ def reference(model_dir: Path, recipe_path: Path) -> list[tuple[float, float]]:
     cache = data.build_cache(data.find_files(recipe.data.path), ByteTokenizer(), cache_dir=cache_root() / "data")
     samples = data.Samples(data.TokenCache.open(cache), recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
     order = data.Order(len(samples), seed=recipe.train.seed, shuffle=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    attn = recipe.model.attn
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attn)
+    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.0, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, weight_decay=0.1
     )
@@ -115,14 +126,14 @@ def expected(world: dict[str, Any], kind: str, recipe: Path) -> list[tuple[float
 
 
 def recipe_for(world: dict[str, Any], tmp_path: Path, kind: str, mesh: str, **more: Any) -> Path:
-    sizes = MESHES[mesh]
+    sizes = ALL_MESHES[mesh]
     return tiny.recipe_file(
         tmp_path / "recipe.toml",
         corpus=world["corpus"],
         run_dir=tmp_path / "run",
         mesh=sizes,
         batch_ranks=sizes.get("dp_replicate", 1) * sizes.get("dp_shard", 1),
-        **{"model": {"name": str(model_dir(world, kind))}, **more},
+        **{**more, "model": {"name": str(model_dir(world, kind)), **more.get("model", {})}},
     )
 
 
@@ -153,6 +164,15 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one document a row": ("qwen3", "dp_shard2", {"data": {"packing": False}}),
     "weights kept gathered": ("qwen3", "dp_shard2", {"fsdp": {"reshard_after_forward": False}}),
     "rows that do not divide": ("llama", "dp_shard4", {"train": {"micro_batch_size": 3}}),
+    "ulysses": ("llama", "cp2", {}),
+    "ulysses, sliding windows": ("gemma3_text", "dp_shard2-cp2", {}),
+    "ulysses, learned positions": ("gpt2", "cp4", {}),
+    "ulysses, one document a row": ("qwen3", "cp2", {"data": {"packing": False}}),
+    "ulysses under tp": ("qwen3", "cp2-tp2", {}),
+    "ulysses, key-value heads on several ranks": ("qwen3_gqa", "cp4", {}),
+    "ulysses, a sequence that does not divide": ("qwen3_moe", "cp4", {"data": {"seq_len": 30}}),
+    "ulysses, attention sinks": ("gpt_oss", "cp2", {"model": {"attn": "eager"}, "data": {"packing": False}}),
+    "ulysses, recomputed blocks": ("llama", "dp_shard2-cp2", {"train": {"activation_checkpointing": "full"}}),
 }
 
 
@@ -160,7 +180,7 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_options_train_like_plain_transformers(world: dict[str, Any], tmp_path: Path, option: str) -> None:
     kind, mesh, more = OPTIONS[option]
     recipe = recipe_for(world, tmp_path, kind, mesh, accumulation=2, steps=4, **more)
-    result = get_pool(ranks_of(MESHES[mesh])).run(trained, str(recipe), [], timeout=300)[0]
+    result = get_pool(ranks_of(ALL_MESHES[mesh])).run(trained, str(recipe), [], timeout=300)[0]
     want = reference(model_dir(world, kind), recipe)
     for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
@@ -190,7 +210,6 @@ def test_packed_documents_never_see_each_other(world: dict[str, Any], kind: str)
 
 
 def test_a_model_whose_mask_leaks_between_documents_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
-    model = {"type": "xglm", "config": tiny.CONFIGS["xglm"], "attn": "eager"}
-    recipe = recipe_for(world, tmp_path, "xglm", "dp_shard2", model=model)
+    recipe = recipe_for(world, tmp_path, "xglm", "dp_shard2", model={"attn": "eager"})
     with pytest.raises(AssertionError, match="packed documents see each other"):
         get_pool(2).run(trained, str(recipe), [], timeout=200)

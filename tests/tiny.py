@@ -47,6 +47,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "tie_word_embeddings": False,
     },
+    "qwen3_gqa": {**DENSE, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "gpt_oss": {**DENSE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "phi3": {**{k: v for k, v in DENSE.items() if k != "head_dim"}, "tie_word_embeddings": False},
     "gemma2": {**DENSE, "sliding_window": 8, "query_pre_attn_scalar": 16},
 }
@@ -55,7 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def save_model(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random model of `kind`; norms and biases too, so that a lost one shows."""
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(kind.replace("_capped", "_text"), **CONFIGS[kind])
+    config = transformers.AutoConfig.for_model(kind.replace("_capped", "_text").replace("_gqa", ""), **CONFIGS[kind])
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for param in model.parameters():
