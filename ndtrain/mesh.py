@@ -96,13 +96,14 @@ class MeshSizes:
         return self.dp_replicate * self.dp_shard
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Place of `rank` on every axis, dp_replicate outermost, and on the views `fsdp` and `batch`."""
+        """Place of `rank` on every axis, dp_replicate outermost, and on the views fsdp, batch, efsdp and ep."""
         rest, place = rank, {}
         for axis in reversed(AXES):
             rest, place[axis] = divmod(rest, getattr(self, axis))
         place = {axis: place[axis] for axis in AXES}
         place["fsdp"] = place["dp_shard"] * self.cp + place["cp"]
         place["batch"] = place["dp_replicate"] * self.dp_shard + place["dp_shard"]
+        place["efsdp"], place["ep"] = divmod(rank % (self.fsdp * self.tp), self.ep)
         return place
 
     def describe(self) -> str:
@@ -162,6 +163,12 @@ class Meshes:
     def fsdp(self) -> DeviceMesh:
         """Mesh handed to `fully_shard`: 1-D (fsdp), or 2-D (dp_replicate, fsdp) when there are replicas."""
         return self.train["dp_replicate", "fsdp"] if self.sizes.dp_replicate > 1 else self.train["fsdp"]
+
+    @property
+    def efsdp(self) -> DeviceMesh:
+        """Mesh handed to `fully_shard` for experts: (efsdp), or (dp_replicate, efsdp) when there are replicas."""
+        assert self.expert is not None
+        return self.expert["dp_replicate", "efsdp"] if self.sizes.dp_replicate > 1 else self.expert["efsdp"]
 
     @property
     def tp(self) -> DeviceMesh:

@@ -1,13 +1,16 @@
-"""Apply a `Plan` to a model on meta, in fixed order: tp, activation checkpointing, cp, fsdp. Decides nothing."""
+"""Apply a `Plan` to a model on meta, in fixed order: tp, ep, activation checkpointing, cp, fsdp. Decides nothing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from ndtrain.context_parallel import ContextParallel
+from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
 from ndtrain.plan import Plan
@@ -33,6 +36,8 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         for name, style in plan.tp_rules.items():
             if style in ("embedding_rowwise", "colwise_gather_output") and name != plan.head:
                 model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
+    if plan.ep_rules:
+        apply_expert_parallelism(model, plan, meshes)
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     context = ContextParallel(model, meshes.dense["cp"].get_group()) if plan.sizes.cp > 1 else None
@@ -41,14 +46,23 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     if compute == torch.float32:
         mixed = MixedPrecisionPolicy()
+    planned = {param.fqn: param.placements for param in plan.params}
+    placements = {param: planned[fqn] for fqn, param in model.named_parameters()}
     for unit in plan.units:
         modules = [model.get_submodule(name) for name in unit.modules]
-        fully_shard(
-            modules if len(modules) > 1 else modules[0],
-            mesh=meshes.fsdp,
-            reshard_after_forward=unit.reshard,
-            mp_policy=MixedPrecisionPolicy() if unit.fp32 else mixed,
-        )
+        target = modules if len(modules) > 1 else modules[0]
+        if unit.experts:
+            fully_shard(
+                target,
+                mesh=meshes.efsdp,
+                reshard_after_forward=unit.reshard,
+                shard_placement_fn=lambda param: _fsdp_dim(placements[param]),
+                # Routing weights stay in their own dtype, as where experts are gathered with their block.
+                mp_policy=replace(mixed, cast_forward_inputs=False),
+            )
+        else:
+            mp_policy = MixedPrecisionPolicy() if unit.fp32 else mixed
+            fully_shard(target, mesh=meshes.fsdp, reshard_after_forward=unit.reshard, mp_policy=mp_policy)
     fully_shard(model, mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=mixed)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -57,3 +71,10 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return context
+
+
+def _fsdp_dim(placements: tuple[Placement, ...]) -> Shard:
+    """What `fully_shard` is told of an expert's placements on ([dp_replicate,] efsdp, ep)."""
+    over = placements[-2]
+    assert isinstance(over, Shard | _StridedShard)
+    return Shard(over.dim)

@@ -50,6 +50,7 @@ class Unit:
     modules: tuple[str, ...]
     reshard: bool
     fp32: bool = False
+    experts: bool = False  # sharded over efsdp instead of fsdp
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Plan:
     blocks: tuple[str, ...]
     tied: dict[str, str]
     tp_rules: dict[str, str]
+    ep_rules: dict[str, str]
     tp_summed: tuple[str, ...]
     head: str | None
     notes: tuple[str, ...]
@@ -132,13 +134,15 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     model_type = model.config.model_type
     _refuse(model, sizes, recipe)
     notes: list[str] = []
+    ep_rules = _ep_rules(model, sizes) if sizes.ep > 1 else {}
+    experts = tuple(name for name, style in ep_rules.items() if style == EP_MODULE)
     rules: dict[str, str] = {}
     if sizes.tp > 1:
-        rules = _tp_rules(model, sizes)
+        rules = _tp_rules(model, sizes, without=experts)
         _refuse_dropout(model)
     tied = tied_keys(model)
     blocks = tuple(find_blocks(model))
-    units = tuple(_units(model, blocks, tied, recipe))
+    units = tuple(_units(model, blocks, tied, recipe, experts=experts))
     if not blocks:
         notes.append(f"{model_type}: no repeated blocks found; the model is one FSDP unit")
     head = _plain_head(model)
@@ -150,7 +154,12 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
             raise PlanError(
                 f"{model_type}: {alias} and {source} are one tied weight in two FSDP units; not supported yet"
             )
-    params = tuple(_param_plan(fqn, param, sizes, rules=rules, owner=owner) for fqn, param in model.named_parameters())
+    params = tuple(
+        _expert_plan(fqn, param, sizes, style=ep_rules[fqn], owner=owner)
+        if fqn in ep_rules
+        else _param_plan(fqn, param, sizes, rules=rules, owner=owner)
+        for fqn, param in model.named_parameters()
+    )
     summed = tuple(fqn for fqn, _ in model.named_parameters() if _rule_of(fqn, rules)[0] == SUMMED_STYLE)
     return Plan(
         model_type=model_type,
@@ -160,6 +169,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         blocks=blocks,
         tied=tied,
         tp_rules={name: style for name, style in rules.items() if style != SUMMED_STYLE},
+        ep_rules=ep_rules,
         tp_summed=summed,
         head=head,
         notes=tuple(notes),
@@ -194,6 +204,19 @@ def _param_plan(
     )
 
 
+def _expert_plan(fqn: str, param: nn.Parameter, sizes: MeshSizes, *, style: str, owner: dict[str, str]) -> ParamPlan:
+    """Experts `[E, ...]`: whole ones on each ep rank, cut over efsdp along another dim where they would run out."""
+    shape = tuple(param.shape)
+    over: Placement = fsdp_over(Shard(0), sizes.ep)
+    if sizes.efsdp * sizes.ep > shape[0]:
+        over = next((Shard(d) for d in range(1, len(shape)) if shape[d] % sizes.efsdp == 0), over)
+    axes: tuple[str, ...] = ("efsdp", "ep")
+    placements: tuple[Placement, ...] = (over, Shard(0))
+    if sizes.dp_replicate > 1:
+        axes, placements = ("dp_replicate", *axes), (Replicate(), *placements)
+    return ParamPlan(fqn, shape, param.dtype, style, _unit_of(fqn, owner), axes, placements)
+
+
 def _unit_of(fqn: str, owner: dict[str, str]) -> str:
     prefix = fqn.rpartition(".")[0]
     while prefix:
@@ -220,7 +243,9 @@ def find_blocks(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _units(model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str], recipe: Recipe) -> Iterator[Unit]:
+def _units(
+    model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str], recipe: Recipe, *, experts: tuple[str, ...]
+) -> Iterator[Unit]:
     """Units in the order in which FSDP wraps them: a module before the one that contains it; the root is implied."""
     names = {module: name for name, module in model.named_modules()}
     dtype_plan = model._get_dtype_plan(getattr(torch, recipe.fsdp.param_dtype))
@@ -230,6 +255,8 @@ def _units(model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str]
         for name in sorted(owners, key=lambda n: (-n.count("."), n)):
             yield Unit(name, (name,), reshard=True, fp32=True)
     reshard = recipe.fsdp.reshard_after_forward
+    for name in experts:
+        yield Unit(name, (name,), reshard=reshard, experts=True)
     for name in blocks:
         yield Unit(name, (name,), reshard=reshard)
     embed, head = names.get(_embeddings(model, "input")), names.get(_embeddings(model, "output"))
@@ -320,8 +347,11 @@ def _target(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> ast.AST:
 # ---- tensor parallelism
 
 
-def _tp_rules(model: PreTrainedModel, sizes: MeshSizes) -> dict[str, str]:
-    """The model's own TP plan, one entry per module, checked against what tensor parallelism can do rightly."""
+def _tp_rules(model: PreTrainedModel, sizes: MeshSizes, *, without: tuple[str, ...]) -> dict[str, str]:
+    """The model's own TP plan, one entry per module, checked against what tensor parallelism can do rightly.
+
+    Modules in `without` and what they contain are left out.
+    """
     what, config = model.config.model_type, model.config.get_text_config()
     declared = dict(model.tp_plan or {})
     if not declared:
@@ -330,7 +360,11 @@ def _tp_rules(model: PreTrainedModel, sizes: MeshSizes) -> dict[str, str]:
             "set mesh.tp = 1 and use dp_shard"
         )
     # transformers expands `*` to the model's layer numbers, parameters before modules (private, 5.23).
-    expanded: dict[str, str] = model._expand_parallel_plan(declared)
+    expanded: dict[str, str] = {
+        name: style
+        for name, style in model._expand_parallel_plan(declared).items()
+        if not any(name == outer or name.startswith(f"{outer}.") for outer in without)
+    }
     params = dict(model.named_parameters(remove_duplicate=False))
     rules = {name: style for name, style in expanded.items() if name not in params}
     loose = [n for n, s in expanded.items() if n in params and rules.get(n.rpartition(".")[0]) != s]
@@ -390,6 +424,36 @@ def _check_siblings(what: str, modules: dict[str, nn.Module], rules: dict[str, s
                 )
 
 
+# ---- expert parallelism
+
+
+EP_MODULE, EP_PARAM = "ep_dispatch_experts", "grouped_gemm"
+
+
+def _ep_rules(model: PreTrainedModel, sizes: MeshSizes) -> dict[str, str]:
+    """The model's own EP plan: expert parameters, then the modules that send tokens to them."""
+    what = model.config.model_type
+    rules: dict[str, str] = model._expand_parallel_plan(dict(getattr(model, "ep_plan", None) or {}))
+    modules = [name for name, style in rules.items() if style == EP_MODULE]
+    if not modules:
+        raise PlanError(f"{what} declares no experts to spread over mesh.ep = {sizes.ep}; set mesh.ep = 1")
+    if unknown := sorted(set(rules.values()) - {EP_MODULE, EP_PARAM}):
+        raise PlanError(
+            f"{what} under mesh.ep = {sizes.ep}: its plan has style {unknown[0]}, not supported; set mesh.ep = 1"
+        )
+    for name in modules:
+        for param_name, param in model.get_submodule(name).named_parameters():
+            fqn = f"{name}.{param_name}"
+            if rules.get(fqn) != EP_PARAM:
+                raise PlanError(f"{what}: {fqn} has no expert-parallel rule; set mesh.ep = 1")
+            if param.shape[0] % sizes.ep:
+                raise PlanError(
+                    f"mesh.ep = {sizes.ep} does not divide the {param.shape[0]} experts of {what} ({name}); "
+                    f"ep may be a divisor of {param.shape[0]}"
+                )
+    return rules
+
+
 # ---- refusals that concern the whole model
 
 
@@ -400,8 +464,6 @@ _MIXING = re.compile(
 
 def _refuse(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     what, config = model.config.model_type, model.config.get_text_config()
-    if sizes.ep > 1:
-        raise PlanError(f"mesh.ep = {sizes.ep}: expert parallelism is not supported yet; set mesh.ep = 1")
     if getattr(config, "output_router_logits", False):
         raise PlanError(
             f"{what} adds a router's auxiliary loss, which is not supported yet; "

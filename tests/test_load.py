@@ -19,13 +19,18 @@ from tests.ranks import get_pool
 
 MODES = ("rank0", "sharded")
 FSDP = {"dp_shard4": MeshSizes(1, 4), "dp_replicate2-dp_shard2": MeshSizes(2, 2)}
+EP = {
+    "ep2": MeshSizes(1, 4, 1, 1, 2),
+    "ep4": MeshSizes(1, 4, 1, 1, 4),
+    "dp_replicate2-ep2": MeshSizes(2, 2, 1, 1, 2),
+}
 WITH_TP = {**FSDP, "dp_shard2-tp2": MeshSizes(1, 2, 1, 2)}
 MESHES = {
     "llama": {**WITH_TP, "tp4": MeshSizes(1, 1, 1, 4), "dp_replicate2-tp2": MeshSizes(2, 1, 1, 2)},
     "qwen3": WITH_TP,
     "gemma3_text": WITH_TP,
     "gpt2": FSDP,
-    "qwen3_moe": FSDP,
+    "qwen3_moe": FSDP | EP,
     "phi3": FSDP,
 }
 
@@ -202,9 +207,9 @@ def test_every_rank_has_its_own_experts(tmp_path: Path) -> None:
     assert any(".experts.3." in name for name in tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     recipes = recipes_of(directory, tmp_path)
-    assert get_pool(4).run(_compare, recipes, str(directory), FSDP) == [[]] * 4
+    assert get_pool(4).run(_compare, recipes, str(directory), FSDP | EP) == [[]] * 4
     for recipe in recipes.values():
-        found = get_pool(4).run(_full_tensors, {"moe": recipe}, {"moe": {"m": FSDP["dp_shard4"]}})[0]["moe"]["m"]
+        found = get_pool(4).run(_full_tensors, {"moe": recipe}, {"moe": {"m": EP["ep2"]}})[0]["moe"]["m"]
         fused = {name: tensor for name, tensor in found.items() if ".experts." in name}
         assert len(fused) == 4
         for name, tensor in fused.items():
@@ -216,7 +221,7 @@ def test_every_rank_has_its_own_experts(tmp_path: Path) -> None:
 RANDOM = {
     "llama": {**WITH_TP, "tp4": MeshSizes(1, 1, 1, 4)},
     "gpt2": FSDP,
-    "qwen3_moe": FSDP,
+    "qwen3_moe": FSDP | EP,
     "gemma3_text": {"dp_shard4": MeshSizes(1, 4), "dp_shard2-tp2": MeshSizes(1, 2, 1, 2)},
 }
 

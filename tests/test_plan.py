@@ -208,7 +208,8 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
     ),
     "phi3 is fused": ("phi3", {}, TP2, {}, ["phi3", "mesh.tp = 2", "not supported yet; set mesh.tp = 1"]),
     "qwen3_moe tp": ("qwen3_moe", {}, TP2, {}, ["qwen3_moe", "moe_tp_experts", "set mesh.tp = 1"]),
-    "ep": ("qwen3_moe", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["mesh.ep = 2", "set mesh.ep = 1"]),
+    "ep of a dense model": ("llama", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["llama declares no experts", "mesh.ep = 1"]),
+    "ep over the experts": ("qwen3_moe", {}, MeshSizes(1, 8, 1, 1, 8), {}, ["mesh.ep = 8", "4 experts of qwen3_moe"]),
     "cp over a state space": (
         "mamba",
         {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ CP_MESHES: dict[str, dict[str, int]] = {
 KINDS = ["llama", "qwen3", "gemma3_text", "gpt2"]
 
 
-ALL_MESHES = MESHES | CP_MESHES
+EP_MESHES: dict[str, dict[str, int]] = {
+    "ep2": {"dp_shard": 2, "ep": 2},
+    "ep2-efsdp2": {"dp_shard": 4, "ep": 2},
+    "dp_replicate2-ep2": {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
+    "dp_shard2-cp2-ep4": {"dp_shard": 2, "cp": 2, "ep": 4},
+}
+ALL_MESHES = MESHES | CP_MESHES | EP_MESHES
 
 
 def ranks_of(mesh: dict[str, int]) -> int:
-    product = 1
-    for size in mesh.values():
-        product *= size
-    return product
+    return math.prod(size for axis, size in mesh.items() if axis != "ep")
 
 
 def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[str, Any]:
@@ -164,6 +168,12 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one document a row": ("qwen3", "dp_shard2", {"data": {"packing": False}}),
     "weights kept gathered": ("qwen3", "dp_shard2", {"fsdp": {"reshard_after_forward": False}}),
     "rows that do not divide": ("llama", "dp_shard4", {"train": {"micro_batch_size": 3}}),
+    "experts": ("qwen3_moe", "ep2", {}),
+    "experts, cut over efsdp": ("qwen3_moe", "ep2-efsdp2", {}),
+    "fewer experts than ranks": ("qwen3_moe_few", "ep2-efsdp2", {}),
+    "experts, replicas": ("qwen3_moe", "dp_replicate2-ep2", {}),
+    "experts under ulysses": ("qwen3_moe", "dp_shard2-cp2-ep4", {}),
+    "experts without tokens": ("gpt_oss_biased", "ep2", {"model": {"attn": "eager"}, "data": {"packing": False}}),
     "ulysses": ("llama", "cp2", {}),
     "ulysses, sliding windows": ("gemma3_text", "dp_shard2-cp2", {}),
     "ulysses, learned positions": ("gpt2", "cp4", {}),

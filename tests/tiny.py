@@ -49,19 +49,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_gqa": {**DENSE, "num_key_value_heads": 2, "tie_word_embeddings": False},
     "gpt_oss": {**DENSE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "gpt_oss_biased": {**DENSE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "qwen3_moe_few": {
+        **DENSE,
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "tie_word_embeddings": False,
+    },
     "phi3": {**{k: v for k, v in DENSE.items() if k != "head_dim"}, "tie_word_embeddings": False},
     "gemma2": {**DENSE, "sliding_window": 8, "query_pre_attn_scalar": 16},
+}
+
+VARIANTS = {
+    "gemma3_capped": "gemma3_text",
+    "qwen3_gqa": "qwen3",
+    "qwen3_moe_few": "qwen3_moe",
+    "gpt_oss_biased": "gpt_oss",
 }
 
 
 def save_model(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random model of `kind`; norms and biases too, so that a lost one shows."""
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(kind.replace("_capped", "_text").replace("_gqa", ""), **CONFIGS[kind])
+    config = transformers.AutoConfig.for_model(VARIANTS.get(kind, kind), **CONFIGS[kind])
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.02 * torch.randn_like(param))
+        for name, param in model.named_parameters():
+            if kind == "gpt_oss_biased" and name.endswith("router.bias"):
+                param[:2] += 100  # no token goes to the others
     path = directory / kind
     model.to(dtype).save_pretrained(path)
     return path

@@ -1,0 +1,27 @@
+"""Expert parallelism: whole experts on each ep rank, reached by an all-to-all of the tokens.
+
+The dispatch is transformers' own (`AllToAllEP`): the ranks of a tp group send disjoint slices of the batch they share,
+so that no token is computed twice, and a rank that gets no token runs one empty row, so that its backward still meets
+the others'.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ndtrain.mesh import Meshes
+from ndtrain.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def apply_expert_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
+    """Cut the experts of `model` (on meta) over the ep axis and put the dispatch around them, in place."""
+    # transformers.distributed moves between releases (read at 5.23).
+    from transformers.distributed import expert_parallel
+
+    assert meshes.expert is not None
+    expert_parallel.apply_expert_parallelism(
+        model, meshes.expert["ep"], meshes.tp, plan.ep_rules, ep_implementation="all_to_all"
+    )
