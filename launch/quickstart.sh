@@ -8,6 +8,10 @@ source launch/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 run_dir="${1:-runs/quickstart}"
+if [ -e "$run_dir" ] && [ ! -f "$run_dir/recipe.toml" ]; then
+    echo "$run_dir is there and no earlier quickstart: give another directory" >&2
+    exit 2
+fi
 rm -rf "$run_dir"
 text="$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')/*.py"
 common=(--set "data.path=$text" --set "run.dir=$run_dir")

@@ -14,6 +14,7 @@ import typer
 
 import ndtrain
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.runtime import under_torchrun
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
@@ -69,7 +70,7 @@ def _leave(code: int, *, first: bool) -> None:
     torchrun ends the other workers as soon as one has failed: were another rank first, rank 0 could be gone before it
     has said why. A worker that torchrun ends while it waits keeps its own exit code.
     """
-    if "RANK" in os.environ:
+    if under_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
@@ -96,7 +97,7 @@ def _root(
 def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Train: under torchrun as one of its workers, otherwise with a local worker for each rank."""
     resolved = _load(recipe, set_)
-    if "RANK" not in os.environ:
+    if not under_torchrun():
         ranks = _local_world_size(resolved)
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]

@@ -122,10 +122,10 @@ class ContextParallel:
         return {key: v[:, self.rank * part : (self.rank + 1) * part].contiguous() for key, v in batch.items()}
 
     def gather(self, local: Tensor) -> Tensor:
-        """`[S/cp, ...]` on every rank -> `[S, ...]`, without gradient."""
+        """`[B, S/cp, ...]` on every rank -> `[B, S, ...]`, without gradient."""
         parts = [torch.empty_like(local) for _ in range(self.size)]
         dist.all_gather(parts, local.contiguous(), group=self.group)
-        return torch.cat(parts)
+        return torch.cat(parts, dim=1)
 
     # ---- what transformers calls
 

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ndtrain.errors import DamagedError, NdtrainError, RecipeError
+from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
 
 FORMAT_VERSION = 1
 IGNORE = -100
+TEXT_PROBE_BYTES = 1 << 16
 TEXT_NAME = re.compile(r"[^.].*\.(txt|md|py|rst|jsonl?|html|c|h|rs|js|ts|toml|csv|tex)", re.IGNORECASE)
 _CACHE_FILES = ("tokens.bin", "docs.bin", "meta.json")
 _MEMO_NAME = ".digests.json"
@@ -101,7 +102,10 @@ def _documents(file: Path) -> Iterator[tuple[bytes, int]]:
     """(a document's UTF-8 bytes, the bytes read for it): one per line of a .jsonl, else the whole file."""
     with _reading(file), file.open("rb") as content:
         if not _is_jsonl(file):
-            yield (raw := content.read()), len(raw)
+            raw = content.read()
+            if b"\0" in raw[:TEXT_PROBE_BYTES]:
+                raise RecipeError(f"{file} is not text: it has zero bytes; data.path takes text files and .jsonl")
+            yield raw, len(raw)
             return
         for number, line in enumerate(content, 1):
             yield (_json_text(line, f"{file}, line {number}") if line.strip() else b""), len(line)
@@ -187,7 +191,8 @@ def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path,
                     raise
         return final
     except OSError as error:
-        raise NdtrainError(f"cannot write the token cache in {cache_dir}: {error.strerror}") from error
+        kind = RecipeError if error.errno in MENDABLE else NdtrainError
+        raise kind(f"cannot write the token cache in {cache_dir} ($NDTRAIN_CACHE): {error.strerror}") from error
 
 
 def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, progress: Progress) -> Meta:

@@ -1,4 +1,9 @@
-"""The errors that end a run, each with the exit code that the user sees. Imports nothing."""
+"""The errors that end a run, each with the exit code that the user sees."""
+
+from errno import EACCES, EEXIST, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS
+
+# What the file system says of a path that the user can change, as opposed to a machine that fails.
+MENDABLE = (EACCES, EEXIST, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS)
 
 
 class NdtrainError(Exception):

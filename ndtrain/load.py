@@ -69,17 +69,22 @@ def fill_with_noise(model: PreTrainedModel) -> None:
             local.normal_(std=tensor.shape[-1] ** -0.5)
 
 
-def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> None:
-    """Fill the materialized `model` as `[model] init` and `[load] mode` say; the same weights on every mesh."""
+def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
+    """Fill the materialized `model` as `[model] init` and `[load] mode` say; the same weights on every mesh.
+
+    Returns what the user should know, on rank 0.
+    """
+    notes: list[str] = []
     if recipe.model.init == "random":
         initialize(model, plan, recipe=recipe)
     elif recipe.load.mode == "rank0":
-        _load_rank0(model, recipe=recipe, runtime=runtime)
+        _load_rank0(model, recipe=recipe, runtime=runtime, notes=notes)
     else:
-        together(lambda: _load_sharded(model, recipe))
+        together(lambda: _load_sharded(model, recipe, notes))
     tie(model)
     # One rank alone may hold the damaged shard; the others must not go on to wait for it.
     together(lambda: _refuse_nan(model, recipe))
+    return notes
 
 
 def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -112,14 +117,19 @@ def _local(target: Tensor) -> Tensor:
 # ---- rank 0 reads
 
 
-def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime) -> None:
+def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime, notes: list[str]) -> None:
     """Rank 0 reads the whole model through transformers; the others receive it piece by piece and keep their slices."""
     source: dict[str, Tensor] = {}
-    on_rank0(lambda: source.update(_read_whole(model, recipe)))
+    on_rank0(lambda: source.update(_read_whole(model, recipe, notes)))
     # Memory touched for the first time costs as much as the transfer: every piece is received into the same.
     room = torch.empty(0 if runtime.is_main else PIECE_BYTES, dtype=torch.uint8, device=runtime.device)
     for name, target in model_tensors(model).items():
         _send(source.pop(name, None), target, room=room, runtime=runtime)
+
+
+def _unused(keys: Any) -> list[str]:
+    names = sorted(map(str, keys))
+    return [f"{len(names)} saved weights are not of this model and left out, the first is {names[0]}"] if names else []
 
 
 @torch.no_grad()
@@ -155,7 +165,7 @@ def _send(full: Tensor | None, target: Tensor, *, room: Tensor, runtime: Runtime
                 local[(slice(at, at + high - low), *box.local[1:])] = part
 
 
-def _read_whole(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
+def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dict[str, Tensor]:
     import transformers
 
     whole: Any
@@ -174,12 +184,17 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     except Exception as error:
         raise _unreadable(recipe, error) from error
     _check_report(report["missing_keys"], report["mismatched_keys"], recipe)
+    notes += _unused(report["unexpected_keys"])
     aliases = tied_keys(model)
     return {k: v for k, v in whole.state_dict().items() if k not in aliases}
 
 
 def _unreadable(recipe: Recipe, error: Exception) -> Exception:
     line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+    if "no file named" in line:
+        return RecipeError(
+            f'model.name = "{recipe.model.name}" has no weights; set model.init = "random" or complete it'
+        )
     return DamagedError(f'the weights of model.name = "{recipe.model.name}" cannot be read: {line}')
 
 
@@ -199,7 +214,7 @@ def _check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:
 # ---- every rank reads its slices
 
 
-def _load_sharded(model: PreTrainedModel, recipe: Recipe) -> None:
+def _load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
     """Read only this rank's slices, through transformers' own converting loader (core_model_loading, 5.23)."""
     from safetensors import safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -222,6 +237,7 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe) -> None:
         raise _unreadable(recipe, error) from error
     missing = {k for k in report.missing_keys if k not in tied_keys(model)}
     _check_report(missing, report.mismatched_keys, recipe)
+    notes += _unused(report.unexpected_keys)
     _put_back(model, before)
 
 
@@ -248,7 +264,9 @@ def _weight_files(recipe: Recipe) -> list[str]:
         return list(files)
     single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if single is None:
-        raise RecipeError(f'model.name = "{name}" has no safetensors files; set load.mode = "rank0"')
+        raise RecipeError(
+            f'model.name = "{name}" has no safetensors files; set load.mode = "rank0", or model.init = "random"'
+        )
     return [single]
 
 
@@ -295,7 +313,10 @@ def _initialized_together(model: nn.Module, plan: Plan) -> Iterator[str]:
 def _draw(model: PreTrainedModel, module: nn.Module, *, seed: int) -> None:
     import transformers.initialization as init
 
-    module.to_empty(device="cpu")
+    try:
+        module.to_empty(device="cpu")
+    except RuntimeError as error:
+        raise RecipeError(f"{type(module).__name__} does not fit this machine's memory; see model.config") from error
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))

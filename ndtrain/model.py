@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import os
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +31,60 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     """The model's config with the recipe's overrides. Raises `RecipeError` where it cannot be found or made."""
     section = recipe.model
     overrides = copy.deepcopy(dict(section.config))
+    what = f'model.type = "{section.type}"' if section.type else f'model.name = "{section.name}"'
+    try:
+        if section.type is not None:
+            base = transformers.AutoConfig.for_model(section.type)
+        else:
+            base = transformers.AutoConfig.from_pretrained(
+                str(section.name), trust_remote_code=section.trust_remote_code
+            )
+    except Exception as error:
+        raise RecipeError(f"{what} gives no config: {_first_line(error)}") from error
+    _check_keys(base, overrides)
+    if not overrides:
+        return base
     try:
         if section.type is not None:
             return transformers.AutoConfig.for_model(section.type, **overrides)
-        config = transformers.AutoConfig.from_pretrained(str(section.name), trust_remote_code=section.trust_remote_code)
+        return type(base).from_dict(_overridden(base, overrides))
     except Exception as error:
-        what = f'model.type = "{section.type}"' if section.type else f'model.name = "{section.name}"'
-        raise RecipeError(f"{what} gives no config: {_first_line(error)}") from error
+        raise RecipeError(f"[model.config] over {what} gives no config: {_first_line(error)}") from error
+
+
+# Older spellings that transformers still takes for a part of `rope_parameters`.
+_OLD_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+def _check_keys(base: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    known = {*base.to_dict(), *base.attribute_map, *_OLD_KEYS}
+    for key in overrides:
+        if key not in known and not _reads(base, key):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise RecipeError(f'[model.config] has no key "{key}" for model type "{base.model_type}"{hint}')
+
+
+def _reads(config: PreTrainedConfig, key: str) -> bool:
+    """Whether the model's source has the word `key`: some keys have no default and are asked for by name."""
+    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is None:
+        return False
+    source = inspect.getsource(sys.modules[kind.__module__])
+    return re.search(rf"\b{re.escape(key)}\b", source) is not None
+
+
+def _overridden(base: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The saved form of `base` with `overrides`: tables are merged, and a shallower model keeps its first layers."""
+    values = base.to_dict()
     for key, value in overrides.items():
-        if not hasattr(config, key):
-            raise RecipeError(f'[model.config] has no key "{key}" for model type "{config.model_type}"')
-        setattr(config, key, value)
-    return config
+        key = base.attribute_map.get(key, key)
+        old = values.get(key)
+        values[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    layers, kinds = values.get("num_hidden_layers"), values.get("layer_types")
+    if isinstance(layers, int) and isinstance(kinds, list) and "layer_types" not in overrides:
+        values["layer_types"] = kinds[:layers]
+    return values
 
 
 def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTrainedModel:
@@ -68,6 +114,8 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
                 'set model.attn = "eager"'
             ) from error
         raise RecipeError(f'a "{config.model_type}" model cannot be built: {_first_line(error)}') from error
+    if not model.get_input_embeddings().weight.numel():  # type: ignore[union-attr,operator]
+        raise RecipeError(f'a "{config.model_type}" model of this config has no weights: a size in it is 0')
     model.export_config = copy.deepcopy(config)
     model.export_config.dtype = export_dtype
     model.export_config.architectures = [type(model).__name__]
@@ -75,6 +123,12 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     model.config.use_cache = False
     model.train()
     return model
+
+
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Matches the FQNs that stay in float32 when the model is used in `dtype`; None where there are none."""
+    plan = model._get_dtype_plan(dtype)
+    return re.compile("|".join(pattern.replace("*", r"\d+") for pattern in plan)) if plan else None
 
 
 def tied_keys(model: PreTrainedModel) -> dict[str, str]:
@@ -91,7 +145,9 @@ def tie(model: PreTrainedModel) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
+    # The text of a KeyError or a ZeroDivisionError alone says nothing.
+    return said if said and type(error).__module__ != "builtins" else f"{type(error).__name__}: {said}"
 
 
 class ByteTokenizer:
@@ -145,7 +201,9 @@ class HubTokenizer:
         if eos is None:
             raise RecipeError("data.tokenizer has no end-of-text token, which separates documents; choose another")
         self.eos_id: int = eos
-        self.bos_id: int | None = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
+        # What the tokenizer does counts, not what its attributes say.
+        first = tokenizer.encode("a")[:1]
+        self.bos_id: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
 
     def encode_bytes(self, raw: bytes) -> np.ndarray:

@@ -52,7 +52,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     elif section.kind == "cosine":
         share = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
     else:
-        decay = section.decay_steps if section.decay_steps is not None else max(1, steps // 10)
+        decay = section.decay_steps or min(max(1, steps // 10), steps - section.warmup_steps)
         left = min(1.0, (steps - step) / max(1, decay))
         share = low + (1 - low) * left
     return lr * share

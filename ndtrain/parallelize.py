@@ -43,9 +43,7 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     context = ContextParallel(model, meshes.dense["cp"].get_group()) if plan.sizes.cp > 1 else None
     compute = getattr(torch, recipe.fsdp.param_dtype)
     reduce = getattr(torch, recipe.fsdp.reduce_dtype)
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
-    if compute == torch.float32:
-        mixed = MixedPrecisionPolicy()
+    mixed = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=reduce)
     planned = {param.fqn: param.placements for param in plan.params}
     placements = {param: planned[fqn] for fqn, param in model.named_parameters()}
     for unit in plan.units:

@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from ndtrain.errors import PlanError
 from ndtrain.layout import Box, fsdp_over, local_boxes, local_shape
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import tied_keys
+from ndtrain.model import kept_in_fp32, tied_keys
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     if sizes.tp > 1:
         rules = _tp_rules(model, sizes, without=experts)
         _refuse_dropout(model)
+    notes += _notes(model, recipe)
     tied = tied_keys(model)
     blocks = tuple(find_blocks(model))
     units = tuple(_units(model, blocks, tied, recipe, experts=experts))
@@ -248,9 +249,7 @@ def _units(
 ) -> Iterator[Unit]:
     """Units in the order in which FSDP wraps them: a module before the one that contains it; the root is implied."""
     names = {module: name for name, module in model.named_modules()}
-    dtype_plan = model._get_dtype_plan(getattr(torch, recipe.fsdp.param_dtype))
-    if dtype_plan:
-        kept = re.compile("|".join(p.replace("*", r"\d+") for p in dtype_plan))
+    if kept := kept_in_fp32(model, getattr(torch, recipe.fsdp.param_dtype)):
         owners = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters() if kept.search(fqn)}
         for name in sorted(owners, key=lambda n: (-n.count("."), n)):
             yield Unit(name, (name,), reshard=True, fp32=True)
@@ -508,16 +507,32 @@ def _refuse_cp(model: PreTrainedModel, sizes: MeshSizes, forward: Mapping[str, o
             )
 
 
+def _dropouts(model: PreTrainedModel) -> dict[str, float]:
+    """The config's dropout rates above 0; summary_* and classifier_* belong to other heads than the causal LM's."""
+    return {
+        key: value
+        for key, value in model.config.get_text_config().to_dict().items()
+        if "drop" in key and not key.startswith(("summary", "classifier")) and isinstance(value, float) and value > 0
+    }
+
+
+def _notes(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
+    """What a user should know before paying for the run."""
+    if dropouts := _dropouts(model):
+        rates = ", ".join(f"{key} = {value}" for key, value in dropouts.items())
+        yield f"dropout ({rates}) draws other random numbers on another mesh or micro_batch_size"
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.data.seq_len > limit:
+        yield f"data.seq_len = {recipe.data.seq_len} is beyond the model's max_position_embeddings = {limit}"
+
+
 def _refuse_dropout(model: PreTrainedModel) -> None:
     """Under tp every rank would drop other elements of what should be one replicated activation."""
-    what, config = model.config.model_type, model.config.get_text_config()
-    for key, value in config.to_dict().items():
-        # summary_* and classifier_* belong to other heads than the causal LM's
-        if "drop" in key and not key.startswith(("summary", "classifier")) and isinstance(value, float) and value > 0:
-            raise PlanError(
-                f"{what} has {key} = {value}: dropout under mesh.tp > 1 is not supported yet; "
-                f"set model.config.{key} = 0.0 or mesh.tp = 1"
-            )
+    for key, value in _dropouts(model).items():
+        raise PlanError(
+            f"{model.config.model_type} has {key} = {value}: dropout under mesh.tp > 1 is not supported yet; "
+            f"set model.config.{key} = 0.0 or mesh.tp = 1"
+        )
 
 
 def _mixing(model: PreTrainedModel) -> str | None:

@@ -38,7 +38,12 @@ class Runtime:
 
 def env_world_size() -> int | None:
     """World size given by torchrun, or None outside it."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or what sets the same variables) started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextmanager
@@ -47,9 +52,10 @@ def start() -> Iterator[Runtime]:
     import torch
     import torch.distributed as dist
 
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = 0, 0, 1
+    if under_torchrun():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -58,7 +64,7 @@ def start() -> Iterator[Runtime]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    if "RANK" in os.environ:
+    if under_torchrun():
         dist.init_process_group(backend, timeout=STEP_TIMEOUT)
     else:
         dist.init_process_group(backend, timeout=STEP_TIMEOUT, store=dist.HashStore(), rank=rank, world_size=world_size)

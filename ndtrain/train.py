@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
+import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from errno import EACCES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -20,7 +24,7 @@ import ndtrain
 from ndtrain import data as data_module
 from ndtrain import runtime as runtime_module
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
-from ndtrain.errors import NdtrainError, PlanError, RecipeError
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.load import fill_with_noise, load_weights, materialize, model_tensors, unset
 from ndtrain.loss import LossModel
 from ndtrain.mesh import Meshes, MeshSizes, build_mesh
@@ -113,17 +117,20 @@ class Trainer:
     def prepare(self) -> None:
         """Tokenize, shard, load or resume. Every refusal comes before the first weight is read."""
         recipe, runtime = self.recipe, self.runtime
+        runtime_module.on_rank0(self._open_run_dir)
         if recipe.log.tensorboard:
             require_tensorboard()
         self._open_tokenizer()
+        runtime_module.on_rank0(self._try_extras)
         self.batches = self._open_data()
         found, messages = self.store.find(recipe.checkpoint.resume)
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
         self._check_run_dir(state)
-        if state is not None:
-            self._check_state(state, found)
+        if state is not None and found is not None:
+            for note in self._check_state(state, found):
+                self.reporter.info(f"note: {note}")
         self.reporter.info(self._arithmetic())
         for note in self.plan.notes:
             self.reporter.info(f"note: {note}")
@@ -136,9 +143,10 @@ class Trainer:
         checked = self._check_masks()
         unset(model_tensors(self.model).values())
         if found is None:
-            load_weights(self.model, self.plan, recipe=recipe, runtime=runtime)
+            for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
+                self.reporter.info(f"note: {note}")
         else:
-            load_tensors(found / "model", model_tensors(self.model))
+            load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
         if not checked and not self._check_masks():
             raise PlanError(f"{self.plan.model_type}: the logits of its weights are not finite")
         self.optimizer = build_optimizer(self.model, recipe)
@@ -167,26 +175,24 @@ class Trainer:
         depend on the routing.
         """
         half = max(1, min(16, self.recipe.data.seq_len // 2))
-        device = self.runtime.device
+        device, packed = self.runtime.device, self.recipe.data.packing
         some = min(97, self.vocab_size)
         row = torch.arange(2 * half, device=device) % some
         other = (row + some // 2) % some
-        later = torch.cat([row[:half], other[half:]])
-        before = torch.cat([other[:half], row[half:]])
-        packed = self.recipe.data.packing
+        # Attention kernels for one row and for several can differ.
+        more = [row] if self.batches.micro_batch_size > 1 else []
         positions = torch.arange(half, device=device).repeat(2) if packed else torch.arange(2 * half, device=device)
-        plain = self._probe(row, positions)
-        moved = [
-            (plain[:half] - self._probe(later, positions)[:half]).abs().max(),
-            plain.new_zeros(()),
-            plain[0, 0] * 0,
-        ]
+        plain = self._probe([row, *more], positions)
+        later = self._probe([torch.cat([row[:half], other[half:]]), *more], positions)
+        zero = plain.new_zeros(())
+        moved = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]
         if packed:
-            moved[1] = (plain[half:] - self._probe(before, positions)[half:]).abs().max()
+            before = self._probe([torch.cat([other[:half], row[half:]]), *(other for _ in more)], positions)
+            moved[1] = (plain[0, half:] - before[0, half:]).abs().max()
         if self.context is not None:
             with self.context.off():
-                moved[2] = (plain - self._probe(row, positions)).abs().max()
-        leaks = torch.stack([*moved, plain[0, 0] * 0]) / plain.abs().max()
+                moved[2] = (plain - self._probe([row, *more], positions)).abs().max()
+        leaks = torch.stack([*moved, zero]) / plain.abs().max()
         leaks[-1] = float(not leaks.isfinite().all())
         # One decision for all ranks, so that none goes on alone.
         dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
@@ -212,31 +218,54 @@ class Trainer:
             )
         return True
 
-    def _probe(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `[S, V]` of one row, with the same dropout every time."""
+    def _probe(self, rows: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `[B, S, V]` of rows `[S]`, with the same dropout every time."""
         torch.manual_seed(0)
-        batch = {"input_ids": ids[None], "labels": ids[None], "position_ids": positions[None]}
-        split = self.context is not None and self.context.enabled
-        if split:
-            batch = self._split(batch)
+        ids = torch.stack(rows)
+        batch = self._shape({"input_ids": ids, "labels": ids, "position_ids": positions.expand_as(ids)})
         inputs = {"input_ids": batch["input_ids"]}
         if self.recipe.data.packing or self.context is not None:
             inputs["position_ids"] = batch["position_ids"]
         with torch.no_grad():
-            logits = self.model(**inputs, use_cache=False).logits[0].float()
-        if split and self.context is not None:
-            logits = self.context.gather(logits)[: len(ids)]
+            logits = self.model(**inputs, use_cache=False).logits.float()
+        if self.context is not None and self.context.enabled:
+            logits = self.context.gather(logits)
+        # One row of all rows where they were joined, and what was padded at its end
+        joined = logits.shape[0] < len(rows)
+        logits = logits[:, : ids.numel()].view(*ids.shape, -1) if joined else logits[:, : ids.shape[1]]
         # Units that stay gathered for the backward pass would stay so: there is none.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         return logits
 
-    def _split(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's part of each sequence."""
-        if self.context is None:
-            return batch
-        return self.context.split(batch, packed=self.recipe.data.packing)
+    def _shape(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The micro batch as the model takes it: this rank's part of each sequence."""
+        if self.recipe.data.packing and "flash" in self.recipe.model.attn:
+            # Flash attention tells documents apart by their positions in a batch of one row only.
+            batch = {key: value.reshape(1, -1) for key, value in batch.items()}
+        if self.context is not None and self.context.enabled:
+            batch = self.context.split(batch, packed=self.recipe.data.packing)
+        return batch
+
+    def _open_run_dir(self) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.run_dir, os.W_OK | os.X_OK):
+                raise PermissionError(EACCES, "no permission to write")
+        except OSError as error:
+            raise RecipeError(f'run.dir = "{self.run_dir}" cannot be used: {error.strerror}; choose another') from error
+
+    def _try_extras(self) -> None:
+        """Write config and tokenizer once for nothing: what cannot be saved must not be trained first."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                save_extras(Path(folder), self.model, self.tokenizer)
+        except OSError:
+            raise
+        except Exception as error:
+            line = " ".join(str(error).split())
+            raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
 
     def _open_tokenizer(self) -> None:
         recipe = self.recipe
@@ -286,12 +315,24 @@ class Trainer:
                 'move its checkpoints away, choose another run.dir, or set checkpoint.resume = "auto"'
             )
 
-    def _check_state(self, state: dict[str, Any], found: Path | None) -> None:
+    def _check_state(self, state: dict[str, Any], found: Path) -> list[str]:
+        """Refuse to go on with other data or another model; returns what differs and may."""
+        for key, kind in {"step": int, "samples": int, "data": str, "seed": int}.items():
+            if type(state.get(key)) is not kind:
+                raise DamagedError(f"{found}/train_state.json has no {key}")
         if state["data"] != self.batches.fingerprint or state["seed"] != self.recipe.train.seed:
             raise RecipeError(
                 f"{found} was trained on other data, seq_len, packing or train.seed than this recipe says; restore "
-                'them, or start anew with another run.dir or checkpoint.resume = "never"'
+                "them, or start anew with another run.dir"
             )
+        differs = config_difference(found / "config.json", cast("PreTrainedConfig", self.model.export_config))
+        if differs:
+            raise RecipeError(
+                f"{found} holds another model than this recipe describes: {differs}; restore it in [model], or start "
+                "anew with another run.dir"
+            )
+        now = self.recipe.schedule.model_dump()
+        return ["the schedule is another than the checkpoint's"] if state.get("schedule", now) != now else []
 
     def _arithmetic(self) -> str:
         train, micro = self.recipe.train, self.batches.micro_steps
@@ -326,8 +367,11 @@ class Trainer:
         recipe = self.recipe
         metrics = self._train_step()
         if self.runtime.is_main:
-            for sink in self.sinks:
-                sink.write(metrics)
+            try:
+                for sink in self.sinks:
+                    sink.write(metrics)
+            except OSError as error:
+                raise NdtrainError(f"step {self.step} was trained but not logged: {error}") from error
         last = self.step == recipe.train.steps
         self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
         if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
@@ -355,20 +399,25 @@ class Trainer:
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            total += self.loss_model.backward(self._split(batch), count=count)
+            total += self.loss_model.backward(self._shape(batch), count=count)
         if self.plan.tp_summed:
             sum_over_tp(self.model, self.plan.tp_summed, meshes.tp.get_group())
         norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
+        dist.all_reduce(total, group=loss_group)
+        loss, grad_norm = float(total) / max(1, count), float(norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NdtrainError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not changed and "
+                "nothing was saved. Lower optim.lr, or look at the data; resuming goes on from the newest checkpoint"
+            )
         lr = learning_rate(recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        dist.all_reduce(total, group=loss_group)
         peak = torch.tensor(peak_memory_bytes(device), dtype=torch.int64, device=device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        loss, grad_norm = float(total) / max(1, count), float(norm)
         seconds = time.perf_counter() - started
         self.step += 1
         self.cursor += recipe.train.global_batch_size
@@ -426,6 +475,19 @@ def save_extras(directory: Path, model: PreTrainedModel, tokenizer: ByteTokenize
         with suppress(ValueError):
             cast(Any, model.generation_config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def config_difference(saved: Path, own: PreTrainedConfig) -> str | None:
+    """The first key in which the config of a checkpoint differs from `own`, in words; None where all agree."""
+    try:
+        before = json.loads(saved.read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{saved}: {error}") from error
+    now = json.loads(own.to_json_string())
+    for key in sorted((before.keys() | now.keys()) - {"transformers_version", "_name_or_path", "architectures"}):
+        if before.get(key) != now.get(key):
+            return f"{key} was {before.get(key)}, is {now.get(key)}"
+    return None
 
 
 def cache_root() -> Path:

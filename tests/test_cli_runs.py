@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -87,6 +88,8 @@ def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path:
             3,
             "mesh.tp = 2 does not divide",
         ),
+        (["run.dir=/proc/none"], 2, "run.dir"),
+        (["model.config.hidden_size=0"], 2, "has no weights"),
         (["model.config.vocab_size=200", "model.config.pad_token_id=0"], 2, "data.tokenizer has 259 tokens"),
     ],
 )
@@ -116,3 +119,24 @@ def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
     assert ["model.layers.{0-1}"] in lines
     row = next(line for line in lines if line[0] == "self_attn.q_proj.weight")
     assert row[2:5] == ["colwise", "fsdp:0", "tp:0"]
+
+
+def test_a_single_process_needs_no_torchrun_whatever_rank_says(recipe: Path) -> None:
+    with_rank = {**ENV, "RANK": "0"}
+    command = [sys.executable, "-m", "ndtrain", "run", str(recipe), "--set", "mesh.tp=1"]
+    result = subprocess.run(command, capture_output=True, text=True, env=with_rank, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_state_without_its_keys_is_damage(recipe: Path, tmp_path: Path) -> None:
+    once = ["run", str(recipe), "--set", "mesh.tp=1", "--set", "mesh.dp_shard=1"]
+    assert ndtrain(*once).returncode == 0
+    step = tmp_path / "run/checkpoints/step-00000003"
+    state = b'{"step": 3}'
+    (step / "train_state.json").write_bytes(state)
+    manifest = json.loads((step / "manifest.json").read_text())
+    digest = hashlib.blake2b(state, digest_size=16).hexdigest()
+    manifest["files"]["train_state.json"] = {"size": len(state), "blake2b": digest}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    result = ndtrain(*once, "--set", "train.steps=4")
+    assert result.returncode == 4 and "train_state.json has no samples" in result.stderr

@@ -79,6 +79,9 @@ def test_converted_weights_equal_save_pretrained(
 
     with pytest.raises(RecipeError, match="not an empty directory"):
         convert(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot be made"):
+        convert(tmp_path / "run", tmp_path / "file" / "out")
     (next((tmp_path / "run" / "checkpoints").glob("*/model/*.safetensors"))).unlink()
     with pytest.raises(DamagedError):
         convert(tmp_path / "run", tmp_path / "again")
@@ -90,5 +93,7 @@ def test_convert_names_what_is_wrong(tmp_path: Path) -> None:
         convert(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(DamagedError, match=r"manifest\.json"):
         convert(tmp_path, tmp_path / "out")
+    with pytest.raises(RecipeError, match="--max-shard-size"):
+        convert(tmp_path, tmp_path / "out", max_shard_size="banana")
     with pytest.raises(RecipeError, match="--dtype"):
         convert(tmp_path, tmp_path / "out", dtype="int8")

@@ -12,6 +12,7 @@ import torch
 
 from ndtrain.data import GlobalBatches, Order, Samples, TokenCache, build_cache, find_files, labels_count
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
+from ndtrain.model import ByteTokenizer
 
 
 class Bytes:
@@ -402,3 +403,9 @@ def test_an_unreadable_file_is_a_damaged_error(tmp_path: Path) -> None:
 
 
 FIXED_ORDER = [3, 2, 1, 6, 0, 7, 4, 5]
+
+
+def test_binary_files_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1\x15\x00\x15")
+    with pytest.raises(RecipeError, match=r"x\.parquet is not text"):
+        build_cache(find_files(str(tmp_path / "x.parquet")), ByteTokenizer(), cache_dir=tmp_path / "cache")

@@ -112,6 +112,7 @@ WRONG = [
     ("schedule", "warmup_steps = 10", ["schedule.warmup_steps = 10 must be less than train.steps = 10"]),
     ("schedule", "warmup_steps = -1", ["schedule.warmup_steps = -1"]),
     ("schedule", "min_lr_ratio = 1.5", ["schedule.min_lr_ratio = 1.5", "at least 0 and at most 1"]),
+    ("schedule", "kind = 'constant'\nmin_lr_ratio = 0.5", ["schedule.min_lr_ratio = 0.5", 'kind = "constant"']),
     ("schedule", "decay_steps = 3", ["schedule.decay_steps = 3", 'kind = "wsd"']),
     ("schedule", "kind = 'wsd'\ndecay_steps = 8\nwarmup_steps = 3", ["together more than train.steps = 10"]),
     ("data", "packing = 1", ["data.packing = 1 must be true or false"]),

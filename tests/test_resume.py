@@ -12,11 +12,11 @@ from tests.ranks import get_pool
 from tests.test_train import MESHES, model_dir, ranks_of, trained, world  # noqa: F401
 
 
-def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: str) -> dict[str, Any]:  # noqa: F811
+def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: str, **model: Any) -> dict[str, Any]:  # noqa: F811
     sizes = MESHES[mesh]
     recipe = tiny.recipe_file(
         folder / f"{mesh}-{steps}.toml",
-        model={"name": str(model_dir(world, kind))},
+        model={"name": str(model_dir(world, kind)), **model},
         corpus=world["corpus"],
         run_dir=folder / "run",
         mesh=sizes,
@@ -54,6 +54,36 @@ def test_resume_on_another_mesh_continues_loss_rate_and_sample_order(
     for ours, theirs in zip(ended["metrics"], whole["metrics"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_resume_draws_the_dropout_that_the_run_would_have_drawn(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    dropout = {"config": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}}
+    runs = {}
+    for name, steps in (("whole", [6]), ("cut", [3, 6])):
+        (tmp_path / name).mkdir()
+        for stop in steps:
+            runs[name] = start(world, tmp_path / name, mesh="dp_shard2", steps=stop, kind="gpt2", **dropout)
+    losses = {name: [m["loss"] for m in run["metrics"]] for name, run in runs.items()}
+    assert losses["cut"] == pytest.approx(losses["whole"], rel=1e-6)
+    (tmp_path / "dry").mkdir()
+    dry = start(world, tmp_path / "dry", mesh="dp_shard2", steps=1, kind="gpt2")
+    assert dry["metrics"][0]["loss"] != pytest.approx(losses["whole"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"n_layer": 1}, {"layer_norm_epsilon": 0.5}])
+def test_resume_with_another_model_is_refused(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    config: dict[str, Any],
+) -> None:
+    start(world, tmp_path, mesh="1", steps=3, kind="gpt2")
+    with pytest.raises(
+        AssertionError, match=f"holds another model than this recipe describes: {next(iter(config))} was"
+    ):
+        start(world, tmp_path, mesh="1", steps=6, kind="gpt2", config=config)
 
 
 def test_resume_with_other_data_is_refused(world: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -223,3 +224,58 @@ def test_a_model_whose_mask_leaks_between_documents_is_refused(world: dict[str, 
     recipe = recipe_for(world, tmp_path, "xglm", "dp_shard2", model={"attn": "eager"})
     with pytest.raises(AssertionError, match="packed documents see each other"):
         get_pool(2).run(trained, str(recipe), [], timeout=200)
+
+
+def test_a_step_that_is_not_finite_changes_and_saves_nothing(world: dict[str, Any], tmp_path: Path) -> None:
+    optim = {"lr": 1e30, "max_grad_norm": 1e30}
+    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", optim=optim, checkpoint={"every": 1})
+    with pytest.raises(AssertionError, match=r"step 2: loss .*; the weights were not changed and nothing was saved"):
+        get_pool(2).run(trained, str(recipe), [], timeout=200)
+    steps = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert steps == ["step-00000001"]
+
+
+def trained_with_flash(path: str, overrides: list[str]) -> dict[str, Any]:
+    """`trained` with an attention function that, like flash attention, sees documents in batches of one row only."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    def flash(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        size = query.shape[2]
+        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        if query.shape[0] == 1:
+            documents = (kwargs["position_ids"][0].diff(prepend=torch.tensor([-1])) != 1).cumsum(0)
+            mask = mask & (documents[:, None] == documents[None])
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=kwargs["scaling"])
+        return out.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("flash_of_the_test", flash)
+    AttentionMaskInterface.register("flash_of_the_test", lambda *args, **kwargs: None)
+    # Where transformers looks for a kernel of that name
+    with mock.patch("transformers.modeling_utils.lazy_import_flash_attention"):
+        return trained(path, overrides)
+
+
+@pytest.mark.parametrize("mesh", ["dp_shard2", "cp2"])
+def test_flash_attention_keeps_documents_apart_in_batches_of_several_rows(
+    world: dict[str, Any], tmp_path: Path, mesh: str
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", mesh, steps=4)
+    want = reference(model_dir(world, "llama"), recipe)
+    overrides = ["model.attn=flash_of_the_test", "train.micro_batch_size=4"]
+    result = get_pool(2).run(trained_with_flash, str(recipe), overrides, timeout=200)[0]
+    for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_reduce_dtype_acts_under_float32(world: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", steps=3, fsdp={"reduce_dtype": "bfloat16"})
+    result = get_pool(2).run(trained, str(recipe), [], timeout=200)[0]
+    loss, norm = reference(model_dir(world, "llama"), recipe)[0]
+    got = result["metrics"][0]
+    assert got["loss"] == pytest.approx(loss, rel=1e-5)
+    assert abs(got["grad_norm"] / norm - 1) > 1e-6 and got["grad_norm"] == pytest.approx(norm, rel=1e-2)

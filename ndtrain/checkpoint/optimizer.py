@@ -47,7 +47,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, direct
 
     Gradients need not be there, and do no harm. DamagedError as load_tensors.
     """
-    load_tensors(directory, optimizer_tensors(model, optimizer))
+    load_tensors(directory, optimizer_tensors(model, optimizer), all_of_it=True)
     for name, p, _ in _trainable(model, optimizer):
         state = optimizer.state.get(p, {})
         if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ndtrain.checkpoint.manifest import check, sync, write_manifest
 from ndtrain.checkpoint.tensors import listing, save_tensors
-from ndtrain.errors import DamagedError
+from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.runtime import broadcast_json, on_rank0, rank
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -100,11 +100,13 @@ class CheckpointStore:
             for part, group in groups.items():
                 save_tensors(work / part, group)
             on_rank0(publish)
-        except BaseException:
+        except BaseException as error:
             # every rank is here, or was interrupted by its user: _together has made them agree
             if rank() == 0:
                 shutil.rmtree(work, ignore_errors=True)
                 self._clean()
+            if isinstance(error, NdtrainError):
+                raise type(error)(f"{final} was not written, older checkpoints stay: {error}") from error
             raise
         if rank() == 0:
             with contextlib.suppress(OSError):  # the checkpoint is there: room not freed is no reason to fail

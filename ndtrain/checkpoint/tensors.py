@@ -184,8 +184,10 @@ def _stored(directory: Path) -> dict[str, list[_Piece]]:
     return stored
 
 
-def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: bool = False) -> None:
     """Fills the tensors in place from a save on any mesh, reading only what this rank holds; collective.
+
+    With `all_of_it` a stored key that is not wanted is an error too: it is of another model.
 
     Raises DamagedError on all ranks: a key is missing, its shape or dtype differs, pieces do not cover what
     is wanted or overlap, or a file is unreadable. Tensors may be partly filled then.
@@ -193,6 +195,8 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
     def read() -> None:
         stored = _stored(directory)
+        if all_of_it and (left := sorted(stored.keys() - tensors.keys())):
+            raise DamagedError(f"{directory}: holds {left[0]}, which this model does not have")
         by_file: dict[Path, list[tuple[str, Tensor, tuple[slice, ...]]]] = defaultdict(list)
         for key, tensor in tensors.items():
             local, boxes = _held(key, tensor)

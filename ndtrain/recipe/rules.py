@@ -97,6 +97,11 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             ("schedule", "warmup_steps"),
             f"schedule.warmup_steps = {schedule.warmup_steps} must be less than train.steps = {train.steps}",
         )
+    elif schedule.min_lr_ratio and schedule.kind == "constant":
+        yield (
+            ("schedule", "min_lr_ratio"),
+            f'schedule.min_lr_ratio = {schedule.min_lr_ratio} has no meaning with schedule.kind = "constant"',
+        )
     elif schedule.kind == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps:
         yield (
             ("schedule", "decay_steps"),

@@ -46,6 +46,7 @@ class Batches:
     """The part of `GlobalBatches` that a Trainer uses, over `rows`."""
 
     def __init__(self, vocab: int, *, micro: int, rank: int, ranks: int):
+        self.micro_batch_size = micro
         self.vocab, self.micro, self.rank, self.ranks = vocab, micro, rank, ranks
         self.micro_steps = ROWS // (micro * ranks)
         self.fingerprint = "matrix"
@@ -134,6 +135,9 @@ class MatrixTrainer(ndtrain.train.Trainer):
     def _open_data(self) -> Any:
         place = self.sizes.coordinate(self.runtime.rank)["batch"]
         return Batches(self.vocab, micro=self.recipe.train.micro_batch_size, rank=place, ranks=self.sizes.batch)
+
+    def _try_extras(self) -> None:
+        pass
 
     def save(self) -> None:
         pass

@@ -1,0 +1,87 @@
+"""Recipe to config and meta model: overrides act, and what cannot act is refused; tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from ndtrain.errors import RecipeError
+from ndtrain.mesh import MeshSizes
+from ndtrain.model import HubTokenizer, load_config, meta_model
+from ndtrain.plan import make_plan
+from ndtrain.recipe import Recipe, load_recipe
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model("qwen3", tmp_path_factory.mktemp("model"))
+
+
+def recipe_for(tmp_path: Path, **model: Any) -> Recipe:
+    path = tiny.recipe_file(tmp_path / "recipe.toml", model=model, corpus=tmp_path, run_dir=tmp_path / "run")
+    return load_recipe(path)
+
+
+def test_a_shallower_model_keeps_its_first_layers_and_can_be_saved(tmp_path: Path, saved: Path) -> None:
+    assert len(json.loads((saved / "config.json").read_text())["layer_types"]) == 2
+    model = meta_model(recipe_for(tmp_path, name=str(saved), config={"num_hidden_layers": 1}))
+    assert len(model.model.layers) == 1
+    model.export_config.save_pretrained(tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").layer_types == ["full_attention"]
+
+
+def test_tables_of_the_config_are_merged(tmp_path: Path, saved: Path) -> None:
+    config = load_config(recipe_for(tmp_path, name=str(saved), config={"rope_parameters": {"rope_theta": 500.0}}))
+    assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("source", ["type", "name"])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hidden_sze": 128}, ['no key "hidden_sze"', 'did you mean "hidden_size"?']),
+        ({"to_dict": 1}, ['no key "to_dict"']),
+        ({"hidden_size": "wide"}, ["hidden_size"]),
+        ({"hidden_size": 0}, []),
+        ({"num_attention_heads": 0}, []),
+        ({"layer_types": ["full_attention"]}, ["layer_types"]),
+    ],
+)
+def test_a_wrong_override_is_refused(
+    tmp_path: Path, saved: Path, source: str, config: dict[str, Any], words: list[str]
+) -> None:
+    if source == "name":
+        recipe = recipe_for(tmp_path, name=str(saved), config=config)
+    else:
+        recipe = recipe_for(tmp_path, type="qwen3", config={**tiny.CONFIGS["qwen3"], **config})
+    with pytest.raises(RecipeError) as caught:
+        make_plan(meta_model(recipe), MeshSizes(), recipe)
+    message = str(caught.value)
+    assert "\n" not in message and not message.endswith(":")
+    for word in words:
+        assert word in message
+
+
+def test_keys_that_only_the_model_reads_are_keys(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, type="qwen3_moe", config=tiny.CONFIGS["qwen3_moe"])
+    assert "head_dim" not in transformers.AutoConfig.for_model("qwen3_moe").to_dict()
+    assert load_config(recipe).head_dim == 16
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A"])
+def test_documents_begin_as_the_tokenizer_begins_them(template: str) -> None:
+    vocab = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "[UNK]": 4}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0)])
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    ours = HubTokenizer(plain, key="test")
+    begin = [] if ours.bos_id is None else [ours.bos_id]
+    assert begin + ours.encode_bytes(b"a b").tolist() == plain.encode("a b")
