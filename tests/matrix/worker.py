@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import ndtrain.train
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.layout import local_boxes
 from ndtrain.loss import IGNORE
@@ -23,6 +22,8 @@ from ndtrain.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
 from ndtrain.runtime import Runtime
+from ndtrain.train import Silent, Trainer, sizes_for
+from ndtrain.train import trainer as trainer_module
 from tests.tiny import recipe_text
 
 STEPS, ROWS, SEQ = 3, 8, 32
@@ -63,7 +64,7 @@ def build(kind: str, config: dict[str, Any], folder: str) -> dict[str, Any]:
     torch.manual_seed(7)
     made = transformers.AutoConfig.for_model(kind, **config)
     for key, value in made.to_dict().items():
-        if isinstance(value, float) and "drop" in key:
+        if isinstance(value, float) and ("drop" in key or "jitter" in key):
             setattr(made, key, 0.0)
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     if sum(p.numel() for p in model.parameters()) > 50e6:
@@ -126,7 +127,7 @@ def whole(tensor: Tensor) -> tuple[Tensor, float]:
     return low, float((high - low).abs().max()) if low.numel() else 0.0
 
 
-class MatrixTrainer(ndtrain.train.Trainer):
+class MatrixTrainer(Trainer):
     vocab: int
 
     def _open_tokenizer(self) -> None:
@@ -174,24 +175,24 @@ def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> 
     recipe_path.write_text(recipe_text(**sections))
     recipe = load_recipe(recipe_path, [])
     meta = meta_model(recipe)
-    plan = make_plan(meta, ndtrain.train.sizes_for(recipe, world), recipe)
+    plan = make_plan(meta, sizes_for(recipe, world), recipe)
     runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
-    trainer = MatrixTrainer(recipe, plan, meta, runtime=runtime, reporter=ndtrain.train.Silent())
+    trainer = MatrixTrainer(recipe, plan, meta, runtime=runtime, reporter=Silent())
     trainer.vocab = model["vocab"]
     grads: dict[str, Any] = {}
-    clip = ndtrain.train.clip_grad_norm
+    clip = trainer_module.clip_grad_norm
 
     def seen(*args: Any, **kwargs: Any) -> Any:
         if not grads:
             grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
         return clip(*args, **kwargs)
 
-    ndtrain.train.clip_grad_norm, ndtrain.train.build_mesh = seen, meshes_of  # type: ignore[assignment]
+    trainer_module.clip_grad_norm, trainer_module.build_mesh = seen, meshes_of  # type: ignore[assignment]
     try:
         trainer.prepare()
         steps = [trainer.train_step() for _ in range(STEPS)]
     finally:
-        ndtrain.train.clip_grad_norm, ndtrain.train.build_mesh = clip, build_mesh
+        trainer_module.clip_grad_norm, trainer_module.build_mesh = clip, build_mesh
     return compare(path, trainer, [(m.loss, m.grad_norm) for m in steps], grads)
 
 

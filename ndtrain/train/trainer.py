@@ -1,20 +1,17 @@
-"""The wiring of a run and its one loop: recipe, plan, sharded model, batches, steps, checkpoints."""
+"""One run on one rank: sharded model, batches, steps, checkpoints."""
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import math
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from errno import EACCES
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +24,7 @@ from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors,
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.load import fill_with_noise, load_weights, materialize, model_tensors, unset
 from ndtrain.loss import LossModel
-from ndtrain.mesh import Meshes, MeshSizes, build_mesh
+from ndtrain.mesh import build_mesh
 from ndtrain.metrics import (
     JsonLines,
     Sink,
@@ -39,64 +36,18 @@ from ndtrain.metrics import (
     peak_memory_bytes,
     require_tensorboard,
 )
-from ndtrain.model import ByteTokenizer, HubTokenizer, load_tokenizer, meta_model
+from ndtrain.model import load_tokenizer
 from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_over_tp
 from ndtrain.parallelize import parallelize
-from ndtrain.plan import Plan, make_plan
+from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runtime import Runtime, random_seed
+from ndtrain.train.proof import check_masks, check_same_batch
+from ndtrain.train.report import Reporter
+from ndtrain.train.state import config_difference, save_extras
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-class Reporter(Protocol):
-    """Where rank 0 tells what happens."""
-
-    def info(self, line: str) -> None: ...
-
-    def progress(self, what: str, done: int, total: int) -> None: ...
-
-    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Silent:
-    """The reporter of every rank but 0."""
-
-    def info(self, line: str) -> None:
-        pass
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        pass
-
-    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def run(recipe: Recipe, reporter: Reporter) -> None:
-    """Train as `recipe` says, on the ranks that torchrun started (or on one). Raises `NdtrainError`s."""
-    sizes = sizes_for(recipe, runtime_module.env_world_size() or 1)
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes, recipe)
-    with runtime_module.start() as runtime:
-        trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=reporter if runtime.is_main else Silent())
-        try:
-            trainer.prepare()
-            trainer.train()
-        finally:
-            trainer.reporter.close()
-
-
-def sizes_for(recipe: Recipe, world_size: int) -> MeshSizes:
-    mesh = recipe.mesh
-    return MeshSizes.resolve(
-        world_size, dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep
-    )
 
 
 class Trainer:
@@ -140,14 +91,14 @@ class Trainer:
         self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime)
         fill_with_noise(self.model)
-        checked = self._check_masks()
+        checked = check_masks(self)
         unset(model_tensors(self.model).values())
         if found is None:
             for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
-        if not checked and not self._check_masks():
+        if not checked and not check_masks(self):
             raise PlanError(f"{self.plan.model_type}: the logits of its weights are not finite")
         self.optimizer = build_optimizer(self.model, recipe)
         if state is not None and found is not None:
@@ -165,81 +116,7 @@ class Trainer:
             if recipe.log.tensorboard:
                 self.sinks.append(TensorBoard(self.run_dir / "tensorboard"))
 
-    def _check_masks(self) -> bool:
-        """Raise `PlanError` if logits depend on later tokens, or on the document packed before theirs.
-
-        Returns False if these weights give no finite logits, so that nothing can be said.
-
-        The plan has read the model's source; this asks the model itself, on two rows of one shape that differ only
-        where it must not matter. The logits are then equal to the bit, but for experts: the shapes of their products
-        depend on the routing.
-        """
-        half = max(1, min(16, self.recipe.data.seq_len // 2))
-        device, packed = self.runtime.device, self.recipe.data.packing
-        some = min(97, self.vocab_size)
-        row = torch.arange(2 * half, device=device) % some
-        other = (row + some // 2) % some
-        # Attention kernels for one row and for several can differ.
-        more = [row] if self.batches.micro_batch_size > 1 else []
-        positions = torch.arange(half, device=device).repeat(2) if packed else torch.arange(2 * half, device=device)
-        plain = self._probe([row, *more], positions)
-        later = self._probe([torch.cat([row[:half], other[half:]]), *more], positions)
-        zero = plain.new_zeros(())
-        moved = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]
-        if packed:
-            before = self._probe([torch.cat([other[:half], row[half:]]), *(other for _ in more)], positions)
-            moved[1] = (plain[0, half:] - before[0, half:]).abs().max()
-        if self.context is not None:
-            with self.context.off():
-                moved[2] = (plain - self._probe([row, *more], positions)).abs().max()
-        leaks = torch.stack([*moved, zero]) / plain.abs().max()
-        leaks[-1] = float(not leaks.isfinite().all())
-        # One decision for all ranks, so that none goes on alone.
-        dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
-        if leaks[-1]:
-            return False
-        routed = any("experts" in p.fqn for p in self.plan.params) and self.recipe.fsdp.param_dtype != "float32"
-        limit = 2e-2 if routed else 1e-4
-        what = self.plan.model_type
-        if not float(leaks[0]) < limit:
-            raise PlanError(
-                f"{what}: tokens see later tokens (logits move by {float(leaks[0]):.1e}); "
-                "set model.config.is_decoder = true if it has that key, or choose a causal model"
-            )
-        if not float(leaks[1]) < limit:
-            raise PlanError(
-                f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); "
-                "set data.packing = false"
-            )
-        if not float(leaks[2]) < (1e-3 if self.recipe.fsdp.param_dtype == "float32" else 5e-2):
-            raise PlanError(
-                f"{what} under mesh.cp = {self.sizes.cp} differs from the whole sequence (logits by "
-                f"{float(leaks[2]):.1e}): it mixes tokens outside its attention; set mesh.cp = 1"
-            )
-        return True
-
-    def _probe(self, rows: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `[B, S, V]` of rows `[S]`, with the same dropout every time."""
-        torch.manual_seed(0)
-        ids = torch.stack(rows)
-        batch = self._shape({"input_ids": ids, "labels": ids, "position_ids": positions.expand_as(ids)})
-        inputs = {"input_ids": batch["input_ids"]}
-        if self.recipe.data.packing or self.context is not None:
-            inputs["position_ids"] = batch["position_ids"]
-        with torch.no_grad():
-            logits = self.model(**inputs, use_cache=False).logits.float()
-        if self.context is not None and self.context.enabled:
-            logits = self.context.gather(logits)
-        # One row of all rows where they were joined, and what was padded at its end
-        joined = logits.shape[0] < len(rows)
-        logits = logits[:, : ids.numel()].view(*ids.shape, -1) if joined else logits[:, : ids.shape[1]]
-        # Units that stay gathered for the backward pass would stay so: there is none.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        return logits
-
-    def _shape(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def shape(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The micro batch as the model takes it: this rank's part of each sequence."""
         if self.recipe.data.packing and "flash" in self.recipe.model.attn:
             # Flash attention tells documents apart by their positions in a batch of one row only.
@@ -399,7 +276,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            total += self.loss_model.backward(self._shape(batch), count=count)
+            total += self.loss_model.backward(self.shape(batch), count=count)
         if self.plan.tp_summed:
             sum_over_tp(self.model, self.plan.tp_summed, meshes.tp.get_group())
         norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
@@ -467,43 +344,8 @@ class Trainer:
         self.reporter.info(f"saved {path}")
 
 
-def save_extras(directory: Path, model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) -> None:
-    """Write config, generation config and tokenizer beside the tensors."""
-    cast("PreTrainedConfig", model.export_config).save_pretrained(directory)
-    if model.can_generate():
-        # A generation config that its own library would refuse to save must not lose the checkpoint.
-        with suppress(ValueError):
-            cast(Any, model.generation_config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def config_difference(saved: Path, own: PreTrainedConfig) -> str | None:
-    """The first key in which the config of a checkpoint differs from `own`, in words; None where all agree."""
-    try:
-        before = json.loads(saved.read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{saved}: {error}") from error
-    now = json.loads(own.to_json_string())
-    for key in sorted((before.keys() | now.keys()) - {"transformers_version", "_name_or_path", "architectures"}):
-        if before.get(key) != now.get(key):
-            return f"{key} was {before.get(key)}, is {now.get(key)}"
-    return None
-
-
 def cache_root() -> Path:
     """Directory of the token caches: $NDTRAIN_CACHE, or ndtrain under the user's cache directory."""
     if given := os.environ.get("NDTRAIN_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"
-
-
-def check_same_batch(batch: dict[str, torch.Tensor], meshes: Meshes) -> None:
-    """Raise if the tp ranks of a batch rank read different samples: nothing else would show it but the gradient."""
-    digest = hashlib.blake2b(batch["input_ids"].cpu().numpy().tobytes(), digest_size=7).digest()
-    mine = torch.tensor(int.from_bytes(digest, "big"), dtype=torch.int64, device=batch["input_ids"].device)
-    low, high = mine.clone(), mine.clone()
-    for group in (meshes.tp.get_group(), meshes.dense["cp"].get_group()):
-        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
-    if not torch.equal(low, high):
-        raise NdtrainError("ranks of one tp or cp group read different samples; this is a bug of ndtrain")

@@ -1,0 +1,116 @@
+"""`make_plan`: every parameter's place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+
+from ndtrain.errors import PlanError
+from ndtrain.layout import fsdp_over
+from ndtrain.mesh import MeshSizes
+from ndtrain.model import tied_keys
+from ndtrain.plan import expert, refuse, tensor
+from ndtrain.plan import units as fsdp
+from ndtrain.plan.types import ParamPlan, Plan
+from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
+    """Decide every parameter's place for `model` (on meta) on a mesh of `sizes`.
+
+    Raises `PlanError`, before any weight is read, for what cannot be trained rightly, with the reason and what to
+    change.
+    """
+    model_type = model.config.model_type
+    refuse.check(model, sizes, recipe)
+    notes = list(refuse.notes(model, recipe))
+    ep_rules = expert.rules(model, sizes) if sizes.ep > 1 else {}
+    experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
+    tp_rules: dict[str, str] = {}
+    if sizes.tp > 1:
+        tp_rules = tensor.rules(model, sizes, without=experts)
+        refuse.check_dropout(model)
+    tied = tied_keys(model)
+    blocks = tuple(fsdp.find_blocks(model))
+    units = tuple(fsdp.units(model, blocks, tied, recipe, experts=experts))
+    if not blocks:
+        notes.append(f"{model_type}: no repeated blocks found; the model is one FSDP unit")
+    head = fsdp.plain_head(model)
+    if head is None:
+        notes.append("the head's output is changed before the loss: logits are held in the compute dtype")
+    owner = {module: unit.name for unit in units for module in unit.modules}
+    for alias, source in tied.items():
+        if _unit_of(alias, owner) != _unit_of(source, owner):
+            raise PlanError(
+                f"{model_type}: {alias} and {source} are one tied weight in two FSDP units; not supported yet"
+            )
+    params = tuple(
+        _expert_plan(fqn, param, sizes, style=ep_rules[fqn], owner=owner)
+        if fqn in ep_rules
+        else _param_plan(fqn, param, sizes, rules=tp_rules, owner=owner)
+        for fqn, param in model.named_parameters()
+    )
+    summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules)[0] == tensor.SUMMED)
+    return Plan(
+        model_type=model_type,
+        sizes=sizes,
+        params=params,
+        units=units,
+        blocks=blocks,
+        tied=tied,
+        tp_rules={name: style for name, style in tp_rules.items() if style != tensor.SUMMED},
+        ep_rules=ep_rules,
+        tp_summed=summed,
+        head=head,
+        notes=tuple(notes),
+    )
+
+
+def _param_plan(
+    fqn: str, param: nn.Parameter, sizes: MeshSizes, *, rules: dict[str, str], owner: dict[str, str]
+) -> ParamPlan:
+    style, name = tensor.rule_of(fqn, rules)
+    axes: tuple[str, ...] = ("fsdp",)
+    placements: tuple[Placement, ...] = (Shard(0),)
+    if style is not None and style != tensor.SUMMED:
+        dim = tensor.STYLES[style][name]
+        tp: Placement = Replicate() if dim is None else Shard(dim)
+        axes, placements = ("fsdp", "tp"), (fsdp_over(tp, sizes.tp), tp)
+    if sizes.dp_replicate > 1:
+        axes, placements = ("dp_replicate", *axes), (Replicate(), *placements)
+    return ParamPlan(
+        fqn=fqn,
+        shape=tuple(param.shape),
+        dtype=param.dtype,
+        style=style or "-",
+        unit=_unit_of(fqn, owner),
+        axes=axes,
+        placements=placements,
+    )
+
+
+def _expert_plan(fqn: str, param: nn.Parameter, sizes: MeshSizes, *, style: str, owner: dict[str, str]) -> ParamPlan:
+    """Experts `[E, ...]`: whole ones on each ep rank, cut over efsdp along another dim where they would run out."""
+    shape = tuple(param.shape)
+    over: Placement = fsdp_over(Shard(0), sizes.ep)
+    if sizes.efsdp * sizes.ep > shape[0]:
+        over = next((Shard(d) for d in range(1, len(shape)) if shape[d] % sizes.efsdp == 0), over)
+    axes: tuple[str, ...] = ("efsdp", "ep")
+    placements: tuple[Placement, ...] = (over, Shard(0))
+    if sizes.dp_replicate > 1:
+        axes, placements = ("dp_replicate", *axes), (Replicate(), *placements)
+    return ParamPlan(fqn, shape, param.dtype, style, _unit_of(fqn, owner), axes, placements)
+
+
+def _unit_of(fqn: str, owner: dict[str, str]) -> str:
+    prefix = fqn.rpartition(".")[0]
+    while prefix:
+        if prefix in owner:
+            return owner[prefix]
+        prefix = prefix.rpartition(".")[0]
+    return "root"

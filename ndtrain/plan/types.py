@@ -1,0 +1,95 @@
+"""What a plan says, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor.placement_types import Placement, Replicate
+
+from ndtrain.layout import Box, local_boxes, local_shape
+from ndtrain.mesh import MeshSizes
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Modules that FSDP gathers together."""
+
+    name: str
+    modules: tuple[str, ...]
+    reshard: bool
+    fp32: bool = False
+    experts: bool = False  # sharded over efsdp instead of fsdp
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """One parameter: its global shape, how each mesh axis places it, and the FSDP unit that gathers it."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    style: str
+    unit: str
+    axes: tuple[str, ...]
+    placements: tuple[Placement, ...]
+
+    def local_shape(self, sizes: MeshSizes, rank: int) -> tuple[int, ...]:
+        """Shape of what `rank` holds."""
+        return local_shape(self.shape, *self._place(sizes, rank))
+
+    def boxes(self, sizes: MeshSizes, rank: int) -> list[Box]:
+        """The boxes of the global tensor that `rank` holds."""
+        return local_boxes(self.shape, *self._place(sizes, rank))
+
+    def _place(self, sizes: MeshSizes, rank: int) -> tuple[list[int], list[int], tuple[Placement, ...]]:
+        place = sizes.coordinate(rank)
+        return [getattr(sizes, a) for a in self.axes], [place[a] for a in self.axes], self.placements
+
+    def local_numel(self, sizes: MeshSizes, rank: int) -> int:
+        return math.prod(self.local_shape(sizes, rank))
+
+    def copies(self, sizes: MeshSizes) -> int:
+        """How many times the mesh holds this parameter, all ranks together."""
+        cuts = (
+            getattr(sizes, a) for a, p in zip(self.axes, self.placements, strict=True) if not isinstance(p, Replicate)
+        )
+        return sizes.world_size // math.prod(cuts)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `parallelize` does to a model, as data."""
+
+    model_type: str
+    sizes: MeshSizes
+    params: tuple[ParamPlan, ...]
+    units: tuple[Unit, ...]
+    blocks: tuple[str, ...]
+    tied: dict[str, str]
+    tp_rules: dict[str, str]
+    ep_rules: dict[str, str]
+    tp_summed: tuple[str, ...]
+    head: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel for p in self.params)
+
+    def rank_numel(self, rank: int) -> int:
+        return sum(p.local_numel(self.sizes, rank) for p in self.params)
+
+    @property
+    def tp_coverage(self) -> float:
+        """Share of the parameters that tensor parallelism cuts."""
+        return sum(p.numel for p in self.params if "tp" in p.axes and not _replicated(p)) / max(1, self.numel)
+
+
+def _replicated(param: ParamPlan) -> bool:
+    return isinstance(param.placements[param.axes.index("tp")], Replicate)

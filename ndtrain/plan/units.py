@@ -1,0 +1,132 @@
+"""FSDP units: which modules are gathered together, and where the loss can be taken."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ndtrain.model import kept_in_fp32
+from ndtrain.plan.types import Unit
+from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def find_blocks(model: nn.Module) -> Iterator[str]:
+    """Names of the repeated blocks: what the model declares indivisible, or checkpoints one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    declared = set(getattr(model, "_no_split_modules", None) or ())
+    found: list[str] = []
+    for name, module in model.named_modules():
+        listed = name.rpartition(".")[2].isdigit()
+        is_block = isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in declared
+        if listed and is_block and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+            yield name
+
+
+def units(
+    model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str], recipe: Recipe, *, experts: tuple[str, ...]
+) -> Iterator[Unit]:
+    """Units in the order in which FSDP wraps them: a module before the one that contains it; the root is implied."""
+    names = {module: name for name, module in model.named_modules()}
+    if kept := kept_in_fp32(model, getattr(torch, recipe.fsdp.param_dtype)):
+        owners = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters() if kept.search(fqn)}
+        for name in sorted(owners, key=lambda n: (-n.count("."), n)):
+            yield Unit(name, (name,), reshard=True, fp32=True)
+    reshard = recipe.fsdp.reshard_after_forward
+    for name in experts:
+        yield Unit(name, (name,), reshard=reshard, experts=True)
+    for name in blocks:
+        yield Unit(name, (name,), reshard=reshard)
+    embed, head = names.get(embeddings(model, "input")), names.get(embeddings(model, "output"))
+    norm = _final_norm(model, blocks)
+    is_tied = head is not None and any(alias.startswith(f"{head}.") for alias in tied)
+    if embed is not None and not is_tied:
+        yield Unit(embed, (embed,), reshard=reshard)
+    # Final norm and head are used last in forward and first in backward: freeing them between would gather them twice.
+    tail = [m for m in ((embed if is_tied else None), norm, head) if m is not None]
+    if tail:
+        yield Unit("+".join(m.rpartition(".")[2] for m in tail), tuple(tail), reshard=False)
+
+
+def embeddings(model: PreTrainedModel, which: str) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings() if which == "input" else model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _final_norm(model: nn.Module, blocks: tuple[str, ...]) -> str | None:
+    """The norm that follows the list of blocks inside the module that holds the list."""
+    if not blocks:
+        return None
+    container = blocks[-1].rpartition(".")[0]
+    parent = container.rpartition(".")[0]
+    after = False
+    for name, child in model.get_submodule(parent).named_children():
+        if after and "norm" in type(child).__name__.lower() and any(True for _ in child.parameters()):
+            return f"{parent}.{name}" if parent else name
+        after = after or (f"{parent}.{name}" if parent else name) == container
+    return None
+
+
+def plain_head(model: PreTrainedModel) -> str | None:
+    """Name of the output head if the model's forward passes its output on unchanged, else None.
+
+    Only then can the loss be taken inside the head, chunk by chunk. A soft cap or a logit scale shows in the source
+    as a second assignment to `logits`, or as more than a call in the first.
+    """
+    head = embeddings(model, "output")
+    name = next((n for n, m in model.named_modules() if m is head), None)
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or name is None or "." in name:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    tree = _drop_unset(tree, model.config.get_text_config())
+    writes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign)
+        and any(isinstance(t, ast.Name) and t.id == "logits" for t in ast.walk(_target(node)))
+    ]
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == name]
+    if len(writes) != 1 or len(calls) != 1 or not isinstance(writes[0], ast.Assign):
+        return None
+    value = writes[0].value
+    if not (isinstance(value, ast.Call) and value.func is calls[0]):
+        return None
+    reads = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "logits" and isinstance(n.ctx, ast.Load)]
+    return name if len(reads) <= 3 else None
+
+
+def _drop_unset(tree: ast.Module, config: object) -> ast.Module:
+    """`tree` without the blocks that run only `if self.config.NAME is not None`, where this config has None."""
+
+    class Dropper(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST:
+            match node.test:
+                case ast.Compare(
+                    left=ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr="config"), attr=option),
+                    ops=[ast.IsNot()],
+                    comparators=[ast.Constant(value=None)],
+                ) if not node.orelse and getattr(config, option, 0) is None:
+                    return ast.Pass()
+            self.generic_visit(node)
+            return node
+
+    return Dropper().visit(tree)
+
+
+def _target(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> ast.AST:
+    return ast.Tuple(elts=node.targets) if isinstance(node, ast.Assign) else node.target

@@ -1,0 +1,35 @@
+"""Where rank 0 tells what happens, and the other ranks do not."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ndtrain.metrics import StepMetrics
+
+
+class Reporter(Protocol):
+    """Where rank 0 tells what happens."""
+
+    def info(self, line: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """The reporter of every rank but 0."""
+
+    def info(self, line: str) -> None:
+        pass
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
