@@ -57,10 +57,13 @@ def unset(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def fill_with_noise(model: PreTrainedModel) -> None:
-    """Give the materialized `model` weights of ordinary size that mean nothing: enough to see what depends on what."""
-    torch.manual_seed(0)
-    for tensor in model_tensors(model).values():
+    """Give the materialized `model` weights of ordinary size that mean nothing: enough to see what depends on what.
+
+    Parts of one tensor differ, replicas are equal.
+    """
+    for name, tensor in model_tensors(model).items():
         local = _local(tensor)
+        torch.manual_seed(random_seed(name, *(box.offsets for box in _boxes(tensor))))
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             local.zero_()
         elif tensor.ndim < 2:

@@ -14,6 +14,7 @@ from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
 from ndtrain.plan import Plan
+from ndtrain.plan.tensor import CUTTING
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         # transformers.distributed moves between releases (read at 5.23); this is its one caller.
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-        # The parameters of a ruled module, then the module itself; a tied alias gets its parameter from `tie`.
-        params = {fqn: plan.tp_rules.get(fqn.rpartition(".")[0]) for fqn, _ in model.named_parameters()}
-        rules = {fqn: style for fqn, style in params.items() if style} | plan.tp_rules
+        # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
+        params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
+        rules = params | {name: style for name, style in plan.tp_rules.items() if name not in params}
         apply_tensor_parallelism(model, meshes.tp, rules)
         tie(model)
         # The output of an embedding or head under tp is a view, whose later in-place change would drop FSDP's

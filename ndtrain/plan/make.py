@@ -55,7 +55,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         else _param_plan(fqn, param, sizes, rules=tp_rules, owner=owner)
         for fqn, param in model.named_parameters()
     )
-    summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules)[0] == tensor.SUMMED)
+    summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
     return Plan(
         model_type=model_type,
         sizes=sizes,
@@ -74,13 +74,12 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
 def _param_plan(
     fqn: str, param: nn.Parameter, sizes: MeshSizes, *, rules: dict[str, str], owner: dict[str, str]
 ) -> ParamPlan:
-    style, name = tensor.rule_of(fqn, rules)
+    style = tensor.rule_of(fqn, rules)
+    over_tp = tensor.placement(style, fqn.rpartition(".")[2], param.ndim) if style else None
     axes: tuple[str, ...] = ("fsdp",)
     placements: tuple[Placement, ...] = (Shard(0),)
-    if style is not None and style != tensor.SUMMED:
-        dim = tensor.STYLES[style][name]
-        tp: Placement = Replicate() if dim is None else Shard(dim)
-        axes, placements = ("fsdp", "tp"), (fsdp_over(tp, sizes.tp), tp)
+    if over_tp is not None:
+        axes, placements = ("fsdp", "tp"), (fsdp_over(over_tp, sizes.tp), over_tp)
     if sizes.dp_replicate > 1:
         axes, placements = ("dp_replicate", *axes), (Replicate(), *placements)
     return ParamPlan(

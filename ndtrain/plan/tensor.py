@@ -6,23 +6,28 @@ import math
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
+from ndtrain.plan.units import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Styles of transformers' TP plans whose gradients the parity tests cover, and the dim each cuts: {style: {param: dim}}.
-# A dim of None is a replicated parameter.
-STYLES: dict[str, dict[str, int | None]] = {
-    "colwise": {"weight": 0, "bias": 0},
-    "colwise_gather_output": {"weight": 0, "bias": 0},
-    "rowwise": {"weight": 1, "bias": None},
-    "embedding_rowwise": {"weight": 0},
-    "replicated_with_grad_allreduce": {"weight": None, "bias": None},
-}
+# Styles of transformers' TP plans (5.23) whose gradients the matrix covers. The first cut the parameters they name, the
+# others work on a module's inputs and outputs.
+CUTTING = (
+    "colwise",
+    "colwise_gather_output",
+    "rowwise",
+    "rowwise_split_input",
+    "embedding_rowwise",
+    "packed_colwise",
+    "packed_rowwise",
+)
+WRAPPING = ("moe_tp_experts", "mla_kv_a_proj", "local_params", "all_reduce", "replicate")
 # Its hook all-reduces the accumulated gradient at every micro batch, which is wrong from the second one on
 # (transformers <= 5.23): ndtrain sums these gradients itself, once, at the step boundary.
 SUMMED = "replicated_with_grad_allreduce"
@@ -47,33 +52,63 @@ def rules(model: PreTrainedModel, sizes: MeshSizes, *, without: tuple[str, ...])
         if not any(name == outer or name.startswith(f"{outer}.") for outer in without)
     }
     params = dict(model.named_parameters(remove_duplicate=False))
-    rules = {name: style for name, style in expanded.items() if name not in params}
-    loose = [n for n, s in expanded.items() if n in params and rules.get(n.rpartition(".")[0]) != s]
-    unknown = sorted({s for s in rules.values() if s not in STYLES})
-    if unknown or loose:
-        cause = f"style {unknown[0]}" if unknown else f"a rule for the bare parameter {loose[0]}"
-        raise PlanError(f"{what} under mesh.tp = {sizes.tp}: its plan has {cause}, not supported yet; set mesh.tp = 1")
-    if not any(style in ("colwise", "rowwise") for style in rules.values()):
+    modules = dict(model.named_modules())
+    unknown = sorted(set(expanded.values()) - {*CUTTING, *WRAPPING, SUMMED})
+    if unknown:
+        raise PlanError(
+            f"{what} under mesh.tp = {sizes.tp}: its plan has style {unknown[0]}, not supported yet; set mesh.tp = 1"
+        )
+    found = {}
+    for name, style in expanded.items():
+        if name in modules or style != expanded.get(name.rpartition(".")[0]):
+            found[name] = style
+        if name in modules and style in CUTTING and not all(hasattr(modules[name], n) for n in _SIZES[style]):
+            raise PlanError(f"{what}: {name} is a {type(modules[name]).__name__}, no linear layer; set mesh.tp = 1")
+    cut = {
+        name: placement(of_it, name.rpartition(".")[2], param.ndim)
+        for name, param in params.items()
+        if (of_it := rule_of(name, found))
+    }
+    blocks = tuple(f"{block}." for block in find_blocks(model))
+    if not any(place is not None for name, place in cut.items() if name.startswith(blocks)):
         raise PlanError(
             f"the tensor-parallel plan of {what} leaves every block replicated; set mesh.tp = 1 and use dp_shard"
         )
-    _check_heads(what, config, sizes.tp, rules)
-    modules = dict(model.named_modules())
-    for name in rules:
-        for param_name, _ in modules[name].named_parameters():
-            if param_name not in STYLES[rules[name]]:
-                raise PlanError(f"{what}: {name}.{param_name} has no tensor-parallel rule; set mesh.tp = 1")
-    _check_siblings(what, modules, rules, sizes.tp)
+    for name, place in cut.items():
+        if isinstance(place, _StridedShard) and place.dim == 0:
+            raise PlanError(f"{what}: {name} is packed and cut along dim 0, not supported yet; set mesh.tp = 1")
+    _check_heads(what, config, sizes.tp, found)
+    _check_bare(what, modules, found, sizes.tp)
     for alias, source in tied_keys(model).items():
-        pair = [_cut(alias, rules), _cut(source, rules)]
-        if pair[0] != pair[1]:
+        if cut.get(alias) != cut.get(source):
             raise PlanError(f"{what}: {alias} and {source} are one tied weight with two plans; set mesh.tp = 1")
-    return rules
+    return found
 
 
-def _cut(fqn: str, rules: dict[str, str]) -> int | None:
-    style, name = rule_of(fqn, rules)
-    return STYLES[style][name] if style else None
+_SIZES = {
+    "colwise": ("out_features",),
+    "colwise_gather_output": ("out_features",),
+    "rowwise": ("in_features",),
+    "rowwise_split_input": ("in_features",),
+    "embedding_rowwise": ("num_embeddings",),
+    "packed_colwise": (),
+    "packed_rowwise": (),
+}
+
+
+def placement(style: str, name: str, ndim: int) -> Placement | None:
+    """How `style` cuts a parameter called `name` over tp, or None where it does not."""
+    if style in ("colwise", "colwise_gather_output"):
+        return Shard(max(0, ndim - 2))
+    if style in ("rowwise", "rowwise_split_input"):
+        return Replicate() if name == "bias" else Shard(ndim - 1)
+    if style == "embedding_rowwise":
+        return Shard(0)
+    if style == "packed_colwise":
+        return Shard(0) if ndim == 1 else _StridedShard(ndim - 2, split_factor=2)
+    if style == "packed_rowwise":
+        return Replicate() if ndim == 1 else _StridedShard(ndim - 1, split_factor=2)
+    return None
 
 
 def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> None:
@@ -90,21 +125,22 @@ def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> N
             raise PlanError(f"mesh.tp = {tp} does not divide the {count} {kind} heads of {what}; tp may be {words}")
 
 
-def _check_siblings(what: str, modules: dict[str, nn.Module], rules: dict[str, str], tp: int) -> None:
-    """Refuse a module that works on a rank's share of features but has parameters that no rule mentions.
+def _check_bare(what: str, modules: dict[str, nn.Module], rules: dict[str, str], tp: int) -> None:
+    """Refuse a module that works on a rank's share of features but has parameters of its own without a rule.
 
-    Their gradient would cover this rank's share only (attention sinks, q/k norms without a rule).
+    Their gradient would cover this rank's share only (attention sinks). What deeper modules do shows in the gradients:
+    `Trainer` compares those of replicated parameters between the ranks.
     """
     for parent in sorted({name.rpartition(".")[0] for name, style in rules.items() if style == "colwise"}):
-        for param_name, _ in modules[parent].named_parameters():
+        for param_name, _ in modules[parent].named_parameters(recurse=False) if parent in modules else ():
             fqn = f"{parent}.{param_name}" if parent else param_name
-            if not any(fqn.startswith(f"{ruled}.") for ruled in rules):
+            if fqn not in rules:
                 raise PlanError(
                     f"{what} under mesh.tp = {tp}: {fqn} sits among sharded projections without a rule of its own, "
                     "so its gradient would be incomplete; set mesh.tp = 1"
                 )
 
 
-def rule_of(fqn: str, rules: dict[str, str]) -> tuple[str | None, str]:
-    module, _, name = fqn.rpartition(".")
-    return rules.get(fqn, rules.get(module)), name
+def rule_of(fqn: str, rules: dict[str, str]) -> str | None:
+    """The style for a parameter: its own, else its module's."""
+    return rules.get(fqn, rules.get(fqn.rpartition(".")[0]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
 
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.mesh import Meshes
@@ -27,13 +28,20 @@ def check_masks(trainer: Trainer) -> bool:
     """
     half = max(1, min(16, trainer.recipe.data.seq_len // 2))
     device, packed = trainer.runtime.device, trainer.recipe.data.packing
-    some = min(97, trainer.vocab_size)
-    row = torch.arange(2 * half, device=device) % some
-    other = (row + some // 2) % some
+    row = _tokens(trainer, 2 * half)
+    other = _tokens(trainer, 4 * half)[2 * half :]
     # Attention kernels for one row and for several can differ.
     more = [row] if trainer.batches.micro_batch_size > 1 else []
     positions = torch.arange(half, device=device).repeat(2) if packed else torch.arange(2 * half, device=device)
-    plain = _probe(trainer, [row, *more], positions)
+    try:
+        plain = _probe(trainer, [row, *more], positions)
+    except RuntimeError as error:
+        if trainer.context is None:
+            raise
+        raise PlanError(
+            f"{trainer.plan.model_type} under mesh.cp = {trainer.sizes.cp} does not run on parts of sequences "
+            f"({str(error).splitlines()[0]}); set mesh.cp = 1"
+        ) from error
     later = _probe(trainer, [torch.cat([row[:half], other[half:]]), *more], positions)
     zero = plain.new_zeros(())
     moved = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]
@@ -64,7 +72,8 @@ def check_masks(trainer: Trainer) -> bool:
     if not float(leaks[2]) < (1e-3 if trainer.recipe.fsdp.param_dtype == "float32" else 5e-2):
         raise PlanError(
             f"{what} under mesh.cp = {trainer.sizes.cp} differs from the whole sequence (logits by "
-            f"{float(leaks[2]):.1e}): it mixes tokens outside its attention; set mesh.cp = 1"
+            f"{float(leaks[2]):.1e}): it mixes tokens outside its attention, or counts positions its own way; "
+            "set mesh.cp = 1"
         )
     return True
 
@@ -75,11 +84,12 @@ def _probe(trainer: Trainer, rows: list[torch.Tensor], positions: torch.Tensor) 
     ids = torch.stack(rows)
     batch = trainer.shape({"input_ids": ids, "labels": ids, "position_ids": positions.expand_as(ids)})
     inputs = {"input_ids": batch["input_ids"]}
-    if trainer.recipe.data.packing or trainer.context is not None:
+    split = trainer.context is not None and trainer.context.enabled
+    if trainer.recipe.data.packing or split:
         inputs["position_ids"] = batch["position_ids"]
     with torch.no_grad():
         logits = trainer.model(**inputs, use_cache=False).logits.float()
-    if trainer.context is not None and trainer.context.enabled:
+    if split and trainer.context is not None:
         logits = trainer.context.gather(logits)
     # One row of all rows where they were joined, and what was padded at its end
     joined = logits.shape[0] < len(rows)
@@ -89,6 +99,61 @@ def _probe(trainer: Trainer, rows: list[torch.Tensor], positions: torch.Tensor) 
         if isinstance(module, FSDPModule):
             module.reshard()
     return logits
+
+
+def check_replicas(trainer: Trainer) -> None:
+    """Raise `PlanError` if a parameter that every tp rank holds whole has another gradient on each.
+
+    Then each rank sees a part of what it does, as of attention sinks among cut heads, and their sum would be missing.
+    """
+    plan, group = trainer.plan, trainer.meshes.tp.get_group()
+    batch = trainer.shape(_row(trainer))
+    inputs = {"input_ids": batch["input_ids"]}
+    if trainer.context is not None:
+        inputs["position_ids"] = batch["position_ids"]
+    torch.manual_seed(0)
+    logits = trainer.model(**inputs, use_cache=False).logits
+    torch.manual_seed(1)
+    (logits * torch.randn_like(logits)).sum().backward()
+    whole = {p.fqn for p in plan.params if "tp" not in p.axes or isinstance(p.placements[-1], Replicate)}
+    names, spreads, sizes = [], [], []
+    for name, param in trainer.model.named_parameters():
+        if name in whole and name not in plan.tp_summed and param.grad is not None:
+            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            low, high = grad.float().clone(), grad.float().clone()
+            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+            names.append(name)
+            spreads.append((high - low).abs().max() if high.numel() else high.new_zeros(()))
+            sizes.append(torch.maximum(high.abs(), low.abs()).max() if high.numel() else high.new_zeros(()))
+    trainer.model.zero_grad(set_to_none=True)
+    if not names:
+        return
+    found = torch.stack([torch.stack(spreads), torch.stack(sizes)])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    # What is zero in exact arithmetic differs by the rounding of what it is made of.
+    own, rounding = (1e-3, 1e-6) if trainer.recipe.fsdp.param_dtype == "float32" else (0.2, 1e-2)
+    ratios = found[0] / torch.maximum(found[1], rounding / own * found[1].max())
+    worst = int(ratios.argmax())
+    if not float(ratios[worst]) < own:
+        raise PlanError(
+            f"{plan.model_type} under mesh.tp = {plan.sizes.tp}: every tp rank holds {names[worst]} whole, but has "
+            f"another gradient for it (by {float(ratios[worst]):.1e}); set mesh.tp = 1"
+        )
+
+
+def _tokens(trainer: Trainer, count: int) -> torch.Tensor:
+    """`[count]` ids that differ from their neighbours; the first ids, which often mean padding, only where needed."""
+    first = 3 if trainer.vocab_size > 6 else 0
+    return first + torch.arange(count, device=trainer.runtime.device) % min(97, trainer.vocab_size - first)
+
+
+def _row(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """One short row of one document."""
+    length = max(2, min(32, trainer.recipe.data.seq_len))
+    ids = _tokens(trainer, length)[None]
+    positions = torch.arange(length, device=trainer.runtime.device)[None]
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
 
 
 def check_same_batch(batch: dict[str, torch.Tensor], meshes: Meshes) -> None:

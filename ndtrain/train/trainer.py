@@ -42,7 +42,7 @@ from ndtrain.parallelize import parallelize
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runtime import Runtime, random_seed
-from ndtrain.train.proof import check_masks, check_same_batch
+from ndtrain.train.proof import check_masks, check_replicas, check_same_batch
 from ndtrain.train.report import Reporter
 from ndtrain.train.state import config_difference, save_extras
 
@@ -92,6 +92,8 @@ class Trainer:
         materialize(self.model, runtime)
         fill_with_noise(self.model)
         checked = check_masks(self)
+        if self.sizes.tp > 1:
+            check_replicas(self)
         unset(model_tensors(self.model).values())
         if found is None:
             for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
