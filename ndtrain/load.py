@@ -196,7 +196,7 @@ def _unreadable(recipe: Recipe, error: Exception) -> Exception:
     line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
     if "no file named" in line:
         return RecipeError(
-            f'model.name = "{recipe.model.name}" has no weights; set model.init = "random" or complete it'
+            f'model.name = "{recipe.model.name}" has no weights (no safetensors files); set model.init = "random"'
         )
     return DamagedError(f'the weights of model.name = "{recipe.model.name}" cannot be read: {line}')
 

@@ -13,7 +13,7 @@ from ndtrain.context_parallel import ContextParallel
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
-from ndtrain.plan import Plan
+from ndtrain.plan import Plan, expert
 from ndtrain.plan.tensor import CUTTING
 from ndtrain.recipe import Recipe
 
@@ -32,10 +32,10 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         rules = params | {name: style for name, style in plan.tp_rules.items() if name not in params}
         apply_tensor_parallelism(model, meshes.tp, rules)
         tie(model)
-        # The output of an embedding or head under tp is a view, whose later in-place change would drop FSDP's
-        # pre-backward hook without an error (torch 2.13 warns of it).
-        for name, style in plan.tp_rules.items():
-            if style in ("embedding_rowwise", "colwise_gather_output") and name != plan.head:
+        # What an embedding, a head or dispatched experts give under tp is a view, whose later in-place change would
+        # drop FSDP's pre-backward hook without an error (torch 2.13 warns of it).
+        for name, style in (plan.tp_rules | plan.ep_rules).items():
+            if style in ("embedding_rowwise", "colwise_gather_output", expert.MODULE) and name != plan.head:
                 model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
     if plan.ep_rules:
         apply_expert_parallelism(model, plan, meshes)

@@ -22,6 +22,7 @@ FSDP = {"dp_shard4": MeshSizes(1, 4), "dp_replicate2-dp_shard2": MeshSizes(2, 2)
 EP = {
     "ep2": MeshSizes(1, 4, 1, 1, 2),
     "ep4": MeshSizes(1, 4, 1, 1, 4),
+    "dp_shard2-tp2-ep4": MeshSizes(1, 2, 1, 2, 4),
     "dp_replicate2-ep2": MeshSizes(2, 2, 1, 1, 2),
 }
 WITH_TP = {**FSDP, "dp_shard2-tp2": MeshSizes(1, 2, 1, 2)}
@@ -30,8 +31,8 @@ MESHES = {
     "qwen3": WITH_TP,
     "gemma3_text": WITH_TP,
     "gpt2": FSDP,
-    "qwen3_moe": FSDP | EP,
-    "phi3": FSDP,
+    "qwen3_moe": WITH_TP | EP,
+    "phi3": WITH_TP,
 }
 
 _built: dict[tuple[Any, MeshSizes], Any] = {}
@@ -221,7 +222,7 @@ def test_every_rank_has_its_own_experts(tmp_path: Path) -> None:
 RANDOM = {
     "llama": {**WITH_TP, "tp4": MeshSizes(1, 1, 1, 4)},
     "gpt2": FSDP,
-    "qwen3_moe": FSDP | EP,
+    "qwen3_moe": WITH_TP | EP,
     "gemma3_text": {"dp_shard4": MeshSizes(1, 4), "dp_shard2-tp2": MeshSizes(1, 2, 1, 2)},
 }
 

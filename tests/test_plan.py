@@ -32,8 +32,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def recipe_for(tmp_path: Path, kind: str, config: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    base = copy.deepcopy(tiny.CONFIGS.get(kind) or EXTRA[kind])
-    eager = {"attn": "eager"} if kind in ("gemma2", "mamba", "bloom") else {}
+    base = copy.deepcopy(tiny.CONFIGS.get(kind) or EXTRA.get(kind) or tiny.MATRIX[kind])
+    eager = {"attn": "eager"} if kind in ("gemma2", "mamba", "bloom", "gpt_oss") else {}
     path = tiny.recipe_file(
         tmp_path / "recipe.toml",
         model={"type": kind, "config": {**base, **(config or {})}, **eager},
@@ -206,8 +206,8 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {},
         ["gpt2", "no tensor-parallel plan", "mesh.tp = 2", "dp_shard"],
     ),
-    "phi3 is fused": ("phi3", {}, TP2, {}, ["phi3", "mesh.tp = 2", "not supported yet; set mesh.tp = 1"]),
-    "qwen3_moe tp": ("qwen3_moe", {}, TP2, {}, ["qwen3_moe", "moe_tp_experts", "set mesh.tp = 1"]),
+    "a tp plan of the head alone": ("gpt_oss", {}, TP2, NO_PACKING, ["gpt_oss leaves every block replicated"]),
+    "a parameter without a rule": ("doge", {}, TP2, NO_PACKING, ["model.layers.0.self_attn.A", "mesh.tp = 1"]),
     "ep of a dense model": ("llama", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["llama declares no experts", "mesh.ep = 1"]),
     "ep over the experts": ("qwen3_moe", {}, MeshSizes(1, 8, 1, 1, 8), {}, ["mesh.ep = 8", "4 experts of qwen3_moe"]),
     "cp over a state space": (

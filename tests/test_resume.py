@@ -9,11 +9,11 @@ import pytest
 
 from tests import tiny
 from tests.ranks import get_pool
-from tests.test_train import MESHES, model_dir, ranks_of, trained, world  # noqa: F401
+from tests.test_train import ALL_MESHES, model_dir, ranks_of, trained, world  # noqa: F401
 
 
 def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: str, **model: Any) -> dict[str, Any]:  # noqa: F811
-    sizes = MESHES[mesh]
+    sizes = ALL_MESHES[mesh]
     recipe = tiny.recipe_file(
         folder / f"{mesh}-{steps}.toml",
         model={"name": str(model_dir(world, kind)), **model},
@@ -34,6 +34,9 @@ def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: s
         ("qwen3", "dp_shard4", "1"),
         ("gemma3_text", "dp_replicate2-dp_shard2", "dp_shard2-tp2"),
         ("gpt2", "dp_shard2", "dp_shard4"),
+        ("qwen3_moe", "dp_shard2-tp2-ep4", "dp_shard2"),
+        ("qwen3_moe", "ep2", "dp_shard2-tp2"),
+        ("phi3", "dp_shard2-tp2", "cp2"),
     ],
 )
 def test_resume_on_another_mesh_continues_loss_rate_and_sample_order(

@@ -40,6 +40,7 @@ EP_MESHES: dict[str, dict[str, int]] = {
     "ep2-efsdp2": {"dp_shard": 4, "ep": 2},
     "dp_replicate2-ep2": {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
     "dp_shard2-cp2-ep4": {"dp_shard": 2, "cp": 2, "ep": 4},
+    "dp_shard2-tp2-ep4": {"dp_shard": 2, "tp": 2, "ep": 4},
 }
 ALL_MESHES = MESHES | CP_MESHES | EP_MESHES
 
@@ -169,6 +170,10 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one document a row": ("qwen3", "dp_shard2", {"data": {"packing": False}}),
     "weights kept gathered": ("qwen3", "dp_shard2", {"fsdp": {"reshard_after_forward": False}}),
     "rows that do not divide": ("llama", "dp_shard4", {"train": {"micro_batch_size": 3}}),
+    "fused projections under tp": ("phi3", "dp_shard2-tp2", {}),
+    "latent attention under tp": ("minicpm3", "tp2", {}),
+    "experts under tp": ("qwen3_moe", "dp_shard2-tp2", {}),
+    "experts under tp and ep": ("qwen3_moe", "dp_shard2-tp2-ep4", {}),
     "experts": ("qwen3_moe", "ep2", {}),
     "experts, cut over efsdp": ("qwen3_moe", "ep2-efsdp2", {}),
     "fewer experts than ranks": ("qwen3_moe_few", "ep2-efsdp2", {}),
@@ -196,6 +201,22 @@ def test_options_train_like_plain_transformers(world: dict[str, Any], tmp_path: 
     for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "words"),
+    [
+        ("apertus", "tp2", "another gradient for it"),
+        ("camembert", "cp2", "differs from the whole sequence"),
+        ("deepseek_v32", "cp2", "does not run on cp 2"),
+    ],
+)
+def test_what_only_the_model_itself_shows_is_refused(
+    world: dict[str, Any], tmp_path: Path, kind: str, mesh: str, words: str
+) -> None:
+    recipe = recipe_for(world, tmp_path, kind, mesh, data={"packing": False})
+    with pytest.raises(AssertionError, match=f"PlanError: {kind} .*{words}"):
+        get_pool(2).run(trained, str(recipe), [], timeout=200)
 
 
 def test_bf16_compute_keeps_fp32_masters(world: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {**DENSE, "sliding_window": 8, "query_pre_attn_scalar": 16},
 }
 
+# Configs of every model type, for those of which one test needs one.
+MATRIX: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "matrix" / "configs.json").read_text())
 VARIANTS = {
     "gemma3_capped": "gemma3_text",
     "qwen3_gqa": "qwen3",
@@ -72,7 +75,7 @@ VARIANTS = {
 def save_model(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random model of `kind`; norms and biases too, so that a lost one shows."""
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(VARIANTS.get(kind, kind), **CONFIGS[kind])
+    config = transformers.AutoConfig.for_model(VARIANTS.get(kind, kind), **(CONFIGS.get(kind) or MATRIX[kind]))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for param in model.parameters():

@@ -75,6 +75,8 @@ def rules(model: PreTrainedModel, sizes: MeshSizes, *, without: tuple[str, ...])
             f"the tensor-parallel plan of {what} leaves every block replicated; set mesh.tp = 1 and use dp_shard"
         )
     for name, place in cut.items():
+        if "gate_up" in name and rule_of(name, found) == "colwise":
+            raise PlanError(f"{what}: its plan cuts {name} in one piece, which mixes gate and up; set mesh.tp = 1")
         if isinstance(place, _StridedShard) and place.dim == 0:
             raise PlanError(f"{what}: {name} is packed and cut along dim 0, not supported yet; set mesh.tp = 1")
     _check_heads(what, config, sizes.tp, found)

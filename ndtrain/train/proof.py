@@ -35,13 +35,10 @@ def check_masks(trainer: Trainer) -> bool:
     positions = torch.arange(half, device=device).repeat(2) if packed else torch.arange(2 * half, device=device)
     try:
         plain = _probe(trainer, [row, *more], positions)
-    except RuntimeError as error:
-        if trainer.context is None:
+    except (RuntimeError, AssertionError) as error:
+        if trainer.sizes.cp == trainer.sizes.tp == 1:
             raise
-        raise PlanError(
-            f"{trainer.plan.model_type} under mesh.cp = {trainer.sizes.cp} does not run on parts of sequences "
-            f"({str(error).splitlines()[0]}); set mesh.cp = 1"
-        ) from error
+        raise _does_not_run(trainer, error) from error
     later = _probe(trainer, [torch.cat([row[:half], other[half:]]), *more], positions)
     zero = plain.new_zeros(())
     moved = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]
@@ -101,21 +98,25 @@ def _probe(trainer: Trainer, rows: list[torch.Tensor], positions: torch.Tensor) 
     return logits
 
 
-def check_replicas(trainer: Trainer) -> None:
+def check_replicas(trainer: Trainer) -> bool:
     """Raise `PlanError` if a parameter that every tp rank holds whole has another gradient on each.
 
     Then each rank sees a part of what it does, as of attention sinks among cut heads, and their sum would be missing.
+    Returns False if these weights give no finite gradients, so that nothing can be said.
     """
     plan, group = trainer.plan, trainer.meshes.tp.get_group()
     batch = trainer.shape(_row(trainer))
     inputs = {"input_ids": batch["input_ids"]}
     if trainer.context is not None:
         inputs["position_ids"] = batch["position_ids"]
-    torch.manual_seed(0)
-    logits = trainer.model(**inputs, use_cache=False).logits
-    torch.manual_seed(1)
-    (logits * torch.randn_like(logits)).sum().backward()
-    whole = {p.fqn for p in plan.params if "tp" not in p.axes or isinstance(p.placements[-1], Replicate)}
+    try:
+        torch.manual_seed(0)
+        logits = trainer.model(**inputs, use_cache=False).logits
+        torch.manual_seed(1)
+        (logits * torch.randn_like(logits)).sum().backward()
+    except (RuntimeError, AssertionError) as error:
+        raise _does_not_run(trainer, error) from error
+    whole = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
     names, spreads, sizes = [], [], []
     for name, param in trainer.model.named_parameters():
         if name in whole and name not in plan.tp_summed and param.grad is not None:
@@ -128,8 +129,12 @@ def check_replicas(trainer: Trainer) -> None:
             sizes.append(torch.maximum(high.abs(), low.abs()).max() if high.numel() else high.new_zeros(()))
     trainer.model.zero_grad(set_to_none=True)
     if not names:
-        return
+        return True
     found = torch.stack([torch.stack(spreads), torch.stack(sizes)])
+    unknown = (~found.isfinite()).any().float()
+    dist.all_reduce(unknown, op=dist.ReduceOp.MAX)
+    if unknown:
+        return False
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     # What is zero in exact arithmetic differs by the rounding of what it is made of.
     own, rounding = (1e-3, 1e-6) if trainer.recipe.fsdp.param_dtype == "float32" else (0.2, 1e-2)
@@ -140,6 +145,14 @@ def check_replicas(trainer: Trainer) -> None:
             f"{plan.model_type} under mesh.tp = {plan.sizes.tp}: every tp rank holds {names[worst]} whole, but has "
             f"another gradient for it (by {float(ratios[worst]):.1e}); set mesh.tp = 1"
         )
+    return True
+
+
+def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
+    """The model's own code fails on its part of the work, with an error about shapes or views."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    what = f"{trainer.plan.model_type} does not run on {trainer.sizes.describe()}"
+    return PlanError(f"{what} ({reason}); set mesh.cp = 1 or mesh.tp = 1")
 
 
 def _tokens(trainer: Trainer, count: int) -> torch.Tensor:

@@ -91,17 +91,15 @@ class Trainer:
         self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime)
         fill_with_noise(self.model)
-        checked = check_masks(self)
-        if self.sizes.tp > 1:
-            check_replicas(self)
+        checked = self._prove()
         unset(model_tensors(self.model).values())
         if found is None:
             for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
-        if not checked and not check_masks(self):
-            raise PlanError(f"{self.plan.model_type}: the logits of its weights are not finite")
+        if not checked and not self._prove():
+            raise PlanError(f"{self.plan.model_type}: the logits or gradients of its weights are not finite")
         self.optimizer = build_optimizer(self.model, recipe)
         if state is not None and found is not None:
             self.step, self.cursor = state["step"], state["samples"]
@@ -126,6 +124,10 @@ class Trainer:
         if self.context is not None and self.context.enabled:
             batch = self.context.split(batch, packed=self.recipe.data.packing)
         return batch
+
+    def _prove(self) -> bool:
+        """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
+        return check_masks(self) and (self.sizes.tp == 1 or check_replicas(self))
 
     def _open_run_dir(self) -> None:
         try:
