@@ -35,7 +35,7 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         # What an embedding, a head or dispatched experts give under tp is a view, whose later in-place change would
         # drop FSDP's pre-backward hook without an error (torch 2.13 warns of it).
         for name, style in (plan.tp_rules | plan.ep_rules).items():
-            if style in ("embedding_rowwise", "colwise_gather_output", expert.MODULE) and name != plan.head:
+            if style in ("embedding_rowwise", "colwise_gather_output", expert.MODULE):
                 model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
     if plan.ep_rules:
         apply_expert_parallelism(model, plan, meshes)

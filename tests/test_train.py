@@ -71,7 +71,8 @@ def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[st
         trainer.train_step()
     size = recipe.train.global_batch_size
     ids = [trainer.batches.sample_ids(c).tolist() for c in range(first, trainer.cursor, size)]
-    lines = (Path(recipe.run.dir) / "metrics.jsonl").read_text().splitlines()
+    # Rank 0 writes them, and the other ranks may be ahead of it.
+    lines = (Path(recipe.run.dir) / "metrics.jsonl").read_text().splitlines() if dist.get_rank() == 0 else []
     return {"metrics": [json.loads(line) for line in lines], "ids": ids}
 
 
