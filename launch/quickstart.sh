@@ -20,12 +20,11 @@ echo "== 1. the plan, before anything runs"
 ndtrain inspect recipes/quickstart.toml "${common[@]}" --world-size 4
 
 echo "== 2. train 40 of 80 steps on dp_shard 2 x tp 2, and save"
-torchrun --nproc-per-node 4 --standalone -m ndtrain run recipes/quickstart.toml "${common[@]}" --set train.steps=40 \
-    --set schedule.kind=constant
+torchrun --nproc-per-node 4 --standalone -m ndtrain run recipes/quickstart.toml "${common[@]}" --set train.steps=40
 
 echo "== 3. resume on another mesh, dp_shard 4, to the end"
 torchrun --nproc-per-node 4 --standalone -m ndtrain run recipes/quickstart.toml "${common[@]}" \
-    --set mesh.dp_shard=4 --set mesh.tp=1 --set train.micro_batch_size=2 --set schedule.kind=constant
+    --set mesh.dp_shard=4 --set mesh.tp=1 --set train.micro_batch_size=2
 
 echo "== 4. convert to safetensors"
 ndtrain convert "$run_dir/checkpoints/step-00000080" "$run_dir/hf"

@@ -364,3 +364,13 @@ def test_the_schema_file_has_not_drifted() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
 def test_every_recipe_in_the_repository_loads(path: Path) -> None:
     assert load_recipe(path).notes == ()
+
+
+def test_the_quickstart_sets_what_its_recipe_takes() -> None:
+    """Each of the script's runs, with the values that the script fills in itself."""
+    root = Path(__file__).parent.parent
+    script = (root / "launch" / "quickstart.sh").read_text().replace("\\\n", " ")
+    runs = [line for line in script.splitlines() if "recipes/quickstart.toml" in line]
+    assert len(runs) == 3
+    for line in runs:
+        load_recipe(root / "recipes" / "quickstart.toml", ["data.path=x", *re.findall(r"--set (\S+)", line)])
