@@ -1,4 +1,4 @@
-"""Which parts of a global tensor a rank holds: arithmetic on shapes and placements, no process group."""
+"""Which parts of a global tensor a rank holds: arithmetic on shapes and placements, without communication."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from ndtrain.errors import NdtrainError
@@ -110,6 +112,21 @@ def local_shape(
     """Shape of the local tensor that `local_boxes` fill."""
     held = _held_intervals(shape, mesh_shape, coordinate, placements)
     return tuple(sum(b - a for a, b in intervals) for intervals in held)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`, detached and sharing its memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def held_boxes(tensor: Tensor) -> list[Box]:
+    """The boxes of `tensor` that its local part consists of; none on a rank outside its mesh."""
+    if not isinstance(tensor, DTensor):
+        return local_boxes(tensor.shape, (), (), ())
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    return local_boxes(tensor.shape, tuple(tensor.device_mesh.shape), coordinate, tensor.placements)
 
 
 def _held_intervals(

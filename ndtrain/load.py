@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError, PlanError, RecipeError
-from ndtrain.layout import Box, local_boxes
+from ndtrain.layout import held_boxes, local_part
 from ndtrain.model import meta_model, tie, tied_keys
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
@@ -52,7 +51,7 @@ def unset(tensors: Iterable[Tensor]) -> None:
     """Fill with NaN, so that what is never loaded is found."""
     for tensor in tensors:
         if tensor.is_floating_point():
-            _local(tensor).fill_(float("nan"))
+            local_part(tensor).fill_(float("nan"))
 
 
 @torch.no_grad()
@@ -62,8 +61,8 @@ def fill_with_noise(model: PreTrainedModel) -> None:
     Parts of one tensor differ, replicas are equal.
     """
     for name, tensor in model_tensors(model).items():
-        local = _local(tensor)
-        torch.manual_seed(random_seed(name, *(box.offsets for box in _boxes(tensor))))
+        local = local_part(tensor)
+        torch.manual_seed(random_seed(name, *(box.offsets for box in held_boxes(tensor))))
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             local.zero_()
         elif tensor.ndim < 2:
@@ -92,7 +91,7 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
 
 def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
     for name, tensor in model.state_dict().items():
-        local = _local(tensor)
+        local = local_part(tensor)
         # A sum is NaN if any part is (or if infinities meet), and takes a third of the time of looking at each.
         if local.is_floating_point() and bool(local.sum().isnan()) and bool(local.isnan().any()):
             raise DamagedError(f"{name} has NaN after loading from {recipe.model.name or recipe.model.type}")
@@ -102,19 +101,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the state dict once: parameters and persistent buffers, tied aliases left out."""
     aliases = tied_keys(model)  # type: ignore[arg-type]
     return {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases}
-
-
-def _boxes(target: Tensor) -> list[Box]:
-    if not isinstance(target, DTensor):
-        return local_boxes(tuple(target.shape), (), (), ())
-    mesh = target.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    return local_boxes(tuple(target.shape), tuple(mesh.shape), coordinate, target.placements)
-
-
-def _local(target: Tensor) -> Tensor:
-    return (target.to_local() if isinstance(target, DTensor) else target).detach()
 
 
 # ---- rank 0 reads
@@ -142,7 +128,7 @@ def _send(full: Tensor | None, target: Tensor, *, room: Tensor, runtime: Runtime
     The global tensor is broadcast in pieces of whole rows, so that no other rank holds more than one piece of it, in
     `room` where it fits.
     """
-    local, boxes = _local(target), _boxes(target)
+    local, boxes = local_part(target), held_boxes(target)
     shape = tuple(target.shape)
     rows = shape[0] if shape else 1
     row_bytes = max(1, target.numel() // max(1, rows)) * target.element_size()
@@ -252,7 +238,7 @@ def _put_back(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
         owner = model.get_submodule(module)
         loaded = owner._parameters[leaf]
         if loaded is not param and loaded is not None:
-            _local(param).copy_(_local(loaded))
+            local_part(param).copy_(local_part(loaded))
             owner._parameters[leaf] = param
 
 
@@ -294,8 +280,8 @@ def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise PlanError(f"{fqn} is not set by the model's own initialization; start from saved weights")
             target = targets.pop(fqn)
-            local = _local(target)
-            for box in _boxes(target):
+            local = local_part(target)
+            for box in held_boxes(target):
                 local[box.local] = value[box.inside]
         module.to("meta")
     if targets:

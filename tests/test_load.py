@@ -99,9 +99,7 @@ def _compare(recipes: dict[str, str], directory: str, meshes: dict[str, MeshSize
                     want = torch.full_like(local, float("nan"))
                     axes = tensor.device_mesh
                     for box in local_boxes(tensor.shape, tuple(axes.shape), axes.get_coordinate(), tensor.placements):
-                        inside = tuple(slice(o, o + n) for o, n in zip(box.local_offsets, box.sizes, strict=True))
-                        source = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
-                        want[inside] = reference[source]
+                        want[box.local] = reference[box.inside]
                     reference = want
                 elif name in dict(model.named_parameters()):
                     wrong.append(f"{case}: {name} is not sharded")

@@ -101,7 +101,7 @@ class CheckpointStore:
                 save_tensors(work / part, group)
             on_rank0(publish)
         except BaseException as error:
-            # every rank is here, or was interrupted by its user: _together has made them agree
+            # every rank is here, or was interrupted by its user: on_rank0 and save_tensors have made them agree
             if rank() == 0:
                 shutil.rmtree(work, ignore_errors=True)
                 self._clean()

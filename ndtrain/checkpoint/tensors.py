@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.errors import DamagedError, NdtrainError
-from ndtrain.layout import Box, Ints, local_boxes
+from ndtrain.layout import Box, Ints, held_boxes, local_part
 from ndtrain.runtime import rank, together, world_size
 
 _DTYPES = {
@@ -45,20 +45,17 @@ class _Piece(NamedTuple):
 
 def _held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
     """The local tensor (sharing memory) and its boxes. NdtrainError where the two disagree."""
-    detached = tensor.detach()
-    if not isinstance(detached, DTensor):
-        return detached, local_boxes(tensor.shape, (), (), ())
-    local, mesh = detached.to_local(), detached.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return local, []
-    boxes = local_boxes(tensor.shape, tuple(mesh.shape), coordinate, detached.placements)
+    local, boxes = local_part(tensor), held_boxes(tensor)
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
+        return local, boxes
     if sum(math.prod(box.sizes) for box in boxes) != local.numel() or any(
         start + size > limit
         for box in boxes
         for start, size, limit in zip(box.local_offsets, box.sizes, local.shape, strict=True)
     ):
-        raise NdtrainError(f"{key}: local shape {tuple(local.shape)} does not fit {detached.placements} on {mesh}")
+        raise NdtrainError(
+            f"{key}: local shape {tuple(local.shape)} does not fit {tensor.placements} on {tensor.device_mesh}"
+        )
     return local, boxes
 
 

@@ -31,12 +31,12 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     notes = list(refuse.notes(model, recipe))
     ep_rules = expert.rules(model, sizes) if sizes.ep > 1 else {}
     experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
+    blocks = tuple(fsdp.find_blocks(model))
     tp_rules: dict[str, str] = {}
     if sizes.tp > 1:
-        tp_rules = tensor.rules(model, sizes, without=experts)
+        tp_rules = tensor.rules(model, sizes, blocks=blocks, without=experts)
         refuse.check_dropout(model)
     tied = tied_keys(model)
-    blocks = tuple(fsdp.find_blocks(model))
     units = tuple(fsdp.units(model, blocks, tied, recipe, experts=experts))
     if not blocks:
         notes.append(f"{model_type}: no repeated blocks found; the model is one FSDP unit")
@@ -50,9 +50,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
                 f"{model_type}: {alias} and {source} are one tied weight in two FSDP units; not supported yet"
             )
     params = tuple(
-        _expert_plan(fqn, param, sizes, style=ep_rules[fqn], owner=owner)
-        if fqn in ep_rules
-        else _param_plan(fqn, param, sizes, rules=tp_rules, owner=owner)
+        _param_plan(fqn, param, sizes, tp_rules=tp_rules, ep_rules=ep_rules, unit=_unit_of(fqn, owner))
         for fqn, param in model.named_parameters()
     )
     summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
@@ -72,13 +70,21 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
 
 
 def _param_plan(
-    fqn: str, param: nn.Parameter, sizes: MeshSizes, *, rules: dict[str, str], owner: dict[str, str]
+    fqn: str,
+    param: nn.Parameter,
+    sizes: MeshSizes,
+    *,
+    tp_rules: dict[str, str],
+    ep_rules: dict[str, str],
+    unit: str,
 ) -> ParamPlan:
-    style = tensor.rule_of(fqn, rules)
+    style = ep_rules.get(fqn) or tensor.rule_of(fqn, tp_rules)
     over_tp = tensor.placement(style, fqn.rpartition(".")[2], param.ndim) if style else None
     axes: tuple[str, ...] = ("fsdp",)
     placements: tuple[Placement, ...] = (Shard(0),)
-    if over_tp is not None:
+    if fqn in ep_rules:
+        axes, placements = ("efsdp", "ep"), (_over_efsdp(tuple(param.shape), sizes), Shard(0))
+    elif over_tp is not None:
         axes, placements = ("fsdp", "tp"), (fsdp_over(over_tp, sizes.tp), over_tp)
     if sizes.dp_replicate > 1:
         axes, placements = ("dp_replicate", *axes), (Replicate(), *placements)
@@ -87,23 +93,18 @@ def _param_plan(
         shape=tuple(param.shape),
         dtype=param.dtype,
         style=style or "-",
-        unit=_unit_of(fqn, owner),
+        unit=unit,
         axes=axes,
         placements=placements,
     )
 
 
-def _expert_plan(fqn: str, param: nn.Parameter, sizes: MeshSizes, *, style: str, owner: dict[str, str]) -> ParamPlan:
-    """Experts `[E, ...]`: whole ones on each ep rank, cut over efsdp along another dim where they would run out."""
-    shape = tuple(param.shape)
-    over: Placement = fsdp_over(Shard(0), sizes.ep)
-    if sizes.efsdp * sizes.ep > shape[0]:
-        over = next((Shard(d) for d in range(1, len(shape)) if shape[d] % sizes.efsdp == 0), over)
-    axes: tuple[str, ...] = ("efsdp", "ep")
-    placements: tuple[Placement, ...] = (over, Shard(0))
-    if sizes.dp_replicate > 1:
-        axes, placements = ("dp_replicate", *axes), (Replicate(), *placements)
-    return ParamPlan(fqn, shape, param.dtype, style, _unit_of(fqn, owner), axes, placements)
+def _over_efsdp(shape: tuple[int, ...], sizes: MeshSizes) -> Placement:
+    """How efsdp cuts experts `[E, ...]` that ep holds whole: along another dim where there are fewer than ranks."""
+    along_experts = fsdp_over(Shard(0), sizes.ep)
+    if sizes.efsdp * sizes.ep <= shape[0]:
+        return along_experts
+    return next((Shard(d) for d in range(1, len(shape)) if shape[d] % sizes.efsdp == 0), along_experts)
 
 
 def _unit_of(fqn: str, owner: dict[str, str]) -> str:

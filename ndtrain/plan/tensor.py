@@ -11,29 +11,30 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
-from ndtrain.plan.units import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Styles of transformers' TP plans (5.23) whose gradients the matrix covers. The first cut the parameters they name, the
-# others work on a module's inputs and outputs.
-CUTTING = (
-    "colwise",
-    "colwise_gather_output",
-    "rowwise",
-    "rowwise_split_input",
-    "embedding_rowwise",
-    "packed_colwise",
-    "packed_rowwise",
-)
+# Styles of transformers' TP plans (5.23) whose gradients the matrix covers. The first cut the parameters they name
+# (with the sizes that their module must have), the others work on a module's inputs and outputs.
+CUTTING = {
+    "colwise": ("out_features",),
+    "colwise_gather_output": ("out_features",),
+    "rowwise": ("in_features",),
+    "rowwise_split_input": ("in_features",),
+    "embedding_rowwise": ("num_embeddings",),
+    "packed_colwise": (),
+    "packed_rowwise": (),
+}
 WRAPPING = ("moe_tp_experts", "mla_kv_a_proj", "local_params", "all_reduce", "replicate")
 # Its hook all-reduces the accumulated gradient at every micro batch, which is wrong from the second one on
 # (transformers <= 5.23): ndtrain sums these gradients itself, once, at the step boundary.
 SUMMED = "replicated_with_grad_allreduce"
 
 
-def rules(model: PreTrainedModel, sizes: MeshSizes, *, without: tuple[str, ...]) -> dict[str, str]:
+def rules(
+    model: PreTrainedModel, sizes: MeshSizes, *, blocks: tuple[str, ...], without: tuple[str, ...]
+) -> dict[str, str]:
     """The model's own TP plan, one entry per module, checked against what tensor parallelism can do rightly.
 
     Modules in `without` and what they contain are left out.
@@ -62,15 +63,15 @@ def rules(model: PreTrainedModel, sizes: MeshSizes, *, without: tuple[str, ...])
     for name, style in expanded.items():
         if name in modules or style != expanded.get(name.rpartition(".")[0]):
             found[name] = style
-        if name in modules and style in CUTTING and not all(hasattr(modules[name], n) for n in _SIZES[style]):
+        if name in modules and style in CUTTING and not all(hasattr(modules[name], n) for n in CUTTING[style]):
             raise PlanError(f"{what}: {name} is a {type(modules[name]).__name__}, no linear layer; set mesh.tp = 1")
     cut = {
         name: placement(of_it, name.rpartition(".")[2], param.ndim)
         for name, param in params.items()
         if (of_it := rule_of(name, found))
     }
-    blocks = tuple(f"{block}." for block in find_blocks(model))
-    if not any(place is not None for name, place in cut.items() if name.startswith(blocks)):
+    inside = tuple(f"{block}." for block in blocks)
+    if not any(place is not None for name, place in cut.items() if name.startswith(inside)):
         raise PlanError(
             f"the tensor-parallel plan of {what} leaves every block replicated; set mesh.tp = 1 and use dp_shard"
         )
@@ -85,17 +86,6 @@ def rules(model: PreTrainedModel, sizes: MeshSizes, *, without: tuple[str, ...])
         if cut.get(alias) != cut.get(source):
             raise PlanError(f"{what}: {alias} and {source} are one tied weight with two plans; set mesh.tp = 1")
     return found
-
-
-_SIZES = {
-    "colwise": ("out_features",),
-    "colwise_gather_output": ("out_features",),
-    "rowwise": ("in_features",),
-    "rowwise_split_input": ("in_features",),
-    "embedding_rowwise": ("num_embeddings",),
-    "packed_colwise": (),
-    "packed_rowwise": (),
-}
 
 
 def placement(style: str, name: str, ndim: int) -> Placement | None:

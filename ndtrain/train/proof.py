@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate
 
 from ndtrain.errors import NdtrainError, PlanError
+from ndtrain.layout import local_part
 from ndtrain.mesh import Meshes
 
 if TYPE_CHECKING:
@@ -77,16 +78,10 @@ def check_masks(trainer: Trainer) -> bool:
 
 def _probe(trainer: Trainer, rows: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
     """Float32 logits `[B, S, V]` of rows `[S]`, with the same dropout every time."""
-    torch.manual_seed(0)
     ids = torch.stack(rows)
-    batch = trainer.shape({"input_ids": ids, "labels": ids, "position_ids": positions.expand_as(ids)})
-    inputs = {"input_ids": batch["input_ids"]}
-    split = trainer.context is not None and trainer.context.enabled
-    if trainer.recipe.data.packing or split:
-        inputs["position_ids"] = batch["position_ids"]
     with torch.no_grad():
-        logits = trainer.model(**inputs, use_cache=False).logits.float()
-    if split and trainer.context is not None:
+        logits = _forward(trainer, ids, positions).float()
+    if trainer.context is not None and trainer.context.enabled:
         logits = trainer.context.gather(logits)
     # One row of all rows where they were joined, and what was padded at its end
     joined = logits.shape[0] < len(rows)
@@ -98,6 +93,17 @@ def _probe(trainer: Trainer, rows: list[torch.Tensor], positions: torch.Tensor) 
     return logits
 
 
+def _forward(trainer: Trainer, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """This rank's logits of `[B, S]` ids whose rows all have these positions `[S]`, as a step would compute them."""
+    torch.manual_seed(0)
+    batch = trainer.shape({"input_ids": ids, "labels": ids, "position_ids": positions.expand_as(ids)})
+    inputs = {"input_ids": batch["input_ids"]}
+    if trainer.recipe.data.packing or (trainer.context is not None and trainer.context.enabled):
+        inputs["position_ids"] = batch["position_ids"]
+    logits: torch.Tensor = trainer.model(**inputs, use_cache=False).logits
+    return logits
+
+
 def check_replicas(trainer: Trainer) -> bool:
     """Raise `PlanError` if a parameter that every tp rank holds whole has another gradient on each.
 
@@ -105,13 +111,10 @@ def check_replicas(trainer: Trainer) -> bool:
     Returns False if these weights give no finite gradients, so that nothing can be said.
     """
     plan, group = trainer.plan, trainer.meshes.tp.get_group()
-    batch = trainer.shape(_row(trainer))
-    inputs = {"input_ids": batch["input_ids"]}
-    if trainer.context is not None:
-        inputs["position_ids"] = batch["position_ids"]
+    length = max(2, min(32, trainer.recipe.data.seq_len))
     try:
-        torch.manual_seed(0)
-        logits = trainer.model(**inputs, use_cache=False).logits
+        positions = torch.arange(length, device=trainer.runtime.device)
+        logits = _forward(trainer, _tokens(trainer, length)[None], positions)
         torch.manual_seed(1)
         (logits * torch.randn_like(logits)).sum().backward()
     except (RuntimeError, AssertionError) as error:
@@ -120,7 +123,7 @@ def check_replicas(trainer: Trainer) -> bool:
     names, spreads, sizes = [], [], []
     for name, param in trainer.model.named_parameters():
         if name in whole and name not in plan.tp_summed and param.grad is not None:
-            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            grad = local_part(param.grad)
             low, high = grad.float().clone(), grad.float().clone()
             dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
             dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
@@ -159,14 +162,6 @@ def _tokens(trainer: Trainer, count: int) -> torch.Tensor:
     """`[count]` ids that differ from their neighbours; the first ids, which often mean padding, only where needed."""
     first = 3 if trainer.vocab_size > 6 else 0
     return first + torch.arange(count, device=trainer.runtime.device) % min(97, trainer.vocab_size - first)
-
-
-def _row(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """One short row of one document."""
-    length = max(2, min(32, trainer.recipe.data.seq_len))
-    ids = _tokens(trainer, length)[None]
-    positions = torch.arange(length, device=trainer.runtime.device)[None]
-    return {"input_ids": ids, "labels": ids, "position_ids": positions}
 
 
 def check_same_batch(batch: dict[str, torch.Tensor], meshes: Meshes) -> None:

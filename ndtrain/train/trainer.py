@@ -110,7 +110,6 @@ class Trainer:
         pass_positions = recipe.data.packing or self.context is not None
         self.loss_model = LossModel(self.model, self.plan, pass_positions=pass_positions)
         if runtime.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
             self.sinks: list[Sink] = [JsonLines(self.run_dir / "metrics.jsonl")]
             if recipe.log.tensorboard:
@@ -172,10 +171,16 @@ class Trainer:
 
         runtime_module.rank0_first(runtime, build)
         # The other ranks find the cache by its key; the digests of the files are remembered beside it.
-        runtime_module.together(lambda: None if where else build())
-        cache = data_module.TokenCache.open(where[0])
+        caches: list[data_module.TokenCache] = []
+
+        def open_cache() -> None:
+            if not where:
+                build()
+            caches.append(data_module.TokenCache.open(where[0]))
+
+        runtime_module.together(open_cache)
         samples = data_module.Samples(
-            cache, recipe.data.seq_len, packing=recipe.data.packing, pad_id=self.tokenizer.pad_id
+            caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=self.tokenizer.pad_id
         )
         order = data_module.Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle)
         return data_module.GlobalBatches(

@@ -12,10 +12,9 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import NdtrainError, PlanError
-from ndtrain.layout import local_boxes
+from ndtrain.layout import held_boxes, local_part
 from ndtrain.loss import IGNORE
 from ndtrain.mesh import Meshes, MeshSizes, build_mesh
 from ndtrain.model import meta_model
@@ -111,16 +110,9 @@ def meshes_of(sizes: MeshSizes, device: str) -> Meshes:
 
 def whole(tensor: Tensor) -> tuple[Tensor, float]:
     """The global tensor, and the largest difference between replicas of an element; collective."""
-    local = tensor.detach()
-    boxes = local_boxes(tensor.shape, (), (), ())
-    if isinstance(local, DTensor):
-        mesh = local.device_mesh
-        coordinate = mesh.get_coordinate()
-        assert coordinate is not None
-        boxes = local_boxes(tensor.shape, tuple(mesh.shape), coordinate, local.placements)
-        local = local.to_local()
+    local = local_part(tensor)
     low, high = torch.full(tensor.shape, torch.inf), torch.full(tensor.shape, -torch.inf)
-    for box in boxes:
+    for box in held_boxes(tensor):
         low[box.inside] = high[box.inside] = local[box.local].float()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
