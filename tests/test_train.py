@@ -213,7 +213,6 @@ def test_options_train_like_plain_transformers(world: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "mesh", "words"),
     [
-        ("big_bird", "tp2", "does not run on tp 2"),
         ("camembert", "cp2", "differs from the whole sequence"),
         ("deepseek_v32", "cp2", "does not run on cp 2"),
     ],
