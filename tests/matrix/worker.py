@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,24 +64,41 @@ def build(kind: str, config: dict[str, Any], folder: str) -> dict[str, Any]:
     """Save a random model of `kind` and its reference run; what a recipe needs to know of it."""
     torch.manual_seed(7)
     made = transformers.AutoConfig.for_model(kind, **config)
-    for key, value in made.to_dict().items():
-        if isinstance(value, float) and ("drop" in key or "jitter" in key):
-            setattr(made, key, 0.0)
-    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    if sum(p.numel() for p in model.parameters()) > 50e6:
-        raise ValueError("more than 50 M parameters")
+    for part in (made, *(getattr(made, name, None) for name in made.sub_configs)):
+        for key, value in part.to_dict().items() if part is not None else ():
+            if isinstance(value, float) and ("drop" in key or "jitter" in key):
+                setattr(part, key, 0.0)
+    try:
+        model, attn = from_config(made, "sdpa"), "sdpa"
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise
+        model, attn = from_config(made, "eager"), "eager"
+    if sum(p.numel() for p in model.parameters()) > 5e6:
+        raise ValueError("more than 5 M parameters")
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.02 * torch.randn_like(param))
+        # Ids that are valid as inputs and as labels: some embeddings have rows for more than text.
+        width = model(input_ids=torch.ones(1, 2, dtype=torch.int64), use_cache=False).logits.shape[-1]
+    vocab = min(width, int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr,index,arg-type]
     path = Path(folder) / kind
     model.save_pretrained(path)
-    attn = "sdpa" if model._supports_sdpa else "eager"
-    vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,index,arg-type]
-    reference(path, attn, vocab)
-    return {"kind": kind, "path": str(path), "attn": attn, "vocab": vocab}
+    if type(model.config) is not type(made):
+        # The text part of a composite model alone: its checkpoints carry the composite config.
+        made.dtype = torch.float32
+        made.save_pretrained(path)
+    frozen = reference(path, attn, vocab)
+    return {"kind": kind, "path": str(path), "attn": attn, "vocab": vocab, "untrained": frozen}
 
 
-def reference(path: Path, attn: str, vocab: int) -> None:
+def from_config(config: Any, attn: str) -> Any:
+    made = copy.deepcopy(config)
+    return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attn)
+
+
+def reference(path: Path, attn: str, vocab: int) -> list[str]:
+    """Train plain transformers; the parameters that got no gradient or nothing but zeros."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn)
     model.train()
     keys = {k: v for k, v in OPTIM.items() if k != "max_grad_norm"}
@@ -100,6 +119,9 @@ def reference(path: Path, attn: str, vocab: int) -> None:
     tensors.update({f"param.{n}": p.detach().clone() for n, p in model.named_parameters()})
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "reference.st")
     (path / "reference.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+    if not all(map(math.isfinite, losses + norms)) or len(set(losses)) == 1:
+        raise ValueError(f"does not train: losses {losses}, gradient norms {norms}")
+    return [n for n, _ in model.named_parameters() if f"grad.{n}" not in tensors or not tensors[f"grad.{n}"].any()]
 
 
 @cache
@@ -185,10 +207,11 @@ def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> 
         steps = [trainer.train_step() for _ in range(STEPS)]
     finally:
         trainer_module.clip_grad_norm, trainer_module.build_mesh = clip, build_mesh
-    return compare(path, trainer, [(m.loss, m.grad_norm) for m in steps], grads)
+    return compare(path, trainer.model, [(m.loss, m.grad_norm) for m in steps], grads)
 
 
-def compare(path: Path, trainer: Any, steps: list[tuple[float, float]], grads: dict[str, Tensor]) -> dict[str, Any]:
+def compare(path: Path, model: Any, steps: list[tuple[float, float]], grads: dict[str, Tensor]) -> dict[str, Any]:
+    """Every rank's steps, first gradients and last parameters against the reference in `path`; collective."""
     want = load_file(path / "reference.st")
     numbers = json.loads((path / "reference.json").read_text())
     worst: list[tuple[float, str]] = []
@@ -196,7 +219,9 @@ def compare(path: Path, trainer: Any, steps: list[tuple[float, float]], grads: d
         for what, got, ref in (("loss", loss, numbers["losses"][i]), ("grad_norm", norm, numbers["norms"][i])):
             error = abs(got - ref) / abs(ref)
             worst.append((error if error == error else float("inf"), f"{what} of step {i + 1}"))
-    params = dict(trainer.model.named_parameters())
+    params = dict(model.named_parameters())
+    if odd := {n.removeprefix("start.") for n in want if n.startswith("start.")} ^ set(params):
+        return {"status": "wrong", "worst": math.inf, "what": f"other parameters: {sorted(odd)[:3]}"}
     total = sum(float(v.norm()) ** 2 for k, v in want.items() if k.startswith("grad.")) ** 0.5
     for name, param in params.items():
         ref = want.get(f"grad.{name}", torch.zeros(param.shape))
