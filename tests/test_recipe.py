@@ -150,7 +150,6 @@ LATER = [
     ("tp", "plan = {a = 'colwise'}"),
     ("tp", "sequence_parallel = true"),
     ("ep", "plan = {a = 'x'}"),
-    ("cp", "kind = 'ring'"),
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),
     ("data", "format = 'chat'"),

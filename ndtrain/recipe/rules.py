@@ -40,7 +40,6 @@ NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
     ("tp", "plan"): (({},), "the model's own plan is used for now; leave the table out"),
     ("tp", "sequence_parallel"): ((False,), "sequence parallelism comes later; leave it false"),
     ("ep", "plan"): (({},), "the model's own plan is used for now; leave the table out"),
-    ("cp", "kind"): (("auto", "ulysses"), 'ring attention comes later; leave it at "auto"'),
     ("model", "experts"): (
         ("auto",),
         'the choice of an experts implementation comes later; leave it at "auto"',
