@@ -128,7 +128,7 @@ def error(
 
 
 def test_a_ring_attends_and_differentiates_like_whole_sequences() -> None:
-    for found in get_pool(4).run(errors, CASES):
+    for found in get_pool(4).run(errors, CASES, timeout=300):
         assert len(found) == 2 * len(CASES)
         assert not {name: value for name, value in found.items() if not value < 5e-6}
 
@@ -181,7 +181,7 @@ def cut_and_gathered(length: int) -> tuple[Tensor, Tensor]:
 
 
 def test_a_ring_holds_pieces_from_both_ends_and_gathers_them_in_order() -> None:
-    results = get_pool(4).run(cut_and_gathered, 13)  # padded to 16
+    results = get_pool(4).run(cut_and_gathered, 13, timeout=300)  # padded to 16
     assert [r[0][1].tolist() for r in results] == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
     want = torch.nn.functional.pad(torch.arange(26).view(2, 13), (0, 3), value=-100)
     assert all(torch.equal(r[1], want) for r in results)
