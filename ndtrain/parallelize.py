@@ -9,7 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from ndtrain.context_parallel import ContextParallel
+from ndtrain.context_parallel import KINDS, ContextParallel
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
@@ -28,7 +28,7 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         apply_expert_parallelism(model, plan, meshes)
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    context = ContextParallel(model, meshes.dense["cp"].get_group()) if plan.sizes.cp > 1 else None
+    context = KINDS[plan.cp](model, meshes.dense["cp"].get_group()) if plan.cp else None
     compute = getattr(torch, recipe.fsdp.param_dtype)
     reduce = getattr(torch, recipe.fsdp.reduce_dtype)
     mixed = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=reduce)

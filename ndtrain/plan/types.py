@@ -75,6 +75,7 @@ class Plan:
     tp_rules: dict[str, str]
     ep_rules: dict[str, str]
     tp_summed: tuple[str, ...]
+    cp: str | None  # "ulysses" or "ring" where cp > 1
     head: str | None
     notes: tuple[str, ...]
 

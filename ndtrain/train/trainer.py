@@ -121,10 +121,12 @@ class Trainer:
 
     def shape(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The micro batch as the model takes it: this rank's part of each sequence."""
-        if self.recipe.data.packing and "flash" in self.recipe.model.attn:
+        parts = self.context is not None and self.context.enabled
+        ring = parts and self.plan.cp == "ring"
+        if self.recipe.data.packing and "flash" in self.recipe.model.attn and not ring:
             # Flash attention tells documents apart by their positions in a batch of one row only.
             batch = {key: value.reshape(1, -1) for key, value in batch.items()}
-        if self.context is not None and self.context.enabled:
+        if self.context is not None and parts:
             batch = self.context.split(batch, packed=self.recipe.data.packing)
         return batch
 
