@@ -37,7 +37,7 @@ def check_masks(trainer: Trainer) -> bool:
     try:
         plain = _probe(trainer, [row, *more], positions)
     except (RuntimeError, AssertionError) as error:
-        if trainer.sizes.cp == trainer.sizes.tp == 1:
+        if trainer.sizes.cp == trainer.sizes.tp == 1 and trainer.recipe.fsdp.mode == "auto":
             raise
         raise _does_not_run(trainer, error) from error
     later = _probe(trainer, [torch.cat([row[:half], other[half:]]), *more], positions)
@@ -55,7 +55,7 @@ def check_masks(trainer: Trainer) -> bool:
     dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
     if leaks[-1]:
         return False
-    routed = any("experts" in p.fqn for p in trainer.plan.params) and trainer.recipe.fsdp.param_dtype != "float32"
+    routed = any("experts" in p.fqn for p in trainer.plan.params) and trainer.plan.low_precision
     limit = 2e-2 if routed else 1e-4
     what = trainer.plan.model_type
     if not float(leaks[0]) < limit:
@@ -67,7 +67,7 @@ def check_masks(trainer: Trainer) -> bool:
         raise PlanError(
             f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); set data.packing = false"
         )
-    if not float(leaks[2]) < (1e-3 if trainer.recipe.fsdp.param_dtype == "float32" else 5e-2):
+    if not float(leaks[2]) < (5e-2 if trainer.plan.low_precision else 1e-3):
         raise PlanError(
             f"{what} under mesh.cp = {trainer.sizes.cp} differs from the whole sequence (logits by "
             f"{float(leaks[2]):.1e}): it mixes tokens outside its attention, or counts positions its own way; "
@@ -123,7 +123,8 @@ def check_replicas(trainer: Trainer) -> bool:
     names, spreads, sizes = [], [], []
     for name, param in trainer.model.named_parameters():
         if name in whole and name not in plan.tp_summed and param.grad is not None:
-            grad = local_part(param.grad)
+            # Gradients in host memory are compared on the device, where the groups' collectives are.
+            grad = local_part(param.grad).to(trainer.runtime.device)
             low, high = grad.float().clone(), grad.float().clone()
             dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
             dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
@@ -140,7 +141,7 @@ def check_replicas(trainer: Trainer) -> bool:
         return False
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     # What is zero in exact arithmetic differs by the rounding of what it is made of.
-    own, rounding = (1e-3, 1e-6) if trainer.recipe.fsdp.param_dtype == "float32" else (0.2, 1e-2)
+    own, rounding = (0.2, 1e-2) if plan.low_precision else (1e-3, 1e-6)
     ratios = found[0] / torch.maximum(found[1], rounding / own * found[1].max())
     worst = int(ratios.argmax())
     if not float(ratios[worst]) < own:
@@ -155,6 +156,11 @@ def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
     """The model's own code fails on its part of the work, with an error about shapes or views."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     what = f"{trainer.plan.model_type} does not run on {trainer.sizes.describe()}"
+    if trainer.recipe.fsdp.mode == "manual":
+        return PlanError(
+            f"{what} with these [fsdp.modules] ({reason}): a unit's weights are there in its own forward alone; name "
+            'the modules around those that read each other\'s weights, or set fsdp.mode = "auto"'
+        )
     return PlanError(f"{what} ({reason}); set mesh.cp = 1 or mesh.tp = 1")
 
 

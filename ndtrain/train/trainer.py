@@ -89,7 +89,7 @@ class Trainer:
         self.meshes = build_mesh(self.sizes, runtime.device.type)
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
-        materialize(self.model, runtime)
+        materialize(self.model, runtime, on_host=self.plan.on_host)
         fill_with_noise(self.model)
         checked = self._prove()
         unset(model_tensors(self.model).values())
