@@ -36,8 +36,9 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     in_place = re.compile(r"\.(add|mul)_\(|^ *\w+ [+*]= (?!\(|1\b)", re.MULTILINE)
     if in_place.search(inspect.getsource(sys.modules[type(model).__module__])):
         views |= {"rowwise", "rowwise_split_input"}
+    units = {name for unit in plan.units for name in unit.modules}
     for name, style in plan.tp_rules.items():
-        if style in views and name not in params:
+        if name not in params and (style in views or (style in CUTTING and name in units)):
             model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
 
 

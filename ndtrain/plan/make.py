@@ -11,7 +11,7 @@ from ndtrain.errors import PlanError
 from ndtrain.layout import fsdp_over
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
-from ndtrain.plan import context, expert, refuse, tensor
+from ndtrain.plan import context, expert, manual, refuse, tensor
 from ndtrain.plan import units as fsdp
 from ndtrain.plan.types import ParamPlan, Plan
 from ndtrain.recipe import Recipe
@@ -41,8 +41,12 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         notes += [note] if note else []
         refuse.check_dropout(model)
     tied = tied_keys(model)
-    units = tuple(fsdp.units(model, blocks, tied, recipe, experts=experts))
-    if not blocks:
+    by_hand = recipe.fsdp.mode == "manual"
+    if by_hand:
+        units = tuple(manual.units(model, tied, recipe, experts=experts))
+    else:
+        units = tuple(fsdp.units(model, blocks, tied, recipe, experts=experts))
+    if not blocks and not by_hand:
         notes.append(f"{model_type}: no repeated blocks found; the model is one FSDP unit")
     head = fsdp.plain_head(model)
     if head is None:
@@ -63,6 +67,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         sizes=sizes,
         params=params,
         units=units,
+        root=fsdp.root(recipe),
         blocks=blocks,
         tied=tied,
         tp_rules={name: style for name, style in tp_rules.items() if style != tensor.SUMMED},

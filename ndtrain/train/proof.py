@@ -41,7 +41,7 @@ def check_masks(trainer: Trainer) -> bool:
     try:
         plain = _probe(trainer, [row, *more], positions)
     except (RuntimeError, AssertionError) as error:
-        if trainer.sizes.cp == trainer.sizes.tp == 1:
+        if trainer.sizes.cp == trainer.sizes.tp == 1 and trainer.recipe.fsdp.mode == "auto":
             raise
         raise _does_not_run(trainer, error) from error
     later = _probe(trainer, [torch.cat([row[:half], other[half:]]), *more], positions)
@@ -59,7 +59,7 @@ def check_masks(trainer: Trainer) -> bool:
     dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
     if leaks[-1]:
         return False
-    routed = any("experts" in p.fqn for p in trainer.plan.params) and trainer.recipe.fsdp.param_dtype != "float32"
+    routed = any("experts" in p.fqn for p in trainer.plan.params) and trainer.plan.low_precision
     limit = 2e-2 if routed else 1e-4
     what = trainer.plan.model_type
     if not float(leaks[0]) < limit:
@@ -71,7 +71,7 @@ def check_masks(trainer: Trainer) -> bool:
         raise PlanError(
             f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); set data.packing = false"
         )
-    if not float(leaks[2]) < (1e-3 if trainer.recipe.fsdp.param_dtype == "float32" else 5e-2):
+    if not float(leaks[2]) < (5e-2 if trainer.plan.low_precision else 1e-3):
         raise PlanError(
             f"{what} under mesh.cp = {trainer.sizes.cp} differs from the whole sequence (logits by "
             f"{float(leaks[2]):.1e}): it mixes tokens outside its attention, or counts positions its own way; "
@@ -135,9 +135,8 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
             raise _does_not_run(trainer, error) from error
     model.zero_grad(set_to_none=True)
     model.train()
-    found = {
-        f"the gradients of {name}, which every tp rank holds whole,": d for name, d in spreads.items()
-    } | differences
+    whole = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
+    found = whole | differences
     if not found:
         return True
     amounts = torch.stack(list(found.values()))
@@ -146,8 +145,7 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
     if unknown:
         return False
     dist.all_reduce(amounts, op=dist.ReduceOp.MAX)
-    exact = trainer.recipe.fsdp.param_dtype == "float32"
-    limit = 1e-2 if exact else 0.5 if any("experts" in p.fqn for p in plan.params) else 0.2
+    limit = 1e-2 if not plan.low_precision else 0.5 if any("experts" in p.fqn for p in plan.params) else 0.2
     for what, amount in zip(found, amounts.tolist(), strict=True):
         if not amount < limit:
             raise PlanError(
@@ -161,8 +159,9 @@ def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
     """How far the tp ranks are apart in the gradients of what each holds whole, relative to their size."""
     plan, group = trainer.plan, trainer.meshes.tp.get_group()
     held = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
+    # Gradients in host memory are compared on the device, where the groups' collectives are.
     grads = {
-        name: local_part(param.grad).float()
+        name: local_part(param.grad).to(trainer.runtime.device, torch.float32, copy=True)
         for name, param in trainer.model.named_parameters()
         if name in held - set(plan.tp_summed) and param.grad is not None
     }
@@ -172,7 +171,7 @@ def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
         dist.all_reduce(grads[name], op=dist.ReduceOp.MAX, group=group)
     sizes = {name: torch.maximum(g.norm(), lows[name].norm()) for name, g in grads.items()}
     # What is zero in exact arithmetic differs by the rounding of what it is made of.
-    rounding = 1e-3 if trainer.recipe.fsdp.param_dtype == "float32" else 5e-2
+    rounding = 5e-2 if plan.low_precision else 1e-3
     floor = rounding * max((float(size) for size in sizes.values()), default=0.0)
     for name, high in grads.items():
         yield name, (high - lows[name]).norm() / max(float(sizes[name]), floor, 1e-30)
@@ -182,6 +181,11 @@ def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
     """The model's own code fails on its part of the work, with an error about shapes or views."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     what = f"{trainer.plan.model_type} does not run on {trainer.sizes.describe()}"
+    if trainer.recipe.fsdp.mode == "manual":
+        return PlanError(
+            f"{what} with these [fsdp.modules] ({reason}): a unit's weights are there in its own forward alone; name "
+            'the modules around those that read each other\'s weights, or set fsdp.mode = "auto"'
+        )
     return PlanError(f"{what} ({reason}); set mesh.cp = 1 or mesh.tp = 1")
 
 

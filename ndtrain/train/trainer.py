@@ -90,10 +90,9 @@ class Trainer:
         self.meshes = build_mesh(self.sizes, runtime.device.type)
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         # Whole blocks to compare with: they are copied before the model is cut.
-        compute = getattr(torch, recipe.fsdp.param_dtype)
-        twins = Twins(self.model, self.plan, compute=compute) if self.sizes.tp > 1 else None
+        twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
         self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
-        materialize(self.model, runtime)
+        materialize(self.model, runtime, on_host=self.plan.on_host)
         fill_with_noise(self.model)
         checked = self._prove(twins)
         unset(model_tensors(self.model).values())

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ndtrain.layout import held_boxes, local_part
-from ndtrain.model import kept_in_fp32
 from ndtrain.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,14 +29,19 @@ MOST = 4e9
 class Twins:
     """One block of each kind, whole: copied before the model is cut, compared with the cut one after it has run."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, *, compute: torch.dtype):
-        self.plan, self.compute = plan, compute
-        self.kept = kept_in_fp32(model, compute)
+    def __init__(self, model: PreTrainedModel, plan: Plan):
+        units = {unit.name: unit for unit in (*plan.units, plan.root)}
+        self.dtypes = {p.fqn: getattr(torch, units[p.unit].param_dtype) for p in plan.params}
+        self.low_precision = plan.low_precision
+        # Units that cast what they take and give, inside a block, are not in a copy of it.
+        casting = [name for unit in plan.units if unit.output_dtype for name in unit.modules]
         self.blocks: dict[str, nn.Module] = {}
         kinds = set()
         for name in plan.blocks:
             block = model.get_submodule(name)
             kind = (type(block), tuple((n, p.shape) for n, p in block.named_parameters()))
+            if any(n.startswith(f"{name}.") for n in casting):
+                continue
             if kind not in kinds and sum(p.numel() for p in block.parameters()) <= MOST:
                 kinds.add(kind)
                 self.blocks[name] = copy.deepcopy(block)
@@ -68,7 +72,7 @@ class Twins:
             if call.count != 1 or not call.learns():
                 continue
             block, twin = model.get_submodule(name), self.blocks[name]
-            self._fill(name, twin.eval(), block)
+            self._fill(name, twin.eval(), block, call.outputs[0].device)
             args, kwargs = tree_map(_leaf, call.inputs)
             outputs = _floats(twin(*args, **kwargs))
             of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
@@ -84,21 +88,20 @@ class Twins:
                 pairs.append((f"the gradient of {name}.{n}", grad, twin.get_parameter(n).grad))
             both = [(what, ours, alone) for what, ours, alone in pairs if ours is not None and alone is not None]
             # What is zero in exact arithmetic differs by the rounding of what it is made of.
-            rounding = 1e-4 if self.compute == torch.float32 else 5e-2
+            rounding = 5e-2 if self.low_precision else 1e-4
             floor = rounding * max(float(alone.float().norm()) for _, _, alone in both)
             for what, ours, alone in both:
                 yield what, _distance(ours, alone, floor)
             twin.to("meta")
 
-    def _fill(self, name: str, twin: nn.Module, block: nn.Module) -> None:
+    def _fill(self, name: str, twin: nn.Module, block: nn.Module, device: torch.device) -> None:
         """Give the copy of block `name` its weights."""
-        twin.to_empty(device=next(block.parameters()).device)
+        twin.to_empty(device=device)
         for n, buffer in block.named_buffers():
             twin.get_buffer(n).copy_(buffer)
         for n, param in block.named_parameters():
-            fp32 = self.kept is not None and self.kept.search(f"{name}.{n}")
             own = twin.get_parameter(n)
-            own.data, own.grad = whole(param.detach()).to(torch.float32 if fp32 else self.compute), None
+            own.data, own.grad = whole(param.detach()).to(self.dtypes[f"{name}.{n}"]), None
 
 
 class _Call:
@@ -144,8 +147,8 @@ def _with_grads_caught(tree: Any) -> tuple[Any, list[Tensor | None]]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The global tensor of a sharded one; a collective of all ranks."""
-    local = local_part(tensor)
+    """The global float32 tensor of a sharded one, on the device; a collective of all ranks."""
+    local = local_part(tensor).to(tensor.device_mesh.device_type)  # type: ignore[attr-defined]
     full = torch.full(tensor.shape, -torch.inf, dtype=torch.float32, device=local.device)
     for box in held_boxes(tensor):
         full[box.inside] = local[box.local].float()
