@@ -65,7 +65,7 @@ def outcome(pool: RankPool, *args: Any) -> dict[str, Any]:
     return max(answers, key=lambda a: a.get("worst", 0.0))
 
 
-def build_all(kinds: list[str], out: Path, results: Results) -> dict[str, Any]:
+def build_all(kinds: list[str], out: Path, results: Results, *, router_loss: bool) -> dict[str, Any]:
     """The saved models and their references; types that cannot be built are noted under "built"."""
     built_file = out / "built.json"
     built: dict[str, Any] = json.loads(built_file.read_text()) if built_file.exists() else {}
@@ -74,7 +74,8 @@ def build_all(kinds: list[str], out: Path, results: Results) -> dict[str, Any]:
         if kind in built:
             continue
         try:
-            built[kind] = pool.run(worker.build, kind, CONFIGS[kind], str(out / "models"), timeout=120)[0]
+            args = (kind, CONFIGS[kind], str(out / "models"), router_loss)
+            built[kind] = pool.run(worker.build, *args, timeout=120)[0]
             results.put(kind, "built", {"status": "agrees"})
         except RanksFailed as error:
             line = next((s for s in reversed(str(error).splitlines()) if s.strip()), "")
@@ -119,11 +120,12 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=sorted(CONFIGS), choices=sorted(CONFIGS), metavar="TYPE")
     parser.add_argument("--meshes", nargs="+", default=list(MESHES), choices=list(MESHES))
     parser.add_argument("--again", nargs="+", default=[], choices=STATUSES)
+    parser.add_argument("--router-loss", action="store_true", help="with the router's auxiliary loss")
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "results.json")
-    built = build_all(options.types, options.out, results)
+    built = build_all(options.types, options.out, results, router_loss=options.router_loss)
     pools: dict[int, RankPool] = {}
     for name in options.meshes:
         mesh, more = MESHES[name]
