@@ -302,12 +302,26 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"data": {"packing": True}},
         ["mamba", "mixes along the sequence", "data.packing = false"],
     ),
-    "router loss": (
-        "qwen3_moe",
+    "router loss of another kind": (
+        "doge",
         {"output_router_logits": True},
         MeshSizes(),
         {},
-        ["qwen3_moe", "model.config.output_router_logits = false"],
+        ["doge has an auxiliary loss of its own kind", "model.config.output_router_logits = false"],
+    ),
+    "no router loss": (
+        "glm4_moe",
+        {"output_router_logits": True},
+        MeshSizes(),
+        {},
+        ["glm4_moe records its router's logits but has no auxiliary loss", "output_router_logits = false"],
+    ),
+    "no router": (
+        "qwen3_moe",
+        {"output_router_logits": True, "mlp_only_layers": [0, 1]},
+        MeshSizes(),
+        {},
+        ["qwen3_moe of this config has no router", "output_router_logits = false"],
     ),
     "positions": (
         "gpt2",

@@ -62,6 +62,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         for fqn, param in model.named_parameters()
     )
     summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
+    refuse.check_router(model, summed)
     return Plan(
         model_type=model_type,
         sizes=sizes,

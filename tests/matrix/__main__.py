@@ -43,12 +43,13 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", default=[], choices=STATUSES)
     parser.add_argument("--timeout", type=float, default=60, help="Seconds after which a cell hangs.")
     parser.add_argument("--peer", action="store_true", help="transformers' own parallelism too.")
+    parser.add_argument("--router-loss", action="store_true", help="With the router's auxiliary loss.")
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results, peers = Results(options.out / "results.json"), Results(options.out / "peer.json")
     print(f"{len(CONFIGS)} types, {len(UNBUILT)} that cannot be built, new ones: {unknown_types()}", flush=True)
-    built = build_all(options.types, options.out, results, peers)
+    built = build_all(options.types, options.out, results, peers, router_loss=options.router_loss)
     pools: dict[int, RankPool] = {}
     for name in options.meshes:
         mesh, more = MESHES[name]

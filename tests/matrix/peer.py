@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def cell(model: dict[str, Any], way: dict[str, int]) -> dict[str, Any]:
             grad.mul_(min(1.0, OPTIM["max_grad_norm"] / (norm + 1e-6)))  # type: ignore[operator]
         optimizer.step()
         optimizer.zero_grad()
-        steps.append((float(mean), norm))
+        steps.append(SimpleNamespace(loss=float(mean), grad_norm=norm))
     return worker.compare(path, loaded, steps, first)
 
 

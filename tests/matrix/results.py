@@ -75,7 +75,7 @@ def outcome(pool: RankPool, cell: Callable[..., dict[str, Any]], *args: Any, tim
     return max(answers, key=lambda a: a.get("worst", 0.0))
 
 
-def build_all(kinds: list[str], out: Path, *kept: Results) -> dict[str, Any]:
+def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = False) -> dict[str, Any]:
     """The saved models and their references, by type, {"error": …} for those that could not be built.
 
     A type whose config has changed since is built again, and what `kept` has of it is forgotten.
@@ -90,7 +90,8 @@ def build_all(kinds: list[str], out: Path, *kept: Results) -> dict[str, Any]:
             results.forget(kind)
         shutil.rmtree(out / "models" / kind, ignore_errors=True)
         try:
-            built[kind] = pool.run(worker.build, kind, CONFIGS[kind], str(out / "models"), timeout=300)[0]
+            args = (kind, CONFIGS[kind], str(out / "models"), router_loss)
+            built[kind] = pool.run(worker.build, *args, timeout=300)[0]
         except RanksFailed as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             built[kind] = {"error": lines[-1][:300]}

@@ -31,6 +31,7 @@ STEPS, ROWS, SEQ = 3, 8, 32
 # With a large eps AdamW's update follows the gradient also where that is rounding alone.
 OPTIM = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
 TOLERANCE = 1e-4
+ROUTER_COEFFICIENT = 0.5
 
 
 def rows(vocab: int, step: int) -> dict[str, Tensor]:
@@ -60,14 +61,21 @@ class Batches:
         return [{k: v[s : s + self.micro] for k, v in batch.items()} for s in starts]
 
 
-def build(kind: str, config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Save a random model of `kind` and its reference run; what a recipe needs to know of it."""
+def build(kind: str, config: dict[str, Any], folder: str, router_loss: bool = False) -> dict[str, Any]:
+    """Save a random model of `kind` and its reference run; what a recipe needs to know of it.
+
+    `router_loss` has the model add its router's auxiliary loss, with a coefficient large enough to be seen.
+    """
     torch.manual_seed(7)
     made = transformers.AutoConfig.for_model(kind, **config)
     for part in (made, *(getattr(made, name, None) for name in made.sub_configs)):
         for key, value in part.to_dict().items() if part is not None else ():
             if isinstance(value, float) and ("drop" in key or "jitter" in key):
                 setattr(part, key, 0.0)
+    if router_loss:
+        made.output_router_logits = True
+        for key in {"router_aux_loss_coef", "aux_loss_coef"} & made.to_dict().keys():
+            setattr(made, key, ROUTER_COEFFICIENT)
     try:
         model, attn = from_config(made, "sdpa"), "sdpa"
     except ValueError as error:
@@ -103,13 +111,16 @@ def reference(path: Path, attn: str, vocab: int) -> list[str]:
     model.train()
     keys = {k: v for k, v in OPTIM.items() if k != "max_grad_norm"}
     optimizer = torch.optim.AdamW(model.parameters(), **keys)  # type: ignore[arg-type]
-    tensors, losses, norms = {}, [], []
+    routed = getattr(model.config, "output_router_logits", False)
+    tensors, losses, norms, auxiliary = {}, [], [], []
     tensors.update({f"start.{n}": p.detach().clone() for n, p in model.named_parameters()})
     for step in range(STEPS):
         batch = rows(vocab, step)
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
-        loss.backward()
+        aux = router_loss(model, batch) if routed else torch.zeros(())
+        (loss + ROUTER_COEFFICIENT * aux).backward()
+        auxiliary.append(aux.item())
         if step == 0:
             tensors.update({f"grad.{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM["max_grad_norm"])))  # type: ignore[arg-type]
@@ -118,10 +129,21 @@ def reference(path: Path, attn: str, vocab: int) -> list[str]:
         losses.append(loss.item())
     tensors.update({f"param.{n}": p.detach().clone() for n, p in model.named_parameters()})
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "reference.st")
-    (path / "reference.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+    numbers = {"losses": losses, "norms": norms, "auxiliary": auxiliary if routed else None}
+    (path / "reference.json").write_text(json.dumps(numbers))
     if not all(map(math.isfinite, losses + norms)) or len(set(losses)) == 1:
         raise ValueError(f"does not train: losses {losses}, gradient norms {norms}")
     return [n for n, _ in model.named_parameters() if f"grad.{n}" not in tensors or not tensors[f"grad.{n}"].any()]
+
+
+def router_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The mean over rows of transformers' own auxiliary loss, padding (what follows the last target) masked."""
+    found = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        mask = torch.zeros_like(ids)
+        mask[: int((labels != IGNORE).nonzero().max()) + 2] = 1
+        found.append(model(input_ids=ids[None], attention_mask=mask[None], use_cache=False).aux_loss)
+    return torch.stack(found).mean()
 
 
 @cache
@@ -207,16 +229,19 @@ def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> 
         steps = [trainer.train_step() for _ in range(STEPS)]
     finally:
         trainer_module.clip_grad_norm, trainer_module.build_mesh = clip, build_mesh
-    return compare(path, trainer.model, [(m.loss, m.grad_norm) for m in steps], grads)
+    return compare(path, trainer.model, steps, grads)
 
 
-def compare(path: Path, model: Any, steps: list[tuple[float, float]], grads: dict[str, Tensor]) -> dict[str, Any]:
+def compare(path: Path, model: Any, steps: list[Any], grads: dict[str, Tensor]) -> dict[str, Any]:
     """Every rank's steps, first gradients and last parameters against the reference in `path`; collective."""
     want = load_file(path / "reference.st")
     numbers = json.loads((path / "reference.json").read_text())
     worst: list[tuple[float, str]] = []
-    for i, (loss, norm) in enumerate(steps):
-        for what, got, ref in (("loss", loss, numbers["losses"][i]), ("grad_norm", norm, numbers["norms"][i])):
+    for i, step in enumerate(steps):
+        numbered = [("loss", step.loss, numbers["losses"][i]), ("grad_norm", step.grad_norm, numbers["norms"][i])]
+        if numbers["auxiliary"]:
+            numbered.append(("aux_loss", step.aux_loss, numbers["auxiliary"][i]))
+        for what, got, ref in numbered:
             error = abs(got - ref) / abs(ref)
             worst.append((error if error == error else float("inf"), f"{what} of step {i + 1}"))
     params = dict(model.named_parameters())
