@@ -145,7 +145,9 @@ def _shown(found: dict[str, Any] | None, kind: str, reasons: dict[str, int]) -> 
     if found is None:
         return ""
     if found["status"] == "agrees":
-        return f"{found['worst']:.0e}"
+        looser = found["limit"] > worker.TOLERANCE
+        text = f"agrees to {found['limit']:.0e}, plain transformers' own distance from float64"
+        return f"{found['worst']:.0e}" + (f" [{reasons.setdefault(text, len(reasons) + 1)}]" if looser else "")
     text = f"{found['status']}: {found['what'].replace(kind, 'TYPE')}"
     return f"{found['status']} [{reasons.setdefault(text, len(reasons) + 1)}]"
 
