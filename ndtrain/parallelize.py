@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -13,14 +13,23 @@ from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan, Unit
 from ndtrain.recipe import Recipe
+from ndtrain.sequence_parallel import SequenceParallel
 from ndtrain.tensor_parallel import apply_tensor_parallelism
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> ContextParallel | None:
-    """Turn `model` (on meta) into the sharded model that `plan` describes, in place; returns what splits batches."""
+class Splits(NamedTuple):
+    """What splits batches along the sequence over cp, and activations over tp."""
+
+    context: ContextParallel | None
+    sequence: SequenceParallel | None
+
+
+def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> Splits:
+    """Turn `model` (on meta) into the sharded model that `plan` describes, in place."""
+    sequence = SequenceParallel(model, plan.sequence, meshes.tp.get_group()) if plan.sequence else None
     if plan.tp_rules:
         apply_tensor_parallelism(model, plan, meshes)
     if plan.ep_rules:
@@ -49,7 +58,7 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
             # gloo has no PREMUL_SUM, hence the forced plain sum (torch <= 2.13).
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return context
+    return Splits(context, sequence)
 
 
 def _mixed_precision(unit: Unit) -> MixedPrecisionPolicy:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 # transformers.distributed moves between releases (read at 5.23).
 from transformers.distributed import tensor_parallel as styles
@@ -28,6 +28,9 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
     params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
     rules = params | {name: style for name, style in plan.tp_rules.items() if name not in params}
+    for region in plan.sequence.regions if plan.sequence else ():
+        if region.row:
+            rules |= {**dict.fromkeys(region.columns, "colwise_in_region"), region.row: "rowwise_in_region"}
     styles.apply_tensor_parallelism(model, meshes.tp, rules)
     tie(model)
     # What these give is a view, whose later in-place change autograd refuses, or would drop FSDP's pre-backward hook
@@ -68,10 +71,38 @@ class _Conv1DRowwise(_Conv1D, styles.RowwiseParallel):
     weight, bias = Shard(0), Replicate()
 
 
-_CONV1D: dict[str, Any] = {
+class _ColwiseInRegion(styles.ColwiseParallel):
+    """A layer of a region that `SequenceParallel` brings its input and reduces the gradient of that once for all."""
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return True
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+        return args, kwargs
+
+
+class _RowwiseInRegion(styles.RowwiseParallel):
+    """A layer that gives this rank's part of a sum, which `SequenceParallel` adds up; rank 0's has the bias."""
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return True
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+        return args, kwargs
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        bias = module._parameters.get("bias")
+        if bias is None:
+            return output
+        return output + cast(DTensor, bias).to_local() * float(mesh.get_local_rank() == 0)
+
+
+_STYLES: dict[str, Any] = {
+    "colwise_in_region": _ColwiseInRegion(),
+    "rowwise_in_region": _RowwiseInRegion(),
     "conv1d_colwise": _Conv1DColwise(),
     "conv1d_colwise_gather_output": _Conv1DColwise(output_layouts=Replicate()),
     "conv1d_rowwise": _Conv1DRowwise(),
 }
-for _name, _style in _CONV1D.items():
+for _name, _style in _STYLES.items():
     styles.ALL_PARALLEL_STYLES.register(_name, _style)

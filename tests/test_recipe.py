@@ -181,7 +181,6 @@ def test_what_is_wrong_is_named(recipe: Any, section: str, line: str, words: lis
 LATER = [
     ("fsdp", "param_dtype = 'float16'"),
     ("fsdp", "reduce_dtype = 'float16'"),
-    ("tp", "sequence_parallel = true"),
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),
     ("data", "format = 'chat'"),

@@ -11,7 +11,7 @@ from ndtrain.errors import PlanError
 from ndtrain.layout import fsdp_over
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
-from ndtrain.plan import context, expert, manual, refuse, tensor
+from ndtrain.plan import context, expert, manual, refuse, sequence, tensor
 from ndtrain.plan import units as fsdp
 from ndtrain.plan.types import ParamPlan, Plan
 from ndtrain.recipe import Recipe
@@ -40,6 +40,13 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         tp_rules, note = tensor.rules(model, sizes, blocks=blocks, without=experts, overrides=recipe.tp.plan)
         notes += [note] if note else []
         refuse.check_dropout(model)
+    along_sequence = None
+    if sizes.tp > 1 and recipe.tp.sequence_parallel:
+        decided = "dropout" if refuse.dropouts(model) else sequence.decide(model, blocks, tp_rules)
+        if isinstance(decided, str):
+            notes.append(f"no sequence parallelism: {decided}")
+        else:
+            along_sequence = decided
     tied = tied_keys(model)
     by_hand = recipe.fsdp.mode == "manual"
     if by_hand:
@@ -62,6 +69,10 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         for fqn, param in model.named_parameters()
     )
     summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
+    if along_sequence:
+        # The bias of a region's last layer is added by one tp rank.
+        biases = {f"{region.row}.bias" for region in along_sequence.regions if region.row}
+        summed += tuple(fqn for fqn, _ in model.named_parameters() if fqn in biases)
     refuse.check_router(model, summed)
     return Plan(
         model_type=model_type,
@@ -74,6 +85,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         tp_rules={name: style for name, style in tp_rules.items() if style != tensor.SUMMED},
         ep_rules=ep_rules,
         tp_summed=summed,
+        sequence=along_sequence,
         cp=cp,
         head=head,
         notes=tuple(notes),

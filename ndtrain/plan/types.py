@@ -10,6 +10,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate
 
 from ndtrain.layout import Box, local_boxes, local_shape
 from ndtrain.mesh import MeshSizes
+from ndtrain.plan.sequence import SequencePlan
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Plan:
     tp_rules: dict[str, str]
     ep_rules: dict[str, str]
     tp_summed: tuple[str, ...]
+    sequence: SequencePlan | None
     cp: str | None  # "ulysses" or "ring" where cp > 1
     head: str | None
     notes: tuple[str, ...]

@@ -41,7 +41,6 @@ NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
         ("float32", "bfloat16"),
         'sums of float16 gradients overflow without loss scaling; take "float32" or "bfloat16"',
     ),
-    ("tp", "sequence_parallel"): ((False,), "sequence parallelism comes later; leave it false"),
     ("model", "experts"): (
         ("auto",),
         'the choice of an experts implementation comes later; leave it at "auto"',

@@ -94,7 +94,9 @@ class FsdpSection(Section):
 class TpSection(Section):
     """Tensor parallelism, over the model's own plan."""
 
-    sequence_parallel: bool = Field(False, description="Split activations between blocks along the sequence.")
+    sequence_parallel: bool = Field(
+        True, description="Split norms and residuals along the sequence, where the model allows."
+    )
     plan: dict[str, str] = Field({}, description="FQN pattern to style.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,8 @@ from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.layout import local_part
 from ndtrain.mesh import Meshes
 from ndtrain.optim import sum_over_tp
-from ndtrain.train.twin import Twins
+from ndtrain.sequence_parallel import SequenceParallel
+from ndtrain.train.twin import Twins, distance
 
 if TYPE_CHECKING:
     from ndtrain.train.trainer import Trainer
@@ -117,22 +118,23 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
     """
     plan, model = trainer.plan, trainer.model
     length = max(2, min(32, trainer.recipe.data.seq_len))
+    ids = _tokens(trainer, length)[None]
+    positions = torch.arange(length, device=trainer.runtime.device)
     model.eval()
-    with trainer.context.off() if trainer.context is not None else nullcontext():
+    with ExitStack() as whole_sequences:
+        for split in (trainer.context, trainer.sequence):
+            if split is not None:
+                whole_sequences.enter_context(split.off())
         try:
             with twins.watching(model):
-                positions = torch.arange(length, device=trainer.runtime.device)
-                logits = _forward(trainer, _tokens(trainer, length)[None], positions)
-                torch.manual_seed(1)
-                (logits * torch.randn_like(logits)).sum().backward()
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise _does_not_run(trainer, error) from error
-        spreads = dict(_replica_spreads(trainer))
-        sum_over_tp(model, plan.tp_summed, trainer.meshes.tp.get_group())
-        try:
+                logits = _learn(trainer, ids, positions)
+            spreads = dict(_replica_spreads(trainer))
+            sum_over_tp(model, plan.tp_summed, trainer.meshes.tp.get_group())
             differences = dict(twins.differences(model, copies=plan.sizes.world_size // plan.sizes.tp))
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise _does_not_run(trainer, error) from error
+    if trainer.sequence is not None:
+        _try_sequence_parallel(trainer, trainer.sequence, ids, positions, logits)
     model.zero_grad(set_to_none=True)
     model.train()
     whole = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
@@ -153,6 +155,46 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
                 f"{amount:.1e}); set mesh.tp = 1"
             )
     return True
+
+
+def _learn(trainer: Trainer, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits, after a backward pass from random gradients of them."""
+    logits = _forward(trainer, ids, positions)
+    torch.manual_seed(1)
+    (logits * torch.randn_like(logits)).sum().backward()
+    return logits.detach()
+
+
+def _try_sequence_parallel(
+    trainer: Trainer, sequence: SequenceParallel, ids: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
+) -> None:
+    """Do without sequence parallelism where it changes the logits or the gradients that the model has now."""
+    model = trainer.model
+    before = {n: local_part(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    amounts, reason = [], ""
+    with trainer.context.off() if trainer.context is not None else nullcontext():
+        try:
+            amounts.append(distance(_learn(trainer, ids, positions), logits))
+            sum_over_tp(model, trainer.tp_summed(), trainer.meshes.tp.get_group())
+            floor = (5e-2 if trainer.plan.low_precision else 1e-3) * max(
+                float(g.float().norm()) for g in before.values()
+            )
+            for n, p in model.named_parameters():
+                if n in before:
+                    ours = torch.zeros_like(before[n]) if p.grad is None else local_part(p.grad)
+                    amounts.append(distance(ours, before[n], floor).to(logits.device))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            amounts = [torch.full((), torch.inf, device=logits.device)]
+    worst = torch.stack(amounts).nan_to_num(torch.inf).max()
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if not float(worst) < (0.2 if trainer.plan.low_precision else 1e-2):
+        sequence.enabled = False
+        trainer.reporter.info(
+            f"note: no sequence parallelism: {trainer.plan.model_type} "
+            + (f"does not run with it ({reason})" if reason else f"does other things with it (by {float(worst):.0e})")
+        )
 
 
 def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:

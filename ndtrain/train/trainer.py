@@ -92,7 +92,7 @@ class Trainer:
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         # Whole blocks to compare with: they are copied before the model is cut.
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
-        self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
+        self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime, on_host=self.plan.on_host)
         fill_with_noise(self.model)
         checked = self._prove(twins)
@@ -133,6 +133,11 @@ class Trainer:
         if self.context is not None and parts:
             batch = self.context.split(batch, packed=self.recipe.data.packing)
         return batch
+
+    def tp_summed(self) -> tuple[str, ...]:
+        """FQNs of parameters that each tp rank holds whole, but has only a part of the gradient of."""
+        along = self.plan.sequence if self.sequence is not None and self.sequence.enabled else None
+        return self.plan.tp_summed + (along.norms if along is not None else ())
 
     def _sequences(self, batch: dict[str, torch.Tensor], total: int) -> Sequences | None:
         """What a router's auxiliary loss must know of the micro batch; None where there is no such loss."""
@@ -307,8 +312,8 @@ class Trainer:
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
             sequences = self._sequences(batch, rows)
             total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
-        if self.plan.tp_summed:
-            sum_over_tp(self.model, self.plan.tp_summed, meshes.tp.get_group())
+        if summed := self.tp_summed():
+            sum_over_tp(self.model, summed, meshes.tp.get_group())
         norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
         dist.all_reduce(total, group=loss_group)
         loss, aux_loss, grad_norm = float(total[0]) / max(1, count), float(total[1]) / max(1, rows), float(norm)

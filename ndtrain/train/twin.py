@@ -78,7 +78,7 @@ class Twins:
             of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
             torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
             for ours, alone in zip(call.outputs, outputs, strict=True):
-                yield f"what {name} gives", _distance(ours, alone)
+                yield f"what {name} gives", distance(ours, alone)
             pairs = [
                 (f"the gradient of what {name} takes", grad, fresh.grad)
                 for grad, fresh in zip(call.input_grads, _floats((args, kwargs)), strict=True)
@@ -91,7 +91,7 @@ class Twins:
             rounding = 5e-2 if self.low_precision else 1e-4
             floor = rounding * max(float(alone.float().norm()) for _, _, alone in both)
             for what, ours, alone in both:
-                yield what, _distance(ours, alone, floor)
+                yield what, distance(ours, alone, floor)
             twin.to("meta")
 
     def _fill(self, name: str, twin: nn.Module, block: nn.Module, device: torch.device) -> None:
@@ -156,7 +156,8 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def _distance(ours: Tensor, alone: Tensor, floor: float = 0.0) -> Tensor:
+def distance(ours: Tensor, alone: Tensor, floor: float = 0.0) -> Tensor:
+    """Norm of the difference over that of `alone`, or over `floor` where that is larger."""
     difference: Tensor = (ours.detach().float() - alone.detach().float()).norm()
     return difference / max(float(alone.detach().float().norm()), floor, 1e-30)
 

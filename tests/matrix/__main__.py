@@ -63,7 +63,11 @@ def main() -> None:
                 pools = {ranks: RankPool(ranks, cases=1000)}
             found = outcome(pools[ranks], worker.cell, built[kind], mesh, more, timeout=options.timeout)
             results.put(kind, name, found)
-            print(f"{name} {kind}: {found['status']} {found.get('worst', '')} {found.get('what', '')}", flush=True)
+            print(
+                f"{name} {kind}: {found['status']} {found.get('worst', '')} {found.get('what', '')}"
+                + (" (sequence parallel)" if found.get("sequence_parallel") else ""),
+                flush=True,
+            )
     for pool in pools.values():
         pool.close()
     if options.peer:

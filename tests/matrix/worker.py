@@ -259,7 +259,8 @@ def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> 
         steps = [trainer.train_step() for _ in range(STEPS)]
     finally:
         trainer_module.clip_grad_norm, trainer_module.build_mesh = clip, build_mesh
-    return compare(path, trainer.model, steps, grads)
+    found = compare(path, trainer.model, steps, grads)
+    return found | {"sequence_parallel": trainer.sequence is not None and trainer.sequence.enabled}
 
 
 def compare(path: Path, model: Any, steps: list[Any], grads: dict[str, Tensor]) -> dict[str, Any]:

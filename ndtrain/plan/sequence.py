@@ -1,0 +1,121 @@
+"""Sequence parallelism: which parts of the blocks work on a tp rank's share of each sequence (arXiv:2205.05198).
+
+Between the layers that tensor parallelism cuts, norms and residuals are the same on every tp rank. Here each rank does
+them for its share of the tokens; what mixes tokens or features gets the whole sequence.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module inside a block that takes whole sequences, and the name of the argument that brings them.
+
+    Where it hands them to cut layers alone, these are its `columns`, and what its last layer `row` gives is this rank's
+    part of a sum over the tp ranks.
+    """
+
+    name: str
+    takes: str
+    columns: tuple[str, ...] = ()
+    row: str | None = None
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """Blocks whose residual stream is cut along the sequence, and their regions that need it whole.
+
+    Gradients of `norms` (FQNs of parameters) cover a rank's share of the tokens and are summed over tp.
+    """
+
+    blocks: tuple[str, ...]
+    regions: tuple[Region, ...]
+    norms: tuple[str, ...]
+
+
+def decide(model: PreTrainedModel, blocks: tuple[str, ...], rules: dict[str, str]) -> SequencePlan | str:
+    """The plan, or why there is none."""
+    if not blocks or len({name.rpartition(".")[0] for name in blocks}) > 1:
+        return "its blocks are not one list"
+    regions: list[Region] = []
+    norms: list[str] = []
+    for name in blocks:
+        block = model.get_submodule(name)
+        if own := [n for n, _ in block.named_parameters(recurse=False)]:
+            return f"{name} has {own[0]} of its own"
+        for child_name, child in block.named_children():
+            fqn, params = f"{name}.{child_name}", dict(child.named_parameters())
+            if fqn in rules:
+                return f"{fqn} is cut outside a module of its own"
+            if "norm" in type(child).__name__.lower() and all(p.ndim == 1 for p in params.values()):
+                norms += [f"{fqn}.{n}" for n in params]
+            elif params:
+                takes = _first(child)
+                if takes is None:
+                    return f"{fqn} takes no activations"
+                regions.append(_region(fqn, child, rules, takes))
+    return SequencePlan(blocks, tuple(regions), tuple(norms))
+
+
+def _first(module: nn.Module) -> str | None:
+    """Name of the first argument of the module's forward."""
+    names = list(inspect.signature(type(module).forward).parameters)
+    return names[1] if len(names) > 1 else None
+
+
+def _region(fqn: str, module: nn.Module, rules: dict[str, str], takes: str) -> Region:
+    whole = Region(fqn, takes)
+    styles = {n: rules.get(f"{fqn}.{n}") for n, _ in module.named_children()}
+    rows = [n for n, style in styles.items() if style == "rowwise"]
+    columns = {n for n, style in styles.items() if style == "colwise"}
+    if len(rows) != 1 or not columns or fqn in rules:
+        return whole
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return whole
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == takes:
+            user = parents[node]
+            looks = isinstance(user, ast.Attribute) and user.attr in ("shape", "dtype", "device")
+            if not looks and not (_calls(user, columns) and isinstance(user, ast.Call) and user.args == [node]):
+                return whole
+    if not _is_returned(tree, parents, rows[0]):
+        return whole
+    return Region(fqn, takes, tuple(f"{fqn}.{n}" for n in sorted(columns)), f"{fqn}.{rows[0]}")
+
+
+def _calls(node: ast.AST, names: set[str]) -> bool:
+    """Whether `node` is a call of `self.NAME`."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in {f"self.{name}" for name in names}
+
+
+def _is_returned(tree: ast.AST, parents: dict[ast.AST, ast.AST], name: str) -> bool:
+    """Whether what `self.NAME(...)` gives is returned as it is, alone or first of several."""
+    calls = [node for node in ast.walk(tree) if _calls(node, {name})]
+    if len(calls) != 1:
+        return False
+    user = parents[calls[0]]
+    if isinstance(user, ast.Return):
+        return True
+    if not isinstance(user, ast.Assign) or not isinstance(user.targets[0], ast.Name):
+        return False
+    result, at = user.targets[0].id, user.lineno
+    later = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == result and n.lineno > at]
+    return bool(later) and all(
+        isinstance(parents[n], ast.Return)
+        or (isinstance(parents[n], ast.Tuple) and isinstance(parents[parents[n]], ast.Return))
+        for n in later
+    )

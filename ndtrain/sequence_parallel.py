@@ -1,0 +1,170 @@
+"""Sequence parallelism: the residual stream of the blocks cut along the sequence over the tp ranks.
+
+Norms and residuals work on `[B, S/tp, H]`; a region gets `[B, S, H]`, gathered, and what it gives is scattered. An
+all-gather and a reduce-scatter take the place of the all-reduce after each cut layer, and send what it sent. Sequences
+that do not divide are padded at their end inside the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ndtrain.plan.sequence import Region, SequencePlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Gather(torch.autograd.Function):
+    """`[B, L, H]` on every rank -> `[B, S, H]`; the gradients of the ranks are equal, or parts of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.partial = group, partial
+        return _gathered(x, length, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        part = _summed_part(grad, ctx.group) if ctx.partial else _part(grad, ctx.group)
+        return part, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """`[B, S, H]`, equal on every rank or parts of a sum -> this rank's `[B, L, H]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.length = group, x.shape[1]
+        return _summed_part(x, group) if partial else _part(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _gathered(grad, ctx.length, ctx.group), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Parts of a sum `[...]` -> the sum, on every rank; the gradients of the ranks are equal."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """The same `[...]` on every rank, whose gradients are parts of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def _parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[tp, B, L, H]` of `[B, S, H]`, padded with zeros."""
+    tp = group.size()
+    room = -x.shape[1] % tp
+    padded = nn.functional.pad(x, (0, 0, 0, room)) if room else x
+    return padded.unflatten(1, (tp, -1)).movedim(1, 0)
+
+
+def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return _parts(x, group)[group.rank()].contiguous()
+
+
+def _summed_part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = _parts(x, group).contiguous()
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    return out
+
+
+def _gathered(x: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
+    parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.unflatten(0, (group.size(), -1)).movedim(0, 1).flatten(1, 2)[:, :length].contiguous()
+
+
+class SequenceParallel:
+    """The hooks that cut and gather the residual stream of one model, while `enabled` and outside `off()`."""
+
+    def __init__(self, model: PreTrainedModel, plan: SequencePlan, group: dist.ProcessGroup):
+        self.group = group
+        self.enabled = True
+        self._length = 0
+        first, last = model.get_submodule(plan.blocks[0]), model.get_submodule(plan.blocks[-1])
+        first.register_forward_pre_hook(self._enter, with_kwargs=True)
+        last.register_forward_hook(self._leave)
+        for region in plan.regions:
+            module = model.get_submodule(region.name)
+            module.register_forward_pre_hook(self._before(region), with_kwargs=True)
+            module.register_forward_hook(self._after(region))
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Every rank works on whole sequences inside."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.enabled:
+            return None
+
+        def cut(x: Tensor) -> Tensor:
+            self._length = x.shape[1]
+            part: Tensor = _Scatter.apply(x, self.group, False)
+            return part
+
+        return _replace(cut, args, kwargs, "hidden_states")
+
+    def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
+        return _first_of(output, lambda x: _Gather.apply(x, self._length, self.group, False)) if self.enabled else None
+
+    def _before(self, region: Region) -> Any:
+        def whole(x: Tensor) -> Tensor:
+            if self.enabled:
+                return _Gather.apply(x, self._length, self.group, region.row is not None)  # type: ignore[no-any-return]
+            return _SumOfGradients.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return _replace(whole, args, kwargs, region.takes)
+
+        return hook
+
+    def _after(self, region: Region) -> Any:
+        def given(x: Tensor) -> Tensor:
+            if self.enabled:
+                return _Scatter.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
+            return _Sum.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
+
+        return lambda module, args, output: _first_of(output, given)
+
+
+def _replace(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, name: change(kwargs[name])}
+
+
+def _first_of(output: Any, change: Any) -> Any:
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
