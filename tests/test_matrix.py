@@ -19,16 +19,17 @@ def test_every_causal_lm_type_has_a_config_or_a_reason() -> None:
 
 def test_the_report_shows_every_type_and_counts_every_cell(tmp_path: Path) -> None:
     built = {"llama": {"kind": "llama"}, "gpt2": {"error": "boom"}}
+    built["qwen3"] = {"kind": "qwen3"}
     (tmp_path / "built.json").write_text(json.dumps(built))
     ours = results.Results(tmp_path / "results.json")
     ours.put("llama", "tp2", {"status": "agrees", "worst": 2e-7})
     ours.put("qwen3", "tp2", {"status": "wrong", "what": "gradient of qwen3", "worst": 0.5})
     results.Results(tmp_path / "peer.json").put("llama", "transformers tp2", {"status": "refused", "what": "no plan"})
-    text = results.report(tmp_path, ["tp2", "cp2-ring"])
+    text = results.report(tmp_path, ["tp2", "cp2-ring"], ["transformers tp2"])
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
     assert {*results.CONFIGS, *results.UNBUILT} <= set(rows)
     assert "| llama | yes | 2e-07 | refused [" in text
-    assert "| tp2 | 1 | 0 | 1 | 0 | 0 | 2 |" in text and "cp2-ring" not in text
+    assert "| tp2 | 1 | 0 | 1 | 0 | 0 | 2 |" in text and "wrong 5e-01 [" in text and "cp2-ring" not in text
     assert f"{transformers.__version__}" in text and "boom" in text and results.UNBUILT["musicgen"] in text
 
 
