@@ -127,8 +127,8 @@ def report(out: Path, meshes: list[str], ways: list[str]) -> str:
             f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}, "
             "gloo; `OMP_NUM_THREADS=1 python -m tests.matrix --out DIR --peer --table FILE`.",
             "",
-            f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here; "
-            f"{len(CONFIGS) - made} more have a config that failed or was not tried, {len(UNBUILT)} cannot be built and "
+            f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here, "
+            f"{len(CONFIGS) - made} have a config that failed or was not tried, {len(UNBUILT)} cannot be built and "
             f"{len(unknown_types())} are new to the matrix. Cells of each kind:",
             "",
             *_markdown(["", *STATUSES, "all"], counts),
