@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from tests.matrix import results
+from tests.ranks import RanksFailed
 
 
 @pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the configs are those of 5.23's types")
@@ -33,13 +34,27 @@ def test_the_report_shows_every_type_and_counts_every_cell(tmp_path: Path) -> No
     assert f"{transformers.__version__}" in text and "boom" in text and results.UNBUILT["musicgen"] in text
 
 
+class Unable:
+    """A pool in which nothing can be built."""
+
+    def __init__(self, size: int, *, cases: int) -> None:
+        pass
+
+    def run(self, *args: object, timeout: float) -> list[object]:
+        raise RanksFailed("rank 0: Traceback\nValueError: not that wide")
+
+    def close(self) -> None:
+        pass
+
+
 def test_a_changed_config_makes_its_results_due_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = results.Results(tmp_path / "results.json")
     kept.put("llama", "tp2", {"status": "agrees", "worst": 0.0})
     record = {"kind": "llama", "config": results.CONFIGS["llama"]}
     (tmp_path / "built.json").write_text(json.dumps({"llama": record}))
+    monkeypatch.setattr(results, "RankPool", Unable)
     results.build_all(["llama"], tmp_path, kept)
     assert not kept.due("llama", "tp2", [])
     monkeypatch.setitem(results.CONFIGS, "llama", {"hidden_size": "wide"})
     built = results.build_all(["llama"], tmp_path, kept)
-    assert "error" in built["llama"] and kept.due("llama", "tp2", [])
+    assert built["llama"]["error"] == "ValueError: not that wide" and kept.due("llama", "tp2", [])
