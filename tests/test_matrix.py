@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from tests.matrix import results
+from tests.ranks import RanksFailed
 
 
 @pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the configs are those of 5.23's types")
@@ -19,17 +20,31 @@ def test_every_causal_lm_type_has_a_config_or_a_reason() -> None:
 
 def test_the_report_shows_every_type_and_counts_every_cell(tmp_path: Path) -> None:
     built = {"llama": {"kind": "llama"}, "gpt2": {"error": "boom"}}
+    built["qwen3"] = {"kind": "qwen3"}
     (tmp_path / "built.json").write_text(json.dumps(built))
     ours = results.Results(tmp_path / "results.json")
     ours.put("llama", "tp2", {"status": "agrees", "worst": 2e-7})
     ours.put("qwen3", "tp2", {"status": "wrong", "what": "gradient of qwen3", "worst": 0.5})
     results.Results(tmp_path / "peer.json").put("llama", "transformers tp2", {"status": "refused", "what": "no plan"})
-    text = results.report(tmp_path, ["tp2", "cp2-ring"])
+    text = results.report(tmp_path, ["tp2", "cp2-ring"], ["transformers tp2"])
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
     assert {*results.CONFIGS, *results.UNBUILT} <= set(rows)
     assert "| llama | yes | 2e-07 | refused [" in text
-    assert "| tp2 | 1 | 0 | 1 | 0 | 0 | 2 |" in text and "cp2-ring" not in text
+    assert "| tp2 | 1 | 0 | 1 | 0 | 0 | 2 |" in text and "wrong 5e-01 [" in text and "cp2-ring" not in text
     assert f"{transformers.__version__}" in text and "boom" in text and results.UNBUILT["musicgen"] in text
+
+
+class Unable:
+    """A pool in which nothing can be built."""
+
+    def __init__(self, size: int, *, cases: int) -> None:
+        pass
+
+    def run(self, *args: object, timeout: float) -> list[object]:
+        raise RanksFailed("rank 0: Traceback\nValueError: not that wide")
+
+    def close(self) -> None:
+        pass
 
 
 def test_a_changed_config_makes_its_results_due_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +52,9 @@ def test_a_changed_config_makes_its_results_due_again(tmp_path: Path, monkeypatc
     kept.put("llama", "tp2", {"status": "agrees", "worst": 0.0})
     record = {"kind": "llama", "config": results.CONFIGS["llama"]}
     (tmp_path / "built.json").write_text(json.dumps({"llama": record}))
+    monkeypatch.setattr(results, "RankPool", Unable)
     results.build_all(["llama"], tmp_path, kept)
     assert not kept.due("llama", "tp2", [])
     monkeypatch.setitem(results.CONFIGS, "llama", {"hidden_size": "wide"})
     built = results.build_all(["llama"], tmp_path, kept)
-    assert "error" in built["llama"] and kept.due("llama", "tp2", [])
+    assert built["llama"]["error"] == "ValueError: not that wide" and kept.due("llama", "tp2", [])

@@ -74,7 +74,7 @@ def main() -> None:
         keys = {"kinds": options.types, "again": options.again, "timeout": options.timeout}
         peer.run(built, peers, ways=list(peer.WAYS), **keys)
     if options.table:
-        options.table.write_text(report(options.out, list(MESHES)))
+        options.table.write_text(report(options.out, list(MESHES), list(peer.WAYS)))
 
 
 if __name__ == "__main__":

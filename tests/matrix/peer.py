@@ -11,7 +11,6 @@ again. What transformers raises counts as refused, before the weights are read o
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +27,7 @@ from tests.matrix.worker import OPTIM, ROWS, STEPS
 from tests.ranks import RankPool
 
 # Column -> keyword arguments of DistributedConfig.
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "transformers fsdp2": {"fsdp_size": 2},
     "transformers tp2": {"tp_size": 2},
     "transformers ep2": {"fsdp_size": 2, "ep_size": 2},
@@ -36,7 +35,7 @@ WAYS = {
 RANKS = 2
 
 
-def cell(model: dict[str, Any], way: dict[str, int]) -> dict[str, Any]:
+def cell(model: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
     """Train as transformers would and compare: {"status": agrees | refused | wrong, "worst", "what"}."""
     from transformers.distributed import DistributedConfig
 
@@ -74,11 +73,11 @@ def cell(model: dict[str, Any], way: dict[str, int]) -> dict[str, Any]:
             dist.all_reduce(mean)
         for param in loaded.parameters():
             if isinstance(param.grad, DTensor) and any(p.is_partial() for p in param.grad.placements):
-                param.grad = param.grad.redistribute(placements=param.placements)
+                param.grad = param.grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
         grads = {n: p.grad for n, p in loaded.named_parameters() if p.grad is not None}
         norm = sum(float(worker.whole(g)[0].norm()) ** 2 for g in grads.values()) ** 0.5
         if step == 0:
-            first = {n: copy.deepcopy(g) for n, g in grads.items()}
+            first = {n: g.clone() for n, g in grads.items()}
         for grad in grads.values():
             grad.mul_(min(1.0, OPTIM["max_grad_norm"] / (norm + 1e-6)))  # type: ignore[operator]
         optimizer.step()

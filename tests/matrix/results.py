@@ -54,6 +54,9 @@ class Results:
         if self.cells.pop(kind, None):
             write_json(self.path, self.cells)
 
+    def has(self, column: str) -> bool:
+        return any(column in row for row in self.cells.values())
+
     def due(self, kind: str, column: str, again: list[str]) -> bool:
         """Whether the cell is still to be computed, or its status is one of `again`."""
         before = self.get(kind, column)
@@ -102,12 +105,11 @@ def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = F
     return built
 
 
-def report(out: Path, meshes: list[str]) -> str:
+def report(out: Path, meshes: list[str], ways: list[str]) -> str:
     """Markdown of everything that `out` has: one row a type, one column a mesh or a way of transformers' own."""
     built = {k: v for k, v in json.loads((out / "built.json").read_text()).items() if k in CONFIGS}
     ours, peer = Results(out / "results.json"), Results(out / "peer.json")
-    columns = [(m, ours) for m in meshes if any(m in row for row in ours.cells.values())]
-    columns += [(c, peer) for c in sorted({c for row in peer.cells.values() for c in row})]
+    columns = [(c, results) for names, results in ((meshes, ours), (ways, peer)) for c in names if results.has(c)]
     reasons: dict[str, int] = {}
     rows = []
     for kind in sorted({*CONFIGS, *UNBUILT}):
@@ -126,9 +128,9 @@ def report(out: Path, meshes: list[str]) -> str:
             f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}, "
             "gloo; `OMP_NUM_THREADS=1 python -m tests.matrix --out DIR --peer --table FILE`.",
             "",
-            f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here; "
-            f"{len(CONFIGS) - made} of the configs are not (yet), {len(UNBUILT)} have none, {len(unknown_types())} are "
-            "new to this matrix. Cells of each kind:",
+            f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here, "
+            f"{len(CONFIGS) - made} have a config that failed or was not tried, {len(UNBUILT)} cannot be built and "
+            f"{len(unknown_types())} are new to the matrix. Cells of each kind:",
             "",
             *_markdown(["", *STATUSES, "all"], counts),
             "",
@@ -141,15 +143,17 @@ def report(out: Path, meshes: list[str]) -> str:
 
 
 def _shown(found: dict[str, Any] | None, kind: str, reasons: dict[str, int]) -> str:
-    """A cell: the largest relative difference where it agrees, otherwise its status and the number of its reason."""
+    """A cell: the largest relative difference, after its status and with its reason's number where it is not right."""
     if found is None:
         return ""
     if found["status"] == "agrees":
         looser = found["limit"] > worker.TOLERANCE
         text = f"agrees to {found['limit']:.0e}, plain transformers' own distance from float64"
         return f"{found['worst']:.0e}" + (f" [{reasons.setdefault(text, len(reasons) + 1)}]" if looser else "")
-    text = f"{found['status']}: {found['what'].replace(kind, 'TYPE')}"
-    return f"{found['status']} [{reasons.setdefault(text, len(reasons) + 1)}]"
+    what = found["what"].replace(kind, "TYPE").replace(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind), "MODEL")
+    text = f"{found['status']}: {what}"
+    error = f" {found['worst']:.0e}" if "worst" in found else ""
+    return f"{found['status']}{error} [{reasons.setdefault(text, len(reasons) + 1)}]"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
