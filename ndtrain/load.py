@@ -68,7 +68,7 @@ def fill_with_noise(model: PreTrainedModel) -> None:
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             local.zero_()
         elif tensor.ndim < 2:
-            local.fill_(1.0)
+            local.normal_(mean=1.0, std=0.1)
         else:
             local.normal_(std=tensor.shape[-1] ** -0.5)
 

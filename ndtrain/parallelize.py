@@ -11,10 +11,9 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 from ndtrain.context_parallel import ContextParallel
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
-from ndtrain.model import tie
-from ndtrain.plan import Plan, Unit, expert
-from ndtrain.plan.tensor import CUTTING
+from ndtrain.plan import Plan, Unit
 from ndtrain.recipe import Recipe
+from ndtrain.tensor_parallel import apply_tensor_parallelism
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,21 +22,7 @@ if TYPE_CHECKING:
 def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> ContextParallel | None:
     """Turn `model` (on meta) into the sharded model that `plan` describes, in place; returns what splits batches."""
     if plan.tp_rules:
-        # transformers.distributed moves between releases (read at 5.23); this is its one caller.
-        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-        # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
-        params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
-        rules = params | {name: style for name, style in plan.tp_rules.items() if name not in params}
-        apply_tensor_parallelism(model, meshes.tp, rules)
-        tie(model)
-        # What an embedding, a head or dispatched experts give under tp is a view, whose later in-place change would
-        # drop FSDP's pre-backward hook without an error (torch 2.13 warns of it).
-        wrapped = {name for unit in plan.units for name in unit.modules}
-        for name, style in (plan.tp_rules | plan.ep_rules).items():
-            views = style in ("embedding_rowwise", "colwise_gather_output", expert.MODULE)
-            if views or (style in CUTTING and name in wrapped):
-                model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
+        apply_tensor_parallelism(model, plan, meshes)
     if plan.ep_rules:
         apply_expert_parallelism(model, plan, meshes)
     if recipe.train.activation_checkpointing == "full":

@@ -181,9 +181,7 @@ def test_what_is_wrong_is_named(recipe: Any, section: str, line: str, words: lis
 LATER = [
     ("fsdp", "param_dtype = 'float16'"),
     ("fsdp", "reduce_dtype = 'float16'"),
-    ("tp", "plan = {a = 'colwise'}"),
     ("tp", "sequence_parallel = true"),
-    ("ep", "plan = {a = 'x'}"),
     ("cp", "kind = 'ring'"),
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),

@@ -29,12 +29,13 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     model_type = model.config.model_type
     refuse.check(model, sizes, recipe)
     notes = list(refuse.notes(model, recipe))
-    ep_rules = expert.rules(model, sizes) if sizes.ep > 1 else {}
+    ep_rules = expert.rules(model, sizes, overrides=recipe.ep.plan) if sizes.ep > 1 else {}
     experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
     blocks = tuple(fsdp.find_blocks(model))
     tp_rules: dict[str, str] = {}
     if sizes.tp > 1:
-        tp_rules = tensor.rules(model, sizes, blocks=blocks, without=experts)
+        tp_rules, note = tensor.rules(model, sizes, blocks=blocks, without=experts, overrides=recipe.tp.plan)
+        notes += [note] if note else []
         refuse.check_dropout(model)
     tied = tied_keys(model)
     by_hand = recipe.fsdp.mode == "manual"

@@ -94,6 +94,12 @@ class Plan:
         return frozenset(p.fqn for p in self.params if p.unit in offloaded)
 
     @property
+    def common_dtype(self) -> str | None:
+        """In which every unit computes but those that the model itself keeps in float32; None where units differ."""
+        low = {unit.param_dtype for unit in self.units if unit.cast_inputs} | {self.root.param_dtype}
+        return low.pop() if len(low) == 1 else None
+
+    @property
     def low_precision(self) -> bool:
         """Whether any part of the model computes in less than float32."""
         return any(unit.param_dtype != "float32" for unit in (*self.units, self.root))

@@ -41,9 +41,7 @@ NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
         ("float32", "bfloat16"),
         'sums of float16 gradients overflow without loss scaling; take "float32" or "bfloat16"',
     ),
-    ("tp", "plan"): (({},), "the model's own plan is used for now; leave the table out"),
     ("tp", "sequence_parallel"): ((False,), "sequence parallelism comes later; leave it false"),
-    ("ep", "plan"): (({},), "the model's own plan is used for now; leave the table out"),
     ("cp", "kind"): (("auto", "ulysses"), 'ring attention comes later; leave it at "auto"'),
     ("model", "experts"): (
         ("auto",),

@@ -42,9 +42,10 @@ from ndtrain.parallelize import parallelize
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runtime import Runtime, random_seed
-from ndtrain.train.proof import check_masks, check_replicas, check_same_batch
+from ndtrain.train.proof import check_masks, check_same_batch, check_tensor_parallel
 from ndtrain.train.report import Reporter
 from ndtrain.train.state import config_difference, save_extras
+from ndtrain.train.twin import Twins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -88,17 +89,20 @@ class Trainer:
 
         self.meshes = build_mesh(self.sizes, runtime.device.type)
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
+        # Whole blocks to compare with: they are copied before the model is cut.
+        compute = getattr(torch, self.plan.common_dtype or "float32")
+        twins = Twins(self.model, self.plan, compute=compute) if self.sizes.tp > 1 else None
         self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime, on_host=self.plan.on_host)
         fill_with_noise(self.model)
-        checked = self._prove()
+        checked = self._prove(twins)
         unset(model_tensors(self.model).values())
         if found is None:
             for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
-        if not checked and not self._prove():
+        if not checked and not self._prove(twins):
             raise PlanError(f"{self.plan.model_type}: the logits or gradients of its weights are not finite")
         self.optimizer = build_optimizer(self.model, recipe)
         if state is not None and found is not None:
@@ -108,7 +112,7 @@ class Trainer:
             self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
         # A part of a sequence does not show where it lies.
         pass_positions = recipe.data.packing or self.context is not None
-        self.loss_model = LossModel(self.model, self.plan, pass_positions=pass_positions)
+        self.loss_model = LossModel(self.model, self.plan, pass_positions=pass_positions, tp=self.meshes.tp.get_group())
         if runtime.is_main:
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
             self.sinks: list[Sink] = [JsonLines(self.run_dir / "metrics.jsonl")]
@@ -124,9 +128,9 @@ class Trainer:
             batch = self.context.split(batch, packed=self.recipe.data.packing)
         return batch
 
-    def _prove(self) -> bool:
+    def _prove(self, twins: Twins | None) -> bool:
         """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
-        return check_masks(self) and (self.sizes.tp == 1 or check_replicas(self))
+        return check_masks(self) and (twins is None or check_tensor_parallel(self, twins))
 
     def _open_run_dir(self) -> None:
         try:
