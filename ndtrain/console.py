@@ -62,8 +62,9 @@ class Reporter:
         """One optimizer step; `show` says whether it is due where lines are printed."""
         self._pace = metrics.step_seconds if self._pace is None else 0.8 * self._pace + 0.2 * metrics.step_seconds
         eta = _duration(self._pace * (steps - metrics.step))
+        aux = "" if metrics.aux_loss is None else f"aux {metrics.aux_loss:.4f}  "
         text = (
-            f"loss {metrics.loss:.4f}  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"loss {metrics.loss:.4f}  {aux}grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
             f"{metrics.tokens_per_second:,.0f} tokens/s  ETA {eta}"
         )
         if self._live:

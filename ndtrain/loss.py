@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ndtrain.layout import chunk
 from ndtrain.plan import Plan
+from ndtrain.router import RouterLoss, Sequences, wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,12 +121,23 @@ class LossModel:
     them to the model.
 
     The gradient is that of sum of cross-entropy / `count`, where `count` is the number of target tokens of the global
-    batch, so that gradients summed over ranks and micro batches are those of the mean loss.
+    batch, so that gradients summed over ranks and micro batches are those of the mean loss. Where the model's config
+    asks for a router's auxiliary loss, its mean over the sequences of the global batch, times the config's coefficient,
+    is added; `cp_group` holds the ranks that have parts of the same sequences.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, *, pass_positions: bool, tp: dist.ProcessGroup):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        *,
+        pass_positions: bool,
+        tp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup | None = None,
+    ):
         self.model = model
         self.pass_positions = pass_positions
+        self.router = RouterLoss(model, cp_group) if wanted(model) else None
         self._inside_head = plan.head is not None
         self._labels: Tensor | None = None
         self._scale: Tensor | None = None
@@ -133,7 +145,7 @@ class LossModel:
             head = model.get_submodule(plan.head)
             project = head.forward
             # Else the head is whole on every tp rank, or there is but one.
-            group = tp if plan.tp_rules.get(plan.head) == "colwise_gather_output" else None
+            group = tp_group if plan.tp_rules.get(plan.head) == "colwise_gather_output" else None
 
             def loss_of_part(hidden: Tensor, labels: Tensor) -> Tensor:
                 if group is None:
@@ -152,10 +164,12 @@ class LossModel:
 
             head.forward = loss_in_head  # type: ignore[method-assign]
 
-    def backward(self, batch: dict[str, Tensor], *, count: int) -> Tensor:
+    def backward(self, batch: dict[str, Tensor], *, count: int, sequences: Sequences | None = None) -> Tensor:
         """Forward and backward of one micro batch of int64 `[B, S]` input_ids, labels (already shifted), position_ids.
 
-        Returns the detached float32 sum of cross-entropy of this micro batch's targets.
+        `sequences` is needed where there is an auxiliary loss. Returns two detached sums in float32: of the
+        cross-entropy of this micro batch's targets, and of the auxiliary loss (without its coefficient) of its
+        sequences, 0 where there is none.
         """
         device = batch["input_ids"].device
         scale = torch.tensor(1.0 / max(1, count), dtype=torch.float32, device=device)
@@ -169,12 +183,18 @@ class LossModel:
                 loss = self.model(**inputs).logits
             finally:
                 self._labels = self._scale = None
-            loss.backward()
-            return loss.detach()
-        logits = self.model(**inputs).logits
-        loss = self.loss_of(logits, labels)
-        (loss * scale).backward()
-        return loss.detach()
+            target = loss
+        else:
+            loss = self.loss_of(self.model(**inputs).logits, labels)
+            target = loss * scale
+        auxiliary = torch.zeros_like(loss)
+        if self.router is not None:
+            assert sequences is not None
+            auxiliary = self.router(sequences)
+            # In one backward pass, for blocks that are recomputed hold both.
+            target = target + auxiliary * (self.router.coefficient / max(1, sequences.total))
+        target.backward()
+        return torch.stack([loss.detach(), auxiliary.detach()])
 
     @staticmethod
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from ndtrain.context_parallel import ContextParallel
+from ndtrain.context_parallel import KINDS, ContextParallel
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan, Unit
@@ -27,7 +27,7 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
         apply_expert_parallelism(model, plan, meshes)
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    context = ContextParallel(model, meshes.dense["cp"].get_group()) if plan.sizes.cp > 1 else None
+    context = KINDS[plan.cp](model, meshes.dense["cp"].get_group()) if plan.cp else None
     planned = {param.fqn: param.placements for param in plan.params}
     placements = {param: planned[fqn] for fqn, param in model.named_parameters()}
     for unit in (*plan.units, plan.root):

@@ -34,12 +34,11 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     # without an error (torch 2.13 warns of it).
     views = {"embedding_rowwise", "colwise_gather_output", "conv1d_colwise_gather_output"}
     in_place = re.compile(r"\.(add|mul)_\(|^ *\w+ [+*]= (?!\(|1\b)", re.MULTILINE)
-    alone: set[str] = set()
     if in_place.search(inspect.getsource(sys.modules[type(model).__module__])):
         views |= {"rowwise", "rowwise_split_input"}
-        alone = {name for unit in plan.units for name in unit.modules} - {plan.head}
+    units = {name for unit in plan.units for name in unit.modules}
     for name, style in plan.tp_rules.items():
-        if (style in views or (style in CUTTING and name in alone)) and name not in params:
+        if name not in params and (style in views or (style in CUTTING and name in units)):
             model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
 
 

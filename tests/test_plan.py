@@ -238,7 +238,34 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
     ),
     "cp with attention of its own": ("falcon", {}, MeshSizes(1, 1, 2, 1), NO_PACKING, ["AttentionInterface"]),
     "cp without positions": ("bloom", {}, MeshSizes(1, 1, 2, 1), NO_PACKING, ["takes no position_ids"]),
-    "cp over the heads": ("llama", {}, MeshSizes(1, 1, 8, 1), {}, ["cp = 8 x tp = 1", "4 attention heads of llama"]),
+    "ulysses over the heads": (
+        "llama",
+        {},
+        MeshSizes(1, 1, 8, 1),
+        {"cp": {"kind": "ulysses"}},
+        ["cp = 8 x tp = 1", "4 attention heads of llama", 'set cp.kind = "ring"'],
+    ),
+    "ring and dropped attention weights": (
+        "llama",
+        {"attention_dropout": 0.1},
+        MeshSizes(1, 1, 2, 1),
+        {"cp": {"kind": "ring"}},
+        ["llama has attention_dropout = 0.1", 'set cp.kind = "ulysses"'],
+    ),
+    "no kind of cp": (
+        "llama",
+        {"attention_dropout": 0.1},
+        MeshSizes(1, 1, 8, 1),
+        {},
+        ["4 attention heads of llama", "attention_dropout = 0.1", "set mesh.cp = 1"],
+    ),
+    "learned positions, padded under cp": (
+        "gpt2",
+        {"n_positions": 127, "max_position_embeddings": 127},
+        MeshSizes(1, 1, 4, 1),
+        {"data": {"seq_len": 127}},
+        ["127 learned positions of gpt2"],
+    ),
     "attention heads": (
         "llama",
         {},
@@ -275,12 +302,26 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"data": {"packing": True}},
         ["mamba", "mixes along the sequence", "data.packing = false"],
     ),
-    "router loss": (
-        "qwen3_moe",
+    "router loss of another kind": (
+        "doge",
         {"output_router_logits": True},
         MeshSizes(),
         {},
-        ["qwen3_moe", "model.config.output_router_logits = false"],
+        ["doge has an auxiliary loss of its own kind", "model.config.output_router_logits = false"],
+    ),
+    "no router loss": (
+        "glm4_moe",
+        {"output_router_logits": True},
+        MeshSizes(),
+        {},
+        ["glm4_moe records its router's logits but has no auxiliary loss", "output_router_logits = false"],
+    ),
+    "no router": (
+        "qwen3_moe",
+        {"output_router_logits": True, "mlp_only_layers": [0, 1]},
+        MeshSizes(),
+        {},
+        ["qwen3_moe of this config has no router", "output_router_logits = false"],
     ),
     "positions": (
         "gpt2",
@@ -365,6 +406,26 @@ def test_styles_of_the_recipe_replace_those_of_the_model(tmp_path: Path) -> None
 def test_scalars_of_a_learned_activation_are_summed(tmp_path: Path) -> None:
     _, plan = plan_for(recipe_for(tmp_path, "apertus", **NO_PACKING), TP2)
     assert {"model.layers.0.mlp.act_fn.alpha_p", "model.layers.0.mlp.act_fn.alpha_n"} <= set(plan.tp_summed)
+
+
+@pytest.mark.parametrize(
+    ("config", "cp", "kind", "words"),
+    [
+        ({}, 2, "ulysses", "its attention sends 0.50 x the bytes that ring would"),
+        ({"num_key_value_heads": 1}, 2, "ring", "its attention sends 0.67 x the bytes that ulysses would"),
+        ({}, 8, "ring", "does not divide the 4 attention heads of llama, which ulysses needs"),
+        ({"attention_dropout": 0.1}, 2, "ulysses", "ring does not drop attention weights"),
+    ],
+)
+def test_the_kind_of_cp_is_chosen_and_said(
+    tmp_path: Path, config: dict[str, Any], cp: int, kind: str, words: str
+) -> None:
+    plan = plan_for(recipe_for(tmp_path, "llama", config), MeshSizes(1, 1, cp, 1))[1]
+    assert plan.cp == kind
+    (note,) = (n for n in plan.notes if n.startswith("cp.kind"))
+    assert note.startswith(f"cp.kind = {kind}: ") and words in note
+    plan = plan_for(recipe_for(tmp_path, "llama", config, cp={"kind": kind}), MeshSizes(1, 1, cp, 1))[1]
+    assert plan.cp == kind and not any("cp.kind" in n for n in plan.notes)
 
 
 @pytest.mark.parametrize(

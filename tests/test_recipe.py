@@ -182,7 +182,6 @@ LATER = [
     ("fsdp", "param_dtype = 'float16'"),
     ("fsdp", "reduce_dtype = 'float16'"),
     ("tp", "sequence_parallel = true"),
-    ("cp", "kind = 'ring'"),
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),
     ("data", "format = 'chat'"),

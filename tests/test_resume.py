@@ -37,6 +37,7 @@ def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: s
         ("qwen3_moe", "dp_shard2-tp2-ep4", "dp_shard2"),
         ("qwen3_moe", "ep2", "dp_shard2-tp2"),
         ("phi3", "dp_shard2-tp2", "cp2"),
+        ("llama_two_heads", "cp2", "cp4"),  # ulysses, then a ring
     ],
 )
 def test_resume_on_another_mesh_continues_loss_rate_and_sample_order(

@@ -31,7 +31,9 @@ CP_MESHES: dict[str, dict[str, int]] = {
     "cp4": {"dp_shard": 1, "cp": 4},
     "dp_shard2-cp2": {"dp_shard": 2, "cp": 2},
     "cp2-tp2": {"dp_shard": 1, "cp": 2, "tp": 2},
+    "dp_replicate2-cp2": {"dp_replicate": 2, "dp_shard": 1, "cp": 2},
 }
+RING: dict[str, Any] = {"cp": {"kind": "ring"}}
 KINDS = ["llama", "qwen3", "gemma3_text", "gpt2"]
 
 
@@ -196,6 +198,19 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ulysses, a sequence that does not divide": ("qwen3_moe", "cp4", {"data": {"seq_len": 30}}),
     "ulysses, attention sinks": ("gpt_oss", "cp2", {"model": {"attn": "eager"}, "data": {"packing": False}}),
     "ulysses, recomputed blocks": ("llama", "dp_shard2-cp2", {"train": {"activation_checkpointing": "full"}}),
+    "ring, sliding windows": ("gemma3_text", "dp_shard2-cp2", RING),
+    "ring, soft caps": ("gemma2", "cp2", RING | {"model": {"attn": "eager"}}),
+    "ring, attention sinks": ("gpt_oss", "cp2", RING | {"model": {"attn": "eager"}, "data": {"packing": False}}),
+    "ring under tp": ("qwen3", "cp2-tp2", RING),
+    "ring, more ranks than heads, a sequence that does not divide": (
+        "llama_two_heads",
+        "cp4",
+        {"data": {"seq_len": 30}},
+    ),
+    "ring, recomputed blocks, replicas": (
+        *("llama", "dp_replicate2-cp2", RING | {"train": {"activation_checkpointing": "full"}}),
+    ),
+    "experts under ring": ("qwen3_moe", "dp_shard2-cp2-ep4", RING | {"data": {"packing": False}}),
 }
 
 
@@ -213,7 +228,6 @@ def test_options_train_like_plain_transformers(world: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "mesh", "words"),
     [
-        ("big_bird", "tp2", "does not run on tp 2"),
         ("camembert", "cp2", "differs from the whole sequence"),
         ("deepseek_v32", "cp2", "does not run on cp 2"),
     ],
@@ -318,11 +332,11 @@ def trained_with_flash(path: str, overrides: list[str]) -> dict[str, Any]:
         return trained(path, overrides)
 
 
-@pytest.mark.parametrize("mesh", ["dp_shard2", "cp2"])
+@pytest.mark.parametrize(("mesh", "kind"), [("dp_shard2", "auto"), ("cp2", "ulysses"), ("cp2", "ring")])
 def test_flash_attention_keeps_documents_apart_in_batches_of_several_rows(
-    world: dict[str, Any], tmp_path: Path, mesh: str
+    world: dict[str, Any], tmp_path: Path, mesh: str, kind: str
 ) -> None:
-    recipe = recipe_for(world, tmp_path, "llama", mesh, steps=4)
+    recipe = recipe_for(world, tmp_path, "llama", mesh, steps=4, cp={"kind": kind})
     want = reference(model_dir(world, "llama"), recipe)
     overrides = ["model.attn=flash_of_the_test", "train.micro_batch_size=4"]
     result = get_pool(2).run(trained_with_flash, str(recipe), overrides, timeout=200)[0]

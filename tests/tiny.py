@@ -49,6 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "qwen3_gqa": {**DENSE, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "llama_two_heads": {**DENSE, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False},
     "gpt_oss": {**DENSE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "gpt_oss_biased": {**DENSE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "qwen3_moe_few": {
@@ -67,6 +68,7 @@ MATRIX: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "matrix"
 VARIANTS = {
     "gemma3_capped": "gemma3_text",
     "qwen3_gqa": "qwen3",
+    "llama_two_heads": "llama",
     "qwen3_moe_few": "qwen3_moe",
     "gpt_oss_biased": "gpt_oss",
 }

@@ -11,7 +11,7 @@ from ndtrain.errors import PlanError
 from ndtrain.layout import fsdp_over
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
-from ndtrain.plan import expert, manual, refuse, tensor
+from ndtrain.plan import context, expert, manual, refuse, tensor
 from ndtrain.plan import units as fsdp
 from ndtrain.plan.types import ParamPlan, Plan
 from ndtrain.recipe import Recipe
@@ -29,6 +29,9 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     model_type = model.config.model_type
     refuse.check(model, sizes, recipe)
     notes = list(refuse.notes(model, recipe))
+    cp, why = context.choose(model, sizes, recipe) if sizes.cp > 1 else (None, None)
+    if why:
+        notes.append(why)
     ep_rules = expert.rules(model, sizes, overrides=recipe.ep.plan) if sizes.ep > 1 else {}
     experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
     blocks = tuple(fsdp.find_blocks(model))
@@ -59,6 +62,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         for fqn, param in model.named_parameters()
     )
     summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
+    refuse.check_router(model, summed)
     return Plan(
         model_type=model_type,
         sizes=sizes,
@@ -70,6 +74,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         tp_rules={name: style for name, style in tp_rules.items() if style != tensor.SUMMED},
         ep_rules=ep_rules,
         tp_summed=summed,
+        cp=cp,
         head=head,
         notes=tuple(notes),
     )

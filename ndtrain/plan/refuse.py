@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ndtrain import router
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.units import embeddings
@@ -24,11 +25,8 @@ _MIXING = re.compile(
 
 def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     what, config = model.config.model_type, model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise PlanError(
-            f"{what} adds a router's auxiliary loss, which is not supported yet; "
-            "set model.config.output_router_logits = false"
-        )
+    if router.wanted(model):
+        router.check(model)
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
         raise PlanError(f"{what} is quantized; ndtrain trains full-precision weights only")
     forward = inspect.signature(type(model).forward).parameters
@@ -42,13 +40,15 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         _check_cp(model, sizes, forward)
     limit = getattr(config, "max_position_embeddings", None)
     learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings(model, "input")]
-    if limit and recipe.data.seq_len > limit and any(m.num_embeddings <= limit + 8 for m in learned):
+    # A sequence may be padded to a multiple of 2 cp.
+    length = recipe.data.seq_len + (-recipe.data.seq_len % (2 * sizes.cp) if sizes.cp > 1 else 0)
+    if limit and length > limit and any(m.num_embeddings <= limit + 8 for m in learned):
         raise PlanError(f"data.seq_len = {recipe.data.seq_len} exceeds the {limit} learned positions of {what}")
 
 
 def _check_cp(model: PreTrainedModel, sizes: MeshSizes, forward: Mapping[str, object]) -> None:
     """Refuse what is known not to work on parts of sequences; `Trainer` proves the rest on the model itself."""
-    what, config = model.config.model_type, model.config.get_text_config()
+    what = model.config.model_type
     if mixing := _mixing(model):
         raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
     if "position_ids" not in forward:
@@ -59,16 +59,9 @@ def _check_cp(model: PreTrainedModel, sizes: MeshSizes, forward: Mapping[str, ob
             f"{what} does not take its attention from transformers' AttentionInterface, which mesh.cp = {sizes.cp} "
             "needs; set mesh.cp = 1"
         )
-    heads = getattr(config, "num_attention_heads", None)
-    for count in heads if isinstance(heads, list) else [heads]:
-        if count is not None and count % (sizes.tp * sizes.cp):
-            raise PlanError(
-                f"mesh.cp = {sizes.cp} x tp = {sizes.tp} does not divide the {count} attention heads of {what}, which "
-                "ulysses needs"
-            )
 
 
-def _dropouts(model: PreTrainedModel) -> dict[str, float]:
+def dropouts(model: PreTrainedModel) -> dict[str, float]:
     """The config's rates of dropout and jitter above 0."""
     rates = {}
     for key, value in model.config.get_text_config().to_dict().items():
@@ -81,8 +74,8 @@ def _dropouts(model: PreTrainedModel) -> dict[str, float]:
 
 def notes(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
     """What a user should know before paying for the run."""
-    if dropouts := _dropouts(model):
-        rates = ", ".join(f"{key} = {value}" for key, value in dropouts.items())
+    if found := dropouts(model):
+        rates = ", ".join(f"{key} = {value}" for key, value in found.items())
         yield f"dropout ({rates}) draws other random numbers on another mesh or micro_batch_size"
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.data.seq_len > limit:
@@ -91,11 +84,23 @@ def notes(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
 
 def check_dropout(model: PreTrainedModel) -> None:
     """Under tp every rank would drop other elements of what should be one replicated activation."""
-    for key, value in _dropouts(model).items():
+    for key, value in dropouts(model).items():
         raise PlanError(
             f"{model.config.model_type} has {key} = {value}: dropout under mesh.tp > 1 is not supported yet; "
             f"set model.config.{key} = 0.0 or mesh.tp = 1"
         )
+
+
+def check_router(model: PreTrainedModel, summed: tuple[str, ...]) -> None:
+    """Refuse routers whose gradients are summed over tp: every rank has that of the auxiliary loss whole."""
+    if not router.wanted(model):
+        return
+    for name in router.router_names(model):
+        if part := next((fqn for fqn in summed if fqn.startswith(f"{name}.")), None):
+            raise PlanError(
+                f"{model.config.model_type} sums the gradients of {part} over tp, which would count its auxiliary loss "
+                "on every tp rank; set mesh.tp = 1 or model.config.output_router_logits = false"
+            )
 
 
 def _mixing(model: PreTrainedModel) -> str | None:

@@ -80,6 +80,7 @@ class Plan:
     tp_rules: dict[str, str]
     ep_rules: dict[str, str]
     tp_summed: tuple[str, ...]
+    cp: str | None  # "ulysses" or "ring" where cp > 1
     head: str | None
     notes: tuple[str, ...]
 
@@ -92,12 +93,6 @@ class Plan:
         """FQNs of the parameters whose shards, gradients and optimizer state are in host memory."""
         offloaded = {unit.name for unit in (*self.units, self.root) if unit.cpu_offload}
         return frozenset(p.fqn for p in self.params if p.unit in offloaded)
-
-    @property
-    def common_dtype(self) -> str | None:
-        """In which every unit computes but those that the model itself keeps in float32; None where units differ."""
-        low = {unit.param_dtype for unit in self.units if unit.cast_inputs} | {self.root.param_dtype}
-        return low.pop() if len(low) == 1 else None
 
     @property
     def low_precision(self) -> bool:

@@ -42,7 +42,6 @@ NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
         'sums of float16 gradients overflow without loss scaling; take "float32" or "bfloat16"',
     ),
     ("tp", "sequence_parallel"): ((False,), "sequence parallelism comes later; leave it false"),
-    ("cp", "kind"): (("auto", "ulysses"), 'ring attention comes later; leave it at "auto"'),
     ("model", "experts"): (
         ("auto",),
         'the choice of an experts implementation comes later; leave it at "auto"',

@@ -135,9 +135,8 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
             raise _does_not_run(trainer, error) from error
     model.zero_grad(set_to_none=True)
     model.train()
-    found = {
-        f"the gradients of {name}, which every tp rank holds whole,": d for name, d in spreads.items()
-    } | differences
+    whole = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
+    found = whole | differences
     if not found:
         return True
     amounts = torch.stack(list(found.values()))
@@ -160,9 +159,9 @@ def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
     """How far the tp ranks are apart in the gradients of what each holds whole, relative to their size."""
     plan, group = trainer.plan, trainer.meshes.tp.get_group()
     held = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
+    # Gradients in host memory are compared on the device, where the groups' collectives are.
     grads = {
-        # Gradients in host memory are compared on the device, where the groups' collectives are.
-        name: local_part(param.grad).float().to(trainer.runtime.device)
+        name: local_part(param.grad).to(trainer.runtime.device, torch.float32, copy=True)
         for name, param in trainer.model.named_parameters()
         if name in held - set(plan.tp_summed) and param.grad is not None
     }

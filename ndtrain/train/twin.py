@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ndtrain.layout import held_boxes, local_part
-from ndtrain.model import kept_in_fp32
 from ndtrain.plan import Plan
 
 if TYPE_CHECKING:
@@ -31,14 +29,19 @@ MOST = 4e9
 class Twins:
     """One block of each kind, whole: copied before the model is cut, compared with the cut one after it has run."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, *, compute: torch.dtype):
-        self.plan, self.compute = plan, compute
-        self.kept = kept_in_fp32(model, compute)
+    def __init__(self, model: PreTrainedModel, plan: Plan):
+        units = {unit.name: unit for unit in (*plan.units, plan.root)}
+        self.dtypes = {p.fqn: getattr(torch, units[p.unit].param_dtype) for p in plan.params}
+        self.low_precision = plan.low_precision
+        # Units that cast what they take and give, inside a block, are not in a copy of it.
+        casting = [name for unit in plan.units if unit.output_dtype for name in unit.modules]
         self.blocks: dict[str, nn.Module] = {}
         kinds = set()
         for name in plan.blocks:
             block = model.get_submodule(name)
             kind = (type(block), tuple((n, p.shape) for n, p in block.named_parameters()))
+            if any(n.startswith(f"{name}.") for n in casting):
+                continue
             if kind not in kinds and sum(p.numel() for p in block.parameters()) <= MOST:
                 kinds.add(kind)
                 self.blocks[name] = copy.deepcopy(block)
@@ -69,12 +72,11 @@ class Twins:
             if call.count != 1 or not call.learns():
                 continue
             block, twin = model.get_submodule(name), self.blocks[name]
-            # The whole block is on the device, wherever the shards are, and computes in one dtype throughout.
-            self._fill(name, twin.eval(), block, call.device)
-            args, kwargs = tree_map(lambda x: _leaf(x, self.compute), call.inputs)
+            self._fill(name, twin.eval(), block, call.outputs[0].device)
+            args, kwargs = tree_map(_leaf, call.inputs)
             outputs = _floats(twin(*args, **kwargs))
             of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
-            torch.autograd.backward([out for out, _ in of], [grad.to(out.dtype) for out, grad in of])
+            torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
             for ours, alone in zip(call.outputs, outputs, strict=True):
                 yield f"what {name} gives", _distance(ours, alone)
             pairs = [
@@ -86,21 +88,20 @@ class Twins:
                 pairs.append((f"the gradient of {name}.{n}", grad, twin.get_parameter(n).grad))
             both = [(what, ours, alone) for what, ours, alone in pairs if ours is not None and alone is not None]
             # What is zero in exact arithmetic differs by the rounding of what it is made of.
-            rounding = 5e-2 if self.plan.low_precision else 1e-4
+            rounding = 5e-2 if self.low_precision else 1e-4
             floor = rounding * max(float(alone.float().norm()) for _, _, alone in both)
             for what, ours, alone in both:
                 yield what, _distance(ours, alone, floor)
             twin.to("meta")
 
     def _fill(self, name: str, twin: nn.Module, block: nn.Module, device: torch.device) -> None:
-        """Give the copy of block `name` its weights, on `device`."""
+        """Give the copy of block `name` its weights."""
         twin.to_empty(device=device)
         for n, buffer in block.named_buffers():
             twin.get_buffer(n).copy_(buffer)
         for n, param in block.named_parameters():
-            fp32 = self.kept is not None and self.kept.search(f"{name}.{n}")
             own = twin.get_parameter(n)
-            own.data, own.grad = whole(param.detach()).to(torch.float32 if fp32 else self.compute), None
+            own.data, own.grad = whole(param.detach()).to(self.dtypes[f"{name}.{n}"]), None
 
 
 class _Call:
@@ -112,10 +113,6 @@ class _Call:
         self.input_grads: list[Tensor | None] = []
         self.outputs: list[Tensor] = []
         self.output_grads: list[Tensor | None] = []
-
-    @property
-    def device(self) -> torch.device:
-        return self.outputs[0].device
 
     def learns(self) -> bool:
         return any(grad is not None for grad in self.output_grads)
@@ -150,13 +147,11 @@ def _with_grads_caught(tree: Any) -> tuple[Any, list[Tensor | None]]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The global tensor of a sharded one; a collective of all ranks."""
-    local = local_part(tensor)
-    # Shards in host memory meet on the device, where the collectives are.
-    device = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else local.device
-    full = torch.full(tensor.shape, -torch.inf, dtype=torch.float32, device=device)
+    """The global float32 tensor of a sharded one, on the device; a collective of all ranks."""
+    local = local_part(tensor).to(tensor.device_mesh.device_type)  # type: ignore[attr-defined]
+    full = torch.full(tensor.shape, -torch.inf, dtype=torch.float32, device=local.device)
     for box in held_boxes(tensor):
-        full[box.inside] = local[box.local].float().to(device)
+        full[box.inside] = local[box.local].float()
     dist.all_reduce(full, op=dist.ReduceOp.MAX)
     return full
 
@@ -174,6 +169,6 @@ def _floats(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if _is_float(leaf)]
 
 
-def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a float tensor, in `dtype` if given, that gathers its own gradient; anything else as it is."""
-    return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad) if _is_float(x) else x
+def _leaf(x: Any) -> Any:
+    """A copy of a float tensor that gathers its own gradient; anything else as it is."""
+    return x.detach().clone().requires_grad_(x.requires_grad) if _is_float(x) else x

@@ -1,0 +1,173 @@
+"""What both kinds of context parallelism share: registration with transformers, the cut of a batch, whole positions."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ndtrain.errors import PlanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORE = -100
+_names = itertools.count()
+
+
+class ContextParallel(ABC):
+    """The attention of one model over the ranks of one cp group, and the split of its batches.
+
+    `split` is called with every micro batch and remembers the positions of the whole sequences, from which masks are
+    made. Outside `off()` the model takes and returns this rank's part of each sequence.
+    """
+
+    kind: str
+
+    def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup):
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+        self.base = str(model.config._attn_implementation)
+        self.enabled = True
+        self.positions: Tensor | None = None
+        name = f"ndtrain_cp_{next(_names)}"
+        AttentionInterface.register(name, self._attention)
+        AttentionMaskInterface.register(name, self._mask)
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "_attn_implementation", None) == self.base:
+                config._attn_implementation = name  # type: ignore[union-attr]
+        forward = model.forward
+
+        def with_whole_positions(*args: Any, **kwargs: Any) -> Any:
+            with self._packing_of_whole_sequences():
+                return forward(*args, **kwargs)
+
+        model.forward = with_whole_positions  # type: ignore[method-assign]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model works on whole sequences inside, on every rank the same."""
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+    # ---- the cut of a sequence
+
+    @abstractmethod
+    def pieces(self, rank: int) -> tuple[int, ...]:
+        """Which of the equal pieces of a sequence `rank` holds, in order; every rank holds as many."""
+
+    def split(self, batch: dict[str, Tensor], *, packed: bool) -> dict[str, Tensor]:
+        """This rank's part of `[B, S]` input_ids, labels, position_ids; S is padded to a multiple of all pieces.
+
+        The padding follows every target and has none, so that it changes nothing.
+        """
+        mine = self.pieces(self.rank)
+        count = self.size * len(mine)
+        room = -batch["input_ids"].shape[1] % count
+        if room:
+            last = batch["position_ids"][:, -1:]
+            more = torch.arange(room, device=last.device)[None].expand(last.shape[0], -1)
+            filler = {"labels": IGNORE, "input_ids": 0}
+            batch = {
+                key: torch.cat([v, more if packed else last + 1 + more], dim=1)
+                if key == "position_ids"
+                else nn.functional.pad(v, (0, room), value=filler[key])
+                for key, v in batch.items()
+            }
+        self.positions = batch["position_ids"]
+        return {key: torch.cat([v.chunk(count, dim=1)[i] for i in mine], dim=1) for key, v in batch.items()}
+
+    def gather(self, local: Tensor) -> Tensor:
+        """`[B, S/cp, ...]` on every rank -> `[B, S, ...]` in the order of the sequence, without gradient."""
+        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, local.contiguous(), group=self.group)
+        ordered: dict[int, Tensor] = {}
+        for rank, part in enumerate(parts):
+            mine = self.pieces(rank)
+            ordered.update(zip(mine, part.chunk(len(mine), dim=1), strict=True))
+        return torch.cat([ordered[i] for i in range(len(ordered))], dim=1)
+
+    # ---- what transformers calls
+
+    @abstractmethod
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Attention of this rank's queries `[B, H, S/cp, D]` to whole sequences: `[B, S/cp, H, D]`."""
+
+    @abstractmethod
+    def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Any:
+        """What the model hands to `attend` as its mask; arguments as of a transformers mask function."""
+
+    def _attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.enabled:
+            own: tuple[Tensor, Tensor | None] = own_attention(self.base, module)(
+                module, query, key, value, attention_mask, **kwargs
+            )
+            return own
+        return self.attend(module, query, key, value, attention_mask, **kwargs), None
+
+    def _mask(self, *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if not self.enabled:
+            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+            make = ALL_MASK_ATTENTION_FUNCTIONS[self.base]
+            return make(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None:
+            # Made by the model from its part of the tokens; masks are of whole sequences.
+            attention_mask = self.gather(attention_mask.byte()).bool()
+        return self.mask(q_length, kv_length, attention_mask=attention_mask, **kwargs)
+
+    @contextmanager
+    def _packing_of_whole_sequences(self) -> Iterator[None]:
+        """Masks see documents by the positions of whole sequences; the model has only those of its part.
+
+        These two functions of transformers.masking_utils are private (5.23); every mask with documents goes through
+        them.
+        """
+        from transformers import masking_utils
+
+        find, compose = masking_utils.find_packed_sequence_indices, masking_utils.packed_sequence_compatibility_function
+
+        def find_whole(position_ids: Tensor) -> Tensor | None:
+            return find(self.positions if self.enabled and self.positions is not None else position_ids)
+
+        def compose_whole(
+            mask_function: Callable[..., Any], position_ids: Tensor, packed_sequence_mask: Tensor
+        ) -> Callable[..., Any]:
+            whole = self.positions if self.enabled and self.positions is not None else position_ids
+            return compose(mask_function, whole, packed_sequence_mask)
+
+        masking_utils.find_packed_sequence_indices = find_whole
+        masking_utils.packed_sequence_compatibility_function = compose_whole
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = find
+            masking_utils.packed_sequence_compatibility_function = compose
+
+
+def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function that `module` would have taken: eager attention is each model file's own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise PlanError(f"{type(module).__name__} has no attention function of its own; set mesh.cp = 1")
+    return own

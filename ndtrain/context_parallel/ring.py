@@ -1,0 +1,263 @@
+"""Ring attention (arXiv:2310.01889): keys and values travel round the ranks, each rank attends from its own queries.
+
+The parts of one softmax are merged by their log-sum-exp, forward and backward, with what `visible` says of masks and
+`kernels` computes of a block. Heads need not divide by cp, and key-value heads travel once, however many query heads
+share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ndtrain.context_parallel import kernels, visible
+from ndtrain.context_parallel.interface import ContextParallel
+from ndtrain.context_parallel.kernels import Kernel
+from ndtrain.context_parallel.visible import Visible
+from ndtrain.errors import PlanError
+
+
+def pass_on(buffer: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Send `buffer` to the next rank of `group`; the result waits for the previous rank's, of the same shape."""
+    rank, size = group.rank(), group.size()
+    received = torch.empty_like(buffer)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, buffer, group=group, group_peer=(rank + 1) % size),
+            dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % size),
+        ]
+    )
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return wait
+
+
+class _RingAttention(torch.autograd.Function):
+    """`[B, H, S/cp, D]` queries of this rank to the keys and values of all ranks; sinks `[H]` are one more key."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        seen: Visible,
+        kernel: Kernel,
+        scale: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        rank, size = group.rank(), group.size()
+        out = query.new_zeros((*query.shape[:3], value.shape[-1]), dtype=_accumulator(query))
+        lse = out.new_full(query.shape[:3], -torch.inf)
+        block = _pack(key, value)
+        for step in range(size):
+            arriving = pass_on(block, group) if step + 1 < size else None
+            k, v = _unpack(block, key, value)
+            for span in seen.spans((rank - step) % size):
+                part = kernel.forward(
+                    *(query[:, :, span.queries], k[:, :, span.keys], v[:, :, span.keys]),
+                    scale=scale,
+                    causal=span.causal,
+                    mask=span.mask,
+                )
+                _merge(out[:, :, span.queries], lse[:, :, span.queries], *part)
+            if arriving is not None:
+                block = arriving()
+        if sinks is not None:
+            column = sinks.to(lse.dtype)[None, :, None]
+            out *= torch.sigmoid(lse - column)[..., None]
+            lse = torch.logaddexp(lse, column)
+        result = out.to(query.dtype)
+        # A query that sees nothing has no probabilities: exp(-inf - 0) = 0.
+        lse.masked_fill_(lse == -torch.inf, 0)
+        ctx.save_for_backward(query, key, value, sinks, result, lse)
+        ctx.seen, ctx.kernel, ctx.scale, ctx.group = seen, kernel, scale, group
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        group: dist.ProcessGroup = ctx.group
+        rank, size = group.rank(), group.size()
+        grad = grad.contiguous()
+        grad_query = torch.zeros_like(query, dtype=lse.dtype)
+        block, travelling = _pack(key, value), None
+        for step in range(size):
+            arriving = pass_on(block, group) if step + 1 < size else None
+            k, v = _unpack(block, key, value)
+            mine = torch.zeros_like(block, dtype=lse.dtype)
+            grad_k, grad_v = _unpack(mine, key, value)
+            for span in ctx.seen.spans((rank - step) % size):
+                rows, columns = span.queries, span.keys
+                dq, dk, dv = ctx.kernel.backward(
+                    *(grad[:, :, rows], query[:, :, rows], k[:, :, columns], v[:, :, columns]),
+                    *(out[:, :, rows], lse[:, :, rows]),
+                    scale=ctx.scale,
+                    causal=span.causal,
+                    mask=span.mask,
+                )
+                grad_query[:, :, rows] += dq
+                grad_k[:, :, columns] += dk
+                grad_v[:, :, columns] += dv
+            # The gradients of a block follow it round the ring, in float32, and after the last step come home.
+            if travelling is not None:
+                mine += travelling()
+            travelling = pass_on(mine, group)
+            if arriving is not None:
+                block = arriving()
+        assert travelling is not None
+        grad_key, grad_value = _unpack(travelling(), key, value)
+        grad_sinks = None
+        if sinks is not None:
+            # The sink's value is 0, so that its score moves only what the others lose.
+            weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
+            grad_sinks = -(weight * (grad * out).sum(-1, dtype=lse.dtype)).sum((0, 2)).to(sinks.dtype)
+        grads = grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+        return *grads, grad_sinks, None, None, None, None
+
+
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    seen: Visible,
+    kernel: Kernel,
+    scale: float,
+    group: dist.ProcessGroup,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of `[B, H, S/cp, D]` queries to the keys `[B, G, S/cp, D]` and values of all ranks of `group`."""
+    out: Tensor = _RingAttention.apply(query, key, value, sinks, seen, kernel, scale, group)
+    return out
+
+
+class Ring(ContextParallel):
+    """Keys and values round the ring; any number of heads."""
+
+    kind = "ring"
+    # What attention functions of transformers are given and this one reads, or has in its masks.
+    _KNOWN = ("dropout", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "position_ids")
+
+    def __init__(self, model: Any, group: dist.ProcessGroup):
+        super().__init__(model, group)
+        self._proven: set[tuple[Any, ...]] = set()
+
+    def pieces(self, rank: int) -> tuple[int, ...]:
+        return visible.pieces(rank, self.size)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        what = type(module).__name__
+        for name, given in kwargs.items():
+            if name not in self._KNOWN and isinstance(given, Tensor) and given.ndim:
+                raise PlanError(f'{what} hands its attention {name}, which cp.kind = "ring" cannot cut; {_OTHERWISE}')
+        if kwargs.get("dropout"):
+            raise PlanError(
+                f'{what} drops attention weights, which cp.kind = "ring" does not; set its rate to 0 or {_OTHERWISE}'
+            )
+        if not query.shape[2] == key.shape[2] == self._length() * 2:
+            raise PlanError(
+                f'{what} attends from {query.shape[2]} to {key.shape[2]} places, and cp.kind = "ring" to as many as it '
+                f"has tokens; {_OTHERWISE}"
+            )
+        softcap, scale = kwargs.get("softcap"), kwargs.get("scaling")
+        kernel = kernels.choose(query, softcap=softcap, plain=self.base == "eager")
+        self._prove(kernel, query, key, value)
+        out = ring_attention(
+            query,
+            key,
+            value,
+            seen=self._seen(attention_mask, module, kwargs.get("is_causal")),
+            kernel=kernel,
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            group=self.group,
+            sinks=kwargs.get("s_aux"),
+        )
+        return out.transpose(1, 2).contiguous()
+
+    def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Tensor:
+        """A tensor without memory that stands for the mask, which is made piece by piece in `attend`."""
+        from transformers.masking_utils import sdpa_mask
+
+        # As sdpa_mask decides that no mask is needed (transformers 5.23)
+        local, padding = kwargs.get("local_size"), kwargs.get("attention_mask")
+        skips = (padding is None or bool(padding.all())) and (local is None or local > self._length() * 2 * self.size)
+        make: Any
+        if skips and kwargs.get("allow_is_causal_skip", True):
+            make = "causal"
+        elif skips and kwargs.get("allow_is_bidirectional_skip", False):
+            make = "full"
+        else:
+            given = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+            def make(query: int, key: int, length: int) -> Tensor:
+                offsets = {"q_length": length, "kv_length": length, "q_offset": query, "kv_offset": key}
+                made: Any = sdpa_mask(**{**given, **offsets})
+                return made  # type: ignore[no-any-return]
+
+        device = kwargs.get("device", "cpu")
+        stand_in = torch.ones((), dtype=torch.bool, device=device).expand(kwargs["batch_size"], 1, q_length, kv_length)
+        stand_in.visible = Visible(make, length=self._length(), rank=self.rank, cp=self.size)  # type: ignore[attr-defined]
+        return stand_in
+
+    def _seen(self, mask: Tensor | None, module: nn.Module, is_causal: bool | None) -> Visible:
+        if mask is not None:
+            found: Visible | None = getattr(mask, "visible", None)
+            if found is None:
+                raise PlanError(
+                    f"{type(module).__name__} changes its attention mask or makes its own, which "
+                    f'cp.kind = "ring" cannot cut; {_OTHERWISE}'
+                )
+            return found
+        if self.base not in ("sdpa", "eager"):
+            raise PlanError(f'{type(module).__name__} attends without a mask; under cp.kind = "ring" {_OTHERWISE}')
+        causal = self.base == "sdpa" and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        return Visible("causal" if causal else "full", length=self._length(), rank=self.rank, cp=self.size)
+
+    def _length(self) -> int:
+        """Of a piece."""
+        assert self.positions is not None
+        return self.positions.shape[1] // (2 * self.size)
+
+    def _prove(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> None:
+        what = (type(kernel), query.dtype, query.shape[1] // key.shape[1], query.shape[-1], value.shape[-1])
+        if not isinstance(kernel, kernels.Plain) and what not in self._proven:
+            kernels.prove(kernel, query, key, value)
+            self._proven.add(what)
+
+
+_OTHERWISE = 'set cp.kind = "ulysses" or mesh.cp = 1'
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _pack(key: Tensor, value: Tensor) -> Tensor:
+    """One flat buffer for one message."""
+    return torch.cat([key.reshape(-1), value.reshape(-1)])
+
+
+def _unpack(flat: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of `flat`, of the shapes of `key` and `value`."""
+    return flat[: key.numel()].view(key.shape), flat[key.numel() :].view(value.shape)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add to one softmax, in place, what it has of further keys."""
+    total = torch.logaddexp(lse, part_lse)
+    # Where nothing is seen yet, -inf less -inf
+    kept, added = ((each - total).exp().nan_to_num(0.0) for each in (lse, part_lse))
+    out.mul_(kept[..., None]).add_(part * added[..., None])
+    lse.copy_(total)

@@ -1,0 +1,110 @@
+"""Ulysses (arXiv:2309.14509): an all-to-all trades the split along the sequence for a split along the heads.
+
+The model's own attention function then sees whole sequences, so that sliding windows, sinks, soft caps and packed
+documents are what they are in one process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ndtrain.context_parallel.interface import ContextParallel, own_attention
+from ndtrain.errors import PlanError
+
+
+class _AllToAll(torch.autograd.Function):
+    """Slice i of dim 0 goes to rank i of the group, and what rank i sent becomes slice i."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        returned = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(returned, grad.contiguous(), group=ctx.group)
+        return returned, None
+
+
+def heads_for_sequence(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """`[B, H, S/cp, D]` on every rank -> `[B, H/cp, S, D]`, all `tensors` in one exchange. H divides by cp."""
+    cp = group.size()
+    parts = [t.unflatten(1, (cp, t.shape[1] // cp)).movedim(1, 0) for t in tensors]
+    flat = torch.cat([p.reshape(cp, -1) for p in parts], dim=1)
+    received = _AllToAll.apply(flat, group).split([p[0].numel() for p in parts], dim=1)
+    # [cp, B, H/cp, S/cp, D]: the first dim is now the place in the sequence
+    return [r.view(p.shape).movedim(0, 2).flatten(2, 3) for r, p in zip(received, parts, strict=True)]
+
+
+def sequence_for_heads(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[B, S, H/cp, D]` on every rank -> `[B, S/cp, H, D]`."""
+    cp = group.size()
+    parts = tensor.unflatten(1, (cp, tensor.shape[1] // cp)).movedim(1, 0).contiguous()
+    return _AllToAll.apply(parts, group).movedim(0, 2).flatten(2, 3)
+
+
+class Ulysses(ContextParallel):
+    """Heads in place of sequence; heads divide by cp."""
+
+    kind = "ulysses"
+
+    def pieces(self, rank: int) -> tuple[int, ...]:
+        return (rank,)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        heads = query.shape[1]
+        if heads % self.size:
+            raise PlanError(f"mesh.cp = {self.size} does not divide the {heads} heads of {type(module).__name__}")
+        # Fewer key-value heads than cp: each is held by several ranks.
+        repeats = self.size // math.gcd(key.shape[1], self.size)
+        if repeats > 1:
+            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+        query, key, value = heads_for_sequence([query, key, value], self.group)
+        mine = slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
+        for name, given in kwargs.items():
+            if name == "position_ids":
+                kwargs[name] = self.positions
+            elif name == "s_aux" and given is not None:
+                kwargs[name] = given[mine]
+            elif isinstance(given, Tensor) and given.ndim:
+                raise PlanError(
+                    f"{type(module).__name__} hands its attention {name}, which context parallelism cannot split; "
+                    "set mesh.cp = 1"
+                )
+        if attention_mask is not None and attention_mask.shape[1] == heads > 1:
+            attention_mask = attention_mask[:, mine]
+        # Eager attention reads what belongs to single heads (attention sinks) from the module.
+        own = {n: p[mine] for n, p in module.named_parameters(recurse=False) if p.ndim == 1 and len(p) == heads}
+        groups: Any = getattr(module, "num_key_value_groups", None)
+        if groups is not None:
+            own["num_key_value_groups"] = max(1, groups // repeats)
+        output = own_attention(self.base, module)(_Instead(module, own), query, key, value, attention_mask, **kwargs)[0]
+        return sequence_for_heads(output, self.group)
+
+    def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Any:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        assert self.positions is not None
+        whole = self.positions.shape[1]
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.base](q_length=whole, kv_length=whole, **kwargs)
+
+
+class _Instead:
+    """A module as its attention function sees it, with some attributes replaced."""
+
+    def __init__(self, module: nn.Module, attributes: dict[str, Any]):
+        self.__dict__.update(attributes)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -1,0 +1,187 @@
+"""Ring attention on gloo ranks is attention of whole sequences, forward and backward."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ndtrain.context_parallel import kernels
+from ndtrain.context_parallel.ring import Ring, ring_attention
+from ndtrain.context_parallel.visible import Visible, pieces
+from tests.ranks import get_pool
+
+# What a case says beyond causal attention of 4 heads of size 16 with 4 key-value heads on 2 x 48 tokens.
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "causal, plain": {"plain": True},
+    "shared key-value heads": {"keys": 2},
+    "one key-value head, plain": {"keys": 1, "plain": True},
+    "full": {"mask": "full"},
+    "window": {"mask": "window", "keys": 2},
+    "window of a few tokens, plain": {"mask": "window", "plain": True},
+    "packed": {"mask": "packed"},
+    "packed and window": {"mask": "packed window"},
+    "sinks": {"sinks": True, "keys": 2},
+    "sinks and window, plain": {"sinks": True, "mask": "window", "plain": True},
+    "soft caps": {"softcap": 1.5, "keys": 2},
+    "values of another size": {"value_size": 24},
+    "a length of odd pieces": {"length": 40, "mask": "packed"},
+    "queries that see nothing": {"mask": "hidden"},
+    "scale": {"scale": 0.7},
+}
+
+
+def whole_mask(name: str, length: int) -> Tensor:
+    """bool [2, 1, length, length]"""
+    rows = torch.arange(length)
+    mask = (rows[:, None] >= rows).expand(2, 1, -1, -1).clone()
+    if name == "full":
+        mask[:] = True
+    if "window" in name:
+        mask &= rows[:, None] - rows < 7
+    if "packed" in name:
+        for row, cuts in enumerate(([3, 17, 18], [29])):
+            document = sum((rows >= cut).long() for cut in cuts)
+            mask[row] &= document[:, None] == document
+    if name == "hidden":
+        mask[:, :, 5:9] = False
+    return mask
+
+
+@cache
+def groups() -> dict[int, dist.ProcessGroup]:
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    return {4: dist.group.WORLD, 2: halves[dist.get_rank() // 2]}
+
+
+def errors(cases: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Largest error of output and gradients, relative to the largest value, against float64 on whole sequences."""
+    found = {}
+    for name, case in cases.items():
+        for cp, group in groups().items():
+            found[f"{name}, cp {cp}"] = error(group, **case)
+    return found
+
+
+def error(
+    group: dist.ProcessGroup,
+    *,
+    mask: str = "causal",
+    keys: int = 4,
+    length: int = 48,
+    value_size: int = 16,
+    sinks: bool = False,
+    softcap: float | None = None,
+    scale: float = 0.25,
+    plain: bool = False,
+) -> float:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, 4, length, 16), (2, keys, length, 16), (2, keys, length, value_size)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    s = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True) if sinks else None
+    grad = torch.randn((2, 4, length, value_size), generator=generator, dtype=torch.float64)
+    sees = whole_mask(mask, length)
+    scores = q @ k.repeat_interleave(4 // keys, 1).mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~sees, -1e30)
+    if s is not None:
+        scores = torch.cat([scores, s[None, :, None, None].expand(2, -1, length, 1)], dim=-1)
+    probs = scores.softmax(-1)[..., :length].masked_fill(~sees, 0)
+    want = probs @ v.repeat_interleave(4 // keys, 1)
+    inputs = [q, k, v] + ([s] if s is not None else [])
+    wanted = torch.autograd.grad(want, inputs, grad)
+
+    cp, rank, piece = group.size(), group.rank(), length // (2 * group.size())
+
+    def mine(tensor: Tensor) -> Tensor:
+        parts = tensor.detach().float().split(piece, dim=2)
+        return torch.cat([parts[i] for i in pieces(rank, cp)], dim=2)
+
+    def pair(query: int, key: int, size: int) -> Tensor:
+        return sees[:, :, query : query + size, key : key + size]
+
+    ours = [mine(t).requires_grad_() for t in (q, k, v)]
+    if s is not None:
+        ours.append(s.detach().float().requires_grad_())
+    out = ring_attention(
+        *ours[:3],
+        seen=Visible(mask if mask in ("causal", "full") else pair, length=piece, rank=rank, cp=cp),  # type: ignore[arg-type]
+        kernel=kernels.choose(ours[0], softcap=softcap, plain=plain),
+        scale=scale,
+        group=group,
+        sinks=ours[3] if sinks else None,
+    )
+    grads = list(torch.autograd.grad(out, ours, mine(grad)))
+    if sinks:
+        dist.all_reduce(grads[3], group=group)
+    pairs = [(out, mine(want)), *((g, mine(w)) for g, w in zip(grads[:3], wanted[:3], strict=True))]
+    if sinks:
+        pairs.append((grads[3], wanted[3].float()))
+    return max(float((a.detach() - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def test_a_ring_attends_and_differentiates_like_whole_sequences() -> None:
+    for found in get_pool(4).run(errors, CASES, timeout=300):
+        assert len(found) == 2 * len(CASES)
+        assert not {name: value for name, value in found.items() if not value < 5e-6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_is_proven_against_plain_arithmetic(dtype: torch.dtype) -> None:
+    query, key, value = (torch.empty(1, heads, 4, size, dtype=dtype) for heads, size in ((4, 20), (2, 20), (2, 12)))
+    kernels.prove(kernels.CpuFlash(), query, key, value)
+
+    class Wrong(kernels.CpuFlash):
+        def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            dq, dk, dv = super()._backward(*args, **kwargs)
+            return dq, dk * 1.2, dv
+
+    with pytest.raises(kernels.PlanError, match=r'does not give .*; set model.attn = "eager"'):
+        kernels.prove(Wrong(), query, key, value)
+
+
+def test_causal_work_is_the_same_on_every_rank_and_blocks_nobody_sees_are_left_out() -> None:
+    cp, piece = 4, 8
+
+    def area(rank: int, source: int) -> float:
+        total = 0.0
+        for span in Visible("causal", length=piece, rank=rank, cp=cp).spans(source):
+            queries, keys = (len(range(2 * piece)[s]) for s in (span.queries, span.keys))
+            total += queries * keys / (2 if span.causal else 1)
+        return total
+
+    work = {sum(area(rank, source) for source in range(cp)) for rank in range(cp)}
+    assert work == {(2 * piece * cp) ** 2 / 2 / cp}
+
+    def window(query: int, key: int, size: int) -> Tensor:
+        distance = torch.arange(query, query + size)[:, None] - torch.arange(key, key + size)
+        return ((distance >= 0) & (distance < 4))[None, None]
+
+    spans = [len(Visible(window, length=piece, rank=1, cp=cp).spans(source)) for source in range(cp)]
+    # Pieces 1 and 6: themselves, and the piece before each, 0 and 5, of ranks 0 and 2
+    assert spans == [1, 2, 1, 0]
+
+
+def cut_and_gathered(length: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of 2 rows, and what all ranks' parts give."""
+    model = torch.nn.Identity()
+    model.config = SimpleNamespace(_attn_implementation="sdpa")  # type: ignore[assignment]
+    ring = Ring(model, dist.group.WORLD)
+    ids = torch.arange(2 * length).view(2, length)
+    positions = torch.arange(length).expand(2, -1)
+    part = ring.split({"input_ids": ids, "labels": ids, "position_ids": positions}, packed=False)
+    return part["position_ids"], ring.gather(part["labels"])
+
+
+def test_a_ring_holds_pieces_from_both_ends_and_gathers_them_in_order() -> None:
+    results = get_pool(4).run(cut_and_gathered, 13, timeout=300)  # padded to 16
+    assert [r[0][1].tolist() for r in results] == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
+    want = torch.nn.functional.pad(torch.arange(26).view(2, 13), (0, 3), value=-100)
+    assert all(torch.equal(r[1], want) for r in results)
