@@ -190,6 +190,16 @@ def test_mixed_precision_of_single_modules_computes_as_it_says(
         assert metrics["grad_norm"] != pytest.approx(other, rel=2e-5)
 
 
+def test_the_proof_of_tensor_parallelism_bears_blocks_in_two_dtypes(world: dict[str, Any], tmp_path: Path) -> None:
+    modules = {"model.layers.0": {"mixed_precision": "float32", "cpu_offload": True}, "model.layers.1": KEEP}
+    fsdp = {"mode": "manual", "modules": modules, "param_dtype": "bfloat16"}
+    recipe = recipe_for(world, tmp_path, "qwen3", "dp_shard2-tp2", steps=3, fsdp=fsdp)
+    result = get_pool(4).run(trained, str(recipe), [], timeout=300)[0]
+    for metrics, (loss, norm) in zip(result["metrics"], reference(model_dir(world, "qwen3"), recipe), strict=True):
+        assert metrics["loss"] == pytest.approx(loss, rel=2e-2)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=5e-2)
+
+
 # ---- what the plan says of units, and what is applied
 
 
