@@ -132,7 +132,7 @@ class ContextParallel:
     def _attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        attend = _own_attention(self.base, module)
+        attend = own_attention(self.base, module)
         if not self.enabled:
             return attend(module, query, key, value, attention_mask, **kwargs)
         heads = query.shape[1]
@@ -212,7 +212,7 @@ class _Instead:
         return getattr(self._module, name)
 
 
-def _own_attention(name: str, module: nn.Module) -> Callable[..., Any]:
+def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function that `module` would have taken: eager attention is each model file's own."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

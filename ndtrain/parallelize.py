@@ -10,10 +10,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from ndtrain.context_parallel import ContextParallel
+from ndtrain.dropout import drop_by_rank
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
-from ndtrain.plan import Plan, expert
+from ndtrain.plan import Plan, expert, refuse
 from ndtrain.plan.tensor import CUTTING
 from ndtrain.recipe import Recipe
 
@@ -42,6 +43,8 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     context = ContextParallel(model, meshes.dense["cp"].get_group()) if plan.sizes.cp > 1 else None
+    if plan.sizes.tp > 1 and refuse.dropouts(model):
+        drop_by_rank(model, plan, meshes.tp.get_local_rank())
     compute = getattr(torch, recipe.fsdp.param_dtype)
     reduce = getattr(torch, recipe.fsdp.reduce_dtype)
     mixed = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=reduce)

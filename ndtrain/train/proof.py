@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate
 
+from ndtrain.dropout import DropoutCheck
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.layout import local_part
 from ndtrain.mesh import Meshes
+from ndtrain.plan.refuse import dropouts
 
 if TYPE_CHECKING:
     from ndtrain.train.trainer import Trainer
@@ -77,10 +79,12 @@ def check_masks(trainer: Trainer) -> bool:
 
 
 def _probe(trainer: Trainer, rows: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-    """Float32 logits `[B, S, V]` of rows `[S]`, with the same dropout every time."""
+    """Float32 logits `[B, S, V]` of rows `[S]`, without dropout, which differs between meshes."""
     ids = torch.stack(rows)
+    trainer.model.train(not dropouts(trainer.model))
     with torch.no_grad():
         logits = _forward(trainer, ids, positions).float()
+    trainer.model.train()
     if trainer.context is not None and trainer.context.enabled:
         logits = trainer.context.gather(logits)
     # One row of all rows where they were joined, and what was padded at its end
@@ -108,17 +112,21 @@ def check_replicas(trainer: Trainer) -> bool:
     """Raise `PlanError` if a parameter that every tp rank holds whole has another gradient on each.
 
     Then each rank sees a part of what it does, as of attention sinks among cut heads, and their sum would be missing.
-    Returns False if these weights give no finite gradients, so that nothing can be said.
+    Also if elements of a cut activation are dropped by random numbers that all ranks share. Returns False if these
+    weights give no finite gradients, so that nothing can be said.
     """
     plan, group = trainer.plan, trainer.meshes.tp.get_group()
     length = max(2, min(32, trainer.recipe.data.seq_len))
     try:
         positions = torch.arange(length, device=trainer.runtime.device)
-        logits = _forward(trainer, _tokens(trainer, length)[None], positions)
+        torch.manual_seed(0)
+        with DropoutCheck(group, trainer.runtime.device) as dropout:
+            logits = _forward(trainer, _tokens(trainer, length)[None], positions)
         torch.manual_seed(1)
         (logits * torch.randn_like(logits)).sum().backward()
     except (RuntimeError, AssertionError) as error:
         raise _does_not_run(trainer, error) from error
+    _check_dropout(trainer, dropout)
     whole = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
     names, spreads, sizes = [], [], []
     for name, param in trainer.model.named_parameters():
@@ -149,6 +157,18 @@ def check_replicas(trainer: Trainer) -> bool:
             f"another gradient for it (by {float(ratios[worst]):.1e}); set mesh.tp = 1"
         )
     return True
+
+
+def _check_dropout(trainer: Trainer, dropout: DropoutCheck) -> None:
+    wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=trainer.runtime.device)
+    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+    if wrong:
+        keys = ", ".join(f"model.config.{key}" for key in dropouts(trainer.model)) or "not a key of its config"
+        raise PlanError(
+            f"{trainer.plan.model_type} under mesh.tp = {trainer.sizes.tp} drops elements of an activation that tp "
+            f"cuts, where every rank would drop the same ones; set the dropout that does it to 0.0 ({keys}), or "
+            "mesh.tp = 1"
+        )
 
 
 def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
