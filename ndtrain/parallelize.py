@@ -9,9 +9,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from ndtrain.context_parallel import KINDS, ContextParallel
+from ndtrain.dropout import drop_by_rank
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
-from ndtrain.plan import Plan, Unit
+from ndtrain.plan import Plan, Unit, refuse
 from ndtrain.recipe import Recipe
 from ndtrain.sequence_parallel import SequenceParallel
 from ndtrain.tensor_parallel import apply_tensor_parallelism
@@ -37,6 +38,8 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     context = KINDS[plan.cp](model, meshes.dense["cp"].get_group()) if plan.cp else None
+    if plan.sizes.tp > 1 and refuse.dropouts(model):
+        drop_by_rank(model, plan, meshes.tp.get_local_rank())
     planned = {param.fqn: param.placements for param in plan.params}
     placements = {param: planned[fqn] for fqn, param in model.named_parameters()}
     for unit in (*plan.units, plan.root):

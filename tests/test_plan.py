@@ -288,12 +288,12 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {},
         ["mesh.tp = 2", "1 key-value heads", "tp may be 1"],
     ),
-    "dropout": (
-        "llama",
-        {"attention_dropout": 0.1},
+    "jitter": (
+        "mixtral",
+        {"router_jitter_noise": 0.1},
         TP2,
         {},
-        ["attention_dropout = 0.1", "model.config.attention_dropout = 0.0"],
+        ["router_jitter_noise = 0.1", "model.config.router_jitter_noise = 0.0"],
     ),
     "mamba packs": (
         "mamba",
@@ -432,6 +432,7 @@ def test_the_kind_of_cp_is_chosen_and_said(
     ("kind", "config", "sizes", "sections"),
     [
         ("llama", {"attention_dropout": 0.1}, MeshSizes(1, 2), {}),
+        ("llama", {"attention_dropout": 0.1}, TP2, {}),
         ("llama", {"num_key_value_heads": 2}, TP2, {}),
         ("llama", {}, TP2, {"data": {"seq_len": 256}}),
         ("gpt2", {}, MeshSizes(1, 2), {"data": {"seq_len": 128}}),

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate
 
+from ndtrain.dropout import DropoutCheck
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.layout import local_part
 from ndtrain.mesh import Meshes
 from ndtrain.optim import sum_over_tp
+from ndtrain.plan.refuse import dropouts
 from ndtrain.sequence_parallel import SequenceParallel
 from ndtrain.train.twin import Twins, distance
 
@@ -82,19 +84,18 @@ def check_masks(trainer: Trainer) -> bool:
 
 
 def _probe(trainer: Trainer, rows: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-    """Float32 logits `[B, S, V]` of rows `[S]`, with the same dropout every time."""
+    """Float32 logits `[B, S, V]` of rows `[S]`, without dropout, which differs between meshes."""
     ids = torch.stack(rows)
+    trainer.model.train(not dropouts(trainer.model))
     with torch.no_grad():
         logits = _forward(trainer, ids, positions).float()
+    trainer.model.train()
     if trainer.context is not None and trainer.context.enabled:
         logits = trainer.context.gather(logits)
     # One row of all rows where they were joined, and what was padded at its end
     joined = logits.shape[0] < len(rows)
     logits = logits[:, : ids.numel()].view(*ids.shape, -1) if joined else logits[:, : ids.shape[1]]
-    # Units that stay gathered for the backward pass would stay so: there is none.
-    for module in trainer.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    _reshard(trainer)
     return logits
 
 
@@ -120,7 +121,7 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
     length = max(2, min(32, trainer.recipe.data.seq_len))
     ids = _tokens(trainer, length)[None]
     positions = torch.arange(length, device=trainer.runtime.device)
-    model.eval()
+    model.train(not dropouts(model))
     with ExitStack() as whole_sequences:
         for split in (trainer.context, trainer.sequence):
             if split is not None:
@@ -217,6 +218,32 @@ def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
     floor = rounding * max((float(size) for size in sizes.values()), default=0.0)
     for name, high in grads.items():
         yield name, (high - lows[name]).norm() / max(float(sizes[name]), floor, 1e-30)
+
+
+def check_dropout(trainer: Trainer) -> None:
+    """Raise `PlanError` if elements of a cut activation are dropped by random numbers that all tp ranks share."""
+    length = max(2, min(32, trainer.recipe.data.seq_len))
+    positions = torch.arange(length, device=trainer.runtime.device)
+    torch.manual_seed(0)
+    with DropoutCheck(trainer.meshes.tp.get_group(), trainer.runtime.device) as dropout, torch.no_grad():
+        _forward(trainer, _tokens(trainer, length)[None], positions)
+    _reshard(trainer)
+    wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=trainer.runtime.device)
+    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+    if wrong:
+        keys = ", ".join(f"model.config.{key}" for key in dropouts(trainer.model)) or "not a key of its config"
+        raise PlanError(
+            f"{trainer.plan.model_type} under mesh.tp = {trainer.sizes.tp} drops elements of an activation that tp "
+            f"cuts, where every rank would drop the same ones; set the dropout that does it to 0.0 ({keys}), or "
+            "mesh.tp = 1"
+        )
+
+
+def _reshard(trainer: Trainer) -> None:
+    """Units that stay gathered for the backward pass would stay so where there is none."""
+    for module in trainer.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:

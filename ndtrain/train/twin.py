@@ -72,7 +72,7 @@ class Twins:
             if call.count != 1 or not call.learns():
                 continue
             block, twin = model.get_submodule(name), self.blocks[name]
-            self._fill(name, twin.eval(), block, call.outputs[0].device)
+            self._fill(name, twin.train(block.training), block, call.outputs[0].device)
             args, kwargs = tree_map(_leaf, call.inputs)
             outputs = _floats(twin(*args, **kwargs))
             of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
