@@ -128,14 +128,12 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
                 whole_sequences.enter_context(split.off())
         try:
             with twins.watching(model):
-                logits = _learn(trainer, ids, positions)
+                _learn(trainer, ids, positions)
             spreads = dict(_replica_spreads(trainer))
             sum_over_tp(model, plan.tp_summed, trainer.meshes.tp.get_group())
             differences = dict(twins.differences(model, copies=plan.sizes.world_size // plan.sizes.tp))
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise _does_not_run(trainer, error) from error
-    if trainer.sequence is not None:
-        _try_sequence_parallel(trainer, trainer.sequence, ids, positions, logits)
     model.zero_grad(set_to_none=True)
     model.train()
     whole = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
@@ -166,31 +164,35 @@ def _learn(trainer: Trainer, ids: torch.Tensor, positions: torch.Tensor) -> torc
     return logits.detach()
 
 
-def _try_sequence_parallel(
-    trainer: Trainer, sequence: SequenceParallel, ids: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
-) -> None:
-    """Do without sequence parallelism where it changes the logits or the gradients that the model has now."""
-    model = trainer.model
-    before = {n: local_part(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+def try_sequence_parallel(trainer: Trainer, sequence: SequenceParallel) -> None:
+    """Do without sequence parallelism where it changes the logits or the gradients that the model has without."""
+    model, low = trainer.model, trainer.plan.low_precision
+    length = max(2, min(32, trainer.recipe.data.seq_len))
+    args = (trainer, _tokens(trainer, length)[None], torch.arange(length, device=trainer.runtime.device))
     amounts, reason = [], ""
+    model.train(not dropouts(model))
     with trainer.context.off() if trainer.context is not None else nullcontext():
         try:
-            amounts.append(distance(_learn(trainer, ids, positions), logits))
+            with sequence.off():
+                logits = _learn(*args)
+                sum_over_tp(model, trainer.tp_summed(), trainer.meshes.tp.get_group())
+            before = {n: local_part(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad(set_to_none=True)
+            amounts.append(distance(_learn(*args), logits))
             sum_over_tp(model, trainer.tp_summed(), trainer.meshes.tp.get_group())
-            floor = (5e-2 if trainer.plan.low_precision else 1e-3) * max(
-                float(g.float().norm()) for g in before.values()
-            )
+            floor = (5e-2 if low else 1e-3) * max(float(g.float().norm()) for g in before.values())
             for n, p in model.named_parameters():
                 if n in before:
                     ours = torch.zeros_like(before[n]) if p.grad is None else local_part(p.grad)
-                    amounts.append(distance(ours, before[n], floor).to(logits.device))
+                    amounts.append(distance(ours, before[n], floor).to(trainer.runtime.device))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:150]
-            amounts = [torch.full((), torch.inf, device=logits.device)]
+            amounts = [torch.full((), torch.inf, device=trainer.runtime.device)]
+    model.zero_grad(set_to_none=True)
+    model.train()
     worst = torch.stack(amounts).nan_to_num(torch.inf).max()
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    if not float(worst) < (0.2 if trainer.plan.low_precision else 1e-2):
+    if not float(worst) < (0.2 if low else 1e-2):
         sequence.enabled = False
         trainer.reporter.info(
             f"note: no sequence parallelism: {trainer.plan.model_type} "

@@ -43,7 +43,13 @@ from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.router import Sequences, sequence_count, sequence_ids
 from ndtrain.runtime import Runtime, random_seed
-from ndtrain.train.proof import check_dropout, check_masks, check_same_batch, check_tensor_parallel
+from ndtrain.train.proof import (
+    check_dropout,
+    check_masks,
+    check_same_batch,
+    check_tensor_parallel,
+    try_sequence_parallel,
+)
 from ndtrain.train.report import Reporter
 from ndtrain.train.state import config_difference, save_extras
 from ndtrain.train.twin import Twins
@@ -149,6 +155,8 @@ class Trainer:
 
     def _prove(self, twins: Twins | None) -> bool:
         """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
+        if self.sequence is not None and self.sequence.enabled:
+            try_sequence_parallel(self, self.sequence)
         known = check_masks(self) and (twins is None or check_tensor_parallel(self, twins))
         if known and self.sizes.tp > 1:
             check_dropout(self)
