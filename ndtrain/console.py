@@ -62,8 +62,9 @@ class Reporter:
         """One optimizer step; `show` says whether it is due where lines are printed."""
         self._pace = metrics.step_seconds if self._pace is None else 0.8 * self._pace + 0.2 * metrics.step_seconds
         eta = _duration(self._pace * (steps - metrics.step))
+        aux = "" if metrics.aux_loss is None else f"aux {metrics.aux_loss:.4f}  "
         text = (
-            f"loss {metrics.loss:.4f}  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"loss {metrics.loss:.4f}  {aux}grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
             f"{metrics.tokens_per_second:,.0f} tokens/s  ETA {eta}"
         )
         if self._live:
@@ -113,13 +114,21 @@ def inspect_text(recipe: Recipe, *, world_size: int | None, rank: int, as_json: 
 
 
 def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
-    """The plan as JSON-ready data; bytes of one rank and of the largest, for float32 parameters, gradients, AdamW."""
+    """The plan as JSON-ready data; bytes of one rank and of the largest, for float32 parameters, gradients, AdamW.
+
+    `in_host_memory` is the part of a total that cpu_offload keeps off the device.
+    """
     sizes = plan.sizes
     # Every cut gives its first part the most, so rank 0 is a largest rank.
     largest = 0
 
-    def held(numel: int) -> dict[str, int]:
-        return {"parameters": 4 * numel, "gradients": 4 * numel, "optimizer": 8 * numel, "total": 16 * numel}
+    def held(numels: dict[str, int]) -> dict[str, int]:
+        numel, hosted = sum(numels.values()), sum(n for fqn, n in numels.items() if fqn in plan.on_host)
+        parts = {"parameters": 4 * numel, "gradients": 4 * numel, "optimizer": 8 * numel}
+        return {**parts, "total": 16 * numel, "in_host_memory": 16 * hosted}
+
+    def of_rank(number: int) -> dict[str, int]:
+        return held({p.fqn: p.local_numel(sizes, number) for p in plan.params})
 
     return {
         "model_type": plan.model_type,
@@ -130,11 +139,11 @@ def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
         "tp_coverage": plan.tp_coverage,
         "loss_in_head": plan.head is not None,
         "bytes": {
-            "rank": held(plan.rank_numel(rank)),
-            "largest_rank": {"rank": largest, **held(plan.rank_numel(largest))},
-            "all_ranks": held(sum(p.numel * p.copies(sizes) for p in plan.params)),
+            "rank": of_rank(rank),
+            "largest_rank": {"rank": largest, **of_rank(largest)},
+            "all_ranks": held({p.fqn: p.numel * p.copies(sizes) for p in plan.params}),
         },
-        "units": [asdict(unit) for unit in plan.units],
+        "units": [asdict(unit) for unit in (*plan.units, plan.root)],
         "tied": plan.tied,
         "notes": list(plan.notes),
         "params": [_param_report(param, plan, rank) for param in plan.params],
@@ -159,10 +168,12 @@ def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
 
 def _fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
     """Rows in order, the same parameter of repeated layers folded into one: (FSDP unit, name in it, how many, row)."""
+    policies = {unit["name"]: _policies(unit) for unit in report["units"]}
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for param in report["params"]:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", param["fqn"])
-        key = (pattern, tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]), param["style"])
+        place = (tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]), param["style"])
+        key = (pattern, policies[param["unit"]], *place)
         rows.setdefault(key, []).append(param)
     folded = []
     for (pattern, *_), params in rows.items():
@@ -171,8 +182,15 @@ def _fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
             layers = {int(m.group(1)) for p in params if (m := re.search(r"\.(\d+)\.", p["fqn"]))}
             name = pattern.replace("*", _span(sorted(layers)), 1)
             unit = re.sub(r"(?<=\.)\d+(?=\.|$)", _span(sorted(layers)), unit, count=1)
-        folded.append((unit, name.removeprefix(f"{unit}."), len(params), params[0]))
+        title = f"{unit}: {policies[params[0]['unit']]}"
+        folded.append((title, name.removeprefix(f"{unit}."), len(params), params[0]))
     return folded
+
+
+def _policies(unit: dict[str, Any]) -> str:
+    """What the unit does, as [fsdp.modules] would say it, and its compute dtype."""
+    weights = "free_full_weight" if unit["reshard"] else "keep_full_weight"
+    return ", ".join([weights, *(["cpu_offload"] if unit["cpu_offload"] else []), unit["param_dtype"]])
 
 
 def _span(numbers: list[int]) -> str:
@@ -218,7 +236,8 @@ def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
             }
             console.print(
                 f"{label.get(who, 'all ranks'):>20}: {size(held['total'])} = parameters {size(held['parameters'])} + "
-                f"gradients {size(held['gradients'])} + AdamW {size(held['optimizer'])}",
+                f"gradients {size(held['gradients'])} + AdamW {size(held['optimizer'])}"
+                + (f", {size(held['in_host_memory'])} of it in host memory" if held["in_host_memory"] else ""),
                 markup=False,
             )
         if plan.sizes.tp > 1:

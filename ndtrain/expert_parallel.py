@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
+from ndtrain.plan.expert import MODULE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,3 +26,7 @@ def apply_expert_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     expert_parallel.apply_expert_parallelism(
         model, meshes.expert["ep"], meshes.tp, plan.ep_rules, ep_implementation="all_to_all"
     )
+    # What it gives under tp is a view: see `tensor_parallel`.
+    for name, style in plan.ep_rules.items() if plan.sizes.tp > 1 else ():
+        if style == MODULE:
+            model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())

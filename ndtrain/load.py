@@ -6,7 +6,7 @@ Comes in: a parallelized model on meta. Goes out: the same model on the device, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 PIECE_BYTES = 64 * 2**20
 
 
-def materialize(model: PreTrainedModel, runtime: Runtime) -> None:
+def materialize(model: PreTrainedModel, runtime: Runtime, *, on_host: Collection[str] = ()) -> None:
     """Give every parameter and buffer memory on the device, filled with NaN, and compute the buffers anew.
 
-    Buffers that are not in a checkpoint (rotary frequencies) come from the model's own initialization, as they do in
-    one process. Raises `PlanError` naming a buffer that the model cannot compute again.
+    Parameters whose FQN is in `on_host` get it in host memory. Buffers that are not in a checkpoint (rotary
+    frequencies) come from the model's own initialization, as they do in one process. Raises `PlanError` naming a buffer
+    that the model cannot compute again.
     """
-    model.to_empty(device=runtime.device)
+    hosted = {param for fqn, param in model.named_parameters() if fqn in on_host}
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device))
     tie(model)
     saved = set(model.state_dict().keys())
     unset([*model.parameters(), *model.buffers()])
@@ -66,7 +68,7 @@ def fill_with_noise(model: PreTrainedModel) -> None:
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             local.zero_()
         elif tensor.ndim < 2:
-            local.fill_(1.0)
+            local.normal_(mean=1.0, std=0.1)
         else:
             local.normal_(std=tensor.shape[-1] ** -0.5)
 

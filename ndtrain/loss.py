@@ -2,21 +2,26 @@
 
 Where the model passes its head's output on unchanged (`Plan.head`), the loss is taken inside the head: chunk by chunk
 the logits are made, used for loss and gradient, and dropped (the idea of Liger Kernel's fused linear cross-entropy,
-arXiv:2410.10989). Elsewhere the model's own logits are cast to float32 a chunk at a time.
+arXiv:2410.10989). A head cut by the vocabulary keeps its logits cut: the tp ranks exchange only the largest logit, the
+sum of exponentials and the target's logit of each token (loss parallelism, arXiv:1909.08053). Elsewhere the model's own
+logits are cast to float32 a chunk at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ndtrain.layout import chunk
 from ndtrain.plan import Plan
+from ndtrain.router import RouterLoss, Sequences, wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +40,37 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
+class _CutCrossEntropy(torch.autograd.Function):
+    """`cross_entropy_sum` of logits `[T, V/tp]` of which this rank has the part that begins at `start`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, labels: Tensor, start: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        logits = logits.float()
+        width = logits.shape[1]
+        largest = logits.amax(dim=1) if width else logits.new_full((len(labels),), -torch.inf)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        exponentials = (logits - largest[:, None]).exp_()
+        mine = (labels >= start) & (labels < start + width)
+        at = torch.where(mine, labels - start, 0)
+        target = logits.gather(1, at[:, None])[:, 0] * mine if width else torch.zeros_like(largest)
+        sums = torch.stack([exponentials.sum(dim=1), target])
+        dist.all_reduce(sums, group=group)
+        # Softmax, less 1 at the target; nothing where there is none.
+        counted = (labels != IGNORE).float()
+        gradient = exponentials.mul_((counted / sums[0])[:, None])
+        if width:
+            gradient.scatter_add_(1, at[:, None], -(mine.float())[:, None])
+        ctx.save_for_backward(gradient)
+        return ((sums[0].log() + largest - sums[1]) * counted).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None
+
+
 class _ChunkedHead(torch.autograd.Function):
     """Loss and all its gradients in one pass over chunks of tokens; nothing of size `[T, V]` outlives a chunk."""
 
@@ -44,7 +80,8 @@ class _ChunkedHead(torch.autograd.Function):
         hidden: Tensor,
         labels: Tensor,
         scale: Tensor,
-        head: Callable[[Tensor], Tensor],
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        group: dist.ProcessGroup | None,
         *weights: Tensor,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -54,13 +91,15 @@ class _ChunkedHead(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows].detach().requires_grad_()
             with torch.enable_grad():
-                loss = cross_entropy_sum(head(part), labels[start : start + rows])
+                loss = loss_of(part, labels[start : start + rows])
                 grads = torch.autograd.grad(loss * scale, [part, *weights])
             total += loss.detach()
             hidden_grad[start : start + rows] = grads[0]
             for i, grad in enumerate(grads[1:]):
                 # Chunks are added in float32, so that their number does not change the gradient of a bf16 head.
                 weight_grads[i] = grad.float() if weight_grads[i] is None else weight_grads[i].add_(grad)  # type: ignore[union-attr]
+        if group is not None:
+            dist.all_reduce(hidden_grad, group=group)
         ctx.grads = [
             hidden_grad,
             *(g.to(w.dtype) for g, w in zip(weight_grads, weights, strict=True) if g is not None),
@@ -72,7 +111,7 @@ class _ChunkedHead(torch.autograd.Function):
         # The gradients already carry the scale of the loss, so that backward runs on the plain sum.
         hidden_grad, *weight_grads = ctx.grads
         ctx.grads = None
-        return hidden_grad, None, None, None, *weight_grads
+        return hidden_grad, None, None, None, None, *weight_grads
 
 
 class LossModel:
@@ -82,18 +121,38 @@ class LossModel:
     them to the model.
 
     The gradient is that of sum of cross-entropy / `count`, where `count` is the number of target tokens of the global
-    batch, so that gradients summed over ranks and micro batches are those of the mean loss.
+    batch, so that gradients summed over ranks and micro batches are those of the mean loss. Where the model's config
+    asks for a router's auxiliary loss, its mean over the sequences of the global batch, times the config's coefficient,
+    is added; `cp_group` holds the ranks that have parts of the same sequences.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, *, pass_positions: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        *,
+        pass_positions: bool,
+        tp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup | None = None,
+    ):
         self.model = model
         self.pass_positions = pass_positions
+        self.router = RouterLoss(model, cp_group) if wanted(model) else None
         self._inside_head = plan.head is not None
         self._labels: Tensor | None = None
         self._scale: Tensor | None = None
         if plan.head is not None:
             head = model.get_submodule(plan.head)
             project = head.forward
+            # Else the head is whole on every tp rank, or there is but one.
+            group = tp_group if plan.tp_rules.get(plan.head) == "colwise_gather_output" else None
+
+            def loss_of_part(hidden: Tensor, labels: Tensor) -> Tensor:
+                if group is None:
+                    return cross_entropy_sum(project(hidden), labels)
+                weights = [p if p is None else cast(DTensor, p).to_local() for p in (head.weight, head.bias)]
+                start, _ = chunk(cast(Tensor, head.weight).shape[0], group.size(), group.rank())
+                return _CutCrossEntropy.apply(F.linear(hidden, *weights), labels, start, group)
 
             def loss_in_head(hidden: Tensor) -> Tensor:
                 if self._labels is None:
@@ -101,14 +160,16 @@ class LossModel:
                 assert self._scale is not None
                 weights = list(head.parameters(recurse=False))
                 flat = hidden.reshape(-1, hidden.shape[-1])
-                return _ChunkedHead.apply(flat, self._labels, self._scale, project, *weights)
+                return _ChunkedHead.apply(flat, self._labels, self._scale, loss_of_part, group, *weights)
 
             head.forward = loss_in_head  # type: ignore[method-assign]
 
-    def backward(self, batch: dict[str, Tensor], *, count: int) -> Tensor:
+    def backward(self, batch: dict[str, Tensor], *, count: int, sequences: Sequences | None = None) -> Tensor:
         """Forward and backward of one micro batch of int64 `[B, S]` input_ids, labels (already shifted), position_ids.
 
-        Returns the detached float32 sum of cross-entropy of this micro batch's targets.
+        `sequences` is needed where there is an auxiliary loss. Returns two detached sums in float32: of the
+        cross-entropy of this micro batch's targets, and of the auxiliary loss (without its coefficient) of its
+        sequences, 0 where there is none.
         """
         device = batch["input_ids"].device
         scale = torch.tensor(1.0 / max(1, count), dtype=torch.float32, device=device)
@@ -122,12 +183,18 @@ class LossModel:
                 loss = self.model(**inputs).logits
             finally:
                 self._labels = self._scale = None
-            loss.backward()
-            return loss.detach()
-        logits = self.model(**inputs).logits
-        loss = self.loss_of(logits, labels)
-        (loss * scale).backward()
-        return loss.detach()
+            target = loss
+        else:
+            loss = self.loss_of(self.model(**inputs).logits, labels)
+            target = loss * scale
+        auxiliary = torch.zeros_like(loss)
+        if self.router is not None:
+            assert sequences is not None
+            auxiliary = self.router(sequences)
+            # In one backward pass, for blocks that are recomputed hold both.
+            target = target + auxiliary * (self.router.coefficient / max(1, sequences.total))
+        target.backward()
+        return torch.stack([loss.detach(), auxiliary.detach()])
 
     @staticmethod
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import resource
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,11 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl. `loss` is the mean over the global batch's targets, `tokens` their count."""
+    """One line of metrics.jsonl. `loss` is the mean over the global batch's targets, `tokens` their count.
+
+    `aux_loss` is the router's, the mean over the global batch's sequences without its coefficient; None, and left out
+    of the line, where there is none.
+    """
 
     step: int
     loss: float
@@ -33,6 +37,11 @@ class StepMetrics:
     mfu: float | None
     peak_memory_bytes: int
     time: str
+    aux_loss: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is written: every field, `aux_loss` only where there is one."""
+        return {key: value for key, value in asdict(self).items() if key != "aux_loss" or value is not None}
 
 
 def now() -> str:
@@ -89,7 +98,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(directory))
 
     def write(self, metrics: StepMetrics) -> None:
-        for name, value in asdict(metrics).items():
+        for name, value in metrics.as_dict().items():
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(name, value, metrics.step)
         self._writer.flush()
@@ -108,4 +117,4 @@ class JsonLines:
 
     def write(self, metrics: StepMetrics) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+            file.write(json.dumps(metrics.as_dict()) + "\n")

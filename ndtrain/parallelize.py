@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from ndtrain.context_parallel import KINDS, ContextParallel
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
-from ndtrain.model import tie
-from ndtrain.plan import Plan, expert
-from ndtrain.plan.tensor import CUTTING
+from ndtrain.plan import Plan, Unit
 from ndtrain.recipe import Recipe
+from ndtrain.tensor_parallel import apply_tensor_parallelism
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,45 +22,27 @@ if TYPE_CHECKING:
 def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> ContextParallel | None:
     """Turn `model` (on meta) into the sharded model that `plan` describes, in place; returns what splits batches."""
     if plan.tp_rules:
-        # transformers.distributed moves between releases (read at 5.23); this is its one caller.
-        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-        # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
-        params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
-        rules = params | {name: style for name, style in plan.tp_rules.items() if name not in params}
-        apply_tensor_parallelism(model, meshes.tp, rules)
-        tie(model)
-        # What an embedding, a head or dispatched experts give under tp is a view, whose later in-place change would
-        # drop FSDP's pre-backward hook without an error (torch 2.13 warns of it).
-        for name, style in (plan.tp_rules | plan.ep_rules).items():
-            if style in ("embedding_rowwise", "colwise_gather_output", expert.MODULE):
-                model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
+        apply_tensor_parallelism(model, plan, meshes)
     if plan.ep_rules:
         apply_expert_parallelism(model, plan, meshes)
     if recipe.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     context = KINDS[plan.cp](model, meshes.dense["cp"].get_group()) if plan.cp else None
-    compute = getattr(torch, recipe.fsdp.param_dtype)
-    reduce = getattr(torch, recipe.fsdp.reduce_dtype)
-    mixed = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=reduce)
     planned = {param.fqn: param.placements for param in plan.params}
     placements = {param: planned[fqn] for fqn, param in model.named_parameters()}
-    for unit in plan.units:
+    for unit in (*plan.units, plan.root):
         modules = [model.get_submodule(name) for name in unit.modules]
-        target = modules if len(modules) > 1 else modules[0]
-        if unit.experts:
-            fully_shard(
-                target,
-                mesh=meshes.efsdp,
-                reshard_after_forward=unit.reshard,
-                shard_placement_fn=lambda param: _fsdp_dim(placements[param]),
-                # Routing weights stay in their own dtype, as where experts are gathered with their block.
-                mp_policy=replace(mixed, cast_forward_inputs=False),
-            )
-        else:
-            mp_policy = MixedPrecisionPolicy() if unit.fp32 else mixed
-            fully_shard(target, mesh=meshes.fsdp, reshard_after_forward=unit.reshard, mp_policy=mp_policy)
-    fully_shard(model, mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=mixed)
+        mesh = meshes.efsdp if unit.experts else meshes.fsdp
+        place = (lambda param: _fsdp_dim(placements[param])) if unit.experts else None
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=mesh,
+            reshard_after_forward=unit.reshard,
+            shard_placement_fn=place,
+            mp_policy=_mixed_precision(unit),
+            # Only memory that a device copies from needs pinning.
+            offload_policy=CPUOffloadPolicy(mesh.device_type != "cpu") if unit.cpu_offload else OffloadPolicy(),
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the global count of target tokens, so gradients are summed, never averaged.
@@ -70,6 +50,15 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return context
+
+
+def _mixed_precision(unit: Unit) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(
+        param_dtype=getattr(torch, unit.param_dtype),
+        reduce_dtype=getattr(torch, unit.reduce_dtype),
+        output_dtype=getattr(torch, unit.output_dtype) if unit.output_dtype else None,
+        cast_forward_inputs=unit.cast_inputs,
+    )
 
 
 def _fsdp_dim(placements: tuple[Placement, ...]) -> Shard:

@@ -199,15 +199,34 @@ def test_only_an_unchanged_head_is_called_plain(
 TP2 = MeshSizes(1, 1, 1, 2)
 NO_PACKING = {"data": {"packing": False}}
 REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[str]]] = {
-    "gpt2 has no tp plan": (
-        "gpt2",
-        GPT2_DROPOUT,
-        TP2,
+    "a style that is none": (
+        "llama",
         {},
-        ["gpt2", "no tensor-parallel plan", "mesh.tp = 2", "dp_shard"],
+        TP2,
+        {"tp": {"plan": {"model.layers.*.mlp.up_proj": "colwide"}}},
+        ['tp.plan."model.layers.*.mlp.up_proj" = "colwide"', "rowwise"],
     ),
-    "a tp plan of the head alone": ("gpt_oss", {}, TP2, NO_PACKING, ["gpt_oss leaves every block replicated"]),
-    "a parameter without a rule": ("doge", {}, TP2, NO_PACKING, ["model.layers.0.self_attn.A", "mesh.tp = 1"]),
+    "a pattern that matches nothing": (
+        "llama",
+        {},
+        TP2,
+        {"tp": {"plan": {"model.layers.*.mlp.upproj": "colwise"}}},
+        ["matches nothing in llama", "did you mean model.layers.*.mlp.up_proj?"],
+    ),
+    "a style for the wrong module": (
+        "llama",
+        {},
+        TP2,
+        {"tp": {"plan": {"model.layers.*.input_layernorm": "colwise"}}},
+        ["llama with [tp.plan]", "model.layers.0.input_layernorm", "no linear layer"],
+    ),
+    "an expert pattern that matches nothing": (
+        "qwen3_moe",
+        {},
+        MeshSizes(1, 2, 1, 1, 2),
+        {"ep": {"plan": {"experts": "grouped_gemm"}}},
+        ['ep.plan."experts" matches nothing in qwen3_moe'],
+    ),
     "ep of a dense model": ("llama", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["llama declares no experts", "mesh.ep = 1"]),
     "ep over the experts": ("qwen3_moe", {}, MeshSizes(1, 8, 1, 1, 8), {}, ["mesh.ep = 8", "4 experts of qwen3_moe"]),
     "cp over a state space": (
@@ -283,12 +302,26 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"data": {"packing": True}},
         ["mamba", "mixes along the sequence", "data.packing = false"],
     ),
-    "router loss": (
-        "qwen3_moe",
+    "router loss of another kind": (
+        "doge",
         {"output_router_logits": True},
         MeshSizes(),
         {},
-        ["qwen3_moe", "model.config.output_router_logits = false"],
+        ["doge has an auxiliary loss of its own kind", "model.config.output_router_logits = false"],
+    ),
+    "no router loss": (
+        "glm4_moe",
+        {"output_router_logits": True},
+        MeshSizes(),
+        {},
+        ["glm4_moe records its router's logits but has no auxiliary loss", "output_router_logits = false"],
+    ),
+    "no router": (
+        "qwen3_moe",
+        {"output_router_logits": True, "mlp_only_layers": [0, 1]},
+        MeshSizes(),
+        {},
+        ["qwen3_moe of this config has no router", "output_router_logits = false"],
     ),
     "positions": (
         "gpt2",
@@ -309,6 +342,70 @@ def test_what_cannot_be_trained_rightly_is_refused_with_the_way_out(tmp_path: Pa
         make_plan(model, sizes, recipe)
     for word in words:
         assert word in str(caught.value)
+
+
+# Styles of a first block's layers, of models that declare no plan or one that cannot be used.
+DERIVED: dict[str, tuple[dict[str, str], str]] = {
+    "gpt2": (
+        {
+            "transformer.h.0.attn.c_attn": "conv1d_colwise_gather_output",  # fused, and its source names full sizes
+            "transformer.h.0.attn.c_proj": "conv1d_colwise_gather_output",
+            "transformer.h.0.mlp.c_fc": "conv1d_colwise",
+            "transformer.h.0.mlp.c_proj": "conv1d_rowwise",
+            "transformer.wte": "embedding_rowwise",
+            "lm_head": "colwise_gather_output",
+        },
+        "declares no tensor-parallel plan",
+    ),
+    "bert": (
+        {
+            "bert.encoder.layer.0.attention.self.query": "colwise",
+            "bert.encoder.layer.0.attention.output.dense": "rowwise",
+            "bert.encoder.layer.0.intermediate.dense": "colwise",
+            "bert.encoder.layer.0.output.dense": "rowwise",
+        },
+        "declares no tensor-parallel plan",
+    ),
+    "opt": (
+        {
+            "model.decoder.layers.0.self_attn.q_proj": "colwise_gather_output",
+            "model.decoder.layers.0.fc1": "colwise",
+            "model.decoder.layers.0.fc2": "rowwise",
+        },
+        "declares no tensor-parallel plan",
+    ),
+    # A norm over all features between the two layers of its MLP
+    "bitnet": ({"model.layers.0.mlp.down_proj": "colwise_gather_output"}, "declares no tensor-parallel plan"),
+    "gpt_oss": ({"model.layers.0.self_attn.o_proj": "colwise_gather_output"}, "leaves every block replicated"),
+    "doge": ({"model.layers.0.mlp.up_proj": "colwise"}, "has model.layers.0.self_attn.A among its cut layers"),
+}
+
+
+@pytest.mark.parametrize("kind", DERIVED)
+def test_a_plan_is_derived_where_the_model_has_none_that_can_be_used(tmp_path: Path, kind: str) -> None:
+    styles, reason = DERIVED[kind]
+    config = GPT2_DROPOUT if kind == "gpt2" else {}
+    _, plan = plan_for(recipe_for(tmp_path, kind, config, **NO_PACKING), TP2)
+    assert {name: plan.tp_rules[name] for name in styles} == styles
+    assert any(f"{kind} {reason}" in note and "derived from its structure" in note for note in plan.notes)
+
+
+def test_styles_of_the_recipe_replace_those_of_the_model(tmp_path: Path) -> None:
+    over = {"model.layers.*.mlp.up_proj": "colwise_gather_output", "model.layers.1.self_attn.o_proj": "replicate"}
+    model = meta_model(recipe_for(tmp_path, "llama"))
+    _, plan = plan_for(recipe_for(tmp_path, "llama", tp={"plan": over}), TP2)
+    before = make_plan(model, TP2, recipe_for(tmp_path, "llama"))
+    changed = {p.fqn: p.style for p, q in zip(plan.params, before.params, strict=True) if p.style != q.style}
+    assert changed == {
+        "model.layers.0.mlp.up_proj.weight": "colwise_gather_output",
+        "model.layers.1.mlp.up_proj.weight": "colwise_gather_output",
+        "model.layers.1.self_attn.o_proj.weight": "replicate",
+    }
+
+
+def test_scalars_of_a_learned_activation_are_summed(tmp_path: Path) -> None:
+    _, plan = plan_for(recipe_for(tmp_path, "apertus", **NO_PACKING), TP2)
+    assert {"model.layers.0.mlp.act_fn.alpha_p", "model.layers.0.mlp.act_fn.alpha_n"} <= set(plan.tp_summed)
 
 
 @pytest.mark.parametrize(

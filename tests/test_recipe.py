@@ -128,6 +128,43 @@ WRONG = [
     ("model", "config = {a = [nan]}", ["model.config.a = nan must be a finite number"]),
     ("tp", "plan = {x = 3}", ["tp.plan", "a table of strings"]),
     ("mesh", "fsdp_size = 2\ndp_shard = 2", ["mesh.fsdp_size = 2 and mesh.dp_shard = 2 are the same key"]),
+    ("fsdp", "mode = 'manual'", ['fsdp.mode = "manual" needs the modules', "[fsdp.modules]"]),
+    ("fsdp", "modules = {a = ['keep_full_weight']}", ['[fsdp.modules] contradicts fsdp.mode = "auto"']),
+    ("fsdp", "modules = 3", ["fsdp.modules = 3 must be a table"]),
+    ("fsdp", "modules = {a = 'keep'}", ['fsdp.modules.a = "keep": "keep" is no policy', '"keep_full_weight"']),
+    ("fsdp", "modules = {a = ['cpu_offload', 3]}", ["3 is no policy"]),
+    ("fsdp", "modules = {a = ['free_full_weight', 'keep_full_weight']}", ["fsdp.modules.a", "both frees and keeps"]),
+    ("fsdp", "modules = {'a.*' = {offload = true}}", ['fsdp.modules."a.*" has no key "offload"', "cpu_offload"]),
+    ("fsdp", "modules = {a = {cpu_offload = 1}}", ["fsdp.modules.a.cpu_offload = 1 must be one of true, false"]),
+    ("fsdp", "modules = {a = {mixed_precision = 'float16'}}", ["fsdp.modules.a.mixed_precision", '"bfloat16"']),
+    ("fsdp", "modules = {'' = {}}", ["empty"]),
+    (
+        "fsdp",
+        "mode = 'manual'\nparam_dtype = 'float32'\nmodules = {a = 'mixed_precision'}",
+        ["fsdp.modules.a asks for mixed_precision", "name the dtype"],
+    ),
+    ("fsdp", "fsdp_version = 1", ["fsdp.fsdp_version = 1", "FSDP2 alone"]),
+    ("fsdp", "version = true", ["fsdp.version = true"]),
+    ("fsdp", "state_dict_type = 'FULL_STATE_DICT'", ["fsdp.state_dict_type", "ndtrain convert"]),
+    ("fsdp", "auto_wrap_policy = 'SIZE_BASED_WRAP'", ["fsdp.auto_wrap_policy", "[fsdp.modules]"]),
+    ("fsdp", "activation_checkpointing = 'yes'", ["fsdp.activation_checkpointing", "true or false"]),
+    ("fsdp", "transformer_layer_cls_to_wrap = []", ["fsdp.transformer_layer_cls_to_wrap = [] must be a class name"]),
+    (
+        "fsdp",
+        "mode = 'auto'\ntransformer_layer_cls_to_wrap = ['A']",
+        ['fsdp.mode = "auto" and fsdp.transformer_layer_cls_to_wrap = ["A"] contradict'],
+    ),
+    (
+        "fsdp",
+        "mode = 'manual'\ntransformer_layer_cls_to_wrap = ['A']\nmodules = {B = {}}",
+        ["fsdp.transformer_layer_cls_to_wrap", "fsdp.modules", "are the same key"],
+    ),
+    ("fsdp", "fsdp_sync_module_states = true", ["fsdp.fsdp_sync_module_states = true is of FSDP1", "load.mode"]),
+    ("fsdp", "use_orig_params = true", ["is of FSDP1", "original parameters"]),
+    ("fsdp", "limit_all_gathers = true", ["is of FSDP1"]),
+    ("fsdp", "backward_prefetch = 'BACKWARD_PRE'", ["is of FSDP1"]),
+    ("fsdp", "forward_prefetch = false", ["is of FSDP1"]),
+    ("fsdp", "sharding_strategy = 'FULL_SHARD'", ["is of FSDP1", "reshard_after_forward", "mesh.dp_replicate"]),
 ]
 
 
@@ -142,14 +179,9 @@ def test_what_is_wrong_is_named(recipe: Any, section: str, line: str, words: lis
 
 
 LATER = [
-    ("fsdp", "mode = 'manual'"),
-    ("fsdp", "modules = {a = ['keep_full_weight']}"),
-    ("fsdp", "cpu_offload = true"),
     ("fsdp", "param_dtype = 'float16'"),
     ("fsdp", "reduce_dtype = 'float16'"),
-    ("tp", "plan = {a = 'colwise'}"),
     ("tp", "sequence_parallel = true"),
-    ("ep", "plan = {a = 'x'}"),
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),
     ("data", "format = 'chat'"),
@@ -275,6 +307,7 @@ SAMPLES |= {
     "min_lr_ratio": 0.5,
 }
 SAMPLES |= {"activation_checkpointing": True, "resume": "never", "dir": "d"}
+SAMPLES |= {"reshard_after_forward": False, "cpu_offload": True}
 
 
 @pytest.mark.parametrize(("section", "alias"), ALIASES)
@@ -294,6 +327,84 @@ def test_aliases_are_read_with_a_note(recipe: Any, section: str, alias: str) -> 
     assert getattr(getattr(r, section), key) == expected
     (note,) = r.notes
     assert f"{section}.{alias} is read as {section}.{key}" in note
+
+
+# What is written in [fsdp]; the keys that it sets
+FSDP_CONFIG: list[tuple[str, dict[tuple[str, str], Any]]] = [
+    ("activation_checkpointing = true", {("train", "activation_checkpointing"): "full"}),
+    ("fsdp_activation_checkpointing = false", {("train", "activation_checkpointing"): "none"}),
+    ("cpu_ram_efficient_loading = true", {("load", "mode"): "rank0"}),
+    ("fsdp_cpu_ram_efficient_loading = false", {("load", "mode"): "sharded"}),
+    ("fsdp_auto_wrap_policy = 'TRANSFORMER_BASED_WRAP'", {("fsdp", "mode"): "auto"}),
+    ("transformer_layer_cls_to_wrap = ['A', 'B']", {("fsdp", "mode"): "manual", ("fsdp", "modules"): ["A", "B"]}),
+    ("fsdp_transformer_layer_cls_to_wrap = 'A,B'", {("fsdp", "mode"): "manual", ("fsdp", "modules"): ["A", "B"]}),
+    ("state_dict_type = 'SHARDED_STATE_DICT'", {}),
+    ("fsdp_version = 2", {}),
+    ("version = 2", {}),
+]
+
+
+@pytest.mark.parametrize(("line", "sets"), FSDP_CONFIG, ids=[line for line, _ in FSDP_CONFIG])
+@pytest.mark.parametrize("by", ["file", "--set"])
+def test_keys_of_fsdp_config_mean_the_same_here(
+    recipe: Any, line: str, sets: dict[tuple[str, str], Any], by: str
+) -> None:
+    r = recipe(with_line(line, "fsdp")) if by == "file" else recipe(MINIMAL, "fsdp." + line.replace(" = ", "=", 1))
+    for (section, key), value in sets.items():
+        got = getattr(getattr(r, section), key)
+        assert (list(got) if key == "modules" else got) == value
+    (note,) = r.notes
+    assert note.startswith("fsdp." + line.split(" =")[0])
+    if not sets:
+        assert r.model_dump() == recipe().model_dump() and "what ndtrain does anyway" in note
+
+
+def test_classes_and_their_policy_go_together(recipe: Any) -> None:
+    lines = "auto_wrap_policy = 'TRANSFORMER_BASED_WRAP'\ntransformer_layer_cls_to_wrap = ['A']"
+    for more in ("", "\nmode = 'manual'"):
+        assert recipe(with_line(lines + more, "fsdp")).fsdp.mode == "manual"
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "other", "words"),
+    [
+        ("activation_checkpointing = false", "train.activation_checkpointing", '"full"'),
+        ("fsdp_activation_checkpointing = true", "train.gradient_checkpointing", "true"),
+        ("cpu_ram_efficient_loading = true", "load.mode", '"sharded"'),
+    ],
+)
+def test_one_thing_said_in_two_sections_is_a_contradiction(recipe: Any, fsdp: str, other: str, words: str) -> None:
+    section, key = other.split(".")
+    text = with_line(f"{key} = {words}", section) + f"[fsdp]\n{fsdp}\n"
+    with pytest.raises(RecipeError, match="are the same key; keep one") as caught:
+        recipe(text)
+    assert f"{other} = {words}" in str(caught.value) and f"fsdp.{fsdp}" in str(caught.value)
+    assert re.search(r"r\.toml, line \d+\)$", str(caught.value))
+
+
+def test_policies_of_modules(recipe: Any) -> None:
+    text = (
+        MINIMAL
+        + """
+[fsdp]
+mode = "manual"
+[fsdp.modules]
+"a.*" = "keep_full_weight"
+b = ["free_full_weight", "cpu_offload", "mixed_precision"]
+c = {policy = "keep_full_weight", mixed_precision = "float32", cpu_offload = false}
+D = {}
+"""
+    )
+    r = recipe(text, 'fsdp.modules."e.f"=free_full_weight')
+    said = {name: tuple(policy.model_dump().values()) for name, policy in r.fsdp.modules.items()}
+    assert said == {
+        "a.*": ("keep_full_weight", None, None),
+        "b": ("free_full_weight", True, True),
+        "c": ("keep_full_weight", False, "float32"),
+        "D": (None, None, None),
+        "e.f": ("free_full_weight", None, None),
+    }
+    assert recipe(to_toml(r)) == r
 
 
 def test_peers_values_are_read_too(recipe: Any) -> None:

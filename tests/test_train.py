@@ -146,8 +146,7 @@ def recipe_for(world: dict[str, Any], tmp_path: Path, kind: str, mesh: str, **mo
     )
 
 
-# GPT-2 declares no tensor-parallel plan and is refused under tp: see test_plan.py.
-PAIRS = [(kind, mesh) for kind in KINDS for mesh in MESHES if kind != "gpt2" or "tp" not in MESHES[mesh]]
+PAIRS = [(kind, mesh) for kind in KINDS for mesh in MESHES]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -174,6 +173,12 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "weights kept gathered": ("qwen3", "dp_shard2", {"fsdp": {"reshard_after_forward": False}}),
     "rows that do not divide": ("llama", "dp_shard4", {"train": {"micro_batch_size": 3}}),
     "fused projections under tp": ("phi3", "dp_shard2-tp2", {}),
+    "learned activation under tp": ("apertus", "tp2", {"data": {"packing": False}}),
+    "styles of the recipe": (
+        "qwen3",
+        "dp_shard2-tp2",
+        {"tp": {"plan": {"model.layers.*.mlp.*": "colwise_gather_output"}}},
+    ),
     "latent attention under tp": ("minicpm3", "tp2", {}),
     "experts under tp": ("qwen3_moe", "dp_shard2-tp2", {}),
     "experts under tp and ep": ("qwen3_moe", "dp_shard2-tp2-ep4", {}),
@@ -223,7 +228,6 @@ def test_options_train_like_plain_transformers(world: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "mesh", "words"),
     [
-        ("apertus", "tp2", "another gradient for it"),
         ("camembert", "cp2", "differs from the whole sequence"),
         ("deepseek_v32", "cp2", "does not run on cp 2"),
     ],
@@ -247,6 +251,37 @@ def test_a_ring_refuses_what_it_cannot_cut(world: dict[str, Any], tmp_path: Path
     recipe = recipe_for(world, tmp_path, kind, "cp2", data={"packing": False}, **RING)
     with pytest.raises(AssertionError, match=f'PlanError: {words}, which cp.kind = "ring" cannot cut; set cp.kind'):
         get_pool(2).run(trained, str(recipe), [], timeout=200)
+
+
+def sabotaged(recipe_path: str, where: str) -> None:
+    """Like `trained`, on a model whose cut block is wrong in the same way on every rank."""
+    from ndtrain.train import trainer as module
+
+    right = module.parallelize
+
+    def wrong(model: Any, *args: Any, **kwargs: Any) -> Any:
+        context = right(model, *args, **kwargs)
+        layer = model.get_submodule("model.layers.0.mlp")
+        if where == "forward":
+            layer.register_forward_hook(lambda module, args, output: 1.1 * output)
+        else:
+            layer.register_forward_hook(lambda module, args, output: 0.5 * output + 0.5 * output.detach())
+        return context
+
+    module.parallelize = wrong
+    try:
+        trained(recipe_path, [])
+    finally:
+        module.parallelize = right
+
+
+@pytest.mark.parametrize(("where", "words"), [("forward", "what model.layers"), ("backward", "the gradient of")])
+def test_a_wrong_plan_is_refused_though_all_ranks_agree(
+    world: dict[str, Any], tmp_path: Path, where: str, words: str
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", "tp2")
+    with pytest.raises(AssertionError, match=f"PlanError: llama under mesh.tp = 2: {words}.* differs from that of one"):
+        get_pool(2).run(sabotaged, str(recipe), where, timeout=200)
 
 
 def test_bf16_compute_keeps_fp32_masters(world: dict[str, Any], tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
+from ndtrain.plan.override import overridden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,10 +15,11 @@ if TYPE_CHECKING:
 MODULE, PARAM = "ep_dispatch_experts", "grouped_gemm"
 
 
-def rules(model: PreTrainedModel, sizes: MeshSizes) -> dict[str, str]:
-    """The model's own EP plan: expert parameters, then the modules that send tokens to them."""
+def rules(model: PreTrainedModel, sizes: MeshSizes, *, overrides: Mapping[str, str]) -> dict[str, str]:
+    """The model's own EP plan, `overrides` over it: expert parameters, and the modules that send tokens to them."""
     what = model.config.model_type
-    found: dict[str, str] = model._expand_parallel_plan(dict(getattr(model, "ep_plan", None) or {}))
+    own: dict[str, str] = model._expand_parallel_plan(dict(getattr(model, "ep_plan", None) or {}))
+    found = overridden(model, own, overrides, key="ep.plan", styles=(MODULE, PARAM))
     modules = [name for name, style in found.items() if style == MODULE]
     if not modules:
         raise PlanError(f"{what} declares no experts to spread over mesh.ep = {sizes.ep}; set mesh.ep = 1")

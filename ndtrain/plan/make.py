@@ -11,7 +11,7 @@ from ndtrain.errors import PlanError
 from ndtrain.layout import fsdp_over
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
-from ndtrain.plan import context, expert, refuse, tensor
+from ndtrain.plan import context, expert, manual, refuse, tensor
 from ndtrain.plan import units as fsdp
 from ndtrain.plan.types import ParamPlan, Plan
 from ndtrain.recipe import Recipe
@@ -32,16 +32,21 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     cp, why = context.choose(model, sizes, recipe) if sizes.cp > 1 else (None, None)
     if why:
         notes.append(why)
-    ep_rules = expert.rules(model, sizes) if sizes.ep > 1 else {}
+    ep_rules = expert.rules(model, sizes, overrides=recipe.ep.plan) if sizes.ep > 1 else {}
     experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
     blocks = tuple(fsdp.find_blocks(model))
     tp_rules: dict[str, str] = {}
     if sizes.tp > 1:
-        tp_rules = tensor.rules(model, sizes, blocks=blocks, without=experts)
+        tp_rules, note = tensor.rules(model, sizes, blocks=blocks, without=experts, overrides=recipe.tp.plan)
+        notes += [note] if note else []
         refuse.check_dropout(model)
     tied = tied_keys(model)
-    units = tuple(fsdp.units(model, blocks, tied, recipe, experts=experts))
-    if not blocks:
+    by_hand = recipe.fsdp.mode == "manual"
+    if by_hand:
+        units = tuple(manual.units(model, tied, recipe, experts=experts))
+    else:
+        units = tuple(fsdp.units(model, blocks, tied, recipe, experts=experts))
+    if not blocks and not by_hand:
         notes.append(f"{model_type}: no repeated blocks found; the model is one FSDP unit")
     head = fsdp.plain_head(model)
     if head is None:
@@ -57,11 +62,13 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         for fqn, param in model.named_parameters()
     )
     summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
+    refuse.check_router(model, summed)
     return Plan(
         model_type=model_type,
         sizes=sizes,
         params=params,
         units=units,
+        root=fsdp.root(recipe),
         blocks=blocks,
         tied=tied,
         tp_rules={name: style for name, style in tp_rules.items() if style != tensor.SUMMED},

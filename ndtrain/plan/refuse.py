@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ndtrain import router
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.units import embeddings
@@ -24,11 +25,8 @@ _MIXING = re.compile(
 
 def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     what, config = model.config.model_type, model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise PlanError(
-            f"{what} adds a router's auxiliary loss, which is not supported yet; "
-            "set model.config.output_router_logits = false"
-        )
+    if router.wanted(model):
+        router.check(model)
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
         raise PlanError(f"{what} is quantized; ndtrain trains full-precision weights only")
     forward = inspect.signature(type(model).forward).parameters
@@ -91,6 +89,18 @@ def check_dropout(model: PreTrainedModel) -> None:
             f"{model.config.model_type} has {key} = {value}: dropout under mesh.tp > 1 is not supported yet; "
             f"set model.config.{key} = 0.0 or mesh.tp = 1"
         )
+
+
+def check_router(model: PreTrainedModel, summed: tuple[str, ...]) -> None:
+    """Refuse routers whose gradients are summed over tp: every rank has that of the auxiliary loss whole."""
+    if not router.wanted(model):
+        return
+    for name in router.router_names(model):
+        if part := next((fqn for fqn in summed if fqn.startswith(f"{name}.")), None):
+            raise PlanError(
+                f"{model.config.model_type} sums the gradients of {part} over tp, which would count its auxiliary loss "
+                "on every tp rank; set mesh.tp = 1 or model.config.output_router_logits = false"
+            )
 
 
 def _mixing(model: PreTrainedModel) -> str | None:

@@ -1,8 +1,9 @@
-"""Tensor parallelism: the model's own plan, checked against what can be done rightly."""
+"""Tensor parallelism: the model's own plan or a derived one, checked against what can be done rightly."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,6 +12,8 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
+from ndtrain.plan import derive
+from ndtrain.plan.override import overridden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,67 +28,84 @@ CUTTING = {
     "embedding_rowwise": ("num_embeddings",),
     "packed_colwise": (),
     "packed_rowwise": (),
+    "conv1d_colwise": ("nf",),
+    "conv1d_colwise_gather_output": ("nf",),
+    "conv1d_rowwise": ("nx",),
 }
 WRAPPING = ("moe_tp_experts", "mla_kv_a_proj", "local_params", "all_reduce", "replicate")
 # Its hook all-reduces the accumulated gradient at every micro batch, which is wrong from the second one on
 # (transformers <= 5.23): ndtrain sums these gradients itself, once, at the step boundary.
 SUMMED = "replicated_with_grad_allreduce"
+STYLES = (*CUTTING, *WRAPPING, SUMMED)
 
 
 def rules(
-    model: PreTrainedModel, sizes: MeshSizes, *, blocks: tuple[str, ...], without: tuple[str, ...]
-) -> dict[str, str]:
-    """The model's own TP plan, one entry per module, checked against what tensor parallelism can do rightly.
+    model: PreTrainedModel,
+    sizes: MeshSizes,
+    *,
+    blocks: tuple[str, ...],
+    without: tuple[str, ...],
+    overrides: Mapping[str, str],
+) -> tuple[dict[str, str], str | None]:
+    """The tensor-parallel plan, one entry per module, checked against what can be done rightly; and a note on it.
 
-    Modules in `without` and what they contain are left out.
+    The model's own plan, or where that cannot be used one derived from its structure; `overrides` (FQN pattern to
+    style) over it. Modules in `without` and what they contain are left out.
     """
-    what, config = model.config.model_type, model.config.get_text_config()
-    declared = dict(model.tp_plan or {})
-    if not declared:
-        raise PlanError(
-            f"{what} declares no tensor-parallel plan, so mesh.tp = {sizes.tp} would replicate every weight; "
-            "set mesh.tp = 1 and use dp_shard"
-        )
+    what = model.config.model_type
     # transformers expands `*` to the model's layer numbers, parameters before modules (private, 5.23).
-    expanded: dict[str, str] = {
-        name: style
-        for name, style in model._expand_parallel_plan(declared).items()
-        if not any(name == outer or name.startswith(f"{outer}.") for outer in without)
-    }
-    params = dict(model.named_parameters(remove_duplicate=False))
+    declared: dict[str, str] = model._expand_parallel_plan(dict(model.tp_plan or {}))
+    own = {name: style for name, style in declared.items() if not is_within(name, without)}
+    note = None
+    reason = _unusable(model, own, blocks) if own else "declares no tensor-parallel plan"
+    if reason:
+        own = derive.rules(model, sizes.tp, blocks=blocks, without=without)
+        if not own and not overrides:
+            raise PlanError(
+                f"{what} {reason}, and has no linear layers to cut, so mesh.tp = {sizes.tp} would replicate every "
+                "weight; set mesh.tp = 1 and use dp_shard"
+            )
+        note = f"{what} {reason}; its tensor-parallel plan is derived from its structure"
+    found = overridden(model, own, overrides, key="tp.plan", styles=STYLES)
+    if overrides and (reason := _unusable(model, found, blocks)):
+        raise PlanError(f"{what} with [tp.plan] {reason}")
+    _check_heads(what, model.config.get_text_config(), sizes.tp, found)
+    return found, note
+
+
+def is_within(name: str, outer: tuple[str, ...]) -> bool:
+    return any(name == o or name.startswith(f"{o}.") for o in outer)
+
+
+def _unusable(model: PreTrainedModel, found: dict[str, str], blocks: tuple[str, ...]) -> str | None:
+    """Why tensor parallelism by these styles would not be right, as the end of a sentence; None where nothing shows.
+
+    Leaves in `found` one entry per module, and a parameter's own where it has another style.
+    """
+    if unknown := sorted(set(found.values()) - set(STYLES)):
+        return f"has style {unknown[0]} in its tensor-parallel plan, which is not supported"
     modules = dict(model.named_modules())
-    unknown = sorted(set(expanded.values()) - {*CUTTING, *WRAPPING, SUMMED})
-    if unknown:
-        raise PlanError(
-            f"{what} under mesh.tp = {sizes.tp}: its plan has style {unknown[0]}, not supported yet; set mesh.tp = 1"
-        )
-    found = {}
-    for name, style in expanded.items():
-        if name in modules or style != expanded.get(name.rpartition(".")[0]):
-            found[name] = style
-        if name in modules and style in CUTTING and not all(hasattr(modules[name], n) for n in CUTTING[style]):
-            raise PlanError(f"{what}: {name} is a {type(modules[name]).__name__}, no linear layer; set mesh.tp = 1")
+    for name in [n for n, s in found.items() if n not in modules and s == found.get(n.rpartition(".")[0])]:
+        del found[name]
+    for name, style in found.items():
+        if name in modules and not all(hasattr(modules[name], n) for n in CUTTING.get(style, ())):
+            return f"cuts {name}, which is a {type(modules[name]).__name__} and no linear layer"
     cut = {
         name: placement(of_it, name.rpartition(".")[2], param.ndim)
-        for name, param in params.items()
+        for name, param in model.named_parameters(remove_duplicate=False)
         if (of_it := rule_of(name, found))
     }
-    inside = tuple(f"{block}." for block in blocks)
-    if not any(place is not None for name, place in cut.items() if name.startswith(inside)):
-        raise PlanError(
-            f"the tensor-parallel plan of {what} leaves every block replicated; set mesh.tp = 1 and use dp_shard"
-        )
+    if not any(place is not None for name, place in cut.items() if is_within(name, blocks) or not blocks):
+        return "leaves every block replicated by its tensor-parallel plan"
     for name, place in cut.items():
         if "gate_up" in name and rule_of(name, found) == "colwise":
-            raise PlanError(f"{what}: its plan cuts {name} in one piece, which mixes gate and up; set mesh.tp = 1")
+            return f"cuts {name} in one piece, which mixes gate and up"
         if isinstance(place, _StridedShard) and place.dim == 0:
-            raise PlanError(f"{what}: {name} is packed and cut along dim 0, not supported yet; set mesh.tp = 1")
-    _check_heads(what, config, sizes.tp, found)
-    _check_bare(what, modules, found, sizes.tp)
+            return f"has {name} packed and cut along dim 0, which is not supported"
     for alias, source in tied_keys(model).items():
         if cut.get(alias) != cut.get(source):
-            raise PlanError(f"{what}: {alias} and {source} are one tied weight with two plans; set mesh.tp = 1")
-    return found
+            return f"has one tied weight, {alias} and {source}, with two styles"
+    return _bare(modules, found)
 
 
 def placement(style: str, name: str, ndim: int) -> Placement | None:
@@ -96,6 +116,10 @@ def placement(style: str, name: str, ndim: int) -> Placement | None:
         return Replicate() if name == "bias" else Shard(ndim - 1)
     if style == "embedding_rowwise":
         return Shard(0)
+    if style in ("conv1d_colwise", "conv1d_colwise_gather_output"):
+        return Shard(ndim - 1)
+    if style == "conv1d_rowwise":
+        return Replicate() if name == "bias" else Shard(0)
     if style == "packed_colwise":
         return Shard(0) if ndim == 1 else _StridedShard(ndim - 2, split_factor=2)
     if style == "packed_rowwise":
@@ -117,20 +141,24 @@ def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> N
             raise PlanError(f"mesh.tp = {tp} does not divide the {count} {kind} heads of {what}; tp may be {words}")
 
 
-def _check_bare(what: str, modules: dict[str, nn.Module], rules: dict[str, str], tp: int) -> None:
-    """Refuse a module that works on a rank's share of features but has parameters of its own without a rule.
+def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:
+    """A parameter among cut layers that has no style, so that its gradient would cover this rank's share only.
 
-    Their gradient would cover this rank's share only (attention sinks). What deeper modules do shows in the gradients:
-    `Trainer` compares those of replicated parameters between the ranks.
+    A learned activation's scalars between two layers of an MLP are added to `found`: their gradients are summed. What
+    deeper modules do shows in the gradients: `Trainer` compares them.
     """
-    for parent in sorted({name.rpartition(".")[0] for name, style in rules.items() if style == "colwise"}):
-        for param_name, _ in modules[parent].named_parameters(recurse=False) if parent in modules else ():
+    for parent in sorted({name.rpartition(".")[0] for name, style in found.items() if style == "colwise"}):
+        if parent not in modules:
+            continue
+        for param_name, _ in modules[parent].named_parameters(recurse=False):
             fqn = f"{parent}.{param_name}" if parent else param_name
-            if fqn not in rules:
-                raise PlanError(
-                    f"{what} under mesh.tp = {tp}: {fqn} sits among sharded projections without a rule of its own, "
-                    "so its gradient would be incomplete; set mesh.tp = 1"
-                )
+            if fqn not in found:
+                return f"has {fqn} among its cut layers without a style of its own"
+        for name, child in modules[parent].named_children():
+            params = list(child.parameters())
+            if f"{parent}.{name}" not in found and params and all(p.numel() == 1 for p in params):
+                found[f"{parent}.{name}"] = SUMMED
+    return None
 
 
 def rule_of(fqn: str, rules: dict[str, str]) -> str | None:

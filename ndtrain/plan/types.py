@@ -14,12 +14,16 @@ from ndtrain.mesh import MeshSizes
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that FSDP gathers together."""
+    """Modules that FSDP gathers together. Dtypes are names of torch's."""
 
     name: str
     modules: tuple[str, ...]
     reshard: bool
-    fp32: bool = False
+    param_dtype: str = "float32"  # of the gathered weights, and so of the computation
+    reduce_dtype: str = "float32"
+    cast_inputs: bool = False
+    output_dtype: str | None = None  # to which outputs are cast, where the modules around compute in another dtype
+    cpu_offload: bool = False
     experts: bool = False  # sharded over efsdp instead of fsdp
 
 
@@ -69,7 +73,8 @@ class Plan:
     model_type: str
     sizes: MeshSizes
     params: tuple[ParamPlan, ...]
-    units: tuple[Unit, ...]
+    units: tuple[Unit, ...]  # in the order in which FSDP wraps them
+    root: Unit  # what no other unit has; wrapped last
     blocks: tuple[str, ...]
     tied: dict[str, str]
     tp_rules: dict[str, str]
@@ -82,6 +87,17 @@ class Plan:
     @property
     def numel(self) -> int:
         return sum(p.numel for p in self.params)
+
+    @property
+    def on_host(self) -> frozenset[str]:
+        """FQNs of the parameters whose shards, gradients and optimizer state are in host memory."""
+        offloaded = {unit.name for unit in (*self.units, self.root) if unit.cpu_offload}
+        return frozenset(p.fqn for p in self.params if p.unit in offloaded)
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether any part of the model computes in less than float32."""
+        return any(unit.param_dtype != "float32" for unit in (*self.units, self.root))
 
     def rank_numel(self, rank: int) -> int:
         return sum(p.local_numel(self.sizes, rank) for p in self.params)

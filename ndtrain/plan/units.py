@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,26 +37,57 @@ def find_blocks(model: nn.Module) -> Iterator[str]:
 def units(
     model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str], recipe: Recipe, *, experts: tuple[str, ...]
 ) -> Iterator[Unit]:
-    """Units in the order in which FSDP wraps them: a module before the one that contains it; the root is implied."""
+    """Units in the order in which FSDP wraps them: a module before the one that contains it; without the root."""
     names = {module: name for name, module in model.named_modules()}
-    if kept := kept_in_fp32(model, getattr(torch, recipe.fsdp.param_dtype)):
-        owners = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters() if kept.search(fqn)}
-        for name in sorted(owners, key=lambda n: (-n.count("."), n)):
-            yield Unit(name, (name,), reshard=True, fp32=True)
-    reshard = recipe.fsdp.reshard_after_forward
+    usual = root(recipe)
+    for name in kept_owners(model, recipe.fsdp.param_dtype):
+        yield kept_in_float32(replace(usual, name=name, modules=(name,), reshard=True))
+    usual = replace(usual, reshard=recipe.fsdp.reshard_after_forward)
     for name in experts:
-        yield Unit(name, (name,), reshard=reshard, experts=True)
+        # Routing weights stay in their own dtype, as where experts are gathered with their block.
+        yield replace(usual, name=name, modules=(name,), experts=True, cast_inputs=False)
     for name in blocks:
-        yield Unit(name, (name,), reshard=reshard)
+        yield replace(usual, name=name, modules=(name,))
     embed, head = names.get(embeddings(model, "input")), names.get(embeddings(model, "output"))
     norm = _final_norm(model, blocks)
     is_tied = head is not None and any(alias.startswith(f"{head}.") for alias in tied)
     if embed is not None and not is_tied:
-        yield Unit(embed, (embed,), reshard=reshard)
+        yield replace(usual, name=embed, modules=(embed,))
     # Final norm and head are used last in forward and first in backward: freeing them between would gather them twice.
     tail = [m for m in ((embed if is_tied else None), norm, head) if m is not None]
     if tail:
-        yield Unit("+".join(m.rpartition(".")[2] for m in tail), tuple(tail), reshard=False)
+        yield replace(usual, name=joined(tail), modules=tuple(tail), reshard=False)
+
+
+def root(recipe: Recipe) -> Unit:
+    """The unit of what no other has. It stays gathered: backward begins where forward ends."""
+    fsdp = recipe.fsdp
+    return Unit(
+        "root",
+        ("",),
+        reshard=False,
+        param_dtype=fsdp.param_dtype,
+        reduce_dtype=fsdp.reduce_dtype,
+        cast_inputs=fsdp.param_dtype != "float32",
+        cpu_offload=fsdp.cpu_offload,
+    )
+
+
+def joined(modules: Sequence[str]) -> str:
+    """Name of a unit of these modules."""
+    return modules[0] if len(modules) == 1 else "+".join(m.rpartition(".")[2] for m in modules)
+
+
+def kept_owners(model: PreTrainedModel, dtype: str) -> list[str]:
+    """Modules with parameters that the model keeps in float32 when it is used in `dtype`, inner ones first."""
+    kept = kept_in_fp32(model, getattr(torch, dtype))
+    owners = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters() if kept is not None and kept.search(fqn)}
+    return sorted(owners, key=lambda n: (-n.count("."), n))
+
+
+def kept_in_float32(unit: Unit) -> Unit:
+    """`unit` as the model's own code wants it, which casts where it must."""
+    return replace(unit, param_dtype="float32", reduce_dtype="float32", cast_inputs=False)
 
 
 def embeddings(model: PreTrainedModel, which: str) -> nn.Module | None:

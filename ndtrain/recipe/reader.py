@@ -38,13 +38,7 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{name} is not valid TOML: {reason}") from None
     spelled: dict[Path, Path] = {}
     notes: list[str] = []
-    try:
-        document = canonical(raw, spelled, notes)
-    except RecipeError as error:
-        raise RecipeError(f"{error} ({name})") from None
     arguments: dict[Path, str] = {}
-    for argument in overrides:
-        _override(document, argument, arguments, notes)
     lines = _line_numbers(text)
 
     def line(at: Path) -> int | None:
@@ -58,6 +52,12 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
                 return f"(--set {arguments[at[:length]]})"
         return f"({name}, line {line(at)})" if line(at) else f"({name})"
 
+    try:
+        document = canonical(raw, spelled, notes)
+    except RulesBroken as broken:
+        raise RecipeError(_listed([f"{sentence} {where(at)}" for at, sentence in broken.problems])) from None
+    for argument in overrides:
+        _override(document, argument, arguments, notes)
     problems = list(_unusable(document, ()))
     if not problems:
         for section in Recipe.model_fields:
@@ -77,10 +77,15 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
         return not there, line(at) or 0
 
     problems.sort(key=last_if_missing)
-    shown = [f"{sentence} {where(at)}" for at, sentence in problems[:MAX_PROBLEMS]]
+    raise RecipeError(_listed([f"{sentence} {where(at)}" for at, sentence in problems]))
+
+
+def _listed(problems: list[str]) -> str:
+    """The first problems, one a line."""
+    shown = problems[:MAX_PROBLEMS]
     if len(problems) > MAX_PROBLEMS:
         shown[-1] += f"; and {len(problems) - MAX_PROBLEMS} more"
-    raise RecipeError("\n".join(shown))
+    return "\n".join(shown)
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -126,27 +131,24 @@ def _override(document: dict[str, Any], argument: str, arguments: dict[Path, str
     value = _override_value(text, shown)
     for part in reversed(path[1:]):
         value = {part: value}
-    spelled: dict[Path, Path] = {}
     try:
-        change = canonical({path[0]: value}, spelled, notes)
-    except RecipeError as error:
-        raise RecipeError(f"{error} (--set {shown})") from None
-    if len(path) > 1:
-        path[1] = next(iter(change[path[0]]))
-    arguments[tuple(path)] = shown
-    target = document
-    for part in path[:-1]:
-        inner = target.get(part)
-        if not isinstance(inner, dict):
-            inner = target[part] = {}
-        target, change = inner, change[part]
-    new = change[path[-1]]
-    if len(path) == 1 and isinstance(new, dict) and isinstance(target.get(path[0]), dict):
-        target[path[0]] = {**target[path[0]], **new}  # a whole section: its other keys stay
-        arguments.update({(path[0], key): shown for key in new})
-        del arguments[(path[0],)]
-    else:
-        target[path[-1]] = new
+        change = canonical({path[0]: value}, {}, notes)
+    except RulesBroken as broken:
+        raise RecipeError(_listed([f"{sentence} (--set {shown})" for _, sentence in broken.problems])) from None
+    for section, table in change.items():
+        if not isinstance(table, dict):
+            document[section], arguments[(section,)] = table, shown
+            continue
+        for key, new in table.items():  # a whole section: its other keys stay
+            at, target = (section, key, *path[2:]), document
+            for part in at[:-1]:
+                inner = target.get(part)
+                if not isinstance(inner, dict):
+                    inner = target[part] = {}
+                target = inner
+            for part in path[2:]:
+                new = new[part]
+            target[at[-1]], arguments[at] = new, shown
 
 
 def _override_value(text: str, shown: str) -> Any:

@@ -24,11 +24,15 @@ class RulesBroken(ValueError):
         self.problems = problems
 
 
+# The keys of a policy in [fsdp.modules] and the values each may have.
+MODULE_POLICY: dict[str, tuple[Any, ...]] = {
+    "policy": ("free_full_weight", "keep_full_weight"),
+    "cpu_offload": (True, False),
+    "mixed_precision": (True, False, "float32", "bfloat16"),
+}
+
 # Path -> values that work today, and why the others do not.
 NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
-    ("fsdp", "mode"): (("auto",), 'sharding units chosen by hand come later; leave it at "auto"'),
-    ("fsdp", "modules"): (({},), "policies for single modules come later; leave the table out"),
-    ("fsdp", "cpu_offload"): ((False,), "offloading to the host comes later; leave it false"),
     ("fsdp", "param_dtype"): (
         ("float32", "bfloat16"),
         'float16 needs loss scaling, which ndtrain does not have; take "bfloat16" or "float32"',
@@ -37,9 +41,7 @@ NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
         ("float32", "bfloat16"),
         'sums of float16 gradients overflow without loss scaling; take "float32" or "bfloat16"',
     ),
-    ("tp", "plan"): (({},), "the model's own plan is used for now; leave the table out"),
     ("tp", "sequence_parallel"): ((False,), "sequence parallelism comes later; leave it false"),
-    ("ep", "plan"): (({},), "the model's own plan is used for now; leave the table out"),
     ("model", "experts"): (
         ("auto",),
         'the choice of an experts implementation comes later; leave it at "auto"',
@@ -79,6 +81,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f'model.init = "pretrained" contradicts model.type = {show(model.type)}, which has no '
             'weights to load; set init = "random", or model.name instead of type',
         )
+    yield from _fsdp(recipe)
     if model.name is None and model.type is not None and data.tokenizer is None:
         yield (
             ("data", "tokenizer"),
@@ -113,6 +116,62 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"schedule.decay_steps = {schedule.decay_steps} has no meaning with schedule.kind = "
             f'{show(schedule.kind)}; it belongs to kind = "wsd"',
         )
+
+
+def _fsdp(recipe: Recipe) -> Iterator[Problem]:
+    fsdp = recipe.fsdp
+    if fsdp.modules and fsdp.mode != "manual":
+        yield (
+            ("fsdp", "modules"),
+            f'[fsdp.modules] contradicts fsdp.mode = {show(fsdp.mode)}; set mode = "manual", or leave the table out',
+        )
+    if fsdp.mode == "manual" and not fsdp.modules:
+        yield (
+            ("fsdp", "mode"),
+            'fsdp.mode = "manual" needs the modules to shard as units in [fsdp.modules]; '
+            'name them, or set mode = "auto"',
+        )
+    for pattern, policy in fsdp.modules.items():
+        if policy.mixed_precision is True and fsdp.param_dtype == "float32":
+            at = ("fsdp", "modules", pattern)
+            yield (
+                at,
+                f'{dotted(at)} asks for mixed_precision, but fsdp.param_dtype is "float32"; name the dtype: '
+                'mixed_precision = "bfloat16"',
+            )
+
+
+def module_policies(modules: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The table of each pattern of [fsdp.modules]; a name or an array of names is short for one.
+
+    Raises `RulesBroken` for what is no policy.
+    """
+    problems: list[Problem] = []
+    tables: dict[str, dict[str, Any]] = {}
+    for pattern, given in modules.items():
+        at: Path = ("fsdp", "modules", pattern)
+        table: dict[str, Any] = dict(given) if isinstance(given, dict) else {}
+        for name in () if isinstance(given, dict) else given if isinstance(given, list) else [given]:
+            key, value = ("policy", name) if name in MODULE_POLICY["policy"] else (name, True)
+            if not isinstance(name, str) or key not in MODULE_POLICY or name == "policy":
+                names = ", ".join([*map(show, MODULE_POLICY["policy"]), '"cpu_offload" and "mixed_precision"'])
+                problems.append((at, f"{dotted(at)} = {show(given)}: {show(name)} is no policy; there are {names}"))
+            elif table.setdefault(key, value) != value:
+                problems.append((at, f"{dotted(at)} = {show(given)} both frees and keeps the full weight; keep one"))
+        if not pattern:
+            problems.append((at, "[fsdp.modules] has an empty pattern; name a module"))
+        for key, value in table.items():
+            allowed = MODULE_POLICY.get(key, ())
+            if not allowed:
+                known = ", ".join(MODULE_POLICY)
+                problems.append(((*at, key), f"{dotted(at)} has no key {show(key)}; its keys are {known}"))
+            elif not any(type(value) is type(option) and value == option for option in allowed):
+                words = ", ".join(map(show, allowed))
+                problems.append(((*at, key), f"{dotted((*at, key))} = {show(value)} must be one of {words}"))
+        tables[pattern] = table
+    if problems:
+        raise RulesBroken(problems)
+    return tables
 
 
 def not_yet(recipe: Recipe) -> Iterator[Problem]:

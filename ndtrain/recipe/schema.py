@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from ndtrain.recipe import rules
 
@@ -53,6 +53,24 @@ class MeshSection(Section):
     ep: Size = Field(1, description="Ranks that split the experts; carved out of dp_shard x cp x tp.")
 
 
+Policy = Literal["free_full_weight", "keep_full_weight"]
+PolicyName = Literal["free_full_weight", "keep_full_weight", "cpu_offload", "mixed_precision"]
+
+
+class ModulePolicy(Section):
+    """What the FSDP units of one pattern do. What is left out is as [fsdp] says."""
+
+    policy: Policy | None = Field(None, description="Free the full weights after forward, or keep them for backward.")
+    cpu_offload: bool | None = Field(None, description="Keep shards in host memory.")
+    mixed_precision: bool | Literal["float32", "bfloat16"] | None = Field(
+        None, description="Compute dtype; true is fsdp.param_dtype, false the dtype of the master parameters."
+    )
+
+
+# A name or an array of names is short for a table.
+_Modules = dict[str, ModulePolicy | PolicyName | list[PolicyName]]
+
+
 class FsdpSection(Section):
     """How parameters are sharded over dp_shard x cp."""
 
@@ -61,7 +79,16 @@ class FsdpSection(Section):
     cpu_offload: bool = Field(False, description="Keep shards in host memory.")
     param_dtype: Dtype = Field("bfloat16", description="Compute dtype.")
     reduce_dtype: Dtype = Field("float32", description="Dtype in which gradients are summed.")
-    modules: dict[str, Any] = Field({}, description="FQN pattern to policies.")
+    modules: dict[str, ModulePolicy] = Field(
+        {},
+        description='FQN pattern ("*": any letters but a dot) or class name to policies; needs mode = "manual". '
+        "Each matched module is a unit, the rest is the root's.",
+    )
+
+    @field_validator("modules", mode="before", json_schema_input_type=_Modules)
+    @classmethod
+    def _tables(cls, modules: Any) -> Any:
+        return rules.module_policies(modules) if isinstance(modules, dict) else modules
 
 
 class TpSection(Section):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +15,8 @@ from torch.distributed.tensor import Replicate
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.layout import local_part
 from ndtrain.mesh import Meshes
+from ndtrain.optim import sum_over_tp
+from ndtrain.train.twin import Twins
 
 if TYPE_CHECKING:
     from ndtrain.train.trainer import Trainer
@@ -37,7 +41,7 @@ def check_masks(trainer: Trainer) -> bool:
     try:
         plain = _probe(trainer, [row, *more], positions)
     except (RuntimeError, AssertionError) as error:
-        if trainer.sizes.cp == trainer.sizes.tp == 1:
+        if trainer.sizes.cp == trainer.sizes.tp == 1 and trainer.recipe.fsdp.mode == "auto":
             raise
         raise _does_not_run(trainer, error) from error
     later = _probe(trainer, [torch.cat([row[:half], other[half:]]), *more], positions)
@@ -55,7 +59,7 @@ def check_masks(trainer: Trainer) -> bool:
     dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
     if leaks[-1]:
         return False
-    routed = any("experts" in p.fqn for p in trainer.plan.params) and trainer.recipe.fsdp.param_dtype != "float32"
+    routed = any("experts" in p.fqn for p in trainer.plan.params) and trainer.plan.low_precision
     limit = 2e-2 if routed else 1e-4
     what = trainer.plan.model_type
     if not float(leaks[0]) < limit:
@@ -67,7 +71,7 @@ def check_masks(trainer: Trainer) -> bool:
         raise PlanError(
             f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); set data.packing = false"
         )
-    if not float(leaks[2]) < (1e-3 if trainer.recipe.fsdp.param_dtype == "float32" else 5e-2):
+    if not float(leaks[2]) < (5e-2 if trainer.plan.low_precision else 1e-3):
         raise PlanError(
             f"{what} under mesh.cp = {trainer.sizes.cp} differs from the whole sequence (logits by "
             f"{float(leaks[2]):.1e}): it mixes tokens outside its attention, or counts positions its own way; "
@@ -104,57 +108,84 @@ def _forward(trainer: Trainer, ids: torch.Tensor, positions: torch.Tensor) -> to
     return logits
 
 
-def check_replicas(trainer: Trainer) -> bool:
-    """Raise `PlanError` if a parameter that every tp rank holds whole has another gradient on each.
+def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
+    """Raise `PlanError` if a cut block does not give or learn what the whole one does, or the tp ranks do not agree.
 
-    Then each rank sees a part of what it does, as of attention sinks among cut heads, and their sum would be missing.
-    Returns False if these weights give no finite gradients, so that nothing can be said.
+    Where they do not agree on the gradient of a parameter that each holds whole, each sees a part of what it does, as
+    of attention sinks among cut heads, and their sum would be missing. Returns False if these weights give no finite
+    gradients, so that nothing can be said.
     """
-    plan, group = trainer.plan, trainer.meshes.tp.get_group()
+    plan, model = trainer.plan, trainer.model
     length = max(2, min(32, trainer.recipe.data.seq_len))
-    try:
-        positions = torch.arange(length, device=trainer.runtime.device)
-        logits = _forward(trainer, _tokens(trainer, length)[None], positions)
-        torch.manual_seed(1)
-        (logits * torch.randn_like(logits)).sum().backward()
-    except (RuntimeError, AssertionError) as error:
-        raise _does_not_run(trainer, error) from error
-    whole = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
-    names, spreads, sizes = [], [], []
-    for name, param in trainer.model.named_parameters():
-        if name in whole and name not in plan.tp_summed and param.grad is not None:
-            grad = local_part(param.grad)
-            low, high = grad.float().clone(), grad.float().clone()
-            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
-            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
-            names.append(name)
-            spreads.append((high - low).abs().max() if high.numel() else high.new_zeros(()))
-            sizes.append(torch.maximum(high.abs(), low.abs()).max() if high.numel() else high.new_zeros(()))
-    trainer.model.zero_grad(set_to_none=True)
-    if not names:
+    model.eval()
+    with trainer.context.off() if trainer.context is not None else nullcontext():
+        try:
+            with twins.watching(model):
+                positions = torch.arange(length, device=trainer.runtime.device)
+                logits = _forward(trainer, _tokens(trainer, length)[None], positions)
+                torch.manual_seed(1)
+                (logits * torch.randn_like(logits)).sum().backward()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise _does_not_run(trainer, error) from error
+        spreads = dict(_replica_spreads(trainer))
+        sum_over_tp(model, plan.tp_summed, trainer.meshes.tp.get_group())
+        try:
+            differences = dict(twins.differences(model, copies=plan.sizes.world_size // plan.sizes.tp))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise _does_not_run(trainer, error) from error
+    model.zero_grad(set_to_none=True)
+    model.train()
+    whole = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
+    found = whole | differences
+    if not found:
         return True
-    found = torch.stack([torch.stack(spreads), torch.stack(sizes)])
-    unknown = (~found.isfinite()).any().float()
+    amounts = torch.stack(list(found.values()))
+    unknown = (~amounts.isfinite()).any().float()
     dist.all_reduce(unknown, op=dist.ReduceOp.MAX)
     if unknown:
         return False
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    # What is zero in exact arithmetic differs by the rounding of what it is made of.
-    own, rounding = (1e-3, 1e-6) if trainer.recipe.fsdp.param_dtype == "float32" else (0.2, 1e-2)
-    ratios = found[0] / torch.maximum(found[1], rounding / own * found[1].max())
-    worst = int(ratios.argmax())
-    if not float(ratios[worst]) < own:
-        raise PlanError(
-            f"{plan.model_type} under mesh.tp = {plan.sizes.tp}: every tp rank holds {names[worst]} whole, but has "
-            f"another gradient for it (by {float(ratios[worst]):.1e}); set mesh.tp = 1"
-        )
+    dist.all_reduce(amounts, op=dist.ReduceOp.MAX)
+    limit = 1e-2 if not plan.low_precision else 0.5 if any("experts" in p.fqn for p in plan.params) else 0.2
+    for what, amount in zip(found, amounts.tolist(), strict=True):
+        if not amount < limit:
+            raise PlanError(
+                f"{plan.model_type} under mesh.tp = {plan.sizes.tp}: {what} differs from that of one process (by "
+                f"{amount:.1e}); set mesh.tp = 1"
+            )
     return True
+
+
+def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+    """How far the tp ranks are apart in the gradients of what each holds whole, relative to their size."""
+    plan, group = trainer.plan, trainer.meshes.tp.get_group()
+    held = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
+    # Gradients in host memory are compared on the device, where the groups' collectives are.
+    grads = {
+        name: local_part(param.grad).to(trainer.runtime.device, torch.float32, copy=True)
+        for name, param in trainer.model.named_parameters()
+        if name in held - set(plan.tp_summed) and param.grad is not None
+    }
+    lows = {name: grad.clone() for name, grad in grads.items()}
+    for name in grads:
+        dist.all_reduce(lows[name], op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(grads[name], op=dist.ReduceOp.MAX, group=group)
+    sizes = {name: torch.maximum(g.norm(), lows[name].norm()) for name, g in grads.items()}
+    # What is zero in exact arithmetic differs by the rounding of what it is made of.
+    rounding = 5e-2 if plan.low_precision else 1e-3
+    floor = rounding * max((float(size) for size in sizes.values()), default=0.0)
+    for name, high in grads.items():
+        yield name, (high - lows[name]).norm() / max(float(sizes[name]), floor, 1e-30)
 
 
 def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
     """The model's own code fails on its part of the work, with an error about shapes or views."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     what = f"{trainer.plan.model_type} does not run on {trainer.sizes.describe()}"
+    if trainer.recipe.fsdp.mode == "manual":
+        return PlanError(
+            f"{what} with these [fsdp.modules] ({reason}): a unit's weights are there in its own forward alone; name "
+            'the modules around those that read each other\'s weights, or set fsdp.mode = "auto"'
+        )
     return PlanError(f"{what} ({reason}); set mesh.cp = 1 or mesh.tp = 1")
 
 

@@ -41,10 +41,12 @@ from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_ov
 from ndtrain.parallelize import parallelize
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
+from ndtrain.router import Sequences, sequence_count, sequence_ids
 from ndtrain.runtime import Runtime, random_seed
-from ndtrain.train.proof import check_masks, check_replicas, check_same_batch
+from ndtrain.train.proof import check_masks, check_same_batch, check_tensor_parallel
 from ndtrain.train.report import Reporter
 from ndtrain.train.state import config_difference, save_extras
+from ndtrain.train.twin import Twins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -88,17 +90,19 @@ class Trainer:
 
         self.meshes = build_mesh(self.sizes, runtime.device.type)
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
+        # Whole blocks to compare with: they are copied before the model is cut.
+        twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
         self.context = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
-        materialize(self.model, runtime)
+        materialize(self.model, runtime, on_host=self.plan.on_host)
         fill_with_noise(self.model)
-        checked = self._prove()
+        checked = self._prove(twins)
         unset(model_tensors(self.model).values())
         if found is None:
             for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
-        if not checked and not self._prove():
+        if not checked and not self._prove(twins):
             raise PlanError(f"{self.plan.model_type}: the logits or gradients of its weights are not finite")
         self.optimizer = build_optimizer(self.model, recipe)
         if state is not None and found is not None:
@@ -108,7 +112,11 @@ class Trainer:
             self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
         # A part of a sequence does not show where it lies.
         pass_positions = recipe.data.packing or self.context is not None
-        self.loss_model = LossModel(self.model, self.plan, pass_positions=pass_positions)
+        cp_group = self.meshes.dense["cp"].get_group() if self.context is not None else None
+        tp_group = self.meshes.tp.get_group()
+        self.loss_model = LossModel(
+            self.model, self.plan, pass_positions=pass_positions, tp_group=tp_group, cp_group=cp_group
+        )
         if runtime.is_main:
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
             self.sinks: list[Sink] = [JsonLines(self.run_dir / "metrics.jsonl")]
@@ -126,9 +134,17 @@ class Trainer:
             batch = self.context.split(batch, packed=self.recipe.data.packing)
         return batch
 
-    def _prove(self) -> bool:
+    def _sequences(self, batch: dict[str, torch.Tensor], total: int) -> Sequences | None:
+        """What a router's auxiliary loss must know of the micro batch; None where there is no such loss."""
+        if self.loss_model.router is None:
+            return None
+        # Split as labels are, so that padding belongs to no sequence.
+        ids = self.shape({**batch, "labels": sequence_ids(batch["labels"])})["labels"]
+        return Sequences(ids, rows=len(batch["labels"]), total=total)
+
+    def _prove(self, twins: Twins | None) -> bool:
         """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
-        return check_masks(self) and (self.sizes.tp == 1 or check_replicas(self))
+        return check_masks(self) and (twins is None or check_tensor_parallel(self, twins))
 
     def _open_run_dir(self) -> None:
         try:
@@ -276,24 +292,27 @@ class Trainer:
         if self.saved_step == self.step or self.step == 0:
             check_same_batch(batches[0], meshes)
         loss_group = meshes.loss.get_group()
-        count_tensor = torch.tensor(data_module.labels_count(batches), dtype=torch.int64, device=device)
-        dist.all_reduce(count_tensor, group=loss_group)
-        count = int(count_tensor) // self.sizes.cp  # cp ranks have the same rows
+        routed = self.loss_model.router is not None
+        own = [data_module.labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
+        counts = torch.tensor(own, dtype=torch.int64, device=device)
+        dist.all_reduce(counts, group=loss_group)
+        count, rows = (n // self.sizes.cp for n in counts.tolist())  # cp ranks have the same rows
         # Keyed by step and place: a resumed run draws the same dropout on any mesh with the same batch and cp ranks.
         place = self.sizes.coordinate(self.runtime.rank)
         torch.manual_seed(random_seed(recipe.train.seed, self.step, place["batch"], place["cp"]))
 
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros(2, dtype=torch.float64, device=device)
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            total += self.loss_model.backward(self.shape(batch), count=count)
+            sequences = self._sequences(batch, rows)
+            total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
         if self.plan.tp_summed:
             sum_over_tp(self.model, self.plan.tp_summed, meshes.tp.get_group())
         norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
         dist.all_reduce(total, group=loss_group)
-        loss, grad_norm = float(total) / max(1, count), float(norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        loss, aux_loss, grad_norm = float(total[0]) / max(1, count), float(total[1]) / max(1, rows), float(norm)
+        if not (math.isfinite(loss) and math.isfinite(aux_loss) and math.isfinite(grad_norm)):
             raise NdtrainError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not changed and "
                 "nothing was saved. Lower optim.lr, or look at the data; resuming goes on from the newest checkpoint"
@@ -323,6 +342,7 @@ class Trainer:
             mfu=per_rank * self.flops_per_token / flops if flops else None,
             peak_memory_bytes=int(peak),
             time=now(),
+            aux_loss=aux_loss if routed else None,
         )
 
     def save(self) -> None:

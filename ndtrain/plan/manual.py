@@ -1,0 +1,186 @@
+"""FSDP units chosen by the recipe: `[fsdp] mode = "manual"` and the patterns of `[fsdp.modules]`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ndtrain.errors import PlanError
+from ndtrain.plan.types import Unit
+from ndtrain.plan.units import embeddings, joined, kept_in_float32, kept_owners, root
+from ndtrain.recipe import Recipe
+from ndtrain.recipe.rules import dotted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def units(model: PreTrainedModel, tied: dict[str, str], recipe: Recipe, *, experts: tuple[str, ...]) -> list[Unit]:
+    """The matched modules as units, in the order in which FSDP wraps them; without the root.
+
+    Experts under ep and modules that the model keeps in float32 are units in any case: where no pattern matches them,
+    with the policies of the unit around them. Raises `PlanError` naming the pattern.
+    """
+    usual = replace(root(recipe), reshard=recipe.fsdp.reshard_after_forward)
+    matched = _matched(model, usual, recipe)
+    chosen = {name: _unit(name, pattern, usual, recipe) for name, pattern in matched.items()}
+    low = any(unit.param_dtype != "float32" for unit in (*chosen.values(), usual))
+    for name, pattern in matched.items():
+        for outer in experts:
+            if name.startswith(f"{outer}."):
+                raise PlanError(
+                    f"{_at(pattern)} matches {name}, a part of experts that mesh.ep sends tokens to as a whole; name "
+                    f"{outer}, or set mesh.ep = 1"
+                )
+    for name in experts:
+        around = _around(name, chosen, usual)
+        unit = chosen.get(name) or replace(around, name=name, modules=(name,))
+        if unit.param_dtype != around.param_dtype:
+            raise PlanError(
+                f"{_at(matched[name])} gives {name} a mixed_precision of its own, but experts under mesh.ep compute in "
+                f"the dtype of what is around them, {around.param_dtype}"
+            )
+        # Routing weights stay in their own dtype, as where experts are gathered with their block.
+        chosen[name] = replace(unit, experts=True, cast_inputs=False)
+    kept = kept_owners(model, "bfloat16") if low else []
+    for name in kept:
+        around = _around(name, chosen, usual)
+        if name in matched and recipe.fsdp.modules[matched[name]].mixed_precision in (True, "bfloat16"):
+            raise PlanError(
+                f"{_at(matched[name])} gives {name} mixed_precision, but {model.config.model_type} keeps its "
+                "parameters in float32; leave mixed_precision out"
+            )
+        if name in matched or around.param_dtype != "float32":
+            chosen[name] = kept_in_float32(chosen.get(name) or replace(around, name=name, modules=(name,)))
+    _check_none_is_empty(model, matched, chosen)
+    head = embeddings(model, "output")
+    for name in matched:
+        # Modules in other dtypes work side by side if each takes and gives the dtype of what is around it. What the
+        # head gives is the model's result, to be kept as exact as it is.
+        around = _around(name, chosen, usual)
+        if low and name not in (*experts, *kept):
+            differs = chosen[name].param_dtype != around.param_dtype and model.get_submodule(name) is not head
+            output = around.param_dtype if differs else None
+            chosen[name] = replace(chosen[name], cast_inputs=True, output_dtype=output)
+    together = _tied_together(chosen, matched, tied)
+    return sorted(together, key=lambda unit: -max(name.count(".") for name in unit.modules))
+
+
+def _at(pattern: str) -> str:
+    return dotted(("fsdp", "modules", pattern))
+
+
+def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+    """Whether `pattern` means this module: by its FQN, where `*` is any letters but a dot, or by its class."""
+    by_name = "".join("[^.]*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern))
+    return type(module).__name__ == pattern or re.fullmatch(by_name, name) is not None
+
+
+def _matched(model: PreTrainedModel, usual: Unit, recipe: Recipe) -> dict[str, str]:
+    """Module with parameters -> the pattern that chose it."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    found: dict[str, str] = {}
+    for pattern in recipe.fsdp.modules:
+        hits = [name for name, module in modules.items() if _matches(pattern, name, module)]
+        if not hits:
+            raise PlanError(f"{_at(pattern)} matches no module of {model.config.model_type}; {_hint(pattern, model)}")
+        if not any(True for name in hits for _ in modules[name].parameters()):
+            raise PlanError(f"{_at(pattern)} matches {hits[0]}, which has no parameters; leave it out")
+        for name in hits:
+            module, other = modules[name], found.get(name)
+            if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
+                raise PlanError(
+                    f"{_at(pattern)} matches {name}, a {type(module).__name__} without a forward of its own, around "
+                    f'which FSDP could gather weights; name what is in it, e.g. "{name}.*"'
+                )
+            if other is not None and _unit(name, other, usual, recipe) != _unit(name, pattern, usual, recipe):
+                raise PlanError(f"{_at(pattern)} and {_at(other)} both match {name}, with different policies; keep one")
+            if any(True for _ in module.parameters()):
+                found[name] = pattern
+    return found
+
+
+def _hint(pattern: str, model: PreTrainedModel) -> str:
+    numbers = re.compile(r"\.\d+(?=\.|$)")
+    if any(numbers.sub(".*", pattern) == numbers.sub(".*", fqn) for fqn, _ in model.named_parameters()):
+        return f'it is a parameter; name its module, "{pattern.rpartition(".")[0]}"'
+    names = {numbers.sub(".*", name): None for name, _ in model.named_modules() if name}
+    names |= {type(module).__name__: None for _, module in model.named_modules()}
+    inside = [name for name in names if name.endswith(f".{pattern}")]
+    near = inside[:3] or difflib.get_close_matches(pattern, names, n=3)
+    return "did you mean " + " or ".join(f'"{n}"' for n in near) + "?" if near else "its modules are " + _some(names)
+
+
+def _some(names: dict[str, None]) -> str:
+    first = [f'"{name}"' for name in names if not name[0].isupper()][:6]
+    return ", ".join(first) + ", ..."
+
+
+def _unit(name: str, pattern: str, usual: Unit, recipe: Recipe) -> Unit:
+    """The unit of one module, where what the policy leaves out is as [fsdp] says."""
+    given = recipe.fsdp.modules[pattern]
+    dtype: str = usual.param_dtype
+    if given.mixed_precision is False:
+        dtype = recipe.model.dtype
+    elif isinstance(given.mixed_precision, str):
+        dtype = given.mixed_precision
+    return replace(
+        usual,
+        name=name,
+        modules=(name,),
+        reshard=usual.reshard if given.policy is None else given.policy == "free_full_weight",
+        param_dtype=dtype,
+        cpu_offload=usual.cpu_offload if given.cpu_offload is None else given.cpu_offload,
+    )
+
+
+def _owner(module: str, chosen: dict[str, Unit]) -> str | None:
+    """The innermost chosen module that is or contains `module`; None for the root."""
+    while module and module not in chosen:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def _around(name: str, chosen: dict[str, Unit], usual: Unit) -> Unit:
+    outer = _owner(name.rpartition(".")[0], chosen)
+    return usual if outer is None else chosen[outer]
+
+
+def _check_none_is_empty(model: nn.Module, matched: dict[str, str], chosen: dict[str, Unit]) -> None:
+    holders = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters(remove_duplicate=False)}
+    used = {_owner(module, chosen) for module in holders}
+    for name, pattern in matched.items():
+        if name not in used:
+            raise PlanError(
+                f"{_at(pattern)} matches {name}, all of whose parameters are in units inside it; leave it out"
+            )
+
+
+def _tied_together(chosen: dict[str, Unit], matched: dict[str, str], tied: dict[str, str]) -> list[Unit]:
+    """The units, with modules that share a weight in one. Raises `PlanError` where they cannot be."""
+    leader: dict[str, str] = {}
+    for alias, source in tied.items():
+        modules = [key.rpartition(".")[0] for key in (source, alias)]
+        owners = [_owner(module, chosen) for module in modules]
+        if owners[0] == owners[1]:
+            continue
+        first, second = (chosen.get(module) for module in modules)
+        policies = [unit and (unit.reshard, unit.param_dtype, unit.cpu_offload) for unit in (first, second)]
+        if first is None or second is None or policies[0] != policies[1]:
+            named = next(matched[owner] for owner in owners if owner in matched)
+            raise PlanError(
+                f"{_at(named)}: {alias} and {source} are one tied weight, which has to be in one FSDP unit; give "
+                f'"{modules[0]}" and "{modules[1]}" the same policies, or match neither'
+            )
+        leader[modules[1]] = leader.get(modules[0], modules[0])
+    together = []
+    for name, unit in chosen.items():
+        members = (name, *(other for other, first in leader.items() if first == name))
+        if name not in leader:
+            output = unit.output_dtype if all(chosen[m].output_dtype for m in members) else None
+            together.append(replace(unit, name=joined(members), modules=members, output_dtype=output))
+    return together

@@ -1,0 +1,39 @@
+"""`[tp.plan]` and `[ep.plan]`: styles of the recipe over those of a plan."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ndtrain.errors import PlanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def overridden(
+    model: PreTrainedModel, own: Mapping[str, str], overrides: Mapping[str, str], *, key: str, styles: tuple[str, ...]
+) -> dict[str, str]:
+    """`own` (FQN of a module or parameter to style) with `overrides` (FQN pattern to style) in its place.
+
+    `*` in a pattern stands for one part between dots. A module's style is that of its parameters, unless they have
+    their own. Raises `PlanError` for a style that is none of `styles` and a pattern that matches nothing.
+    """
+    found = dict(own)
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for pattern, style in overrides.items():
+        if style not in styles:
+            raise PlanError(f'{key}."{pattern}" = "{style}" is no style; take one of {", ".join(styles)}')
+        expression = re.compile(r"\.".join("[^.]+" if part == "*" else re.escape(part) for part in pattern.split(".")))
+        chosen = [name for name in names if expression.fullmatch(name)]
+        if not chosen:
+            folded = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
+            near = difflib.get_close_matches(pattern, folded, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise PlanError(f'{key}."{pattern}" matches nothing in {model.config.model_type}{hint}')
+        for name in chosen:
+            found = {n: s for n, s in found.items() if n.rpartition(".")[0] != name}
+            found[name] = style
+    return found

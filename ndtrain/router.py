@@ -1,0 +1,153 @@
+"""The auxiliary loss of a mixture of experts' router: experts that get many tokens should become less likely.
+
+It is the loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers' `load_balancing_loss_func`
+has it, taken of every sequence by itself and averaged over the sequences of the global batch, so that neither mesh nor
+accumulation changes it. A sequence is a row of the batch, packed documents and all.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ndtrain.errors import PlanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each token of this rank's micro batch counts for.
+
+    `ids` has one entry per token, in the order in which the model sees them: the number of its sequence from 0 to
+    `rows` - 1, or negative where the token counts for none. `total` is the number of sequences of the global batch.
+    """
+
+    ids: Tensor
+    rows: int
+    total: int
+
+
+def sequence_ids(labels: Tensor) -> Tensor:
+    """`[B, S]` row numbers from (already shifted) labels `[B, S]`, -100 for padding.
+
+    Padding is what follows the token that a row's last label names; a row without a label is nothing but padding.
+    """
+    place = torch.arange(labels.shape[1], device=labels.device)
+    last = place.where(labels >= 0, -2).amax(dim=1, keepdim=True)
+    rows = torch.arange(labels.shape[0], device=labels.device)[:, None]
+    return rows.where(place <= last + 1, -100)
+
+
+def sequence_count(labels: Tensor) -> int:
+    """The number of rows of labels `[B, S]` that count as sequences."""
+    return int((labels >= 0).any(dim=1).sum())
+
+
+def auxiliary_loss(
+    logits: tuple[Tensor, ...], sequences: Sequences, *, top_k: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Sum over the sequences of this micro batch of their auxiliary loss, from each router's logits `[T, E]`.
+
+    Where `group` holds the parts of the sequences, each rank gets its tokens' share: the shares add up to the loss,
+    and their gradients are the loss's, for how often an expert was chosen has none.
+    """
+    experts = logits[0].shape[-1]
+    member = F.one_hot(sequences.ids.reshape(-1).clamp(min=-1) + 1, sequences.rows + 1)[:, 1:].T.float()  # [B, T]
+    chosen = member.new_zeros(sequences.rows, experts, dtype=torch.float64)
+    likely = member.new_zeros(sequences.rows, experts)
+    for of_layer in logits:
+        flat = of_layer.reshape(-1, experts)
+        # Only the logits are kept for backward, which the model holds anyway.
+        likely = likely + checkpoint(_probabilities, flat, member, use_reentrant=False, preserve_rng_state=False)
+        with torch.no_grad():
+            picks = flat.float().softmax(dim=-1).topk(top_k, dim=-1).indices
+            chosen += member @ member.new_zeros(flat.shape).scatter_(1, picks, 1.0)
+    if group is not None:
+        dist.all_reduce(chosen, group=group)
+    tokens = (chosen.sum(dim=1) / top_k).clamp(min=1)  # of all layers
+    weights = experts * chosen / tokens[:, None] ** 2
+    return (weights.float() * likely).sum()
+
+
+def _probabilities(logits: Tensor, member: Tensor) -> Tensor:
+    """`[B, E]` sums over each sequence's tokens of the experts' probabilities."""
+    return member @ logits.float().softmax(dim=-1)
+
+
+class RouterLoss:
+    """Takes the routers' logits out of every forward of `model`, whose config asks for them."""
+
+    def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup | None):
+        self.coefficient, self.top_k = _settings(model)
+        self._group = group
+        self._logits: tuple[Tensor, ...] = ()
+        model.base_model.register_forward_hook(self._take)
+
+    def _take(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._logits = output.router_logits
+        # Without them the model does not compute a loss of its own, of the whole micro batch.
+        output.router_logits = None
+
+    def __call__(self, sequences: Sequences) -> Tensor:
+        """Sum of the auxiliary loss over the sequences of the micro batch that was last forwarded."""
+        logits, self._logits = self._logits, ()
+        return auxiliary_loss(logits, sequences, top_k=self.top_k, group=self._group)
+
+
+def wanted(model: PreTrainedModel) -> bool:
+    """Whether the model's config asks for the auxiliary loss."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def router_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the modules whose output transformers records as the router's logits."""
+    # Private, read at transformers 5.23: what a base model lets be recorded.
+    recorders = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits", ())
+    recorders = recorders if isinstance(recorders, list | tuple) else [recorders]
+    kinds = tuple(kind for r in recorders if isinstance(kind := getattr(r, "target_class", r), type))
+    return tuple(name for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raise `PlanError` if `model` has no auxiliary loss, or one that is not `auxiliary_loss`."""
+    what, way_out = model.config.model_type, "set model.config.output_router_logits = false"
+    theirs = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if theirs is None:
+        raise PlanError(f"{what} records its router's logits but has no auxiliary loss; {way_out}")
+    if not _is_ours(theirs):
+        raise PlanError(f"{what} has an auxiliary loss of its own kind, which is not supported; {way_out}")
+    if not router_names(model):
+        raise PlanError(f"{what} of this config has no router, so there is no auxiliary loss; {way_out}")
+    if None in _settings(model):
+        raise PlanError(f"{what} names no coefficient of its auxiliary loss, or no number of experts; {way_out}")
+
+
+def _settings(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The loss's coefficient, and how many experts a token is sent to; None where the model does not say."""
+    found = []
+    for names in (("router_aux_loss_coef", "aux_loss_coef"), ("num_experts_per_tok",)):
+        holders = (model, model.config.get_text_config())
+        values = (getattr(holder, name, None) for holder in holders for name in names)
+        found.append(next((value for value in values if value is not None), None))
+    return found[0], found[1]
+
+
+def _is_ours(theirs: Any) -> bool:
+    """Whether a model file's `load_balancing_loss_func` gives what `auxiliary_loss` gives, padding and all."""
+    logits = tuple(torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0)))
+    mask = (torch.arange(12) < 9).long()[None]
+    try:
+        want = theirs(logits, 6, 2, mask)
+    except Exception:
+        return False
+    ours = auxiliary_loss(logits, Sequences(mask - 1, rows=1, total=1), top_k=2)
+    return torch.allclose(torch.as_tensor(want, dtype=torch.float32), ours, rtol=1e-4)

@@ -1,0 +1,156 @@
+"""What the matrix knows and keeps: configs, saved models, outcomes, and the table made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.matrix import worker
+from tests.ranks import RankPool, RanksFailed
+
+# Model type -> keyword arguments of a tiny config; and, for those that are not built, why.
+CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "configs.json").read_text())
+UNBUILT: dict[str, str] = json.loads((Path(__file__).parent / "unbuilt.json").read_text())
+STATUSES = ("agrees", "refused", "wrong", "crash", "hang")
+
+
+def unknown_types() -> list[str]:
+    """Causal LM types of the installed transformers that have neither a config nor a reason."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(CONFIGS) - set(UNBUILT))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` in one step: a run that is killed leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True))
+    os.replace(part, path)
+
+
+class Results:
+    """{type: {column: outcome}}, kept in a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.cells: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, kind: str, column: str) -> dict[str, Any] | None:
+        return self.cells.get(kind, {}).get(column)
+
+    def put(self, kind: str, column: str, outcome: dict[str, Any]) -> None:
+        self.cells.setdefault(kind, {})[column] = outcome
+        write_json(self.path, self.cells)
+
+    def forget(self, kind: str) -> None:
+        if self.cells.pop(kind, None):
+            write_json(self.path, self.cells)
+
+    def due(self, kind: str, column: str, again: list[str]) -> bool:
+        """Whether the cell is still to be computed, or its status is one of `again`."""
+        before = self.get(kind, column)
+        return before is None or before["status"] in again
+
+
+def outcome(pool: RankPool, cell: Callable[..., dict[str, Any]], *args: Any, timeout: float) -> dict[str, Any]:
+    """What the ranks of a cell agree on; a crash or a hang is an outcome too."""
+    try:
+        answers = pool.run(cell, *args, timeout=timeout)
+    except (RanksFailed, OSError) as error:
+        pool.close()
+        text = str(error)
+        last = [line.strip() for line in text.splitlines() if line and not line.startswith((" ", "rank"))]
+        status = "hang" if "no answer" in text and "Traceback" not in text else "crash"
+        return {"status": status, "what": (last or [text])[0][:300]}
+    if len({a["status"] for a in answers}) > 1:
+        return {"status": "wrong", "what": f"ranks disagree: {[a['status'] for a in answers]}"}
+    return max(answers, key=lambda a: a.get("worst", 0.0))
+
+
+def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = False) -> dict[str, Any]:
+    """The saved models and their references, by type, {"error": …} for those that could not be built.
+
+    A type whose config has changed since is built again, and what `kept` has of it is forgotten.
+    """
+    built_file = out / "built.json"
+    built: dict[str, Any] = json.loads(built_file.read_text()) if built_file.exists() else {}
+    pool = RankPool(1, cases=1000)
+    for kind in kinds:
+        if built.get(kind, {}).get("config") == CONFIGS[kind]:
+            continue
+        for results in kept:
+            results.forget(kind)
+        shutil.rmtree(out / "models" / kind, ignore_errors=True)
+        try:
+            args = (kind, CONFIGS[kind], str(out / "models"), router_loss)
+            built[kind] = pool.run(worker.build, *args, timeout=300)[0]
+        except RanksFailed as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            built[kind] = {"error": lines[-1][:300]}
+        built[kind]["config"] = CONFIGS[kind]
+        write_json(built_file, built)
+        print(f"built {kind} {built[kind].get('error', '')}", flush=True)
+    pool.close()
+    return built
+
+
+def report(out: Path, meshes: list[str]) -> str:
+    """Markdown of everything that `out` has: one row a type, one column a mesh or a way of transformers' own."""
+    built = {k: v for k, v in json.loads((out / "built.json").read_text()).items() if k in CONFIGS}
+    ours, peer = Results(out / "results.json"), Results(out / "peer.json")
+    columns = [(m, ours) for m in meshes if any(m in row for row in ours.cells.values())]
+    columns += [(c, peer) for c in sorted({c for row in peer.cells.values() for c in row})]
+    reasons: dict[str, int] = {}
+    rows = []
+    for kind in sorted({*CONFIGS, *UNBUILT}):
+        error = UNBUILT.get(kind) or built.get(kind, {"error": "not tried yet"}).get("error")
+        if error:
+            rows.append([kind, f"no [{reasons.setdefault(error, len(reasons) + 1)}]", *("" for _ in columns)])
+        else:
+            rows.append([kind, "yes", *(_shown(results.get(kind, c), kind, reasons) for c, results in columns)])
+    made = sum("error" not in v for v in built.values())
+    counts = []
+    for column, results in columns:
+        count = Counter(row[column]["status"] for row in results.cells.values() if column in row)
+        counts.append([column, *(str(count[s]) for s in STATUSES), str(count.total())])
+    return "\n".join(
+        [
+            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}, "
+            "gloo; `OMP_NUM_THREADS=1 python -m tests.matrix --out DIR --peer --table FILE`.",
+            "",
+            f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here; "
+            f"{len(CONFIGS) - made} of the configs are not (yet), {len(UNBUILT)} have none, {len(unknown_types())} are "
+            "new to this matrix. Cells of each kind:",
+            "",
+            *_markdown(["", *STATUSES, "all"], counts),
+            "",
+            *_markdown(["type", "built", *(c for c, _ in columns)], rows),
+            "",
+            *(f"{number}. {text}" for text, number in reasons.items()),
+            "",
+        ]
+    )
+
+
+def _shown(found: dict[str, Any] | None, kind: str, reasons: dict[str, int]) -> str:
+    """A cell: the largest relative difference where it agrees, otherwise its status and the number of its reason."""
+    if found is None:
+        return ""
+    if found["status"] == "agrees":
+        looser = found["limit"] > worker.TOLERANCE
+        text = f"agrees to {found['limit']:.0e}, plain transformers' own distance from float64"
+        return f"{found['worst']:.0e}" + (f" [{reasons.setdefault(text, len(reasons) + 1)}]" if looser else "")
+    text = f"{found['status']}: {found['what'].replace(kind, 'TYPE')}"
+    return f"{found['status']} [{reasons.setdefault(text, len(reasons) + 1)}]"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
