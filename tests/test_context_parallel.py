@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a length of odd pieces": {"length": 40, "mask": "packed"},
     "queries that see nothing": {"mask": "hidden"},
     "scale": {"scale": 0.7},
+    "bfloat16": {"dtype": torch.bfloat16, "keys": 2, "mask": "packed", "sinks": True},
 }
 
 
@@ -80,6 +81,7 @@ def error(
     softcap: float | None = None,
     scale: float = 0.25,
     plain: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, 4, length, 16), (2, keys, length, 16), (2, keys, length, value_size)]
@@ -101,7 +103,7 @@ def error(
     cp, rank, piece = group.size(), group.rank(), length // (2 * group.size())
 
     def mine(tensor: Tensor) -> Tensor:
-        parts = tensor.detach().float().split(piece, dim=2)
+        parts = tensor.detach().to(dtype).split(piece, dim=2)
         return torch.cat([parts[i] for i in pieces(rank, cp)], dim=2)
 
     def pair(query: int, key: int, size: int) -> Tensor:
@@ -109,7 +111,7 @@ def error(
 
     ours = [mine(t).requires_grad_() for t in (q, k, v)]
     if s is not None:
-        ours.append(s.detach().float().requires_grad_())
+        ours.append(s.detach().to(dtype).requires_grad_())
     out = ring_attention(
         *ours[:3],
         seen=Visible(mask if mask in ("causal", "full") else pair, length=piece, rank=rank, cp=cp),  # type: ignore[arg-type]
@@ -123,14 +125,15 @@ def error(
         dist.all_reduce(grads[3], group=group)
     pairs = [(out, mine(want)), *((g, mine(w)) for g, w in zip(grads[:3], wanted[:3], strict=True))]
     if sinks:
-        pairs.append((grads[3], wanted[3].float()))
-    return max(float((a.detach() - b).abs().max() / b.abs().max()) for a, b in pairs)
+        pairs.append((grads[3], wanted[3].to(dtype)))
+    return max(float((a.detach() - b).float().abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def test_a_ring_attends_and_differentiates_like_whole_sequences() -> None:
     for found in get_pool(4).run(errors, CASES, timeout=300):
         assert len(found) == 2 * len(CASES)
-        assert not {name: value for name, value in found.items() if not value < 5e-6}
+        limits = {name: 2e-2 if "bfloat16" in name else 5e-6 for name in found}
+        assert not {name: value for name, value in found.items() if not value < limits[name]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -240,6 +240,19 @@ def test_what_only_the_model_itself_shows_is_refused(
         get_pool(2).run(trained, str(recipe), [], timeout=200)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("doge", "DogeAttention changes its attention mask or makes its own"),
+        ("deepseek_v32", "DeepseekV32Attention hands its attention indices"),
+    ],
+)
+def test_a_ring_refuses_what_it_cannot_cut(world: dict[str, Any], tmp_path: Path, kind: str, words: str) -> None:
+    recipe = recipe_for(world, tmp_path, kind, "cp2", data={"packing": False}, **RING)
+    with pytest.raises(AssertionError, match=f'PlanError: {words}, which cp.kind = "ring" cannot cut; set cp.kind'):
+        get_pool(2).run(trained, str(recipe), [], timeout=200)
+
+
 def sabotaged(recipe_path: str, where: str) -> None:
     """Like `trained`, on a model whose cut block is wrong in the same way on every rank."""
     from ndtrain.train import trainer as module

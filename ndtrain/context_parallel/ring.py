@@ -8,7 +8,7 @@ share them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -120,7 +120,7 @@ class _RingAttention(torch.autograd.Function):
         if sinks is not None:
             # The sink's value is 0, so that its score moves only what the others lose.
             weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
-            grad_sinks = -(weight * (grad * out).sum(-1, dtype=lse.dtype)).sum((0, 2)).to(sinks.dtype)
+            grad_sinks = -(weight * (grad.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
         grads = grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
         return *grads, grad_sinks, None, None, None, None
 
@@ -203,8 +203,7 @@ class Ring(ContextParallel):
 
             def make(query: int, key: int, length: int) -> Tensor:
                 offsets = {"q_length": length, "kv_length": length, "q_offset": query, "kv_offset": key}
-                made: Any = sdpa_mask(**{**given, **offsets})
-                return made  # type: ignore[no-any-return]
+                return cast(Tensor, sdpa_mask(**{**given, **offsets}))
 
         device = kwargs.get("device", "cpu")
         stand_in = torch.ones((), dtype=torch.bool, device=device).expand(kwargs["batch_size"], 1, q_length, kv_length)

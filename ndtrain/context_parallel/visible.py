@@ -63,6 +63,8 @@ class Visible:
                 mask = self.mask(query * self.length, key * self.length, self.length)
                 if mask.all():
                     found.append(Span(rows, columns))
+                elif query == key and (mask == mask.new_ones(mask.shape[-2:]).tril()).all():
+                    found.append(Span(rows, columns, causal=True))
                 elif mask.any():
                     found.append(Span(rows, columns, mask=mask))
         return tuple(found)
