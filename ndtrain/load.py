@@ -66,7 +66,8 @@ def fill_with_noise(model: PreTrainedModel) -> None:
         local = local_part(tensor)
         torch.manual_seed(random_seed(name, *(box.offsets for box in held_boxes(tensor))))
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-            local.zero_()
+            # Sizes and numbers of buckets, by which some models divide.
+            local.fill_(1 if not tensor.is_floating_point() and tensor.dtype != torch.bool else 0)
         elif tensor.ndim < 2:
             local.normal_(mean=1.0, std=0.1)
         else:
@@ -166,7 +167,7 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
         # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
         whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             str(recipe.model.name),
-            config=copy.deepcopy(model.config),
+            config=copy.deepcopy(model.export_config),
             dtype=torch.float32,
             trust_remote_code=recipe.model.trust_remote_code,
             output_loading_info=True,

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Their names until torch 2.12
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _Gather(torch.autograd.Function):
     """`[B, L, H]` on every rank -> `[B, S, H]`; the gradients of the ranks are equal, or parts of a sum."""
 
@@ -86,20 +91,22 @@ def _parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _parts(x, group)[group.rank()].contiguous()
+    return _parts(x, group)[group.rank()].clone(memory_format=torch.contiguous_format)
 
 
 def _summed_part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = _parts(x, group).contiguous()
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    _reduce_scatter(out, parts.flatten(0, 1), group=group)
     return out
 
 
 def _gathered(x: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
     parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return parts.unflatten(0, (group.size(), -1)).movedim(0, 1).flatten(1, 2)[:, :length].contiguous()
+    _all_gather(parts, x.contiguous(), group=group)
+    # Never a view: FSDP and what follows may hook or change it in place.
+    whole = torch.cat(parts.chunk(group.size()), dim=1)
+    return whole if whole.shape[1] == length else whole[:, :length].clone()
 
 
 class SequenceParallel:

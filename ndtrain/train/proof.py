@@ -257,7 +257,8 @@ def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
             f"{what} with these [fsdp.modules] ({reason}): a unit's weights are there in its own forward alone; name "
             'the modules around those that read each other\'s weights, or set fsdp.mode = "auto"'
         )
-    return PlanError(f"{what} ({reason}); set mesh.cp = 1 or mesh.tp = 1")
+    ways = " or ".join(f"mesh.{axis} = 1" for axis in ("cp", "tp") if getattr(trainer.sizes, axis) > 1)
+    return PlanError(f"{what} ({reason}); set {ways}")
 
 
 def _tokens(trainer: Trainer, count: int) -> torch.Tensor:
