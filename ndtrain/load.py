@@ -6,14 +6,17 @@ Comes in: a parallelized model on meta. Goes out: the same model on the device, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from ndtrain.errors import DamagedError, PlanError, RecipeError
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.model import meta_model, tie, tied_keys
 from ndtrain.plan import Plan
@@ -214,13 +217,15 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> N
         handles = [safe_open(path, framework="pt", device="cpu") for path in _weight_files(recipe)]
         slices = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
         before = dict(model.named_parameters())
+        mapping = get_model_conversion_mapping(model) or []
+        _refuse_stitched(before, slices, mapping)
         config = LoadStateDictConfig(
             device_map={"": next(model.parameters()).device},
             dtype=torch.float32,
-            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+            weight_mapping=mapping,  # type: ignore[arg-type]
         )
         report, _ = convert_and_load_state_dict_in_model(model, slices, config)
-    except RecipeError:
+    except NdtrainError:
         raise
     except Exception as error:
         raise _unreadable(recipe, error) from error
@@ -228,6 +233,42 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> N
     _check_report(missing, report.mismatched_keys, recipe)
     notes += _unused(report.unexpected_keys)
     _put_back(model, before)
+
+
+def _refuse_stitched(params: Mapping[str, nn.Parameter], keys: Iterable[str], mapping: Iterable[Any]) -> None:
+    """Raise `PlanError` where a weight is stitched from saved pieces, or cut into them, along a dim that ranks share.
+
+    transformers' loader takes each rank's part of every piece and stitches those (5.23): right for a packed cut, which
+    takes as much of gate as of up; any other gets rows of other ranks, without an error.
+    """
+    for converter in mapping:
+        # Experts saved one by one are stacked: that loader knows which are this rank's.
+        operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
+        sources = [_as_regex(pattern) for pattern in getattr(converter, "source_patterns", ())]
+        if not operations or not any(source.search(key) for key in keys for source in sources):
+            continue
+        dims = {getattr(operation, "dim", None) for operation in operations}
+        targets = [_as_regex(pattern) for pattern in converter.target_patterns]
+        for fqn, param in params.items():
+            if not isinstance(param, DTensor) or not any(target.search(fqn) for target in targets):
+                continue
+            axes = range(param.device_mesh.ndim)
+            for dim in range(param.ndim) if None in dims else {d % param.ndim for d in dims if d is not None}:
+                cuts = [i for i in axes if _cuts(param.placements[i], dim, param) and param.device_mesh.size(i) > 1]
+                packed = [i for i in cuts if isinstance(param.placements[i], _StridedShard) and i == axes[-1]]
+                if cuts != packed:
+                    raise PlanError(
+                        f'{fqn} is saved in another form along dim {dim}, which this mesh cuts; set load.mode = "rank0"'
+                    )
+
+
+def _as_regex(pattern: str) -> re.Pattern[str]:
+    """A pattern of transformers' weight conversions, in which `*` stands for a number."""
+    return re.compile(pattern.replace("*", r"\d+"))
+
+
+def _cuts(placement: Placement, dim: int, param: Tensor) -> bool:
+    return isinstance(placement, Shard | _StridedShard) and placement.dim % param.ndim == dim
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ndtrain.context_parallel import ContextParallel
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
-from ndtrain.plan import Plan, expert
+from ndtrain.plan import ParamPlan, Plan, expert
 from ndtrain.plan.tensor import CUTTING
 from ndtrain.recipe import Recipe
 
@@ -45,8 +45,8 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     compute = getattr(torch, recipe.fsdp.param_dtype)
     reduce = getattr(torch, recipe.fsdp.reduce_dtype)
     mixed = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=reduce)
-    planned = {param.fqn: param.placements for param in plan.params}
-    placements = {param: planned[fqn] for fqn, param in model.named_parameters()}
+    planned = {param.fqn: _fsdp_dim(param) for param in plan.params}
+    dims = {param: planned[fqn] for fqn, param in model.named_parameters()}
     for unit in plan.units:
         modules = [model.get_submodule(name) for name in unit.modules]
         target = modules if len(modules) > 1 else modules[0]
@@ -55,14 +55,26 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
                 target,
                 mesh=meshes.efsdp,
                 reshard_after_forward=unit.reshard,
-                shard_placement_fn=lambda param: _fsdp_dim(placements[param]),
+                shard_placement_fn=dims.__getitem__,
                 # Routing weights stay in their own dtype, as where experts are gathered with their block.
                 mp_policy=replace(mixed, cast_forward_inputs=False),
             )
         else:
             mp_policy = MixedPrecisionPolicy() if unit.fp32 else mixed
-            fully_shard(target, mesh=meshes.fsdp, reshard_after_forward=unit.reshard, mp_policy=mp_policy)
-    fully_shard(model, mesh=meshes.fsdp, reshard_after_forward=False, mp_policy=mixed)
+            fully_shard(
+                target,
+                mesh=meshes.fsdp,
+                reshard_after_forward=unit.reshard,
+                shard_placement_fn=dims.__getitem__,
+                mp_policy=mp_policy,
+            )
+    fully_shard(
+        model,
+        mesh=meshes.fsdp,
+        reshard_after_forward=False,
+        shard_placement_fn=dims.__getitem__,
+        mp_policy=mixed,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the global count of target tokens, so gradients are summed, never averaged.
@@ -72,8 +84,8 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     return context
 
 
-def _fsdp_dim(placements: tuple[Placement, ...]) -> Shard:
-    """What `fully_shard` is told of an expert's placements on ([dp_replicate,] efsdp, ep)."""
-    over = placements[-2]
+def _fsdp_dim(param: ParamPlan) -> Shard:
+    """What `fully_shard` is told: the dim alone, it knows itself what tp or ep have cut before."""
+    over = next(p for a, p in zip(param.axes, param.placements, strict=True) if a in ("fsdp", "efsdp"))
     assert isinstance(over, Shard | _StridedShard)
     return Shard(over.dim)
