@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
+from ndtrain import extra_state
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.model import meta_model, tie, tied_keys
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime, on_rank0, random_seed, together
+from ndtrain.runtime import Runtime, broadcast_json, on_rank0, random_seed, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +70,7 @@ def fill_with_noise(model: PreTrainedModel) -> None:
         torch.manual_seed(random_seed(name, *(box.offsets for box in held_boxes(tensor))))
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             local.zero_()
-        elif tensor.ndim < 2:
+        elif tensor.ndim < 2 or not tensor.numel():
             local.fill_(1.0)
         else:
             local.normal_(std=tensor.shape[-1] ** -0.5)
@@ -87,13 +89,15 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     else:
         together(lambda: _load_sharded(model, recipe, notes))
     tie(model)
+    if recipe.model.init != "random":
+        _load_extra(model, recipe, notes)
     # One rank alone may hold the damaged shard; the others must not go on to wait for it.
     together(lambda: _refuse_nan(model, recipe))
     return notes
 
 
 def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model_tensors(model).items():
         local = local_part(tensor)
         # A sum is NaN if any part is (or if infinities meet), and takes a third of the time of looking at each.
         if local.is_floating_point() and bool(local.sum().isnan()) and bool(local.isnan().any()):
@@ -101,9 +105,11 @@ def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the state dict once: parameters and persistent buffers, tied aliases left out."""
+    """Every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
     aliases = tied_keys(model)  # type: ignore[arg-type]
-    return {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases}
+    return {
+        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_state.is_extra(k)
+    }
 
 
 # ---- rank 0 reads
@@ -120,7 +126,7 @@ def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime, not
 
 
 def _unused(keys: Any) -> list[str]:
-    names = sorted(map(str, keys))
+    names = sorted(key for key in map(str, keys) if not extra_state.is_extra(key))
     return [f"{len(names)} saved weights are not of this model and left out, the first is {names[0]}"] if names else []
 
 
@@ -164,21 +170,21 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
     report: Any
 
     try:
-        # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
-        whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            str(recipe.model.name),
-            config=copy.deepcopy(model.config),
-            dtype=torch.float32,
-            trust_remote_code=recipe.model.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused below with their names
-        )
+        with extra_state.withheld(model):
+            # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
+            whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                str(recipe.model.name),
+                config=copy.deepcopy(model.config),
+                dtype=torch.float32,
+                trust_remote_code=recipe.model.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below with their names
+            )
     except Exception as error:
         raise _unreadable(recipe, error) from error
     _check_report(report["missing_keys"], report["mismatched_keys"], recipe)
     notes += _unused(report["unexpected_keys"])
-    aliases = tied_keys(model)
-    return {k: v for k, v in whole.state_dict().items() if k not in aliases}
+    return model_tensors(whole)
 
 
 def _unreadable(recipe: Recipe, error: Exception) -> Exception:
@@ -191,6 +197,7 @@ def _unreadable(recipe: Recipe, error: Exception) -> Exception:
 
 
 def _check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:
+    missing = [key for key in missing if not extra_state.is_extra(key)]
     if missing:
         raise DamagedError(
             f'model.name = "{recipe.model.name}" lacks {len(missing)} weights of the model, the first is '
@@ -216,6 +223,7 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> N
     try:
         handles = [safe_open(path, framework="pt", device="cpu") for path in _weight_files(recipe)]
         slices = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
+        slices = {key: value for key, value in slices.items() if not extra_state.is_extra(key)}
         before = dict(model.named_parameters())
         mapping = get_model_conversion_mapping(model) or []
         _refuse_stitched(before, slices, mapping)
@@ -298,6 +306,34 @@ def _weight_files(recipe: Recipe) -> list[str]:
             f'model.name = "{name}" has no safetensors files; set load.mode = "rank0", or model.init = "random"'
         )
     return [single]
+
+
+def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
+    """Hand the extra states that the files hold as data to their modules, on every rank the same."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+
+    def read() -> None:
+        with suppress(RecipeError):  # files of another kind, which transformers has read
+            for path in _weight_files(recipe):
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    for key in filter(extra_state.is_extra, file.keys()):
+                        tensor = file.get_tensor(key)
+                        with suppress(TypeError):
+                            found[key.removesuffix(extra_state.SUFFIX).rstrip(".")] = (
+                                extra_state.to_json(tensor) if tensor.numel() else None
+                            )
+                        found.setdefault(key.removesuffix(extra_state.SUFFIX).rstrip("."), "bytes")
+
+    on_rank0(read)
+    found = broadcast_json(found)
+    modules = {name for name, _ in model.named_modules()}
+    extra_state.restore(
+        model, {name: state for name, state in found.items() if isinstance(state, dict) and name in modules}
+    )
+    if left_out := [name for name, state in found.items() if state == "bytes" or name not in modules]:
+        notes.append(extra_state.left_out_note(left_out, "not read from the weights"))
 
 
 # ---- random initialization

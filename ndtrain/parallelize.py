@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ndtrain.context_parallel import ContextParallel
+from ndtrain.errors import PlanError
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
@@ -29,7 +31,9 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
 
         # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
         params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
-        rules = params | {name: style for name, style in plan.tp_rules.items() if name not in params}
+        cut = _cut_by_modules(model, plan, meshes)
+        rules = {n: s for n, s in params.items() if n not in cut}
+        rules |= {name: style for name, style in plan.tp_rules.items() if name not in params}
         apply_tensor_parallelism(model, meshes.tp, rules)
         tie(model)
         # What an embedding, a head or dispatched experts give under tp is a view, whose later in-place change would
@@ -45,6 +49,10 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     compute = getattr(torch, recipe.fsdp.param_dtype)
     reduce = getattr(torch, recipe.fsdp.reduce_dtype)
     mixed = MixedPrecisionPolicy(param_dtype=None if compute == torch.float32 else compute, reduce_dtype=reduce)
+    for parameter in model.parameters():
+        if not parameter.numel():
+            # Nothing to train, and FSDP's reduce-scatter takes no empty gradient (torch <= 2.13).
+            parameter.requires_grad_(False)
     planned = {param.fqn: _fsdp_dim(param) for param in plan.params}
     dims = {param: planned[fqn] for fqn, param in model.named_parameters()}
     for unit in plan.units:
@@ -82,6 +90,30 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return context
+
+
+def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[str]:
+    """Let modules that cut their own weights once they are given a mesh do so; returns those parameters.
+
+    As TransformerEngine's `set_device_mesh` does. Raises `PlanError` where one does other than the plan says.
+    """
+    cut: set[str] = set()
+    for param in plan.params:
+        name, _, leaf = param.fqn.rpartition(".")
+        module = model.get_submodule(name)
+        if param.style not in CUTTING or not hasattr(module, "set_device_mesh"):
+            continue
+        if not isinstance(module.get_parameter(leaf), DTensor):
+            cast(Any, module).set_device_mesh(tp_mesh=meshes.tp)
+        own = module.get_parameter(leaf)
+        found = (tuple(own.shape), own.placements, own.device_mesh) if isinstance(own, DTensor) else tuple(own.shape)
+        if found != (param.shape, (param.placements[-1],), meshes.tp):
+            raise PlanError(
+                f"{plan.model_type}: set_device_mesh of {name} makes {leaf} {found}, but base_model_tp_plan says "
+                f"{param.style} of {param.shape}; set mesh.tp = 1"
+            )
+        cut.add(param.fqn)
+    return cut
 
 
 def _fsdp_dim(param: ParamPlan) -> Shard:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ndtrain.errors import PlanError
@@ -30,6 +31,15 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     model_type = model.config.model_type
     refuse.check(model, sizes, recipe)
     notes = list(refuse.notes(model, recipe))
+    for fqn, param in model.named_parameters():
+        if isinstance(param, DTensor):
+            raise PlanError(
+                f"{model_type}: {fqn} is a DTensor already, {param.placements}: ndtrain cuts a model itself, the same "
+                "for every reader of its weights. Let it be plain until set_device_mesh(tp_mesh=...) is called, and "
+                "name the cut in base_model_tp_plan"
+            )
+        if not param.ndim:
+            raise PlanError(f"{model_type}: {fqn} is a scalar, which FSDP cannot hold; make it a tensor of one element")
     ep_rules = expert.rules(model, sizes) if sizes.ep > 1 else {}
     experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
     blocks = tuple(fsdp.find_blocks(model))
