@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ndtrain.metrics import StepMetrics
 from ndtrain.model import meta_model
-from ndtrain.plan import ParamPlan, Plan, make_plan
+from ndtrain.plan import EVEN, ParamPlan, Plan, make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for
 
@@ -119,8 +119,7 @@ def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
     `in_host_memory` is the part of a total that cpu_offload keeps off the device.
     """
     sizes = plan.sizes
-    # Every cut gives its first part the most, so rank 0 is a largest rank.
-    largest = 0
+    largest = 0  # see Plan.imbalance
 
     def held(numels: dict[str, int]) -> dict[str, int]:
         numel, hosted = sum(numels.values()), sum(n for fqn, n in numels.items() if fqn in plan.on_host)
@@ -142,6 +141,10 @@ def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
             "rank": of_rank(rank),
             "largest_rank": {"rank": largest, **of_rank(largest)},
             "all_ranks": held({p.fqn: p.numel * p.copies(sizes) for p in plan.params}),
+        },
+        "imbalance": {
+            "ratio": plan.imbalance,
+            "because": [asdict(group) for group in plan.uneven()],
         },
         "units": [asdict(unit) for unit in (*plan.units, plan.root)],
         "tied": plan.tied,
@@ -240,11 +243,26 @@ def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
                 + (f", {size(held['in_host_memory'])} of it in host memory" if held["in_host_memory"] else ""),
                 markup=False,
             )
+        if plan.imbalance > EVEN:
+            console.print(_imbalance_text(plan), markup=False, soft_wrap=True)
         if plan.sizes.tp > 1:
             console.print(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters", markup=False)
         for note in plan.notes:
             console.print(f"note: {note}", markup=False)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _imbalance_text(plan: Plan) -> str:
+    """Why the fullest rank holds more than the others: which parameters are cut into parts that differ."""
+    reasons = []
+    for group in plan.uneven():
+        name = group.fqns[0]
+        if len(group.fqns) > 1:
+            layers = sorted({int(m.group(1)) for fqn in group.fqns if (m := re.search(r"\.(\d+)\.", fqn))})
+            name = re.sub(r"(?<=\.)\d+(?=\.)", _span(layers), name, count=1)
+        cuts = " and ".join(f"dim {dim} = {group.shape[dim]} over {over} ranks" for dim, over in group.dims.items())
+        reasons.append(f"{name} has {cuts} and no other that divides ({group.excess / plan.mean_numel:+.0%})")
+    return f"largest rank holds {plan.imbalance:.2f} times the mean: because {'; '.join(reasons)}"
 
 
 def _short(placement: str) -> str:

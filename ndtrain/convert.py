@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ndtrain import extra_state
 from ndtrain.checkpoint import CheckpointStore, check, load_tensors
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.model import kept_in_fp32, tie, tied_keys
@@ -42,10 +43,18 @@ def convert(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_
         raise RecipeError(f"{out} cannot be made: {error.strerror}; choose another") from error
     try:
         model = _read(source, dtype)
-        model.save_pretrained(part, max_shard_size=max_shard_size)
+        extra_state.restore(model, extra_state.read(source))
+        # transformers can save a state that is one tensor, and no other
+        tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor) and not v.is_meta}
+        model.save_pretrained(part, state_dict=tensors, max_shard_size=max_shard_size)
         for file in source.iterdir():
             # config and generation config are written by save_pretrained itself
-            if file.is_file() and file.name not in ("config.json", "train_state.json", "manifest.json"):
+            if file.is_file() and file.name not in (
+                "config.json",
+                "train_state.json",
+                "manifest.json",
+                extra_state.FILE,
+            ):
                 shutil.copy2(file, part / file.name)
         if out.exists():
             out.rmdir()
@@ -72,7 +81,7 @@ def _read(source: Path, dtype: str | None) -> PreTrainedModel:
     aliases = tied_keys(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, meta in model.state_dict().items():
-        if name in aliases:
+        if name in aliases or extra_state.is_extra(name):
             continue
         full = torch.empty(meta.shape, dtype=meta.dtype)
         load_tensors(source / "model", {name: full})

@@ -6,19 +6,24 @@ Comes in: a parallelized model on meta. Goes out: the same model on the device, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from ndtrain.errors import DamagedError, PlanError, RecipeError
+from ndtrain import extra_state
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.model import meta_model, tie, tied_keys
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime, on_rank0, random_seed, together
+from ndtrain.runtime import Runtime, broadcast_json, on_rank0, random_seed, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +73,7 @@ def fill_with_noise(model: PreTrainedModel) -> None:
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             # Sizes and numbers of buckets, by which some models divide.
             local.fill_(1 if not tensor.is_floating_point() and tensor.dtype != torch.bool else 0)
-        elif tensor.ndim < 2:
+        elif tensor.ndim < 2 or not tensor.numel():
             local.normal_(mean=1.0, std=0.1)
         else:
             local.normal_(std=tensor.shape[-1] ** -0.5)
@@ -87,13 +92,15 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     else:
         together(lambda: _load_sharded(model, recipe, notes))
     tie(model)
+    if recipe.model.init != "random":
+        _load_extra(model, recipe, notes)
     # One rank alone may hold the damaged shard; the others must not go on to wait for it.
     together(lambda: _refuse_nan(model, recipe))
     return notes
 
 
 def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model_tensors(model).items():
         local = local_part(tensor)
         # A sum is NaN if any part is (or if infinities meet), and takes a third of the time of looking at each.
         if local.is_floating_point() and bool(local.sum().isnan()) and bool(local.isnan().any()):
@@ -101,9 +108,11 @@ def _refuse_nan(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the state dict once: parameters and persistent buffers, tied aliases left out."""
+    """Every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
     aliases = tied_keys(model)  # type: ignore[arg-type]
-    return {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases}
+    return {
+        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_state.is_extra(k)
+    }
 
 
 # ---- rank 0 reads
@@ -120,7 +129,7 @@ def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime, not
 
 
 def _unused(keys: Any) -> list[str]:
-    names = sorted(map(str, keys))
+    names = sorted(key for key in map(str, keys) if not extra_state.is_extra(key))
     return [f"{len(names)} saved weights are not of this model and left out, the first is {names[0]}"] if names else []
 
 
@@ -164,21 +173,21 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
     report: Any
 
     try:
-        # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
-        whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            str(recipe.model.name),
-            config=copy.deepcopy(model.export_config),
-            dtype=torch.float32,
-            trust_remote_code=recipe.model.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused below with their names
-        )
+        with extra_state.withheld(model):
+            # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
+            whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                str(recipe.model.name),
+                config=copy.deepcopy(model.export_config),
+                dtype=torch.float32,
+                trust_remote_code=recipe.model.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below with their names
+            )
     except Exception as error:
         raise _unreadable(recipe, error) from error
     _check_report(report["missing_keys"], report["mismatched_keys"], recipe)
     notes += _unused(report["unexpected_keys"])
-    aliases = tied_keys(model)
-    return {k: v for k, v in whole.state_dict().items() if k not in aliases}
+    return model_tensors(whole)
 
 
 def _unreadable(recipe: Recipe, error: Exception) -> Exception:
@@ -191,6 +200,7 @@ def _unreadable(recipe: Recipe, error: Exception) -> Exception:
 
 
 def _check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:
+    missing = [key for key in missing if not extra_state.is_extra(key)]
     if missing:
         raise DamagedError(
             f'model.name = "{recipe.model.name}" lacks {len(missing)} weights of the model, the first is '
@@ -216,14 +226,17 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> N
     try:
         handles = [safe_open(path, framework="pt", device="cpu") for path in _weight_files(recipe)]
         slices = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
+        slices = {key: value for key, value in slices.items() if not extra_state.is_extra(key)}
         before = dict(model.named_parameters())
+        mapping = get_model_conversion_mapping(model) or []
+        _refuse_stitched(before, slices, mapping)
         config = LoadStateDictConfig(
             device_map={"": next(model.parameters()).device},
             dtype=torch.float32,
-            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+            weight_mapping=mapping,  # type: ignore[arg-type]
         )
         report, _ = convert_and_load_state_dict_in_model(model, slices, config)
-    except RecipeError:
+    except NdtrainError:
         raise
     except Exception as error:
         raise _unreadable(recipe, error) from error
@@ -231,6 +244,42 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> N
     _check_report(missing, report.mismatched_keys, recipe)
     notes += _unused(report.unexpected_keys)
     _put_back(model, before)
+
+
+def _refuse_stitched(params: Mapping[str, nn.Parameter], keys: Iterable[str], mapping: Iterable[Any]) -> None:
+    """Raise `PlanError` where a weight is stitched from saved pieces, or cut into them, along a dim that ranks share.
+
+    transformers' loader takes each rank's part of every piece and stitches those (5.23): right for a packed cut, which
+    takes as much of gate as of up; any other gets rows of other ranks, without an error.
+    """
+    for converter in mapping:
+        # Experts saved one by one are stacked: that loader knows which are this rank's.
+        operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
+        sources = [_as_regex(pattern) for pattern in getattr(converter, "source_patterns", ())]
+        if not operations or not any(source.search(key) for key in keys for source in sources):
+            continue
+        dims = {getattr(operation, "dim", None) for operation in operations}
+        targets = [_as_regex(pattern) for pattern in converter.target_patterns]
+        for fqn, param in params.items():
+            if not isinstance(param, DTensor) or not any(target.search(fqn) for target in targets):
+                continue
+            axes = range(param.device_mesh.ndim)
+            for dim in range(param.ndim) if None in dims else {d % param.ndim for d in dims if d is not None}:
+                cuts = [i for i in axes if _cuts(param.placements[i], dim, param) and param.device_mesh.size(i) > 1]
+                packed = [i for i in cuts if isinstance(param.placements[i], _StridedShard) and i == axes[-1]]
+                if cuts != packed:
+                    raise PlanError(
+                        f'{fqn} is saved in another form along dim {dim}, which this mesh cuts; set load.mode = "rank0"'
+                    )
+
+
+def _as_regex(pattern: str) -> re.Pattern[str]:
+    """A pattern of transformers' weight conversions, in which `*` stands for a number."""
+    return re.compile(pattern.replace("*", r"\d+"))
+
+
+def _cuts(placement: Placement, dim: int, param: Tensor) -> bool:
+    return isinstance(placement, Shard | _StridedShard) and placement.dim % param.ndim == dim
 
 
 @torch.no_grad()
@@ -260,6 +309,34 @@ def _weight_files(recipe: Recipe) -> list[str]:
             f'model.name = "{name}" has no safetensors files; set load.mode = "rank0", or model.init = "random"'
         )
     return [single]
+
+
+def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
+    """Hand the extra states that the files hold as data to their modules, on every rank the same."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+
+    def read() -> None:
+        with suppress(RecipeError):  # files of another kind, which transformers has read
+            for path in _weight_files(recipe):
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    for key in filter(extra_state.is_extra, file.keys()):
+                        tensor = file.get_tensor(key)
+                        with suppress(TypeError):
+                            found[key.removesuffix(extra_state.SUFFIX).rstrip(".")] = (
+                                extra_state.to_json(tensor) if tensor.numel() else None
+                            )
+                        found.setdefault(key.removesuffix(extra_state.SUFFIX).rstrip("."), "bytes")
+
+    on_rank0(read)
+    found = broadcast_json(found)
+    modules = {name for name, _ in model.named_modules()}
+    extra_state.restore(
+        model, {name: state for name, state in found.items() if isinstance(state, dict) and name in modules}
+    )
+    if left_out := [name for name, state in found.items() if state == "bytes" or name not in modules]:
+        notes.append(extra_state.left_out_note(left_out, "not read from the weights"))
 
 
 # ---- random initialization

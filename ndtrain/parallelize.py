@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ndtrain.context_parallel import KINDS, ContextParallel
 from ndtrain.dropout import drop_by_rank
 from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
-from ndtrain.plan import Plan, Unit, refuse
+from ndtrain.plan import ParamPlan, Plan, Unit, refuse
 from ndtrain.recipe import Recipe
 from ndtrain.sequence_parallel import SequenceParallel
 from ndtrain.tensor_parallel import apply_tensor_parallelism
@@ -40,17 +40,20 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     context = KINDS[plan.cp](model, meshes.dense["cp"].get_group()) if plan.cp else None
     if plan.sizes.tp > 1 and refuse.dropouts(model):
         drop_by_rank(model, plan, meshes.tp.get_local_rank())
-    planned = {param.fqn: param.placements for param in plan.params}
-    placements = {param: planned[fqn] for fqn, param in model.named_parameters()}
+    for parameter in model.parameters():
+        if not parameter.numel():
+            # Nothing to train, and FSDP's reduce-scatter takes no empty gradient (torch <= 2.13).
+            parameter.requires_grad_(False)
+    planned = {param.fqn: _fsdp_dim(param) for param in plan.params}
+    dims = {param: planned[fqn] for fqn, param in model.named_parameters()}
     for unit in (*plan.units, plan.root):
         modules = [model.get_submodule(name) for name in unit.modules]
         mesh = meshes.efsdp if unit.experts else meshes.fsdp
-        place = (lambda param: _fsdp_dim(placements[param])) if unit.experts else None
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh,
             reshard_after_forward=unit.reshard,
-            shard_placement_fn=place,
+            shard_placement_fn=dims.__getitem__,
             mp_policy=_mixed_precision(unit),
             # Only memory that a device copies from needs pinning.
             offload_policy=CPUOffloadPolicy(mesh.device_type != "cpu") if unit.cpu_offload else OffloadPolicy(),
@@ -73,8 +76,8 @@ def _mixed_precision(unit: Unit) -> MixedPrecisionPolicy:
     )
 
 
-def _fsdp_dim(placements: tuple[Placement, ...]) -> Shard:
-    """What `fully_shard` is told of an expert's placements on ([dp_replicate,] efsdp, ep)."""
-    over = placements[-2]
+def _fsdp_dim(param: ParamPlan) -> Shard:
+    """What `fully_shard` is told: the dim alone, it knows itself what tp or ep have cut before."""
+    over = next(p for a, p in zip(param.axes, param.placements, strict=True) if a in ("fsdp", "efsdp"))
     assert isinstance(over, Shard | _StridedShard)
     return Shard(over.dim)

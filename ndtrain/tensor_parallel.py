@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 # transformers.distributed moves between releases (read at 5.23).
 from transformers.distributed import tensor_parallel as styles
 
+from ndtrain.errors import PlanError
 from ndtrain.mesh import Meshes
 from ndtrain.model import tie
 from ndtrain.plan import Plan
@@ -27,7 +28,9 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     """Cut the parameters of `model` (on meta) over the tp axis and put the exchanges around its modules, in place."""
     # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
     params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
-    rules = params | {name: style for name, style in plan.tp_rules.items() if name not in params}
+    cut = _cut_by_modules(model, plan, meshes)
+    rules = {name: style for name, style in params.items() if name not in cut}
+    rules |= {name: style for name, style in plan.tp_rules.items() if name not in params}
     for region in plan.sequence.regions if plan.sequence else ():
         if region.row:
             rules |= {**dict.fromkeys(region.columns, "colwise_in_region"), region.row: "rowwise_in_region"}
@@ -43,6 +46,30 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     for name, style in plan.tp_rules.items():
         if name not in params and (style in views or (style in CUTTING and name in units)):
             model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
+
+
+def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[str]:
+    """Let modules that cut their own weights once they are given a mesh do so; returns those parameters.
+
+    As TransformerEngine's `set_device_mesh` does. Raises `PlanError` where one does other than the plan says.
+    """
+    cut: set[str] = set()
+    for param in plan.params:
+        name, _, leaf = param.fqn.rpartition(".")
+        module = model.get_submodule(name)
+        if param.style not in CUTTING or not hasattr(module, "set_device_mesh"):
+            continue
+        if not isinstance(module.get_parameter(leaf), DTensor):
+            cast(Any, module).set_device_mesh(tp_mesh=meshes.tp)
+        own = module.get_parameter(leaf)
+        found = (tuple(own.shape), own.placements, own.device_mesh) if isinstance(own, DTensor) else tuple(own.shape)
+        if found != (param.shape, (param.placements[-1],), meshes.tp):
+            raise PlanError(
+                f"{plan.model_type}: set_device_mesh of {name} makes {leaf} {found}, but base_model_tp_plan says "
+                f"{param.style} of {param.shape}; set mesh.tp = 1"
+            )
+        cut.add(param.fqn)
+    return cut
 
 
 class _Conv1D:

@@ -32,6 +32,7 @@ MESHES = {
     "gemma3_text": WITH_TP,
     "gpt2": FSDP,
     "qwen3_moe": WITH_TP | EP,
+    "qwen3_moe_few": {"dp_shard4": MeshSizes(1, 4), "ep2": MeshSizes(1, 4, 1, 1, 2)},
     "phi3": WITH_TP,
 }
 
@@ -213,6 +214,22 @@ def test_every_rank_has_its_own_experts(tmp_path: Path) -> None:
         assert len(fused) == 4
         for name, tensor in fused.items():
             assert [sorted(set(tensor[i].ravel().tolist())) for i in range(4)] == [[0.0], [1.0], [2.0], [3.0]], name
+
+
+def test_pieces_stitched_along_a_dim_that_ranks_share_are_refused_by_sharded_loading(tmp_path: Path) -> None:
+    """Its three convolutions are saved apart: each rank would take its part of each, and hold other ranks' rows."""
+    directory = tiny.save_model("olmo_hybrid", tmp_path)
+    recipes = {
+        mode: recipe_for(tmp_path / f"{mode}.toml", mode=mode, name=str(directory), attn="eager") for mode in MODES
+    }
+    for path in recipes.values():
+        Path(path).write_text(Path(path).read_text().replace("[data]", "[data]\npacking = false"))
+    found = get_pool(2).run(_errors, [recipes["rank0"], recipes["sharded"]], MeshSizes(1, 2))
+    for rank in found:
+        assert rank[0] == ("", "loaded")
+        assert rank[1][0] == "PlanError"
+        assert "conv1d.weight is saved in another form along dim 0" in rank[1][1]
+        assert 'set load.mode = "rank0"' in rank[1][1]
 
 
 # ---- random initialization

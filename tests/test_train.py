@@ -185,6 +185,7 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "experts": ("qwen3_moe", "ep2", {}),
     "experts, cut over efsdp": ("qwen3_moe", "ep2-efsdp2", {}),
     "fewer experts than ranks": ("qwen3_moe_few", "ep2-efsdp2", {}),
+    "fewer experts than ranks, without ep": ("qwen3_moe_few", "dp_shard4", {"load": {"mode": "sharded"}}),
     "experts, replicas": ("qwen3_moe", "dp_replicate2-ep2", {}),
     "experts under ulysses": ("qwen3_moe", "dp_shard2-cp2-ep4", {}),
     "experts without tokens": ("gpt_oss_biased", "ep2", {"model": {"attn": "eager"}, "data": {"packing": False}}),

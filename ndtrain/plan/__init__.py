@@ -5,6 +5,6 @@ applies a plan and decides nothing; `inspect` prints it.
 """
 
 from ndtrain.plan.make import make_plan
-from ndtrain.plan.types import ParamPlan, Plan, Unit
+from ndtrain.plan.types import EVEN, ParamPlan, Plan, Uneven, Unit
 
-__all__ = ["ParamPlan", "Plan", "Unit", "make_plan"]
+__all__ = ["EVEN", "ParamPlan", "Plan", "Uneven", "Unit", "make_plan"]

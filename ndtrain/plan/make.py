@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ndtrain.errors import PlanError
-from ndtrain.layout import fsdp_over
+from ndtrain.layout import fsdp_over, local_shape
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
 from ndtrain.plan import context, expert, manual, refuse, sequence, tensor
 from ndtrain.plan import units as fsdp
-from ndtrain.plan.types import ParamPlan, Plan
+from ndtrain.plan.types import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,6 +31,15 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     model_type = model.config.model_type
     refuse.check(model, sizes, recipe)
     notes = list(refuse.notes(model, recipe))
+    for fqn, param in model.named_parameters():
+        if isinstance(param, DTensor):
+            raise PlanError(
+                f"{model_type}: {fqn} is a DTensor already, {param.placements}: ndtrain cuts a model itself, the same "
+                "for every reader of its weights. Let it be plain until set_device_mesh(tp_mesh=...) is called, and "
+                "name the cut in base_model_tp_plan"
+            )
+        if not param.ndim:
+            raise PlanError(f"{model_type}: {fqn} is a scalar, which FSDP cannot hold; make it a tensor of one element")
     cp, why = context.choose(model, sizes, recipe) if sizes.cp > 1 else (None, None)
     if why:
         notes.append(why)
@@ -103,17 +114,20 @@ def _param_plan(
 ) -> ParamPlan:
     style = ep_rules.get(fqn) or tensor.rule_of(fqn, tp_rules)
     over_tp = tensor.placement(style, fqn.rpartition(".")[2], param.ndim) if style else None
-    axes: tuple[str, ...] = ("fsdp",)
-    placements: tuple[Placement, ...] = (Shard(0),)
+    shape = tuple(param.shape)
+    axes: tuple[str, ...]
+    placements: tuple[Placement, ...]
     if fqn in ep_rules:
-        axes, placements = ("efsdp", "ep"), (_over_efsdp(tuple(param.shape), sizes), Shard(0))
+        axes, placements = ("efsdp", "ep"), (_over_fsdp(shape, Shard(0), (sizes.efsdp, sizes.ep)), Shard(0))
     elif over_tp is not None:
-        axes, placements = ("fsdp", "tp"), (fsdp_over(over_tp, sizes.tp), over_tp)
+        axes, placements = ("fsdp", "tp"), (_over_fsdp(shape, over_tp, (sizes.fsdp, sizes.tp)), over_tp)
+    else:
+        axes, placements = ("fsdp",), (_over_fsdp(shape, Replicate(), (sizes.fsdp, 1)),)
     if sizes.dp_replicate > 1:
         axes, placements = ("dp_replicate", *axes), (Replicate(), *placements)
     return ParamPlan(
         fqn=fqn,
-        shape=tuple(param.shape),
+        shape=shape,
         dtype=param.dtype,
         style=style or "-",
         unit=unit,
@@ -122,12 +136,24 @@ def _param_plan(
     )
 
 
-def _over_efsdp(shape: tuple[int, ...], sizes: MeshSizes) -> Placement:
-    """How efsdp cuts experts `[E, ...]` that ep holds whole: along another dim where there are fewer than ranks."""
-    along_experts = fsdp_over(Shard(0), sizes.ep)
-    if sizes.efsdp * sizes.ep <= shape[0]:
-        return along_experts
-    return next((Shard(d) for d in range(1, len(shape)) if shape[d] % sizes.efsdp == 0), along_experts)
+def _over_fsdp(shape: tuple[int, ...], inner: Placement, mesh: tuple[int, int]) -> Placement:
+    """How FSDP cuts what `inner` has placed over the second axis of `mesh`: along dim 0, as `fully_shard` prefers.
+
+    Where that fills some ranks much more than others, as with fewer experts or rows than ranks, along a dim that
+    divides evenly, which `fully_shard` asks of every dim but 0.
+    """
+    usual = fsdp_over(inner, mesh[1])
+    others = [
+        Shard(d) for d in reversed(range(1, len(shape))) if shape[d] % mesh[0] == 0 and d != getattr(inner, "dim", None)
+    ]
+
+    def fullest(over: Placement) -> int:
+        return math.prod(local_shape(shape, mesh, (0, 0), (over, inner)))
+
+    even = math.prod(shape) / mesh[0] / (1 if isinstance(inner, Replicate) else mesh[1])
+    if fullest(usual) <= EVEN * even or not others:
+        return usual
+    return min((usual, *others), key=fullest)
 
 
 def _unit_of(fqn: str, owner: dict[str, str]) -> str:

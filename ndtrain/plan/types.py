@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,9 @@ from torch.distributed.tensor.placement_types import Placement, Replicate
 from ndtrain.layout import Box, local_boxes, local_shape
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.sequence import SequencePlan
+
+# What a fullest rank may hold over the mean before a plan says why.
+EVEN = 1.15
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,29 @@ class ParamPlan:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def excess(self, sizes: MeshSizes) -> float:
+        """Elements that rank 0 holds above the mean of all ranks."""
+        return self.local_numel(sizes, 0) - self.numel * self.copies(sizes) / sizes.world_size
+
+    def uneven_dims(self, sizes: MeshSizes) -> dict[int, int]:
+        """{tensor dim: ranks it is cut over} of the dims of which rank 0 holds more than the mean."""
+        over: dict[int, int] = defaultdict(lambda: 1)
+        for axis, placement in zip(self.axes, self.placements, strict=True):
+            if not isinstance(placement, Replicate):
+                over[placement.dim] *= getattr(sizes, axis)  # type: ignore[attr-defined]
+        held = self.local_shape(sizes, 0)
+        return {dim: ranks for dim, ranks in sorted(over.items()) if held[dim] * ranks > self.shape[dim]}
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """Parameters alike (the same of repeated layers) of which rank 0 holds more than the mean of all ranks."""
+
+    fqns: tuple[str, ...]
+    shape: tuple[int, ...]
+    dims: dict[int, int]  # tensor dim -> ranks it is cut over
+    excess: float  # elements above the mean, of all of them
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,6 +131,44 @@ class Plan:
 
     def rank_numel(self, rank: int) -> int:
         return sum(p.local_numel(self.sizes, rank) for p in self.params)
+
+    @property
+    def mean_numel(self) -> float:
+        """Elements that a rank holds on average."""
+        return sum(p.numel * p.copies(self.sizes) for p in self.params) / self.sizes.world_size
+
+    @property
+    def imbalance(self) -> float:
+        """What the fullest rank holds over the mean of all ranks.
+
+        That is rank 0, since every cut gives its first part the most: nothing has to be counted rank by rank.
+        """
+        return self.rank_numel(0) / self.mean_numel
+
+    def uneven(self) -> tuple[Uneven, ...]:
+        """The parameters without whose excess the fullest rank would hold at most `EVEN` times the mean, worst first.
+
+        Empty where the plan is even.
+        """
+        alike: dict[tuple[object, ...], list[ParamPlan]] = defaultdict(list)
+        for param in self.params:
+            alike[re.sub(r"\.\d+(?=\.)", ".*", param.fqn), param.shape, param.placements].append(param)
+        found = [
+            Uneven(
+                fqns=tuple(p.fqn for p in params),
+                shape=params[0].shape,
+                dims=params[0].uneven_dims(self.sizes),
+                excess=len(params) * params[0].excess(self.sizes),
+            )
+            for params in alike.values()
+        ]
+        left, named = self.rank_numel(0) - EVEN * self.mean_numel, []
+        for group in sorted(found, key=lambda g: -g.excess):
+            if left <= 0:
+                break
+            named.append(group)
+            left -= group.excess
+        return tuple(named)
 
     @property
     def tp_coverage(self) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ndtrain import extra_state
 from ndtrain.errors import DamagedError
 from ndtrain.model import ByteTokenizer, HubTokenizer
 
@@ -14,8 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def save_extras(directory: Path, model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) -> None:
-    """Write config, generation config and tokenizer beside the tensors."""
+def save_extras(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: ByteTokenizer | HubTokenizer,
+    extra_states: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config, generation config, tokenizer and what modules keep of their own beside the tensors."""
+    if extra_states:
+        (directory / extra_state.FILE).write_text(json.dumps(extra_states))
     cast("PreTrainedConfig", model.export_config).save_pretrained(directory)
     if model.can_generate():
         # A generation config that its own library would refuse to save must not lose the checkpoint.

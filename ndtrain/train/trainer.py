@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import ndtrain
 from ndtrain import data as data_module
+from ndtrain import extra_state
 from ndtrain import runtime as runtime_module
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
@@ -70,6 +71,7 @@ class Trainer:
         self.step = 0
         self.cursor = 0
         self.saved_step: int | None = None
+        self.told = False  # of extra states that are not saved
 
     # ---- before the first step
 
@@ -108,6 +110,7 @@ class Trainer:
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
+            extra_state.restore(self.model, extra_state.read(found))
         if not checked and not self._prove(twins):
             raise PlanError(f"{self.plan.model_type}: the logits or gradients of its weights are not finite")
         self.optimizer = build_optimizer(self.model, recipe)
@@ -155,11 +158,12 @@ class Trainer:
 
     def _prove(self, twins: Twins | None) -> bool:
         """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
-        if self.sequence is not None and self.sequence.enabled:
-            try_sequence_parallel(self, self.sequence)
-        known = check_masks(self) and (twins is None or check_tensor_parallel(self, twins))
-        if known and self.sizes.tp > 1:
-            check_dropout(self)
+        with extra_state.kept(self.model):
+            if self.sequence is not None and self.sequence.enabled:
+                try_sequence_parallel(self, self.sequence)
+            known = check_masks(self) and (twins is None or check_tensor_parallel(self, twins))
+            if known and self.sizes.tp > 1:
+                check_dropout(self)
         return known
 
     def _open_run_dir(self) -> None:
@@ -380,12 +384,16 @@ class Trainer:
                 "transformers": transformers.__version__,
             },
         }
+        states, left_out = extra_state.shared_states(self.model)
+        if left_out and not self.told:
+            self.told = True
+            self.reporter.info(f"note: {extra_state.left_out_note(left_out, 'not saved; after a resume')}")
         path = self.store.save(
             self.step,
             model=model_tensors(self.model),
             optim=optimizer_tensors(self.model, self.optimizer),
             state=state,
-            extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer),
+            extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
         )
         self.saved_step = self.step
         self.reporter.info(f"saved {path}")
