@@ -1,6 +1,7 @@
 """Pools of gloo worker processes that stay alive over many test cases: starting torch takes seconds."""
 
 import atexit
+import functools
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_CASES = 10  # then fresh workers: every process group of a case leaves a polling thread behind
+_CASES = 60  # then fresh workers: some process groups are made by every case, and leave a polling thread behind
 _GRACE_S = 10  # for the other ranks to fail too, after one has
 
 
@@ -30,6 +31,10 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    import ndtrain.mesh
+
+    # Every process group leaves a polling thread behind: cases of one mesh share theirs.
+    ndtrain.mesh.build_mesh = functools.cache(ndtrain.mesh.build_mesh)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     dist.init_process_group(

@@ -1,13 +1,16 @@
 """The matrix itself: nothing left out, nothing hidden in its table."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
-from tests.matrix import results
-from tests.ranks import RanksFailed
+from tests.matrix import results, worker
+from tests.matrix.__main__ import MESHES
+from tests.ranks import RanksFailed, get_pool
 
 
 @pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the configs are those of 5.23's types")
@@ -23,7 +26,7 @@ def test_the_report_shows_every_type_and_counts_every_cell(tmp_path: Path) -> No
     built["qwen3"] = {"kind": "qwen3"}
     (tmp_path / "built.json").write_text(json.dumps(built))
     ours = results.Results(tmp_path / "results.json")
-    ours.put("llama", "tp2", {"status": "agrees", "worst": 2e-7})
+    ours.put("llama", "tp2", {"status": "agrees", "worst": 2e-7, "limit": 1e-4})
     ours.put("qwen3", "tp2", {"status": "wrong", "what": "gradient of qwen3", "worst": 0.5})
     results.Results(tmp_path / "peer.json").put("llama", "transformers tp2", {"status": "refused", "what": "no plan"})
     text = results.report(tmp_path, ["tp2", "cp2-ring"], ["transformers tp2"])
@@ -49,7 +52,7 @@ class Unable:
 
 def test_a_changed_config_makes_its_results_due_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = results.Results(tmp_path / "results.json")
-    kept.put("llama", "tp2", {"status": "agrees", "worst": 0.0})
+    kept.put("llama", "tp2", {"status": "agrees", "worst": 0.0, "limit": 1e-4})
     record = {"kind": "llama", "config": results.CONFIGS["llama"]}
     (tmp_path / "built.json").write_text(json.dumps({"llama": record}))
     monkeypatch.setattr(results, "RankPool", Unable)
@@ -58,3 +61,32 @@ def test_a_changed_config_makes_its_results_due_again(tmp_path: Path, monkeypatc
     monkeypatch.setitem(results.CONFIGS, "llama", {"hidden_size": "wide"})
     built = results.build_all(["llama"], tmp_path, kept)
     assert built["llama"]["error"] == "ValueError: not that wide" and kept.due("llama", "tp2", [])
+
+
+# Types that together take every path: windows, fused and transposed weights, sinks, latent attention, linear mixing.
+CHOSEN = [
+    *("llama", "qwen3", "phi3", "gpt2", "gemma3_text", "gpt_neox", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"),
+    *("granitemoe", "qwen3_next"),
+]
+CHOSEN_MESHES = ["tp2", "cp2-ring", "ep2", "dp_shard2-tp2", "dp_shard2-cp2"]
+REFUSED = {
+    **{(kind, "ep2"): "declares no experts" for kind in ("llama", "qwen3", "phi3", "gpt2", "gemma3_text", "gpt_neox")},
+    **{("qwen3_next", mesh): "mixes along the sequence" for mesh in ("cp2-ring", "dp_shard2-cp2")},
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = str(tmp_path_factory.mktemp("models"))
+    return {kind: get_pool(1).run(worker.build, kind, results.CONFIGS[kind], folder, timeout=200)[0] for kind in CHOSEN}
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+@pytest.mark.parametrize("name", CHOSEN_MESHES)
+def test_a_cell_of_the_matrix(built: dict[str, dict[str, Any]], name: str, kind: str) -> None:
+    mesh, more = MESHES[name]
+    ranks = math.prod(size for axis, size in mesh.items() if axis != "ep")
+    found = results.outcome(get_pool(ranks), worker.cell, built[kind], mesh, more, timeout=200)
+    reason = REFUSED.get((kind, name))
+    assert found["status"] == ("refused" if reason else "agrees"), found
+    assert not reason or reason in found["what"]
