@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import meta_model
@@ -33,14 +35,14 @@ def plans(kind: str, config: dict[str, Any], folder: Path) -> dict[str, Plan]:
     for attn in ("sdpa", "eager"):
         path = tiny.recipe_file(
             folder / "recipe.toml",
-            model={"type": kind, "config": config, "attn": attn},
+            model={"type": kind, "attn": attn},
             corpus=folder,
             run_dir=folder / "run",
             data={"packing": False},
         )
         recipe = load_recipe(path)
         try:
-            model = meta_model(recipe)
+            model = meta_model(recipe, transformers.AutoConfig.for_model(kind, **config))
             break
         except RecipeError:
             if attn == "eager":
