@@ -257,7 +257,7 @@ def test_a_ring_refuses_what_it_cannot_cut(world: dict[str, Any], tmp_path: Path
 
 
 def shapes_of_norms(path: str) -> tuple[bool, list[tuple[int, ...]], list[str]]:
-    """Whether sequence parallelism is on after `prepare`, the shapes that norms of a block take in a step, the notes."""
+    """Whether sequence parallelism is on after `prepare`, what norms of a block take in a step, the notes."""
     from ndtrain.model import meta_model
     from ndtrain.plan import make_plan
     from ndtrain.recipe import load_recipe
@@ -278,7 +278,7 @@ def shapes_of_norms(path: str) -> tuple[bool, list[tuple[int, ...]], list[str]]:
     trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Noted())
     trainer.prepare()
     shapes: list[tuple[int, ...]] = []
-    for name, module in trainer.model.get_submodule(plan.blocks[0]).named_modules():
+    for module in trainer.model.get_submodule(plan.blocks[0]).modules():
         if "norm" in type(module).__name__.lower():
             module.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     trainer.train_step()
