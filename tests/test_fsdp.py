@@ -18,8 +18,9 @@ from ndtrain.model import meta_model
 from ndtrain.parallelize import parallelize
 from ndtrain.plan import Plan, make_plan
 from tests.ranks import get_pool
-from tests.test_plan import fake_world, plan_for
+from tests.test_plan import plan_for
 from tests.test_plan import recipe_for as meta_recipe
+from tests.test_plan_applied import fake_world
 from tests.test_train import ALL_MESHES, model_dir, ranks_of, recipe_for, reference, trained
 from tests.test_train import world as world  # the fixture
 
