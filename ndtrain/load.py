@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 from ndtrain import extra_state
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.layout import held_boxes, local_part
-from ndtrain.model import meta_model, tie, tied_keys
+from ndtrain.model import built_buffers, meta_model, tie, tied_keys
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.runtime import Runtime, broadcast_json, on_rank0, random_seed, together
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 PIECE_BYTES = 64 * 2**20
 
 
-def materialize(model: PreTrainedModel, runtime: Runtime, *, on_host: Collection[str] = ()) -> None:
+def materialize(model: PreTrainedModel, runtime: Runtime, *, recipe: Recipe, on_host: Collection[str] = ()) -> None:
     """Give every parameter and buffer memory on the device, filled with NaN, and compute the buffers anew.
 
     Parameters whose FQN is in `on_host` get it in host memory. Buffers that are not in a checkpoint (rotary
-    frequencies) come from the model's own initialization, as they do in one process. Raises `PlanError` naming a buffer
-    that the model cannot compute again.
+    frequencies) come from the model's own initialization or construction, as they do in one process. Raises `PlanError`
+    naming a buffer that cannot be made again.
     """
     hosted = {param for fqn, param in model.named_parameters() if fqn in on_host}
     model._apply(lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device))
@@ -48,9 +48,16 @@ def materialize(model: PreTrainedModel, runtime: Runtime, *, on_host: Collection
         tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
     with torch.no_grad():
         model.initialize_weights()
-    for name, buffer in model.named_buffers():
-        if name not in saved and buffer.is_floating_point() and bool(buffer.isnan().any()):
-            raise PlanError(f"buffer {name} is made only when the model is built; ndtrain cannot shard this model yet")
+    lost = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point() and bool(buffer.isnan().any())
+    }
+    made = built_buffers(model, lost, recipe) if lost else {}
+    for name, buffer in lost.items():
+        if name not in made or bool(made[name].isnan().any()):
+            raise PlanError(f"buffer {name} is made only when the model is built, too large to be made again")
+        buffer.copy_(made[name])
 
 
 @torch.no_grad()

@@ -8,13 +8,15 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from ndtrain.errors import RecipeError
 from ndtrain.recipe import Recipe
@@ -123,6 +125,35 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     model.config.use_cache = False
     model.train()
     return model
+
+
+def built_buffers(model: PreTrainedModel, names: Collection[str], recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Buffers of `model` as its construction makes them, on the CPU; without those that are large.
+
+    The model is built a second time, large tensors on meta and small ones in memory.
+    """
+    with _SmallInMemory():
+        again = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(cast("PreTrainedConfig", model.export_config)),
+            dtype=torch.float32,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    buffers = dict(again.named_buffers())
+    return {name: buffers[name] for name in names if not buffers[name].is_meta}
+
+
+class _SmallInMemory(TorchFunctionMode):
+    """Factory functions inside make tensors of more than `MOST` elements on meta (torch's list of them is private)."""
+
+    MOST = 1 << 16
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None:
+            on_meta = func(*args, **{**kwargs, "device": "meta"})
+            if on_meta.numel() > self.MOST:
+                return on_meta
+        return func(*args, **kwargs)
 
 
 def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -68,7 +68,7 @@ def _loaded(recipe_path: str, sizes: MeshSizes) -> tuple[Any, Any]:
     runtime = Runtime(rank=rank, local_rank=rank, world_size=sizes.world_size, device=torch.device("cpu"))
     junk = [torch.full((n,), float("nan")) for n in (4, 8, 16, 32, 64, 1024, 2048, 4096, 8192) for _ in range(40)]
     del junk
-    materialize(model, runtime)
+    materialize(model, runtime, recipe=recipe)
     load_weights(model, plan, recipe=recipe, runtime=runtime)
     return model, plan
 

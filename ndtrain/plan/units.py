@@ -50,7 +50,10 @@ def units(
         yield replace(usual, name=name, modules=(name,))
     embed, head = names.get(embeddings(model, "input")), names.get(embeddings(model, "output"))
     norm = _final_norm(model, blocks)
-    is_tied = head is not None and any(alias.startswith(f"{head}.") for alias in tied)
+    together = {name.rpartition(".")[0] for name in {*tied, *tied.values()}}
+    if together & {embed, head} and together - {embed, head}:
+        embed = head = None  # tied to a third: all of them are the root's
+    is_tied = head in together
     if embed is not None and not is_tied:
         yield replace(usual, name=embed, modules=(embed,))
     # Final norm and head are used last in forward and first in backward: freeing them between would gather them twice.

@@ -101,7 +101,7 @@ class Trainer:
         # Whole blocks to compare with: they are copied before the model is cut.
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
-        materialize(self.model, runtime, on_host=self.plan.on_host)
+        materialize(self.model, runtime, recipe=recipe, on_host=self.plan.on_host)
         fill_with_noise(self.model)
         checked = self._prove(twins)
         unset(model_tensors(self.model).values())

@@ -100,7 +100,7 @@ def worker(case: str, model_dir: Path, out: Path) -> None:
             plan = make_plan(model, sizes_for(recipe, runtime.world_size), recipe)
             parallelize(model, plan, build_mesh(plan.sizes, runtime.device.type), recipe=recipe)
             with Peak() as peak:
-                materialize(model, runtime)
+                materialize(model, runtime, recipe=recipe)
                 load_weights(model, plan, recipe=recipe, runtime=runtime)
         elif case == "transformers":
             from transformers.distributed import DistributedConfig
