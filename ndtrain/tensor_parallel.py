@@ -36,16 +36,20 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
             rules |= {**dict.fromkeys(region.columns, "colwise_in_region"), region.row: "rowwise_in_region"}
     styles.apply_tensor_parallelism(model, meshes.tp, rules)
     tie(model)
-    # What these give is a view, whose later in-place change autograd refuses, or would drop FSDP's pre-backward hook
-    # without an error (torch 2.13 warns of it).
+    # What these give is a view of what DTensor made, whose later in-place change autograd refuses.
     views = {"embedding_rowwise", "colwise_gather_output", "conv1d_colwise_gather_output"}
-    in_place = re.compile(r"\.(add|mul)_\(|^ *\w+ [+*]= (?!\(|1\b)", re.MULTILINE)
-    if in_place.search(inspect.getsource(sys.modules[type(model).__module__])):
+    if works_in_place(model):
         views |= {"rowwise", "rowwise_split_input"}
     units = {name for unit in plan.units for name in unit.modules}
     for name, style in plan.tp_rules.items():
         if name not in params and (style in views or (style in CUTTING and name in units)):
             model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
+
+
+def works_in_place(model: PreTrainedModel) -> bool:
+    """Whether the source of `model` changes a tensor in place."""
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    return re.search(r"\.(add|mul)_\(|^ *\w+ [+*]= (?!\(|1\b)", source, re.MULTILINE) is not None
 
 
 def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[str]:

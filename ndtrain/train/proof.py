@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from ndtrain.dropout import DropoutCheck
 from ndtrain.errors import NdtrainError, PlanError
@@ -161,6 +161,9 @@ def _learn(trainer: Trainer, ids: torch.Tensor, positions: torch.Tensor) -> torc
     logits = _forward(trainer, ids, positions)
     torch.manual_seed(1)
     (logits * torch.randn_like(logits)).sum().backward()
+    for name, param in trainer.model.named_parameters():
+        if param.grad is not None and not isinstance(param.grad, DTensor):
+            raise PlanError(f"{trainer.plan.model_type} gives {name} a gradient past its FSDP unit; set mesh.tp = 1")
     return logits.detach()
 
 
@@ -188,6 +191,10 @@ def try_sequence_parallel(trainer: Trainer, sequence: SequenceParallel) -> None:
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:150]
             amounts = [torch.full((), torch.inf, device=trainer.runtime.device)]
+            if not hasattr(model, "reset_iter_state"):  # torch < 2.13
+                what = f"{trainer.plan.model_type} does not run with sequence parallelism ({reason})"
+                raise PlanError(f"{what}; set tp.sequence_parallel = false") from error
+            model.reset_iter_state()
     model.zero_grad(set_to_none=True)
     model.train()
     worst = torch.stack(amounts).nan_to_num(torch.inf).max()
