@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -194,7 +194,7 @@ def try_sequence_parallel(trainer: Trainer, sequence: SequenceParallel) -> None:
             if not hasattr(model, "reset_iter_state"):  # torch < 2.13
                 what = f"{trainer.plan.model_type} does not run with sequence parallelism ({reason})"
                 raise PlanError(f"{what}; set tp.sequence_parallel = false") from error
-            model.reset_iter_state()
+            cast(Any, model).reset_iter_state()
     model.zero_grad(set_to_none=True)
     model.train()
     worst = torch.stack(amounts).nan_to_num(torch.inf).max()
