@@ -75,10 +75,13 @@ class Twins:
             self._fill(name, twin.train(block.training), block, call.outputs[0].device)
             args, kwargs = tree_map(_leaf, call.inputs)
             outputs = _floats(twin(*args, **kwargs))
-            of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
-            torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
             for ours, alone in zip(call.outputs, outputs, strict=True):
                 yield f"what {name} gives", distance(ours, alone)
+            if call.shares:
+                twin.to("meta")
+                continue
+            of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
+            torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
             pairs = [
                 (f"the gradient of what {name} takes", grad, fresh.grad)
                 for grad, fresh in zip(call.input_grads, _floats((args, kwargs)), strict=True)
@@ -109,6 +112,7 @@ class _Call:
 
     def __init__(self) -> None:
         self.count = 0
+        self.shares = False
         self.inputs: tuple[Any, Any] = ((), {})
         self.input_grads: list[Tensor | None] = []
         self.outputs: list[Tensor] = []
@@ -120,6 +124,11 @@ class _Call:
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self.count += 1
         self.inputs = tree_map(_leaf, (args, kwargs))
+        # What blocks share in an object of their own brings gradients to them that a copy alone does not get.
+        plain = (Tensor, tuple, bool, int, float, str, type(None))
+        self.shares = not all(isinstance(x, plain) for x in (*args, *kwargs.values()))
+        if self.shares:
+            return args, kwargs
         given, self.input_grads = _with_grads_caught((args, kwargs))
         return given  # type: ignore[no-any-return]
 
