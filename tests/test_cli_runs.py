@@ -116,7 +116,7 @@ def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
     assert report["bytes"]["all_ranks"]["parameters"] == 4 * held
     text = ndtrain("inspect", str(recipe), "--world-size", "8", "--set", "mesh.dp_shard=4")
     lines = [line.split() for line in text.stdout.splitlines()]
-    assert ["model.layers.{0-1}"] in lines
+    assert ["model.layers.{0-1}:", "free_full_weight,", "float32"] in lines
     row = next(line for line in lines if line[0] == "self_attn.q_proj.weight")
     assert row[2:5] == ["colwise", "fsdp:0", "tp:0"]
 

@@ -82,6 +82,11 @@ def test_tied_weights_are_gathered_in_one_unit(tmp_path: Path, kind: str) -> Non
     assert [p.fqn for p in plan.params if p.fqn in (alias, source)] == [source]
 
 
+def test_weights_tied_by_three_modules_are_the_roots(tmp_path: Path) -> None:
+    _, plan = plan_for(recipe_for(tmp_path, "prophetnet", **NO_PACKING), MeshSizes(1, 2))
+    assert {p.unit for p in plan.params if "word_embeddings" in p.fqn or p.fqn.startswith("lm_head")} == {"root"}
+
+
 def test_an_untied_embedding_is_a_unit_of_its_own_and_the_head_shares_one_with_the_norm(tmp_path: Path) -> None:
     _, plan = plan_for(recipe_for(tmp_path, "llama"), MeshSizes(1, 2))
     assert [u.modules for u in plan.units] == [

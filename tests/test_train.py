@@ -163,6 +163,8 @@ def test_every_mesh_trains_like_plain_transformers(
         assert ours == pytest.approx(theirs, rel=1e-4), f"step {step + 1}"
 
 
+GATHERED = {f"model.layers.*.mlp.{name}_proj": "colwise_gather_output" for name in ("gate", "up", "down")}
+
 # (kind, mesh, what the recipe adds): the paths that the table above does not take.
 OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixture of experts": ("qwen3_moe", "dp_shard4", {}),
@@ -176,11 +178,9 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "whole sequences under tp": ("qwen3", "tp2", {"tp": {"sequence_parallel": False}}),
     "sequences that do not divide under tp": ("llama", "dp_shard2-tp2", {"data": {"seq_len": 31}}),
     "learned activation under tp": ("apertus", "tp2", {"data": {"packing": False}}),
-    "styles of the recipe": (
-        "qwen3",
-        "dp_shard2-tp2",
-        {"tp": {"plan": {"model.layers.*.mlp.*": "colwise_gather_output"}}},
-    ),
+    "styles of the recipe": ("qwen3", "dp_shard2-tp2", {"tp": {"plan": GATHERED}}),
+    "buffers that construction makes": ("falcon_h1", "dp_shard2", {"data": {"packing": False}}),
+    "sequence parallelism that fails": ("dbrx", "tp2", {"data": {"packing": False}}),
     "latent attention under tp": ("minicpm3", "tp2", {}),
     "experts under tp": ("qwen3_moe", "dp_shard2-tp2", {}),
     "experts under tp and ep": ("qwen3_moe", "dp_shard2-tp2-ep4", {}),
