@@ -30,7 +30,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 def recipe_for(tmp_path: Path, kind: str, config: dict[str, Any] | None = None, **sections: Any) -> Recipe:
     base = copy.deepcopy(tiny.CONFIGS.get(kind) or EXTRA.get(kind) or tiny.MATRIX[kind])
-    eager = {"attn": "eager"} if kind in ("gemma2", "mamba", "bloom", "gpt_oss") else {}
+    eager = {"attn": "eager"} if kind in ("gemma2", "mamba", "bloom", "gpt_oss", "prophetnet") else {}
     path = tiny.recipe_file(
         tmp_path / "recipe.toml",
         model={"type": kind, "config": {**base, **(config or {})}, **eager},
