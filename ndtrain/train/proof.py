@@ -188,7 +188,7 @@ def try_sequence_parallel(trainer: Trainer, sequence: SequenceParallel) -> None:
                 if n in before:
                     ours = torch.zeros_like(before[n]) if p.grad is None else local_part(p.grad)
                     amounts.append(distance(ours, before[n], floor).to(trainer.runtime.device))
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:
             reason = " ".join(str(error).split())[:150]
             amounts = [torch.full((), torch.inf, device=trainer.runtime.device)]
             if not hasattr(model, "reset_iter_state"):  # torch < 2.13
