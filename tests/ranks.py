@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_CASES = 60  # then fresh workers: some process groups are made by every case, and leave a polling thread behind
+_CASES = 12  # then fresh workers: every process group leaves threads behind that poll
 _GRACE_S = 10  # for the other ranks to fail too, after one has
 
 
