@@ -1,11 +1,9 @@
 """Pools of gloo worker processes that stay alive over many test cases: starting torch takes seconds."""
 
 import atexit
-import functools
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 import traceback
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_CASES = 12  # then fresh workers: every process group leaves threads behind that poll
+_CASES = 6  # then fresh workers: every process group leaves threads behind that poll
 _GRACE_S = 10  # for the other ranks to fail too, after one has
 
 
@@ -27,14 +25,9 @@ class RanksFailed(AssertionError):
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     """A worker: takes (function, arguments), answers (True, result) or (False, traceback), until the pipe
     closes."""
-    sys.path.insert(0, str(ROOT))
     import torch
     import torch.distributed as dist
 
-    import ndtrain.mesh
-
-    # Every process group leaves a polling thread behind: cases of one mesh share theirs.
-    ndtrain.mesh.build_mesh = functools.cache(ndtrain.mesh.build_mesh)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     dist.init_process_group(
@@ -68,9 +61,12 @@ class RankPool:
 
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="ndtrain-ranks-")
-        context = multiprocessing.get_context("spawn")
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when the child loads torch
+        # Workers are forked from a server that has imported everything, and has no threads yet.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
+        wanted = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)  # read when the server starts
         try:
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
@@ -81,10 +77,11 @@ class RankPool:
                 self._workers.append(worker)
                 self._pipes.append(ours)
         finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """fn(*args) on every rank; the results by rank. RanksFailed otherwise, and the next case has new
