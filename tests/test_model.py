@@ -36,6 +36,11 @@ def test_a_shallower_model_keeps_its_first_layers_and_can_be_saved(tmp_path: Pat
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").layer_types == ["full_attention"]
 
 
+def test_a_model_without_weights_is_refused(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(RecipeError, match="has no weights: a size in it is 0"):
+        meta_model(recipe_for(tmp_path, name=str(saved), config={"hidden_size": 0}))
+
+
 def test_tables_of_the_config_are_merged(tmp_path: Path, saved: Path) -> None:
     config = load_config(recipe_for(tmp_path, name=str(saved), config={"rope_parameters": {"rope_theta": 500.0}}))
     assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
