@@ -6,7 +6,6 @@ they have parts of needs other numbers on each: the attention function, which wo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ndtrain.context_parallel.interface import own_attention
+from ndtrain.context_parallel.interface import own_attention, take_attention
 from ndtrain.plan import Plan
 from ndtrain.runtime import random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_names = itertools.count()
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -53,7 +50,6 @@ def drop_by_rank(model: PreTrainedModel, plan: Plan, rank: int) -> None:
 
     Where projections are gathered, every rank has all heads and must drop the same.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     base = str(model.config._attn_implementation)
@@ -68,13 +64,7 @@ def drop_by_rank(model: PreTrainedModel, plan: Plan, rank: int) -> None:
         with own_draws(query.device, rank):
             return attend(module, query, key, value, attention_mask, **kwargs)
 
-    name = f"ndtrain_tp_{next(_names)}"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs))
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == base:
-            config._attn_implementation = name  # type: ignore[union-attr]
+    take_attention(model, attention, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
 class DropoutCheck(TorchFunctionMode):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
-from torch.utils._pytree import tree_map
 
 from ndtrain.context_parallel import KINDS, ContextParallel
 from ndtrain.dropout import drop_by_rank
@@ -16,7 +15,7 @@ from ndtrain.mesh import Meshes
 from ndtrain.plan import ParamPlan, Plan, Unit, refuse
 from ndtrain.recipe import Recipe
 from ndtrain.sequence_parallel import SequenceParallel
-from ndtrain.tensor_parallel import apply_tensor_parallelism, works_in_place
+from ndtrain.tensor_parallel import apply_tensor_parallelism
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,10 +46,6 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
             parameter.requires_grad_(False)
     planned = {param.fqn: _fsdp_dim(param) for param in plan.params}
     dims = {param: planned[fqn] for fqn, param in model.named_parameters()}
-    if works_in_place(model):
-        # A view that a unit gives and the model then changes would lose FSDP's pre-backward hook (torch 2.13 warns).
-        for name in {name for unit in plan.units for name in unit.modules}:
-            model.get_submodule(name).register_forward_hook(lambda module, args, output: tree_map(_no_view, output))
     for unit in (*plan.units, plan.root):
         modules = [model.get_submodule(name) for name in unit.modules]
         mesh = meshes.efsdp if unit.experts else meshes.fsdp
@@ -70,10 +65,6 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return Splits(context, sequence)
-
-
-def _no_view(x: object) -> object:
-    return x.clone() if isinstance(x, torch.Tensor) and x._is_view() else x
 
 
 def _mixed_precision(unit: Unit) -> MixedPrecisionPolicy:

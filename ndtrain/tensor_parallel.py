@@ -38,7 +38,7 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     tie(model)
     # What these give is a view of what DTensor made, whose later in-place change autograd refuses.
     views = {"embedding_rowwise", "colwise_gather_output", "conv1d_colwise_gather_output"}
-    if works_in_place(model):
+    if _works_in_place(model):
         views |= {"rowwise", "rowwise_split_input"}
     units = {name for unit in plan.units for name in unit.modules}
     for name, style in plan.tp_rules.items():
@@ -46,7 +46,7 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
             model.get_submodule(name).register_forward_hook(lambda module, args, output: output.clone())
 
 
-def works_in_place(model: PreTrainedModel) -> bool:
+def _works_in_place(model: PreTrainedModel) -> bool:
     """Whether the source of `model` changes a tensor in place."""
     source = inspect.getsource(sys.modules[type(model).__module__])
     return re.search(r"\.(add|mul)_\(|^ *\w+ [+*]= (?!\(|1\b)", source, re.MULTILINE) is not None

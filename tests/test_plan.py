@@ -154,6 +154,13 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"tp": {"plan": {"model.layers.*.input_layernorm": "colwise"}}},
         ["llama with [tp.plan]", "model.layers.0.input_layernorm", "no linear layer"],
     ),
+    "experts of the recipe's choice without rules": (
+        "qwen3_moe",
+        {},
+        MeshSizes(1, 2, 1, 1, 2),
+        {"ep": {"plan": {"model.layers.0.mlp": "ep_dispatch_experts"}}},
+        ["model.layers.0.mlp.gate.weight has no expert-parallel rule"],
+    ),
     "an expert pattern that matches nothing": (
         "qwen3_moe",
         {},

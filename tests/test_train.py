@@ -291,6 +291,14 @@ def test_norms_of_blocks_work_on_a_share_of_the_tokens(world: dict[str, Any], tm
         assert enabled and set(shapes) == {(8, 16, 64)}
 
 
+def test_norms_of_blocks_work_on_every_token_without_sequence_parallelism(
+    world: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", "tp2", data={"packing": False}, tp={"sequence_parallel": False})
+    for enabled, shapes, _ in get_pool(2).run(shapes_of_norms, str(recipe), timeout=200):
+        assert not enabled and set(shapes) == {(8, 32, 64)}
+
+
 def test_sequence_parallelism_that_changes_a_model_is_left_out_with_a_note(
     world: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -32,19 +32,11 @@ class ContextParallel(ABC):
     kind: str
 
     def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup):
-        from transformers import AttentionInterface, AttentionMaskInterface
-
         self.group, self.size, self.rank = group, group.size(), group.rank()
         self.base = str(model.config._attn_implementation)
         self.enabled = True
         self.positions: Tensor | None = None
-        name = f"ndtrain_cp_{next(_names)}"
-        AttentionInterface.register(name, self._attention)
-        AttentionMaskInterface.register(name, self._mask)
-        for module in model.modules():
-            config = getattr(module, "config", None)
-            if getattr(config, "_attn_implementation", None) == self.base:
-                config._attn_implementation = name  # type: ignore[union-attr]
+        take_attention(model, self._attention, self._mask)
         forward = model.forward
 
         def with_whole_positions(*args: Any, **kwargs: Any) -> Any:
@@ -159,6 +151,19 @@ class ContextParallel(ABC):
         finally:
             masking_utils.find_packed_sequence_indices = find
             masking_utils.packed_sequence_compatibility_function = compose
+
+
+def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Have every module of `model` that takes the model's attention function take `attention`, with masks by `mask`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    base, name = model.config._attn_implementation, f"ndtrain_{next(_names)}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == base:
+            config._attn_implementation = name  # type: ignore[union-attr]
 
 
 def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:

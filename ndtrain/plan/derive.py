@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ndtrain.model import tied_keys
-from ndtrain.plan.units import embeddings
+from ndtrain.plan.units import embeddings, is_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +50,8 @@ def rules(model: PreTrainedModel, tp: int, *, blocks: tuple[str, ...], without: 
         name: module
         for name, module in modules.items()
         if _is_linear(module)
-        and (any(name.startswith(f"{b}.") for b in blocks) if blocks else any(p.isdigit() for p in name.split(".")))
-        and not any(name.startswith(f"{outer}.") for outer in without)
+        and (is_within(name, blocks) if blocks else any(p.isdigit() for p in name.split(".")))
+        and not is_within(name, without)
         and not _weight_is_read(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
     }
     found: dict[str, str] = {}

@@ -14,6 +14,7 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.model import tied_keys
 from ndtrain.plan import derive
 from ndtrain.plan.override import overridden
+from ndtrain.plan.units import is_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,10 +72,6 @@ def rules(
         raise PlanError(f"{what} with [tp.plan] {reason}")
     _check_heads(what, model.config.get_text_config(), sizes.tp, found)
     return found, note
-
-
-def is_within(name: str, outer: tuple[str, ...]) -> bool:
-    return any(name == o or name.startswith(f"{o}.") for o in outer)
 
 
 def _unusable(model: PreTrainedModel, found: dict[str, str], blocks: tuple[str, ...]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,9 +29,14 @@ def find_blocks(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         listed = name.rpartition(".")[2].isdigit()
         is_block = isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in declared
-        if listed and is_block and not any(name.startswith(f"{outer}.") for outer in found):
+        if listed and is_block and not is_within(name, found):
             found.append(name)
             yield name
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether `name` is one of `modules` or in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def units(

@@ -118,9 +118,6 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
     gradients, so that nothing can be said.
     """
     plan, model = trainer.plan, trainer.model
-    length = max(2, min(32, trainer.recipe.data.seq_len))
-    ids = _tokens(trainer, length)[None]
-    positions = torch.arange(length, device=trainer.runtime.device)
     model.train(not dropouts(model))
     with ExitStack() as whole_sequences:
         for split in (trainer.context, trainer.sequence):
@@ -128,7 +125,7 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
                 whole_sequences.enter_context(split.off())
         try:
             with twins.watching(model):
-                _learn(trainer, ids, positions)
+                _learn(trainer)
             spreads = dict(_replica_spreads(trainer))
             sum_over_tp(model, plan.tp_summed, trainer.meshes.tp.get_group())
             differences = dict(twins.differences(model, copies=plan.sizes.world_size // plan.sizes.tp))
@@ -156,9 +153,15 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
     return True
 
 
-def _learn(trainer: Trainer, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits, after a backward pass from random gradients of them."""
-    logits = _forward(trainer, ids, positions)
+def _one_row(trainer: Trainer) -> torch.Tensor:
+    """This rank's logits of a short row."""
+    length = max(2, min(32, trainer.recipe.data.seq_len))
+    return _forward(trainer, _tokens(trainer, length)[None], torch.arange(length, device=trainer.runtime.device))
+
+
+def _learn(trainer: Trainer) -> torch.Tensor:
+    """Logits of a short row, after a backward pass from random gradients of them."""
+    logits = _one_row(trainer)
     torch.manual_seed(1)
     (logits * torch.randn_like(logits)).sum().backward()
     for name, param in trainer.model.named_parameters():
@@ -170,18 +173,16 @@ def _learn(trainer: Trainer, ids: torch.Tensor, positions: torch.Tensor) -> torc
 def try_sequence_parallel(trainer: Trainer, sequence: SequenceParallel) -> None:
     """Do without sequence parallelism where it changes the logits or the gradients that the model has without."""
     model, low = trainer.model, trainer.plan.low_precision
-    length = max(2, min(32, trainer.recipe.data.seq_len))
-    args = (trainer, _tokens(trainer, length)[None], torch.arange(length, device=trainer.runtime.device))
     amounts, reason = [], ""
     model.train(not dropouts(model))
     with trainer.context.off() if trainer.context is not None else nullcontext():
         try:
             with sequence.off():
-                logits = _learn(*args)
+                logits = _learn(trainer)
                 sum_over_tp(model, trainer.tp_summed(), trainer.meshes.tp.get_group())
             before = {n: local_part(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
             model.zero_grad(set_to_none=True)
-            amounts.append(distance(_learn(*args), logits))
+            amounts.append(distance(_learn(trainer), logits))
             sum_over_tp(model, trainer.tp_summed(), trainer.meshes.tp.get_group())
             floor = (5e-2 if low else 1e-3) * max(float(g.float().norm()) for g in before.values())
             for n, p in model.named_parameters():
@@ -231,11 +232,9 @@ def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
 
 def check_dropout(trainer: Trainer) -> None:
     """Raise `PlanError` if elements of a cut activation are dropped by random numbers that all tp ranks share."""
-    length = max(2, min(32, trainer.recipe.data.seq_len))
-    positions = torch.arange(length, device=trainer.runtime.device)
     torch.manual_seed(0)
     with DropoutCheck(trainer.meshes.tp.get_group(), trainer.runtime.device) as dropout, torch.no_grad():
-        _forward(trainer, _tokens(trainer, length)[None], positions)
+        _one_row(trainer)
     _reshard(trainer)
     wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=trainer.runtime.device)
     dist.all_reduce(wrong, op=dist.ReduceOp.MAX)

@@ -10,13 +10,12 @@ models; after a crash or a hang (60 s) a fresh one takes its place.
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
 
 from tests.matrix import peer, worker
-from tests.matrix.results import CONFIGS, STATUSES, UNBUILT, Results, build_all, outcome, report, unknown_types
+from tests.matrix.results import CONFIGS, UNBUILT, Results, build_all, outcome, parser, report, unknown_types
 from tests.ranks import RankPool
 
 ULYSSES, RING = {"cp": {"kind": "ulysses"}}, {"cp": {"kind": "ring"}}
@@ -36,16 +35,12 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--types", nargs="+", default=sorted(CONFIGS), choices=sorted(CONFIGS), metavar="TYPE")
-    parser.add_argument("--meshes", nargs="*", default=list(MESHES), choices=list(MESHES))
-    parser.add_argument("--again", nargs="+", default=[], choices=STATUSES)
-    parser.add_argument("--timeout", type=float, default=60, help="Seconds after which a cell hangs.")
-    parser.add_argument("--peer", action="store_true", help="transformers' own parallelism too.")
-    parser.add_argument("--router-loss", action="store_true", help="With the router's auxiliary loss.")
-    parser.add_argument("--table", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--meshes", nargs="*", default=list(MESHES), choices=list(MESHES))
+    arguments.add_argument("--peer", action="store_true", help="transformers' own parallelism too.")
+    arguments.add_argument("--router-loss", action="store_true", help="With the router's auxiliary loss.")
+    arguments.add_argument("--table", type=Path)
+    options = arguments.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results, peers = Results(options.out / "results.json"), Results(options.out / "peer.json")
     print(f"{len(CONFIGS)} types, {len(UNBUILT)} that cannot be built, new ones: {unknown_types()}", flush=True)

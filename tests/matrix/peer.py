@@ -10,7 +10,6 @@ again. What transformers raises counts as refused, before the weights are read o
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ndtrain.loss import IGNORE
 from tests.matrix import worker
-from tests.matrix.results import CONFIGS, STATUSES, Results, build_all, outcome
+from tests.matrix.results import Results, build_all, outcome, parser
 from tests.matrix.worker import OPTIM, ROWS, STEPS
 from tests.ranks import RankPool
 
@@ -111,13 +110,9 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--types", nargs="+", default=sorted(CONFIGS), choices=sorted(CONFIGS), metavar="TYPE")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--again", nargs="+", default=[], choices=STATUSES)
-    parser.add_argument("--timeout", type=float, default=60, help="Seconds after which a cell hangs.")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    options = arguments.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "peer.json")
     built = build_all(options.types, options.out, Results(options.out / "results.json"), results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -78,16 +79,27 @@ def outcome(pool: RankPool, cell: Callable[..., dict[str, Any]], *args: Any, tim
     return max(answers, key=lambda a: a.get("worst", 0.0))
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that every sweep over the types has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--types", nargs="+", default=sorted(CONFIGS), choices=sorted(CONFIGS), metavar="TYPE")
+    made.add_argument("--again", nargs="+", default=[], choices=STATUSES)
+    made.add_argument("--timeout", type=float, default=60, help="Seconds after which a cell hangs.")
+    return made
+
+
 def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = False) -> dict[str, Any]:
     """The saved models and their references, by type, {"error": …} for those that could not be built.
 
-    A type whose config has changed since is built again, and what `kept` has of it is forgotten.
+    A type whose config or router loss is another since is built again, and what `kept` has of it is forgotten.
     """
     built_file = out / "built.json"
     built: dict[str, Any] = json.loads(built_file.read_text()) if built_file.exists() else {}
     pool = RankPool(1, cases=1000)
     for kind in kinds:
-        if built.get(kind, {}).get("config") == CONFIGS[kind]:
+        made_of = {"config": CONFIGS[kind], "router_loss": router_loss}
+        if made_of.items() <= built.get(kind, {}).items():
             continue
         for results in kept:
             results.forget(kind)
@@ -98,7 +110,7 @@ def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = F
         except RanksFailed as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             built[kind] = {"error": lines[-1][:300]}
-        built[kind]["config"] = CONFIGS[kind]
+        built[kind] |= made_of
         write_json(built_file, built)
         print(f"built {kind} {built[kind].get('error', '')}", flush=True)
     pool.close()
