@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
-from ndtrain.context_parallel import kernels
-from ndtrain.context_parallel.ring import Ring, ring_attention
+from ndtrain.context_parallel import ContextParallel, Ring, Ulysses, kernels
+from ndtrain.context_parallel.interface import take_attention
+from ndtrain.context_parallel.ring import ring_attention
 from ndtrain.context_parallel.visible import Visible, pieces
+from ndtrain.errors import PlanError
 from tests.ranks import get_pool
+from tests.tiny import CONFIGS as MODELS
 
 # What a case says beyond causal attention of 4 heads of size 16 with 4 key-value heads on 2 x 48 tokens.
 CASES: dict[str, dict[str, Any]] = {
@@ -172,11 +176,14 @@ def test_causal_work_is_the_same_on_every_rank_and_blocks_nobody_sees_are_left_o
     assert spans == [1, 2, 1, 0]
 
 
+def llama() -> Any:
+    config = transformers.AutoConfig.for_model("llama", **MODELS["llama"])
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
 def cut_and_gathered(length: int) -> tuple[Tensor, Tensor]:
     """This rank's part of 2 rows, and what all ranks' parts give."""
-    model = torch.nn.Identity()
-    model.config = SimpleNamespace(_attn_implementation="sdpa")  # type: ignore[assignment]
-    ring = Ring(model, dist.group.WORLD)
+    ring = Ring(llama(), dist.group.WORLD)
     ids = torch.arange(2 * length).view(2, length)
     positions = torch.arange(length).expand(2, -1)
     part = ring.split({"input_ids": ids, "labels": ids, "position_ids": positions}, packed=False)
@@ -188,3 +195,26 @@ def test_a_ring_holds_pieces_from_both_ends_and_gathers_them_in_order() -> None:
     assert [r[0][1].tolist() for r in results] == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
     want = torch.nn.functional.pad(torch.arange(26).view(2, 13), (0, 3), value=-100)
     assert all(torch.equal(r[1], want) for r in results)
+
+
+@pytest.mark.parametrize("kind", [Ring, Ulysses])
+def test_what_belongs_to_tokens_or_heads_in_ways_unknown_is_refused(kind: type[ContextParallel]) -> None:
+    model, query = llama(), torch.zeros(1, 4, 8, 16)
+    context = kind(model, SimpleNamespace(size=lambda: 1, rank=lambda: 0))  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="LlamaAttention hands its attention bias"):
+        context.attend(model.model.layers[0].self_attn, query, query, query, None, bias=torch.zeros(8))
+
+
+def test_an_attention_function_in_place_of_another_is_taken_for_it_by_models_that_ask_for_its_name() -> None:
+    model = llama()
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    take_attention(model, attention, attention)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            name = module.config._attn_implementation
+            assert name in ("eager", "sdpa") and name == "sdpa" and name != "eager"
+            assert (name != "sdpa") is False
+            assert transformers.AttentionInterface().get_interface(name, None) is attention

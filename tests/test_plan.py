@@ -193,6 +193,20 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"cp": {"kind": "ring"}},
         ["llama has attention_dropout = 0.1", 'set cp.kind = "ulysses"'],
     ),
+    "ring and keys of an indexer": (
+        "deepseek_v32",
+        {},
+        MeshSizes(1, 1, 2, 1),
+        {"cp": {"kind": "ring"}, "data": {"packing": False}},
+        ["the keys that DeepseekV32Attention chooses", 'set cp.kind = "ulysses"'],
+    ),
+    "more tokens than positions after the padding id": (
+        "camembert",
+        {},
+        MeshSizes(1, 2, 1, 1),
+        {"data": {"packing": False, "seq_len": 128}},
+        ["data.seq_len = 128 exceeds the 127 learned positions of camembert"],
+    ),
     "no kind of cp": (
         "llama",
         {"attention_dropout": 0.1},
@@ -204,7 +218,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         "gpt2",
         {"n_positions": 127, "max_position_embeddings": 127},
         MeshSizes(1, 1, 4, 1),
-        {"data": {"seq_len": 127}},
+        {"data": {"seq_len": 128}},
         ["127 learned positions of gpt2"],
     ),
     "attention heads": (

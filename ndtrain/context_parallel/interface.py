@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ndtrain.attention import position_embeddings, positions_from_ids, takes_positions
 from ndtrain.errors import PlanError
 
 if TYPE_CHECKING:
@@ -36,10 +38,17 @@ class ContextParallel(ABC):
         self.base = str(model.config._attn_implementation)
         self.enabled = True
         self.positions: Tensor | None = None
+        self.own_positions: Tensor | None = None
+        self._count_positions = positions_from_ids(model)
         take_attention(model, self._attention, self._mask)
-        forward = model.forward
+        forward, told = model.forward, takes_positions(model)
+        if not told:
+            for module in position_embeddings(model):
+                self._tell_positions(module)
 
         def with_whole_positions(*args: Any, **kwargs: Any) -> Any:
+            if not told:
+                kwargs.pop("position_ids", None)
             with self._packing_of_whole_sequences():
                 return forward(*args, **kwargs)
 
@@ -79,7 +88,11 @@ class ContextParallel(ABC):
                 for key, v in batch.items()
             }
         self.positions = batch["position_ids"]
-        return {key: torch.cat([v.chunk(count, dim=1)[i] for i in mine], dim=1) for key, v in batch.items()}
+        if self._count_positions is not None:
+            batch = {**batch, "position_ids": self._count_positions(batch["input_ids"])}
+        parts = {key: torch.cat([v.chunk(count, dim=1)[i] for i in mine], dim=1) for key, v in batch.items()}
+        self.own_positions = parts["position_ids"]
+        return parts
 
     def gather(self, local: Tensor) -> Tensor:
         """`[B, S/cp, ...]` on every rank -> `[B, S, ...]` in the order of the sequence, without gradient."""
@@ -90,6 +103,22 @@ class ContextParallel(ABC):
             mine = self.pieces(rank)
             ordered.update(zip(mine, part.chunk(len(mine), dim=1), strict=True))
         return torch.cat([ordered[i] for i in range(len(ordered))], dim=1)
+
+    def _tell_positions(self, embedding: nn.Module) -> None:
+        """Have an embedding that counts positions from 0 take those of this rank's part, equal in every row."""
+        forward = embedding.forward
+        signature = inspect.signature(forward)
+
+        def with_own_positions(*args: Any, **kwargs: Any) -> Any:
+            if not self.enabled or self.own_positions is None:
+                return forward(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            counted = given.arguments.get("position_ids")
+            several = isinstance(counted, Tensor) and counted.ndim > 1
+            given.arguments["position_ids"] = self.own_positions if several else self.own_positions[0]
+            return forward(*given.args, **given.kwargs)
+
+        embedding.forward = with_own_positions  # type: ignore[method-assign]
 
     # ---- what transformers calls
 
@@ -153,11 +182,25 @@ class ContextParallel(ABC):
             masking_utils.packed_sequence_compatibility_function = compose
 
 
+class _Name(str):
+    """The name of a function that wraps another, and for models that ask which they have, equal to that one's."""
+
+    instead_of: str | None = None
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or self.instead_of == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Have every module of `model` that takes the model's attention function take `attention`, with masks by `mask`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    base, name = model.config._attn_implementation, f"ndtrain_{next(_names)}"
+    base, name = model.config._attn_implementation, _Name(f"ndtrain_{next(_names)}")
+    name.instead_of = base
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     for module in model.modules():

@@ -1,20 +1,26 @@
 """Ulysses (arXiv:2309.14509): an all-to-all trades the split along the sequence for a split along the heads.
 
 The model's own attention function then sees whole sequences, so that sliding windows, sinks, soft caps and packed
-documents are what they are in one process.
+documents are what they are in one process. Modules that choose their keys themselves, by an indexer for example, work
+on whole sequences on every rank.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ndtrain.attention import chooses_keys
 from ndtrain.context_parallel.interface import ContextParallel, own_attention
 from ndtrain.errors import PlanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _AllToAll(torch.autograd.Function):
@@ -32,6 +38,24 @@ class _AllToAll(torch.autograd.Function):
         returned = torch.empty_like(grad, memory_format=torch.contiguous_format)
         dist.all_to_all_single(returned, grad.contiguous(), group=ctx.group)
         return returned, None
+
+
+class _Gather(torch.autograd.Function):
+    """`[B, S/cp, ...]` on every rank -> `[B, S, ...]`; the ranks' gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        parts = [part.contiguous() for part in grad.chunk(ctx.group.size(), dim=1)]
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter(mine, parts, group=ctx.group)
+        return mine, None
 
 
 def heads_for_sequence(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
@@ -56,6 +80,39 @@ class Ulysses(ContextParallel):
 
     kind = "ulysses"
 
+    def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup):
+        super().__init__(model, group)
+        for module in model.modules():
+            if chooses_keys(module):
+                self._on_whole_sequences(module)
+
+    def _on_whole_sequences(self, module: nn.Module) -> None:
+        """`module` takes and returns parts of sequences, and works on the whole; masks are whole already.
+
+        Each rank's gradients are of its own part of the output: summed over the ranks they are those of one process.
+        """
+        forward = module.forward
+
+        def on_whole_sequences(*args: Any, **kwargs: Any) -> Any:
+            if not self.enabled or self.positions is None:
+                return forward(*args, **kwargs)
+            whole = self.positions.shape[1]
+            part = whole // self.size
+
+            def gathered(x: Any) -> Any:
+                along = isinstance(x, Tensor) and x.ndim in (2, 3) and x.shape[1] == part
+                return _Gather.apply(x, self.group) if along else x
+
+            def mine(x: Any) -> Any:
+                along = isinstance(x, Tensor) and x.ndim in (2, 3) and x.shape[1] == whole
+                return x.chunk(self.size, dim=1)[self.rank] if along else x
+
+            args, kwargs = tree_map(gathered, (args, kwargs))
+            with self.off():
+                return tree_map(mine, forward(*args, **kwargs))
+
+        module.forward = on_whole_sequences  # type: ignore[method-assign]
+
     def pieces(self, rank: int) -> tuple[int, ...]:
         return (rank,)
 
@@ -65,11 +122,6 @@ class Ulysses(ContextParallel):
         heads = query.shape[1]
         if heads % self.size:
             raise PlanError(f"mesh.cp = {self.size} does not divide the {heads} heads of {type(module).__name__}")
-        # Fewer key-value heads than cp: each is held by several ranks.
-        repeats = self.size // math.gcd(key.shape[1], self.size)
-        if repeats > 1:
-            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-        query, key, value = heads_for_sequence([query, key, value], self.group)
         mine = slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
         for name, given in kwargs.items():
             if name == "position_ids":
@@ -81,6 +133,11 @@ class Ulysses(ContextParallel):
                     f"{type(module).__name__} hands its attention {name}, which context parallelism cannot split; "
                     "set mesh.cp = 1"
                 )
+        # Fewer key-value heads than cp: each is held by several ranks.
+        repeats = self.size // math.gcd(key.shape[1], self.size)
+        if repeats > 1:
+            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+        query, key, value = heads_for_sequence([query, key, value], self.group)
         if attention_mask is not None and attention_mask.shape[1] == heads > 1:
             attention_mask = attention_mask[:, mine]
         # Eager attention reads what belongs to single heads (attention sinks) from the module.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from ndtrain.attention import chooses_keys
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.refuse import dropouts
@@ -70,7 +71,14 @@ def _no_ulysses(model: PreTrainedModel, sizes: MeshSizes) -> str | None:
     return None
 
 
+def on_whole_sequences(model: PreTrainedModel) -> str | None:
+    """The attention that chooses its keys itself, and so must see whole sequences; None for a model without one."""
+    return next((type(m).__name__ for m in model.modules() if chooses_keys(m)), None)
+
+
 def _no_ring(model: PreTrainedModel) -> str | None:
+    if choosing := on_whole_sequences(model):
+        return f"ring does not know the keys that {choosing} chooses"
     for key, rate in dropouts(model).items():
         if "att" in key:
             return f"ring does not drop attention weights, and {model.config.model_type} has {key} = {rate}"

@@ -43,6 +43,10 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     cp, why = context.choose(model, sizes, recipe) if sizes.cp > 1 else (None, None)
     if why:
         notes.append(why)
+    if cp and (choosing := context.on_whole_sequences(model)):
+        notes.append(
+            f"{choosing} chooses its keys itself: it works on whole sequences on each of the {sizes.cp} cp ranks"
+        )
     ep_rules = expert.rules(model, sizes, overrides=recipe.ep.plan) if sizes.ep > 1 else {}
     experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
     blocks = tuple(fsdp.find_blocks(model))

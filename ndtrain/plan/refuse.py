@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ndtrain import router
+from ndtrain.attention import position_embeddings, positions_from_ids, takes_positions
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.units import embeddings
@@ -24,7 +25,7 @@ _MIXING = re.compile(
 
 
 def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
-    what, config = model.config.model_type, model.config.get_text_config()
+    what = model.config.model_type
     if router.wanted(model):
         router.check(model)
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
@@ -37,21 +38,22 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise PlanError(f'{what} cannot recompute its blocks; set train.activation_checkpointing = "none"')
     if sizes.cp > 1:
-        _check_cp(model, sizes, forward)
-    limit = getattr(config, "max_position_embeddings", None)
+        _check_cp(model, sizes)
+    counted, before = _positions(model)
     learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings(model, "input")]
     # A sequence may be padded to a multiple of 2 cp.
     length = recipe.data.seq_len + (-recipe.data.seq_len % (2 * sizes.cp) if sizes.cp > 1 else 0)
-    if limit and length > limit and any(m.num_embeddings <= limit + 8 for m in learned):
+    if counted and length > counted - before and any(m.num_embeddings <= counted + 8 for m in learned):
+        limit = counted - before
         raise PlanError(f"data.seq_len = {recipe.data.seq_len} exceeds the {limit} learned positions of {what}")
 
 
-def _check_cp(model: PreTrainedModel, sizes: MeshSizes, forward: Mapping[str, object]) -> None:
+def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
     """Refuse what is known not to work on parts of sequences; `Trainer` proves the rest on the model itself."""
     what = model.config.model_type
     if mixing := _mixing(model):
         raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
-    if "position_ids" not in forward:
+    if not takes_positions(model) and not position_embeddings(model):
         raise PlanError(f"{what} takes no position_ids, which mesh.cp = {sizes.cp} needs; set mesh.cp = 1")
     source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
     if "ALL_ATTENTION_FUNCTIONS" not in source:
@@ -59,6 +61,14 @@ def _check_cp(model: PreTrainedModel, sizes: MeshSizes, forward: Mapping[str, ob
             f"{what} does not take its attention from transformers' AttentionInterface, which mesh.cp = {sizes.cp} "
             "needs; set mesh.cp = 1"
         )
+
+
+def _positions(model: PreTrainedModel) -> tuple[int | None, int]:
+    """How many positions the config counts, and how many of them no token has: those up to the padding id, if any."""
+    config = model.config.get_text_config()
+    keys = ("max_position_embeddings", "max_target_positions")
+    counted = next((n for key in keys if isinstance(n := getattr(config, key, None), int)), None)
+    return counted, config.pad_token_id + 1 if positions_from_ids(model) is not None else 0
 
 
 def dropouts(model: PreTrainedModel) -> dict[str, float]:
@@ -77,8 +87,8 @@ def notes(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
     if found := dropouts(model):
         rates = ", ".join(f"{key} = {value}" for key, value in found.items())
         yield f"dropout ({rates}) draws other random numbers on another mesh or micro_batch_size"
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and recipe.data.seq_len > limit:
+    limit, _ = _positions(model)
+    if limit is not None and recipe.data.seq_len > limit:
         yield f"data.seq_len = {recipe.data.seq_len} is beyond the model's max_position_embeddings = {limit}"
 
 
