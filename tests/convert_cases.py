@@ -13,6 +13,7 @@ from torch import Tensor
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import _write_file, listing
 from ndtrain.convert.hub import state_to_store
+from ndtrain.model import kept_in_fp32
 from tests import tiny
 
 FAMILIES = (
@@ -25,12 +26,18 @@ FAMILIES = (
 def build(kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A random model of `kind`, no two values alike."""
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(tiny.VARIANTS.get(kind, kind), **(tiny.CONFIGS.get(kind) or tiny.MATRIX[kind]))
+    config = transformers.AutoConfig.for_model(
+        tiny.VARIANTS.get(kind, kind), **(tiny.CONFIGS.get(kind) or tiny.MATRIX[kind])
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.02 * torch.randn_like(param))
-    return model.to(dtype)
+    kept = kept_in_fp32(model, dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not (kept is not None and kept.search(name)):
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def save_checkpoint(model: Any, directory: Path, *, ranks: int = 2) -> Path:

@@ -158,7 +158,7 @@ def _pieces(file: Path, name: str) -> dict[str, _Piece]:
                 raise ValueError(f"{key} has shape {shape} at {offsets}")
             start, stop = entry["data_offsets"]
             width = _DTYPES[dtype].itemsize if dtype in _DTYPES else None
-            if not 0 <= start <= stop or width is not None and stop - start != math.prod(shape) * width:
+            if not 0 <= start <= stop or (width is not None and stop - start != math.prod(shape) * width):
                 raise ValueError(f"{key} has shape {shape} in bytes {start} to {stop}")
             end = max(end, stop)
             found[key] = _Piece(file, offsets, shape, dtype, 8 + length + start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,19 +23,22 @@ from ndtrain.errors import DamagedError
 from ndtrain.model import kept_in_fp32, tied_keys
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 INDEX = "model.safetensors.index.json"
 
 
 def meta_model_of(config_at: Path, dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model that a config file or directory describes, float32 on meta, and the dtype to publish it in."""
+    """The model that a config file or directory describes, float32 on meta, and the dtype to publish it in.
+
+    `model.export_config` is the config to publish: building the model writes its own dtype into every part of it.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(config_at)
-        # read first: building the model writes its own dtype into the config
         target = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model.export_config = config
     except Exception as error:
         named = config_at if config_at.is_file() else config_at / "config.json"
         said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -129,9 +133,13 @@ def write_hub(
 
 
 def _write_config(model: PreTrainedModel, out: Path) -> None:
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(out)
+    config = cast("PreTrainedConfig", model.export_config)
+    parts = [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    for part in (config, *parts):
+        if part is config or getattr(part, "dtype", None) is not None:
+            part.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(out)
     if model.can_generate():
         # one that its own library refuses to save must not lose the weights
         with suppress(ValueError):
