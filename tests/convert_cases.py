@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from ndtrain import extra_state
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import _write_file, listing
 from ndtrain.convert.hub import state_to_store
@@ -40,7 +41,14 @@ def build(kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     return model
 
 
-def save_checkpoint(model: Any, directory: Path, *, ranks: int = 2) -> Path:
+def save_checkpoint(
+    model: Any,
+    directory: Path,
+    *,
+    ranks: int = 2,
+    config: dict[str, Any] | None = None,
+    states: dict[str, Any] | None = None,
+) -> Path:
     """What training on `ranks` ranks would save of `model`: each tensor in float32, cut along one of its dims."""
     files: list[dict[str, tuple[Tensor, tuple[int, ...]]]] = [{} for _ in range(ranks)]
     tensors = {}
@@ -59,6 +67,10 @@ def save_checkpoint(model: Any, directory: Path, *, ranks: int = 2) -> Path:
     model.config.save_pretrained(directory)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    if states is not None:
+        (directory / extra_state.FILE).write_text(json.dumps(states))
     (directory / "train_state.json").write_text(json.dumps({"step": 1}))
     write_manifest(directory, {"model": listing(directory / "model", tensors), "optim": {}})
     return directory
