@@ -48,6 +48,7 @@ def save_checkpoint(
     ranks: int = 2,
     config: dict[str, Any] | None = None,
     states: dict[str, Any] | None = None,
+    only_rows: bool = False,
 ) -> Path:
     """What training on `ranks` ranks would save of `model`: each tensor in float32, cut along one of its dims."""
     files: list[dict[str, tuple[Tensor, tuple[int, ...]]]] = [{} for _ in range(ranks)]
@@ -55,7 +56,7 @@ def save_checkpoint(
     for number, (key, value) in enumerate(state_to_store(model).items()):
         tensor = value.detach().float() if value.is_floating_point() else value.detach()
         tensors[key] = tensor
-        dim = number % max(1, tensor.ndim)
+        dim = 0 if only_rows else number % max(1, tensor.ndim)
         at = 0
         for rank, part in enumerate(tensor.chunk(ranks, dim) if tensor.ndim else [tensor]):
             if part.numel():

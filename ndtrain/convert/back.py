@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from ndtrain.convert.hub import INDEX, meta_model_of, state_to_store
 from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import Stored, checkpoint_tensors
 from ndtrain.convert.stream import Progress, Stream
-from ndtrain.convert.weights import from_hub
+from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import DamagedError, PlanError
 from ndtrain.model import kept_in_fp32, tied_keys
 
@@ -72,12 +73,13 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
     # a scalar is stored as one row
     state |= {k: state[k].reshape(()) for k in state.keys() & wanted.keys() if not wanted[k].ndim}
     groups, unused = from_hub(model, state, wanted)
-    groups = [group for group in groups if any(key in wanted for key in group.outputs)]
+    made = {key for group in groups for key in group.outputs}
     targets = {
         key: Target(tuple(tensor.shape), tensor.dtype)
         for key, tensor in wanted.items()
-        if tensor.numel() and any(key in group.outputs for group in groups)
+        if tensor.numel() and key in made
     }
+    groups = [group for group in groups if not targets.keys().isdisjoint(group.outputs)]
     (out / "model").mkdir()
     files = _files(targets)
     stream = Stream(source, groups, targets, model, ready={}, progress=progress)
@@ -88,7 +90,7 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
     (out / "train_state.json").write_text(json.dumps({"step": 0}))
     tensors = {key: wanted[key] for key in targets}
     write_manifest(out, {"model": listing(out / "model", tensors), "optim": {}})
-    return _notes(source, unused, unread, model, published, groups)
+    return _notes(source, groups, model, published, unused=unused, unread=unread)
 
 
 def copy_beside(directory: Path, out: Path) -> None:
@@ -117,7 +119,15 @@ def _metadata(keys: list[str], targets: dict[str, Target]) -> dict[str, str]:
     return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
 
 
-def _notes(source, unused, unread, model: PreTrainedModel, published: torch.dtype, groups) -> list[str]:  # type: ignore
+def _notes(
+    source: Mapping[str, Stored],
+    groups: list[Group],
+    model: PreTrainedModel,
+    published: torch.dtype,
+    *,
+    unused: Collection[str],
+    unread: Collection[str],
+) -> list[str]:
     notes = []
     aliases = tied_keys(model)
     if left := sorted(key for key in unused if key not in aliases):

@@ -113,14 +113,10 @@ def write_hub(
     for key, target in targets.items():
         if target.dtype not in DTYPE_NAMES:
             raise DamagedError(f"{key}: {target.dtype} cannot be written")
-    stream = Stream(
-        source,
-        [g for g in groups if g.sources[0] in source],
-        targets,
-        model,
-        ready=by_name,
-        progress=progress,
-    )
+    # of empty tensors nothing is stored
+    empty = {k: Stored(tuple(v.shape), v.dtype, ()) for k, v in state.items() if not v.numel() and k not in source}
+    groups = [group for group in groups if group.sources[0] not in ready]
+    stream = Stream({**source, **empty}, groups, targets, model, ready=by_name, progress=progress)
     stream.write(ShardWriter(out, split.filename_to_tensors, targets, lambda keys: {"format": "pt"}))
     if split.is_sharded:
         index = {

@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from errno import EINVAL, ENOSYS, EOPNOTSUPP, EXDEV
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ndtrain.convert.stored import DTYPE_NAMES, DTYPES, raw
-from ndtrain.errors import NdtrainError, RecipeError
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.layout import Ints
 
 _UNITS = {
@@ -78,29 +80,56 @@ class ShardWriter:
                 file.write(header)
                 file.truncate(len(header) + self._left[name])
                 if not self._left[name]:
-                    _finish(file.fileno())
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def write(self, key: str, start: int, values: Tensor) -> None:
         """The elements of `key` from number `start` on; contiguous, in its dtype."""
-        name, at, tensor = self._at[key]
-        assert values.dtype == tensor.dtype
-        view, position = raw(values), at + start * values.dtype.itemsize
+        name, at, target = self._at[key]
+        assert values.dtype == target.dtype
+        with self._open(name, values.numel() * values.dtype.itemsize) as descriptor:
+            _write(descriptor, raw(values), at + start * values.dtype.itemsize)
+
+    def copy(self, key: str, start: int, file: Path, begin: int, count: int) -> None:
+        """`count` bytes of `key` from its byte `start` on, which are those of `file` from `begin` on."""
+        name, at, _ = self._at[key]
+        with self._open(name, count) as descriptor, file.open("rb", buffering=0) as source:
+            done = 0
+            while done < count:
+                try:
+                    copied = os.copy_file_range(
+                        source.fileno(), descriptor, count - done, begin + done, at + start + done
+                    )
+                except OSError as error:
+                    # file systems that cannot, or not from one to another
+                    if error.errno not in (EXDEV, EINVAL, ENOSYS, EOPNOTSUPP):
+                        raise
+                    data = os.pread(source.fileno(), min(count - done, 1 << 23), begin + done)
+                    _write(descriptor, memoryview(data), at + start + done)
+                    copied = len(data)
+                if not copied:
+                    raise DamagedError(f"{file} ends before its tensors do")
+                done += copied
+
+    @contextmanager
+    def _open(self, name: str, count: int) -> Iterator[int]:
+        """A descriptor to write `count` bytes with; the file is synced after its last ones."""
         descriptor = os.open(self.directory / name, os.O_WRONLY)
         try:
-            while view:
-                count = os.pwrite(descriptor, view[: 1 << 30], position)
-                view, position = view[count:], position + count
+            yield descriptor
             with self._lock:
-                self._left[name] -= values.numel() * values.dtype.itemsize
+                self._left[name] -= count
                 complete = not self._left[name]
             if complete:
-                _finish(descriptor)
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def _finish(descriptor: int) -> None:
-    os.fsync(descriptor)
+def _write(descriptor: int, view: memoryview, position: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view[: 1 << 30], position)
+        view, position = view[count:], position + count
 
 
 def _header(tensors: Mapping[str, Target], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 # (what, bytes done, bytes in all)
 Progress = Callable[[str, int, int], None]
+# (key, number of the first element, elements)
 Sink = Callable[[str, int, Tensor], None]
+# (key, where in its bytes, file, where in the file, bytes)
+Copy = Callable[[str, int, Path, int, int], None]
+COPY_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Stream:
     def write(self, writer: ShardWriter) -> None:
         for key, tensor in self.ready.items():
             writer.write(key, 0, tensor.contiguous())
-        self._run("writing", writer.write)
+        self._run("writing", writer.write, writer.copy if hasattr(os, "copy_file_range") else None)
 
     def verify(self, directory: Path, names: list[str]) -> None:
         """Read the files back and compare every bit. Raises `DamagedError` naming the first tensor that differs."""
@@ -71,7 +75,7 @@ class Stream:
                 high = min(low + step, own.numel())
                 block = self._room.take("verify", (high - low,), own.dtype)
                 read_rows(flat[key], start + low, start + high, into=block, room=self._room)
-                if not torch.equal(own[low:high].view(torch.uint8), block.view(torch.uint8)):
+                if not _same_bits(own[low:high], block):
                     raise DamagedError(f"{key} was not written as it was read")
 
         for key, tensor in self.ready.items():
@@ -91,10 +95,15 @@ class Stream:
         width = self._dtype_in_memory(group).itemsize
         return sum(math.prod(self.source[key].shape) for key in group.sources) * width
 
-    def _pass(self, group: Group, sink: Sink, stop: threading.Event) -> Iterator[int]:
+    def _pass(self, group: Group, sink: Sink, copy: Copy | None, stop: threading.Event) -> Iterator[int]:
         """Write one group; yields the bytes written, bit by bit."""
         if group.transform is None:
-            yield from self._blocks(group, sink, stop)
+            source, key = self.source[group.sources[0]], group.outputs[0]
+            whole_rows = all(piece.sizes[1:] == source.shape[1:] for piece in source.pieces)
+            if copy is not None and whole_rows and source.dtype == self.targets[key].dtype:
+                yield from self._copies(source, key, copy, stop)
+            else:
+                yield from self._blocks(source, key, sink, stop)
             return
         dtype = self._dtype_in_memory(group)
         values = {}
@@ -121,8 +130,18 @@ class Stream:
             sink(key, start, part)
             yield part.numel() * part.element_size()
 
-    def _blocks(self, group: Group, sink: Sink, stop: threading.Event) -> Iterator[int]:
-        source, key = self.source[group.sources[0]], group.outputs[0]
+    def _copies(self, source: Stored, key: str, copy: Copy, stop: threading.Event) -> Iterator[int]:
+        """Bytes that go over as they are need not pass through this process."""
+        row = math.prod(source.shape[1:]) * source.dtype.itemsize
+        for piece in source.pieces:
+            nbytes = piece.sizes[0] * row
+            for at in range(0, nbytes, COPY_BYTES):
+                _check(stop)
+                count = min(COPY_BYTES, nbytes - at)
+                copy(key, piece.offsets[0] * row + at, piece.file, piece.start + at, count)
+                yield count
+
+    def _blocks(self, source: Stored, key: str, sink: Sink, stop: threading.Event) -> Iterator[int]:
         target = self.targets[key]
         row = math.prod(source.shape[1:])
         step = source.rows_of(BLOCK_BYTES * source.dtype.itemsize // max(source.dtype.itemsize, target.dtype.itemsize))
@@ -136,17 +155,18 @@ class Stream:
 
     # ---- all of them
 
-    def _run(self, what: str, sink: Sink) -> None:
+    def _run(self, what: str, sink: Sink, copy: Copy | None = None) -> None:
         heavy = {id(g): self._bytes(g) for g in self.groups if g.transform is not None}
         budget = _Budget(max(heavy.values(), default=0))
-        total, done, stop = sum(t.nbytes for t in self.targets.values()), [0], threading.Event()
+        total, stop = sum(target.nbytes for target in self.targets.values()), threading.Event()
+        done = [sum(tensor.nbytes for tensor in self.ready.values())]
         lock = threading.Lock()
 
         def one(group: Group) -> None:
             cost = heavy.get(id(group), 0)
             if not stop.is_set() and budget.take(cost, stop):
                 try:
-                    for count in self._pass(group, sink, stop):
+                    for count in self._pass(group, sink, copy, stop):
                         with lock:
                             done[0] += count
                 except _Cancelled:
@@ -172,6 +192,13 @@ class Stream:
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors of one dtype are the same, NaNs too."""
+    aligned = all(t.storage_offset() * t.dtype.itemsize % 8 == 0 and t.nbytes % 8 == 0 for t in (a, b))
+    kind = torch.int64 if aligned else torch.uint8
+    return torch.equal(a.view(kind), b.view(kind))
 
 
 def _flat(tensor: Stored) -> Stored:

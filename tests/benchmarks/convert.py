@@ -106,7 +106,7 @@ def main() -> None:
         root = Path(folder)
         step, other, out = root / "step", root / "dcp", root / "out"
         model = build(options.layers, moe=options.moe)
-        save_checkpoint(model, step)
+        save_checkpoint(model, step, only_rows=True)  # as FSDP cuts
         dcp.save({"model": dict(model.state_dict())}, checkpoint_id=other, no_dist=True)
         largest = max(p.numel() * 4 for n, p in model.named_parameters() if ".experts." in n or not options.moe)
         total = sum(p.numel() * 4 for p in model.parameters())
