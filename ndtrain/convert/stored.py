@@ -95,13 +95,15 @@ class Room(threading.local):
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > BLOCK_BYTES or not nbytes:
             return torch.empty(shape, dtype=dtype)
-        held = self._held.setdefault(use, bytearray(BLOCK_BYTES))
-        return torch.frombuffer(held, dtype=dtype, count=math.prod(shape)).view(shape)
+        if use not in self._held:
+            self._held[use] = bytearray(BLOCK_BYTES)
+        return torch.frombuffer(self._held[use], dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, sharing memory."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def read_rows(source: Stored, low: int, high: int, *, into: Tensor, room: Room) -> None:
