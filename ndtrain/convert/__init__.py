@@ -76,7 +76,7 @@ def convert(
         if back:
             notes = write_checkpoint(source, part, verify=verify, progress=progress)
         else:
-            how = {"dtype": dtype, "max_shard_size": size, "verify": verify, "progress": progress}
+            how: dict[str, Any] = {"dtype": dtype, "max_shard_size": size, "verify": verify, "progress": progress}
             notes = _foreign_to_hub(source, config, part, **how) if foreign and config else _to_hub(source, part, **how)
         _publish(part, out)
     except OSError as error:

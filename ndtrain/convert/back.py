@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,7 +49,7 @@ def hub_tensors(directory: Path) -> dict[str, Stored]:
                 raise ValueError(f"{key} is in {name!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{directory / INDEX} is damaged ({type(error).__name__}: {error})") from error
-    pieces = {}
+    pieces: dict[str, list[Any]] = {}
     for name in sorted(set(weight_map.values())):
         if not (directory / name).is_file():
             raise DamagedError(f"{directory}: {name} is missing")

@@ -85,7 +85,8 @@ def to_hub(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[list[Gr
             found.append((key, apply_renamings(key, renamings), None, None))
         else:
             found.append((key, name, pattern, by_pattern[pattern]))
-    groups, saved = [], {}
+    groups: list[Group] = []
+    saved: dict[str, Tensor] = {}
     for group in _grouped(found):
         if group.transform is None:
             made = {group.name: state[group.sources[0]]}
@@ -117,7 +118,8 @@ def from_hub(
             unused.append(key)
         else:
             found.append((key, name, pattern, by_pattern[pattern] if pattern is not None else None))
-    groups, made_of = [], {}
+    groups: list[Group] = []
+    found_keys: set[str] = set()
     for group in _grouped(found):
         if group.transform is None:
             made = {group.name: state[group.sources[0]]}
@@ -129,9 +131,9 @@ def from_hub(
         for key, value in made.items():
             if key in wanted and value.shape != wanted[key].shape:
                 raise DamagedError(f"{key} has shape {tuple(value.shape)}, the config says {tuple(wanted[key].shape)}")
-        made_of |= dict.fromkeys(made, group.sources[0])
+        found_keys |= made.keys()
         groups.append(group._replace(outputs=tuple(made)))
-    missing = [key for key, value in wanted.items() if key not in made_of and value.numel()]
+    missing = [key for key, value in wanted.items() if key not in found_keys and value.numel()]
     if missing:
         raise DamagedError(f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
     return groups, unused
