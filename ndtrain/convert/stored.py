@@ -15,7 +15,7 @@ from torch import Tensor
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 # safetensors' own order: its files hold the last of these first, then by name.
 DTYPES = {

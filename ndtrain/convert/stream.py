@@ -31,14 +31,15 @@ Sink = Callable[[str, int, Tensor], None]
 # (key, where in its bytes, file, where in the file, bytes)
 Copy = Callable[[str, int, Path, int, int], None]
 COPY_BYTES = 64 * 2**20
+SPARE_BYTES = 128 * 2**20
 
 
 @dataclass
 class Stream:
     """The tensors of `source` on their way through `groups` to what `targets` says.
 
-    A tensor that is only renamed passes in blocks of rows. Of the others as many groups are in memory at once as
-    together take no more than the largest alone: while it is converted, twice its bytes.
+    A tensor that is only renamed passes in blocks of rows. A group that is converted takes twice its bytes; as many
+    are in memory at once as take no more than the largest alone and `SPARE_BYTES`.
     """
 
     source: Mapping[str, Stored]
@@ -156,8 +157,8 @@ class Stream:
     # ---- all of them
 
     def _run(self, what: str, sink: Sink, copy: Copy | None = None) -> None:
-        heavy = {id(g): self._bytes(g) for g in self.groups if g.transform is not None}
-        budget = _Budget(max(heavy.values(), default=0))
+        heavy = {id(g): 2 * self._bytes(g) for g in self.groups if g.transform is not None}
+        budget = _Budget(max(heavy.values(), default=0) + SPARE_BYTES)
         total, stop = sum(target.nbytes for target in self.targets.values()), threading.Event()
         done = [sum(tensor.nbytes for tensor in self.ready.values())]
         lock = threading.Lock()
