@@ -1,0 +1,80 @@
+"""What becomes of a run whose checkpoint cannot be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests import tiny
+from tests.ranks import get_pool
+
+
+def told(path: str, failing: list[int]) -> tuple[list[str], int, str]:
+    """What a run says whose rank 1 cannot write at steps `failing`, how far it comes, and what it raises."""
+    import torch
+    import torch.distributed as dist
+
+    import ndtrain.checkpoint.tensors as module
+    from ndtrain.errors import NdtrainError
+    from ndtrain.model import meta_model
+    from ndtrain.plan import make_plan
+    from ndtrain.recipe import load_recipe
+    from ndtrain.runtime import Runtime
+    from ndtrain.train import Silent, Trainer, sizes_for
+
+    recipe = load_recipe(Path(path), [])
+    rank, said, real = dist.get_rank(), [], module._write_file
+    runtime = Runtime(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
+    model = meta_model(recipe)
+    reporter = Silent()
+    reporter.info = said.append  # type: ignore[method-assign]
+    trainer = Trainer(recipe, make_plan(model, sizes_for(recipe, 2), recipe), model, runtime=runtime, reporter=reporter)
+
+    def full(file: Path, entries: Any) -> Any:
+        if rank == 1 and int(file.parent.parent.name.removeprefix(".tmp-step-")) in failing:
+            raise OSError(28, "No space left on device", str(file))
+        return real(file, entries)
+
+    error = ""
+    with mock.patch.object(module, "_write_file", full):
+        trainer.prepare()
+        try:
+            trainer.train()
+        except NdtrainError as raised:
+            error = str(raised)
+    return said, trainer.step, error
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(
+    ("on_error", "failing", "reached", "left", "error"),
+    [
+        ("warn", [4], 6, [2, 6], ""),
+        ("stop", [4], 4, [2], "step-00000004 was not written, older checkpoints stay: rank 1: OSError"),
+        ("warn", [6], 6, [2, 4], "step 6, the last, was trained but not saved"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written(
+    tmp_path: Path, background: bool, on_error: str, failing: list[int], reached: int, left: list[int], error: str
+) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(tiny.save_model("llama", tmp_path))},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        steps=6,
+        batch_ranks=2,
+        checkpoint={"every": 2, "keep": 2, "async": background, "on_error": on_error},
+    )
+    for said, step, raised in get_pool(2).run(told, str(recipe), failing, timeout=200):
+        # In the background it is known at one of the next step boundaries.
+        assert step == reached if not (background and on_error == "stop") else 4 <= step <= 6
+        assert error in raised if error else not raised
+        warnings = [line for line in said if line.startswith("warning: ")]
+        assert len(warnings) == (on_error == "warn")
+        assert all(f"step-{failing[0]:08d} was not written" in w and "No space left" in w for w in warnings)
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == [f"step-{step:08d}" for step in left]
