@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from tests import tiny
+from tests.chaos.run import losses
 from tests.ranks import get_pool
 
 
@@ -46,6 +47,30 @@ def told(path: str, failing: list[int]) -> tuple[list[str], int, str]:
         except NdtrainError as raised:
             error = str(raised)
     return said, trainer.step, error
+
+
+def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(tiny.save_model("llama", tmp_path))},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        steps=6,
+        batch_ranks=2,
+        checkpoint={"every": 2, "keep": 3, "resume": "auto", "verify": True},
+    )
+    get_pool(2).run(told, str(recipe), [], timeout=200)
+    whole = losses(tmp_path / "run")
+    file = tmp_path / "run/checkpoints/step-00000006/optim/00001-of-00002.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for said, step, error in get_pool(2).run(told, str(recipe), [], timeout=200):
+        assert step == 6 and not error
+        (refused,) = [line for line in said if "was altered" in line]
+        assert "rank 1: " in refused and str(file.relative_to(file.parents[1])) in refused
+        assert f"going back to {file.parents[2] / 'step-00000004'}" in refused
+        assert any("(step 4, sample 32)" in line for line in said)
+    assert losses(tmp_path / "run") == whole and file.read_bytes() == content
 
 
 @pytest.mark.parametrize("background", [True, False])

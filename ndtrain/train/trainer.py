@@ -234,6 +234,8 @@ class Trainer:
 
     def _check_run_dir(self, state: dict[str, Any] | None) -> None:
         """Refuse to train beside later checkpoints of another attempt: the next resume would take those."""
+        if self.recipe.checkpoint.resume == "auto":
+            return  # the newest that is whole was taken: later ones are damaged, and are written again
         later = self.store.newest_step()
         if later is not None and later > (state["step"] if state is not None else -1):
             raise RecipeError(
