@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from ndtrain.checkpoint import check
 from tests import tiny
 from tests.chaos.run import losses
 from tests.ranks import get_pool
 
 
-def told(path: str, failing: list[int]) -> tuple[list[str], int, str]:
-    """What a run says whose rank 1 cannot write at steps `failing`, how far it comes, and what it raises."""
+def told(path: str, failing: list[int], free: int | None = None) -> tuple[list[str], int, str]:
+    """What a run says whose rank 1 cannot write at steps `failing`, how far it comes, and what it raises.
+
+    `free` is what the file system says that it has free, true or not.
+    """
     import torch
     import torch.distributed as dist
 
@@ -40,13 +49,50 @@ def told(path: str, failing: list[int]) -> tuple[list[str], int, str]:
         return real(file, entries)
 
     error = ""
-    with mock.patch.object(module, "_write_file", full):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(module, "_write_file", full))
+        if free is not None:
+            patches.enter_context(mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=free)))
         trainer.prepare()
         try:
             trainer.train()
         except NdtrainError as raised:
             error = str(raised)
     return said, trainer.step, error
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory with room for one checkpoint of 4 MB, and not for two."""
+    if os.geteuid():
+        pytest.skip("only root may mount a file system")
+    path = tmp_path / "run" / "checkpoints"
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize(("free", "words"), [(None, " are free"), (10**9, "No space left on device")])
+def test_a_full_disk_leaves_the_checkpoint_that_is_there(
+    tmp_path: Path, small_disk: Path, free: int | None, words: str
+) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": "llama", "init": "random", "config": {**tiny.CONFIGS["llama"], "num_hidden_layers": 8}},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        steps=6,
+        batch_ranks=2,
+        checkpoint={"every": 2, "keep": 1},
+    )
+    for said, step, error in get_pool(2).run(told, str(recipe), [], free, timeout=200):
+        assert step == 6 and "step 6, the last, was trained but not saved" in error
+        assert sum(words in line for line in said) == 2
+    (left,) = small_disk.iterdir()
+    assert left.name == "step-00000002" and check(left)
 
 
 def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
