@@ -130,15 +130,34 @@ def inspect(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A step-... directory of a run.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A step-... directory, or a Hugging Face or DCP directory."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 5GB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 5GB or 500MiB.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Read all back and compare before OUT appears.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Of a DCP directory that another tool wrote: its model's config.json.")
+    ] = None,
 ) -> None:
-    """Write a checkpoint as the safetensors directory that from_pretrained reads."""
+    """Write a checkpoint as the safetensors that from_pretrained reads, or such a directory as a checkpoint."""
+    from ndtrain import console
     from ndtrain import convert as converter
 
-    converter.convert(checkpoint, out, dtype=dtype, max_shard_size=max_shard_size)
+    with console.ByteProgress() as progress:
+        notes = converter.convert(
+            checkpoint,
+            out,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            config=config,
+            progress=progress,
+        )
+    for note in notes:
+        print(f"ndtrain: note: {note}", file=sys.stderr)
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":

@@ -93,7 +93,8 @@ def test_convert_names_what_is_wrong(tmp_path: Path) -> None:
         convert(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(DamagedError, match=r"manifest\.json"):
         convert(tmp_path, tmp_path / "out")
-    with pytest.raises(RecipeError, match="--max-shard-size"):
-        convert(tmp_path, tmp_path / "out", max_shard_size="banana")
+    for size in ("banana", "0GB", "-1GB", "1.2.3GB", "GB"):
+        with pytest.raises(RecipeError, match="--max-shard-size"):
+            convert(tmp_path, tmp_path / "out", max_shard_size=size)
     with pytest.raises(RecipeError, match="--dtype"):
         convert(tmp_path, tmp_path / "out", dtype="int8")

@@ -49,8 +49,8 @@ def _digest(path: Path) -> str:
 def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[str, Any]) -> None:
     """Sync what rank 0 wrote and write manifest.json last.
 
-    `tensors` is each part's listing of keys; `written` has the size and the hash of every tensor file, as its writer
-    knows them. Raises `NdtrainError` for a file that is not as it was written.
+    `tensors` is each part's listing of keys; `written` has the size and the hash of every file that is synced, as its
+    writer knows them. Raises `NdtrainError` for a file that is not as it was written.
     """
     files: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):

@@ -45,6 +45,7 @@ class _Piece(NamedTuple):
     offsets: Ints
     sizes: Ints
     dtype: str
+    start: int  # of its bytes in the file
 
 
 def _held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
@@ -180,8 +181,12 @@ def _pieces(file: Path, name: str) -> dict[str, _Piece]:
             numbers = (*shape, *offsets)
             if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in numbers):
                 raise ValueError(f"{key} has shape {shape} at {offsets}")
-            end = max(end, entry["data_offsets"][1])
-            found[key] = _Piece(file, offsets, shape, dtype)
+            start, stop = entry["data_offsets"]
+            width = _DTYPES[dtype].itemsize if dtype in _DTYPES else None
+            if not 0 <= start <= stop or (width is not None and stop - start != math.prod(shape) * width):
+                raise ValueError(f"{key} has shape {shape} in bytes {start} to {stop}")
+            end = max(end, stop)
+            found[key] = _Piece(file, offsets, shape, dtype, 8 + length + start)
         if size != 8 + length + end:
             raise ValueError(f"{size:,} of {8 + length + end:,} bytes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -293,3 +298,13 @@ def check_coverage(directory: Path, listed: Mapping[str, Any]) -> None:
         held = sum(math.prod(p.sizes) for p in pieces)
         if held != math.prod(shape):
             raise DamagedError(f"{directory}: {key} has {held:,} of {math.prod(shape):,} values")
+
+
+def pieces_of(directory: Path) -> dict[str, list[_Piece]]:
+    """Where every stored piece of every key lies. Raises `DamagedError` where a header is damaged."""
+    return dict(_stored(directory))
+
+
+def pieces_in(file: Path) -> dict[str, _Piece]:
+    """The pieces in one safetensors file, whoever wrote it. Raises `DamagedError`."""
+    return _pieces(file, file.name)

@@ -1,0 +1,131 @@
+"""Checkpoints to the directory that `save_pretrained` would have written, and back. One process, no group, streaming.
+
+Tensors pass from file to file: in memory is one group of tensors at a time (a layer's fused experts, say) and never a
+model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ndtrain import extra_state
+from ndtrain.checkpoint import CheckpointStore, check
+from ndtrain.checkpoint.manifest import read_manifest, sync
+from ndtrain.checkpoint.tensors import pieces_of
+from ndtrain.convert.back import copy_beside, is_hub_directory, write_checkpoint
+from ndtrain.convert.foreign import METADATA, foreign_tensors
+from ndtrain.convert.hub import match, meta_model_of, state_to_store, write_hub
+from ndtrain.convert.shards import parse_size
+from ndtrain.convert.stored import checkpoint_tensors
+from ndtrain.convert.stream import Progress
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError
+from ndtrain.model import tied_keys
+
+DTYPES = ("float32", "bfloat16", "float16")
+# What write_hub makes anew, and what is of the checkpoint alone.
+_OWN = ("config.json", "train_state.json", "manifest.json", extra_state.FILE)
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    verify: bool = False,
+    config: Path | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Write `checkpoint` (a step directory, or a run directory: its newest) as Hugging Face safetensors to `out`.
+
+    Key names, files, tied weights, config and tokenizer are as `save_pretrained` writes them; the dtype is the
+    config's unless given. A DCP directory that another tool wrote converts in the same way, with the `config` (a
+    file, or a directory that has the tokenizer too) of its model. A Hugging Face directory becomes a checkpoint, in
+    float32, for `model.name` to start from.
+
+    `out` appears whole or not at all; with `verify` only after every bit of it was read back. Returns what the user
+    should know. Raises `RecipeError` for wrong arguments and `DamagedError` for what is not complete.
+    """
+    size = parse_size(max_shard_size)
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f'--dtype "{dtype}" must be one of {", ".join(DTYPES)}')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} already exists and is not an empty directory; choose another")
+    back = is_hub_directory(checkpoint)
+    foreign = not back and (checkpoint / METADATA).is_file()
+    if back and dtype is not None:
+        raise RecipeError("--dtype is for the way to Hugging Face; a checkpoint's weights are float32")
+    if foreign and config is None:
+        raise RecipeError(f"{checkpoint} does not say of which model it is; give --config with its config.json")
+    if config is not None and (not foreign or not config.exists()):
+        raise RecipeError(
+            f"--config {config} " + ("does not exist" if foreign else "is for checkpoints of other tools")
+        )
+    source = checkpoint if back or foreign else _step_directory(checkpoint)
+    if not back and not foreign:
+        check(source)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise RecipeError(f"{out} cannot be made: {error.strerror}; choose another") from error
+    try:
+        if back:
+            notes = write_checkpoint(source, part, verify=verify, progress=progress)
+        else:
+            how: dict[str, Any] = {"dtype": dtype, "max_shard_size": size, "verify": verify, "progress": progress}
+            notes = _foreign_to_hub(source, config, part, **how) if foreign and config else _to_hub(source, part, **how)
+        _publish(part, out)
+    except OSError as error:
+        raise NdtrainError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return notes
+
+
+def _to_hub(source: Path, part: Path, *, dtype: str | None, **how: Any) -> list[str]:
+    model, target = meta_model_of(source, dtype)
+    tensors = checkpoint_tensors(pieces_of(source / "model"), source / "model")
+    match(state_to_store(model), tensors, source / "model")
+    write_hub(tensors, model, part, dtype=target, states=extra_state.read(source), **how)
+    for name in read_manifest(source)["files"]:
+        if "/" not in name and name not in _OWN:
+            shutil.copy2(source / name, part / name)
+    return []
+
+
+def _foreign_to_hub(source: Path, config: Path, part: Path, *, dtype: str | None, **how: Any) -> list[str]:
+    model, target = meta_model_of(config, dtype)
+    state = state_to_store(model)
+    tensors, notes = foreign_tensors(source, state, tied_keys(model), model.config)
+    match(state, tensors, source)
+    write_hub(tensors, model, part, dtype=target, states={}, **how)
+    copy_beside(config, part)
+    return notes
+
+
+def _publish(part: Path, out: Path) -> None:
+    """Give the complete directory its name, after all of it is on the disk."""
+    for file in part.rglob("*"):
+        sync(file)
+    sync(part)
+    if out.exists():
+        out.rmdir()
+    part.rename(out)
+    sync(out.parent)
+
+
+def _step_directory(path: Path) -> Path:
+    if (path / "manifest.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        found, _ = CheckpointStore(path, keep=1).newest_valid()
+        if found is None:
+            raise DamagedError(f"{path} has no complete checkpoint")
+        return found
+    if not path.exists():
+        raise RecipeError(f"{path} does not exist; give a directory like RUN_DIR/checkpoints/step-00000100")
+    raise DamagedError(f"{path} is no ndtrain checkpoint: it has no manifest.json")

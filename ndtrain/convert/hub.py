@@ -1,0 +1,142 @@
+"""Stored tensors of a model to the directory that `save_pretrained` would have written, byte for byte."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import transformers
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from ndtrain import extra_state
+from ndtrain.convert.shards import ShardWriter, Target
+from ndtrain.convert.stored import DTYPE_NAMES, Stored
+from ndtrain.convert.stream import Progress, Stream
+from ndtrain.convert.weights import to_hub
+from ndtrain.errors import DamagedError
+from ndtrain.model import kept_in_fp32, tied_keys
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+INDEX = "model.safetensors.index.json"
+
+
+def meta_model_of(config_at: Path, dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model that a config file or directory describes, float32 on meta, and the dtype to publish it in.
+
+    `model.export_config` is the config to publish: building the model writes its own dtype into every part of it.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(config_at)
+        target = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model.export_config = config
+    except Exception as error:
+        named = config_at if config_at.is_file() else config_at / "config.json"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedError(f"{named} names no model: {said}") from error
+    return model, target
+
+
+def state_to_store(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint of `model` holds: every parameter and persistent buffer once."""
+    aliases = tied_keys(model)
+    return {k: v for k, v in model.state_dict().items() if k not in aliases and not extra_state.is_extra(k)}
+
+
+def match(state: Mapping[str, Tensor], source: Mapping[str, Stored], where: Path) -> None:
+    """Raises `DamagedError` unless the stored tensors are exactly those of the model."""
+    missing = [key for key, tensor in state.items() if key not in source and tensor.numel()]
+    unknown = sorted(source.keys() - state.keys())
+    if missing or unknown:
+        some = [f"{len(missing)} tensors are missing, the first is {missing[0]}"] if missing else []
+        some += [f"{len(unknown)} are not of this model, the first is {unknown[0]}"] if unknown else []
+        raise DamagedError(f"{where}: {'; '.join(some)}")
+    for key, tensor in state.items():
+        if key not in source:
+            continue
+        found = source[key]
+        if found.shape != (tuple(tensor.shape) or (1,)):
+            raise DamagedError(f"{where}: {key} has shape {found.shape}, the config says {tuple(tensor.shape)}")
+        both_float = found.dtype.is_floating_point and tensor.dtype.is_floating_point and found.dtype.itemsize > 1
+        if not both_float and found.dtype != tensor.dtype:
+            raise DamagedError(f"{where}: {key} is {found.dtype}, the model has {tensor.dtype}")
+
+
+def write_hub(
+    source: Mapping[str, Stored],
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    states: Mapping[str, Any],
+    max_shard_size: int,
+    verify: bool,
+    progress: Progress | None,
+) -> None:
+    """Fill the directory `out`; `states` are the extra states of modules. Raises `DamagedError`."""
+    kept = kept_in_fp32(model, dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not (kept is not None and kept.search(name)):
+            tensor.data = tensor.data.to(dtype)
+    extra_state.restore(model, states)
+    _write_config(model, out)
+
+    left_out = {*tied_keys(model), *(model._keys_to_ignore_on_save or ())}
+    # transformers can save a state that is one tensor, and no other
+    whole = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor) and k not in left_out}
+    ready = {k: v for k, v in whole.items() if extra_state.is_extra(k) and not v.is_meta}
+    state = {k: v for k, v in whole.items() if not extra_state.is_extra(k) or k in ready}
+    groups, saved = to_hub(model, state)
+    by_name = {group.outputs[0]: ready[group.sources[0]] for group in groups if group.sources[0] in ready}
+
+    def storage(tensor: Tensor) -> object:
+        # parts of one tensor stay together, as where save_pretrained has them in memory; so do all empty ones
+        return tensor.untyped_storage()._cdata if tensor.untyped_storage().nbytes() else 0
+
+    split = split_state_dict_into_shards_factory(
+        saved,
+        get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
+        get_storage_id=storage,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    targets = {key: Target(tuple(tensor.shape), tensor.dtype) for key, tensor in saved.items()}
+    for key, target in targets.items():
+        if target.dtype not in DTYPE_NAMES:
+            raise DamagedError(f"{key}: {target.dtype} cannot be written")
+    # of empty tensors nothing is stored
+    empty = {k: Stored(tuple(v.shape), v.dtype, ()) for k, v in state.items() if not v.numel() and k not in source}
+    groups = [group for group in groups if group.sources[0] not in ready]
+    stream = Stream({**source, **empty}, groups, targets, model, ready=by_name, progress=progress)
+    stream.write(ShardWriter(out, split.filename_to_tensors, targets, lambda keys: {"format": "pt"}))
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if verify:
+        stream.verify(out, list(split.filename_to_tensors))
+
+
+def _write_config(model: PreTrainedModel, out: Path) -> None:
+    config = cast("PreTrainedConfig", model.export_config)
+    parts = [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    for part in (config, *parts):
+        if part is config or getattr(part, "dtype", None) is not None:
+            part.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(out)
+    if model.can_generate():
+        # one that its own library refuses to save must not lose the weights
+        with suppress(ValueError):
+            cast(Any, model.generation_config).save_pretrained(out)

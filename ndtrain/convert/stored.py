@@ -1,0 +1,148 @@
+"""Tensors that lie in files in pieces: where, and some rows of one at a time. Never a whole model in memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ndtrain.errors import DamagedError
+from ndtrain.layout import Ints
+
+BLOCK_BYTES = 8 * 2**20
+
+# safetensors' own order: its files hold the last of these first, then by name.
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Piece(NamedTuple):
+    """A contiguous box of a tensor: row-major bytes from `start` in `file`."""
+
+    file: Path
+    start: int
+    offsets: Ints
+    sizes: Ints
+
+
+class Stored(NamedTuple):
+    """A tensor in files. A scalar is held as shape (1,) here."""
+
+    shape: Ints
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows_of(self, nbytes: int) -> int:
+        """How many rows fit in `nbytes`; at least one."""
+        return max(1, nbytes * self.shape[0] // max(1, self.nbytes))
+
+
+def stored(key: str, shape: Iterable[int], dtype: torch.dtype, pieces: Iterable[Piece], where: Path) -> Stored:
+    """The tensor `key` of `shape`, its pieces checked to make it up. Raises `DamagedError`."""
+    shape = tuple(shape)
+    pieces = tuple(p if shape else p._replace(offsets=(0,), sizes=(1,)) for p in pieces)
+    whole = Stored(shape or (1,), dtype, tuple(p for p in pieces if math.prod(p.sizes)))
+    for piece in whole.pieces:
+        if len(piece.sizes) != len(whole.shape) or any(
+            o + n > limit for o, n, limit in zip(piece.offsets, piece.sizes, whole.shape, strict=True)
+        ):
+            raise DamagedError(f"{where}: {key} does not have the shape {shape}")
+    held, wanted = sum(math.prod(p.sizes) for p in whole.pieces), math.prod(whole.shape)
+    if held != wanted:
+        raise DamagedError(f"{where}: {key} has {held:,} of {wanted:,} values")
+    return whole
+
+
+def checkpoint_tensors(pieces: Mapping[str, Iterable[Any]], where: Path) -> dict[str, Stored]:
+    """The tensors of a directory of safetensors files, from their headers. Raises `DamagedError`."""
+    found = {}
+    for key, parts in pieces.items():
+        parts = list(parts)
+        names = {part.dtype for part in parts}
+        if len(names) > 1 or len({len(part.sizes) for part in parts}) > 1:
+            raise DamagedError(f"{where}: the pieces of {key} are not of one tensor")
+        if not names <= DTYPES.keys():
+            raise DamagedError(f"{where}: {key} is {min(names)}, which ndtrain does not convert")
+        ends = zip(*([o + n for o, n in zip(p.offsets, p.sizes, strict=True)] for p in parts), strict=True)
+        at = [Piece(part.file, part.start, tuple(part.offsets), tuple(part.sizes)) for part in parts]
+        found[key] = stored(key, [max(e) for e in ends], DTYPES[names.pop()], at, where)
+    return found
+
+
+class Room(threading.local):
+    """Memory that each thread uses again: touching new pages costs as much as copying into them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytearray] = {}
+
+    def take(self, use: str, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialized tensor, until the next one for the same `use`."""
+        shape = tuple(shape)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > BLOCK_BYTES or not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        if use not in self._held:
+            self._held[use] = bytearray(BLOCK_BYTES)
+        return torch.frombuffer(self._held[use], dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, sharing memory."""
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+def read_rows(source: Stored, low: int, high: int, *, into: Tensor, room: Room) -> None:
+    """Rows low..high of `source`, cast to the dtype of `into` `[high - low, ...]`. Raises `DamagedError`."""
+    for piece in source.pieces:
+        first, last = max(low, piece.offsets[0]), min(high, piece.offsets[0] + piece.sizes[0])
+        if first >= last:
+            continue
+        inner = tuple(slice(o, o + n) for o, n in zip(piece.offsets[1:], piece.sizes[1:], strict=True))
+        target = into[(slice(first - low, last - low), *inner)]
+        direct = target.dtype == source.dtype and target.is_contiguous()
+        shape = (last - first, *piece.sizes[1:])
+        buffer = target if direct else room.take("piece", shape, source.dtype)
+        row = math.prod(piece.sizes[1:]) * source.dtype.itemsize
+        _read(piece.file, piece.start + (first - piece.offsets[0]) * row, raw(buffer))
+        if not direct:
+            target.copy_(buffer)
+
+
+def read_all(source: Stored, dtype: torch.dtype, *, room: Room) -> Tensor:
+    """The whole tensor in `dtype`."""
+    whole = torch.empty(source.shape, dtype=dtype)
+    step = source.rows_of(BLOCK_BYTES if dtype != source.dtype or len(source.pieces) > 1 else source.nbytes)
+    for low in range(0, source.shape[0] if source.nbytes else 0, step):
+        high = min(low + step, source.shape[0])
+        read_rows(source, low, high, into=whole[low:high], room=room)
+    return whole
+
+
+def _read(path: Path, start: int, into: memoryview) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while into:
+                count = os.preadv(descriptor, [into], start)
+                if not count:
+                    raise DamagedError(f"{path} ends before its tensors do")
+                start, into = start + count, into[count:]
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error

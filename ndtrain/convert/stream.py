@@ -1,0 +1,249 @@
+"""Tensors from the files they lie in to the files they belong in, many at a time in bounded memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ndtrain.checkpoint.tensors import pieces_in
+from ndtrain.convert.shards import ShardWriter, Target
+from ndtrain.convert.stored import BLOCK_BYTES, Room, Stored, checkpoint_tensors, read_all, read_rows
+from ndtrain.convert.weights import Group
+from ndtrain.errors import DamagedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# (what, bytes done, bytes in all)
+Progress = Callable[[str, int, int], None]
+# (key, number of the first element, elements)
+Sink = Callable[[str, int, Tensor], None]
+# (key, where in its bytes, file, where in the file, bytes)
+Copy = Callable[[str, int, Path, int, int], None]
+COPY_BYTES = 64 * 2**20
+
+
+@dataclass
+class Stream:
+    """The tensors of `source` on their way through `groups` to what `targets` says.
+
+    A tensor that is only renamed passes in blocks of rows. Of the others as many groups are in memory at once as
+    together take no more than the largest alone: while it is converted, twice its bytes.
+    """
+
+    source: Mapping[str, Stored]
+    groups: list[Group]
+    targets: Mapping[str, Target]
+    model: PreTrainedModel
+    ready: Mapping[str, Tensor]  # small tensors that are in memory already
+    progress: Progress | None = None
+    _room: Room = field(default_factory=Room)
+
+    def write(self, writer: ShardWriter) -> None:
+        for key, tensor in self.ready.items():
+            writer.write(key, 0, tensor.contiguous())
+        self._run("writing", writer.write, writer.copy if hasattr(os, "copy_file_range") else None)
+
+    def verify(self, directory: Path, names: list[str]) -> None:
+        """Read the files back and compare every bit. Raises `DamagedError` naming the first tensor that differs."""
+        written: dict[str, Stored] = {}
+        for name in names:
+            _forget(directory / name)
+            written |= checkpoint_tensors({k: [p] for k, p in pieces_in(directory / name).items()}, directory)
+        if wrong := sorted(written.keys() ^ self.targets.keys()):
+            raise DamagedError(f"{wrong[0]} is not in what was written, or should not be")
+        for key, target in self.targets.items():
+            found = written[key]
+            if (found.shape, found.dtype) != (target.shape or (1,), target.dtype):
+                raise DamagedError(f"{key} was written as {found.dtype} of shape {found.shape}")
+        flat = {key: _flat(found) for key, found in written.items()}
+
+        def compare(key: str, start: int, values: Tensor) -> None:
+            own = values.reshape(-1)
+            step = BLOCK_BYTES // own.dtype.itemsize
+            for low in range(0, own.numel(), step):
+                high = min(low + step, own.numel())
+                block = self._room.take("verify", (high - low,), own.dtype)
+                read_rows(flat[key], start + low, start + high, into=block, room=self._room)
+                if not _same_bits(own[low:high], block):
+                    raise DamagedError(f"{key} was not written as it was read")
+
+        for key, tensor in self.ready.items():
+            compare(key, 0, tensor.contiguous())
+        self._run("verifying", compare)
+
+    # ---- one group
+
+    def _dtype_in_memory(self, group: Group) -> torch.dtype:
+        """Conversions move values and do not change them: the smaller dtype is the one to do them in."""
+        target = next(self.targets[key].dtype for key in group.outputs if key in self.targets)
+        kinds = {self.source[key].dtype for key in group.sources}
+        kind = min(kinds, key=lambda dtype: dtype.itemsize)
+        return kind if len(kinds) == 1 and kind.itemsize < target.itemsize else target
+
+    def _bytes(self, group: Group) -> int:
+        width = self._dtype_in_memory(group).itemsize
+        return sum(math.prod(self.source[key].shape) for key in group.sources) * width
+
+    def _pass(self, group: Group, sink: Sink, copy: Copy | None, stop: threading.Event) -> Iterator[int]:
+        """Write one group; yields the bytes written, bit by bit."""
+        if group.transform is None:
+            source, key = self.source[group.sources[0]], group.outputs[0]
+            whole_rows = all(piece.sizes[1:] == source.shape[1:] for piece in source.pieces)
+            if copy is not None and whole_rows and source.dtype == self.targets[key].dtype:
+                yield from self._copies(source, key, copy, stop)
+            else:
+                yield from self._blocks(source, key, sink, stop)
+            return
+        dtype = self._dtype_in_memory(group)
+        values = {}
+        for key in group.sources:
+            _check(stop)
+            values[key] = read_all(self.source[key], dtype, room=self._room)
+        made = group.run(values, self.model)
+        while made:
+            key = next(iter(made))
+            value = made.pop(key)
+            if key in self.targets:
+                yield from self._emit(key, value, sink, stop)
+
+    def _emit(self, key: str, value: Tensor, sink: Sink, stop: threading.Event) -> Iterator[int]:
+        target = self.targets[key]
+        value = value.reshape(-1) if value.is_contiguous() else value.contiguous().reshape(-1)
+        step = BLOCK_BYTES // target.dtype.itemsize
+        for start in range(0, value.numel(), step):
+            _check(stop)
+            part = value[start : start + step]
+            if part.dtype != target.dtype:
+                room = self._room.take("cast", part.shape, target.dtype)
+                part = room.copy_(part)
+            sink(key, start, part)
+            yield part.numel() * part.element_size()
+
+    def _copies(self, source: Stored, key: str, copy: Copy, stop: threading.Event) -> Iterator[int]:
+        """Bytes that go over as they are need not pass through this process."""
+        row = math.prod(source.shape[1:]) * source.dtype.itemsize
+        for piece in source.pieces:
+            nbytes = piece.sizes[0] * row
+            for at in range(0, nbytes, COPY_BYTES):
+                _check(stop)
+                count = min(COPY_BYTES, nbytes - at)
+                copy(key, piece.offsets[0] * row + at, piece.file, piece.start + at, count)
+                yield count
+
+    def _blocks(self, source: Stored, key: str, sink: Sink, stop: threading.Event) -> Iterator[int]:
+        target = self.targets[key]
+        row = math.prod(source.shape[1:])
+        step = source.rows_of(BLOCK_BYTES * source.dtype.itemsize // max(source.dtype.itemsize, target.dtype.itemsize))
+        for low in range(0, source.shape[0] if source.nbytes else 0, step):
+            _check(stop)
+            high = min(low + step, source.shape[0])
+            block = self._room.take("block", (high - low, *source.shape[1:]), target.dtype)
+            read_rows(source, low, high, into=block, room=self._room)
+            sink(key, low * row, block)
+            yield block.numel() * block.element_size()
+
+    # ---- all of them
+
+    def _run(self, what: str, sink: Sink, copy: Copy | None = None) -> None:
+        heavy = {id(g): self._bytes(g) for g in self.groups if g.transform is not None}
+        budget = _Budget(max(heavy.values(), default=0))
+        total, stop = sum(target.nbytes for target in self.targets.values()), threading.Event()
+        done = [sum(tensor.nbytes for tensor in self.ready.values())]
+        lock = threading.Lock()
+
+        def one(group: Group) -> None:
+            cost = heavy.get(id(group), 0)
+            if not stop.is_set() and budget.take(cost, stop):
+                try:
+                    for count in self._pass(group, sink, copy, stop):
+                        with lock:
+                            done[0] += count
+                except _Cancelled:
+                    pass  # another says why
+                except BaseException:
+                    stop.set()
+                    raise
+                finally:
+                    budget.give(cost)
+
+        pool = ThreadPoolExecutor(max_workers=min(4, max(2, os.cpu_count() or 2)))
+        try:
+            # the heaviest first: begun last, it would be waited for alone
+            waiting = {pool.submit(one, group) for group in sorted(self.groups, key=lambda g: -heavy.get(id(g), 0))}
+            said = 0.0
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                if self.progress is not None and (time.monotonic() - said > 0.1 or not waiting):
+                    said = time.monotonic()
+                    self.progress(what, done[0], total)
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors of one dtype are the same, NaNs too."""
+    aligned = all(t.storage_offset() * t.dtype.itemsize % 8 == 0 and t.nbytes % 8 == 0 for t in (a, b))
+    kind = torch.int64 if aligned else torch.uint8
+    return torch.equal(a.view(kind), b.view(kind))
+
+
+def _flat(tensor: Stored) -> Stored:
+    """A tensor that lies in one piece, as one row of elements."""
+    count = math.prod(tensor.shape)
+    return Stored((count,), tensor.dtype, tuple(p._replace(offsets=(0,), sizes=(count,)) for p in tensor.pieces))
+
+
+def _forget(path: Path) -> None:
+    """Let what is read next come from the disk and not from the memory that it was written to."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+class _Cancelled(Exception):
+    """Another part failed, or the user interrupted."""
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise _Cancelled
+
+
+class _Budget:
+    """Bytes that may be in memory at once."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._changed = threading.Condition()
+
+    def take(self, count: int, stop: threading.Event) -> bool:
+        """Wait for `count` bytes; False where all is to stop."""
+        with self._changed:
+            while count > self._free and not stop.is_set():
+                self._changed.wait(0.2)
+            if stop.is_set():
+                return False
+            self._free -= count
+            return True
+
+    def give(self, count: int) -> None:
+        with self._changed:
+            self._free += count
+            self._changed.notify_all()

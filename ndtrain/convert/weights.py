@@ -1,0 +1,144 @@
+"""transformers' weight conversions one group of tensors at a time, in both directions (core_model_loading, 5.23).
+
+`save_pretrained` and `from_pretrained` convert a whole state dict. Here the same transforms are first run on meta
+tensors, which gives the groups and what comes out of each, and later on each group's values alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ndtrain.errors import DamagedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Group(NamedTuple):
+    """Tensors that are converted together."""
+
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]  # in the order in which the transform gives them
+    name: str
+    patterns: tuple[str, ...]  # of the transform, for each source
+    transform: Any  # None where the tensor is only renamed
+
+    def run(self, tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        """What `tensors` become, by name; `tensors` is emptied, so that no more than needed is held."""
+        if self.transform is None:
+            return {self.outputs[0]: tensors.pop(self.sources[0])}
+        values = _run(self, tensors, model)
+        return dict(zip(self.outputs, values.values(), strict=True))
+
+
+def _run(group: Group, tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    for key, pattern in zip(group.sources, group.patterns, strict=True):
+        group.transform.add_tensor(group.name, key, pattern, tensors.pop(key))
+    with torch.no_grad():
+        made = group.transform.convert(group.name, model=model, config=model.config)
+    return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+
+def _grouped(found: Iterable[tuple[str, str, str | None, Any]]) -> list[Group]:
+    """Groups of (source, name of the group, pattern that matched, transform), in order; without outputs as yet."""
+    groups: dict[str, Group] = {}
+    for source, name, pattern, transform in found:
+        before = groups.get(name)
+        if before is None:
+            groups[name] = Group((source,), (), name, (pattern or source,), transform and copy.deepcopy(transform))
+        else:
+            groups[name] = before._replace(
+                sources=(*before.sources, source), patterns=(*before.patterns, pattern or source)
+            )
+    return list(groups.values())
+
+
+def to_hub(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[list[Group], dict[str, Tensor]]:
+    """What `save_pretrained` makes of the meta tensors `state`: the groups, and the tensors to save in its order."""
+    # as revert_weight_conversion has it for a model that was not made by from_pretrained
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    mapping = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+    if not mapping:
+        return [Group((key,), (key,), key, (key,), None) for key in state], dict(state)
+    reverse = [entry.reverse_transform() for entry in mapping[::-1]]
+    renamings, converters = _kinds(reverse)
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: list[tuple[str, str, str | None, Any]] = []
+    for key in sorted(state, key=dot_natural_key):
+        name, pattern = apply_converters(key, converters)
+        if pattern is None:
+            found.append((key, apply_renamings(key, renamings), None, None))
+        else:
+            found.append((key, name, pattern, by_pattern[pattern]))
+    groups: list[Group] = []
+    saved: dict[str, Tensor] = {}
+    for group in _grouped(found):
+        if group.transform is None:
+            made = {group.name: state[group.sources[0]]}
+        else:
+            made = _run(group, {key: state[key] for key in group.sources}, model)
+            made = {apply_renamings(key, renamings): value for key, value in made.items()}
+        groups.append(group._replace(outputs=tuple(made)))
+        saved |= made
+    return groups, saved
+
+
+def from_hub(
+    model: PreTrainedModel, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> tuple[list[Group], list[str]]:
+    """How the hub's tensors `state` (meta) become those of `wanted`: the groups, and the keys that have no place.
+
+    Raises `DamagedError` where what comes out lacks a tensor or has another shape.
+    """
+    renamings, converters = _kinds(get_model_conversion_mapping(model))
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, all_of_it = model.base_model_prefix, model.state_dict()
+    found: list[tuple[str, str, str | None, Any]] = []
+    unused = []
+    for key in sorted(state, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, all_of_it)
+        if name not in all_of_it and key in all_of_it:
+            name, pattern = rename_source_key(key, [], [], prefix, all_of_it)
+        if name not in all_of_it:
+            unused.append(key)
+        else:
+            found.append((key, name, pattern, by_pattern[pattern] if pattern is not None else None))
+    groups: list[Group] = []
+    found_keys: set[str] = set()
+    for group in _grouped(found):
+        if group.transform is None:
+            made = {group.name: state[group.sources[0]]}
+        else:
+            try:
+                made = _run(group, {key: state[key] for key in group.sources}, model)
+            except Exception as error:
+                raise DamagedError(f"{group.sources[0]} and what belongs to it do not make {group.name}") from error
+        for key, value in made.items():
+            if key in wanted and value.shape != wanted[key].shape:
+                raise DamagedError(f"{key} has shape {tuple(value.shape)}, the config says {tuple(wanted[key].shape)}")
+        found_keys |= made.keys()
+        groups.append(group._replace(outputs=tuple(made)))
+    missing = [key for key, value in wanted.items() if key not in found_keys and value.numel()]
+    if missing:
+        raise DamagedError(f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
+    return groups, unused
+
+
+def _kinds(mapping: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]

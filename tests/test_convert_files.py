@@ -1,0 +1,390 @@
+"""The files that `convert` writes: byte for byte those of `save_pretrained`, in bounded memory, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.numpy import load_file as load_numpy
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from ndtrain import cli, extra_state
+from ndtrain.checkpoint import check
+from ndtrain.checkpoint.tensors import _write_file
+from ndtrain.convert import convert, shards, stream
+from ndtrain.convert.shards import parse_size
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
+from tests.convert_cases import FAMILIES, build, save_checkpoint
+from tests.ranks import get_pool
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def assert_same_files(got: Path, want: Path) -> None:
+    ours, theirs = files(got), files(want)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_file_is_the_one_that_save_pretrained_writes(kind: str, tmp_path: Path) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path / "want", max_shard_size="100KB")
+    assert convert(save_checkpoint(model, tmp_path / "step"), tmp_path / "out", max_shard_size="100KB") == []
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert_same_files(tmp_path / "out", tmp_path / "want")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    want = model.state_dict()
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == want[name].dtype and torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gpt2", "gemma3_text", "deepseek_v3", "phi3"])
+def test_there_and_back_again_gives_the_same_files(kind: str, tmp_path: Path) -> None:
+    build(kind).save_pretrained(tmp_path / "want", max_shard_size="100KB")
+    (tmp_path / "want" / "tokenizer.json").write_text("{}")
+    assert convert(tmp_path / "want", tmp_path / "step", verify=True) == []
+    check(tmp_path / "step")
+    convert(tmp_path / "step", tmp_path / "out", max_shard_size="100KB", verify=True)
+    assert_same_files(tmp_path / "out", tmp_path / "want")
+
+
+def test_a_hub_directory_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+    model = build("qwen3_moe")
+    model.save_pretrained(tmp_path / "hub", max_shard_size="100KB")
+    index = tmp_path / "hub" / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    first = sorted(good["weight_map"])[0]
+    for name in ("../model-00001-of-00003.safetensors", "/etc/passwd", "a/b.safetensors", ".x.safetensors", 3):
+        index.write_text(json.dumps({**good, "weight_map": {**good["weight_map"], first: name}}))
+        with pytest.raises(DamagedError, match="damaged"):
+            convert(tmp_path / "hub", tmp_path / "out")
+    index.write_text(json.dumps({**good, "weight_map": {k: v for k, v in good["weight_map"].items() if k != first}}))
+    with pytest.raises(DamagedError, match=first.rpartition(".experts")[0] if ".experts" in first else first):
+        convert(tmp_path / "hub", tmp_path / "out")
+    index.write_text(json.dumps({**good, "weight_map": {**good["weight_map"], "spare": good["weight_map"][first]}}))
+    with pytest.raises(DamagedError, match="spare is not in"):
+        convert(tmp_path / "hub", tmp_path / "out")
+    with pytest.raises(RecipeError, match="--dtype"):
+        convert(tmp_path / "hub", tmp_path / "out", dtype="float16")
+
+    single = tmp_path / "single"
+    model.save_pretrained(single)
+    tensors = load_file(single / "model.safetensors")
+    spare = {**tensors, "model.spare": torch.ones(2)}
+    transformers.modeling_utils.safe_save_file(spare, single / "model.safetensors", metadata={"format": "pt"})
+    (note,) = convert(single, tmp_path / "spare")
+    assert "1 saved weights are not of this model and left out, the first is model.spare" in note
+    norm = {**tensors, "model.norm.weight": tensors["model.norm.weight"].float()}
+    transformers.modeling_utils.safe_save_file(norm, single / "model.safetensors", metadata={"format": "pt"})
+    (note,) = convert(single, tmp_path / "norm")
+    assert "1 weights are of another dtype than the config's" in note and "model.norm.weight" in note
+    eight = {**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}
+    transformers.modeling_utils.safe_save_file(eight, single / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match="unquantized"):
+        convert(single, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_checkpoint_has_to_be_the_models(tmp_path: Path) -> None:
+    step = save_checkpoint(build("llama"), tmp_path / "step")
+    config = json.loads((step / "config.json").read_text())
+    for change, said in (
+        ({"num_hidden_layers": 1}, "are not of this model, the first is model.layers.1"),
+        ({"num_hidden_layers": 3}, "tensors are missing, the first is model.layers.2"),
+        ({"vocab_size": 300}, "has shape"),
+    ):
+        other = save_checkpoint(build("llama"), tmp_path / said.split()[-1], config={**config, **change})
+        with pytest.raises(DamagedError, match=said):
+            convert(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_verification_finds_one_wrong_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = save_checkpoint(build("qwen3_moe"), tmp_path / "step")
+    convert(step, tmp_path / "out", verify=True)
+    at = iter((-1, -5000, 20))  # in values, in those of another tensor, in the header
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[next(at)] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(stream, "_forget", flip)
+    for number in range(3):
+        with pytest.raises(DamagedError):
+            convert(step, tmp_path / f"again{number}", verify=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "step"]
+
+
+def test_nothing_is_left_of_what_was_interrupted_or_had_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = save_checkpoint(build("llama"), tmp_path / "step")
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(step, tmp_path / "out", progress=interrupt)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 100))
+    with pytest.raises(NdtrainError, match="100 are free"):
+        convert(step, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["step"]
+
+
+def test_sizes() -> None:
+    sizes = {"5GB": 5 * 10**9, "0.5gb": 5 * 10**8, " 1.5 MiB ": 3 * 2**19, "1000": 1000, "2kb": 2000, "1TiB": 2**40}
+    assert {text: parse_size(text) for text in sizes} == sizes
+
+
+def test_an_independent_reader_computes_the_same_logits(tmp_path: Path) -> None:
+    """Llama by hand, in numpy from the files: no line of transformers."""
+    model = build("llama", torch.float32)
+    convert(save_checkpoint(model, tmp_path / "step"), tmp_path / "out", max_shard_size="100KB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    weights: dict[str, Any] = {}
+    for name in sorted(set(index.values())):
+        weights |= load_numpy(tmp_path / "out" / name)
+    assert weights.keys() == index.keys()
+
+    def norm(x: Any, key: str) -> Any:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weights[f"{key}.weight"]
+
+    ids = np.arange(3, 15)
+    heads, width = config["num_attention_heads"], config["head_dim"]
+    angles = np.outer(np.arange(12), config["rope_parameters"]["rope_theta"] ** (-np.arange(0, width, 2) / width))
+    cos, sin = np.cos(angles), np.sin(angles)
+
+    def project(x: Any, key: str, *, turn: bool) -> Any:
+        y = (x @ weights[key + ".weight"].T).reshape(12, -1, width).transpose(1, 0, 2)
+        if turn:
+            a, b = np.split(y, 2, -1)
+            y = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        return np.repeat(y, heads // y.shape[0], 0)
+
+    x = weights["model.embed_tokens.weight"][ids]
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        y = norm(x, f"{at}.input_layernorm")
+        q, k = (project(y, f"{at}.self_attn.{n}_proj", turn=True) for n in "qk")
+        scores = q @ k.transpose(0, 2, 1) / np.sqrt(width) + np.triu(np.full((12, 12), -np.inf), 1)
+        chances = np.exp(scores - scores.max(-1, keepdims=True))
+        chances /= chances.sum(-1, keepdims=True)
+        mixed = (chances @ project(y, f"{at}.self_attn.v_proj", turn=False)).transpose(1, 0, 2).reshape(12, -1)
+        x = x + mixed @ weights[f"{at}.self_attn.o_proj.weight"].T
+        y = norm(x, f"{at}.post_attention_layernorm")
+        gate, up = (y @ weights[f"{at}.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[f"{at}.mlp.down_proj.weight"].T
+    logits = norm(x, "model.norm") @ weights["lm_head.weight"].T
+    want = model(torch.from_numpy(ids)[None]).logits[0].detach().numpy()
+    assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import torch, transformers, transformers.core_model_loading
+from ndtrain.convert import convert
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
+status = lambda key: int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+convert(Path(sys.argv[1]), Path(sys.argv[2]), dtype="bfloat16", verify=True)
+print(status("VmHWM") - before)
+"""
+
+
+def test_memory_is_that_of_the_largest_group(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 8}
+    config = transformers.Qwen3MoeConfig(
+        **shape, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=4096
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for i, param in enumerate(model.parameters()):
+            torch.arange(i, i + param.numel(), dtype=torch.float32, out=param.view(-1))
+    step = save_checkpoint(model, tmp_path / "step")
+    total = sum(p.numel() * 4 for p in model.parameters())
+    group = 32 * 512 * 512 * 4
+    assert total > 400e6
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(step), str(tmp_path / "out")], capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr
+    grown = int(run.stdout)
+    assert grown < 2 * group + 300e6, f"{grown:,} bytes for groups of {group:,}"
+    assert grown < total
+
+
+# ---- checkpoints of other tools
+
+
+def test_dcp_directories_of_other_tools(tmp_path: Path) -> None:
+    model = build("qwen3_moe")
+    model.save_pretrained(tmp_path / "want")
+    state = dict(model.state_dict())
+    compiled = {f"_orig_mod.{k.replace('.mlp.', '.mlp._checkpoint_wrapped_module.')}": v for k, v in state.items()}
+    more = {"optimizer": {"state": {"x": torch.ones(2)}, "lr": 0.1}, "step": 3}
+    cases = {
+        "plain": (state, []),
+        "accelerate": ({"model": state}, []),
+        "titan": ({**state, "optimizer": more["optimizer"], "train_state": {"step": torch.ones(1)}}, ["optimizer.lr"]),
+        "wrapped": ({"app": {"model": compiled, **more}}, ["app.optimizer.lr"]),
+    }
+    for name, (content, first) in cases.items():
+        dcp.save(content, checkpoint_id=tmp_path / name, no_dist=True)
+        notes = convert(tmp_path / name, tmp_path / f"{name}-out", config=tmp_path / "want", verify=True)
+        assert_same_files(tmp_path / f"{name}-out", tmp_path / "want")
+        assert notes == [f"3 entries are no weights and left out, the first is {key}" for key in first]
+    with pytest.raises(RecipeError, match="--config"):
+        convert(tmp_path / "plain", tmp_path / "out")
+    with pytest.raises(RecipeError, match="does not exist"):
+        convert(tmp_path / "plain", tmp_path / "out", config=tmp_path / "nothing")
+    (gone, value), *rest = state.items()
+    dcp.save(dict(rest), checkpoint_id=tmp_path / "less", no_dist=True)
+    with pytest.raises(DamagedError, match=f"1 tensors of the model are missing, the first is {gone}"):
+        convert(tmp_path / "less", tmp_path / "out", config=tmp_path / "want" / "config.json")
+    dcp.save({**state, "model.spare": value}, checkpoint_id=tmp_path / "more", no_dist=True)
+    with pytest.raises(DamagedError, match=r"1 are not of this model, the first is model\.spare"):
+        convert(tmp_path / "more", tmp_path / "out", config=tmp_path / "want")
+
+
+def _save_sharded(directory: str) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = build("qwen3")
+    parts = {k: distribute_tensor(v, mesh, [Shard(v.ndim - 1)]) for k, v in model.state_dict().items()}
+    dcp.save({"model": parts}, checkpoint_id=directory)
+
+
+def test_dcp_directory_of_two_ranks(tmp_path: Path) -> None:
+    get_pool(2).run(_save_sharded, str(tmp_path / "dcp"), timeout=200)
+    build("qwen3").save_pretrained(tmp_path / "want")
+    convert(tmp_path / "dcp", tmp_path / "out", config=tmp_path / "want")
+    assert_same_files(tmp_path / "out", tmp_path / "want")
+    next((tmp_path / "dcp").glob("__1_*.distcp")).write_bytes(b"")
+    with pytest.raises(DamagedError, match="distcp"):
+        convert(tmp_path / "dcp", tmp_path / "again", config=tmp_path / "want")
+
+
+def test_torchtitans_names_and_rotation(tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path / "want")
+    names = {
+        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "embed_tokens": "tok_embeddings", "lm_head": "output",
+    }  # fmt: skip
+    titan = {}
+    for key, value in model.state_dict().items():
+        if ".q_proj" in key or ".k_proj" in key:
+            value = value.view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64).clone()  # pairs of rows are rotated
+        for theirs, own in names.items():
+            key = key.replace(theirs, own)
+        titan[key.removeprefix("model.")] = value
+    dcp.save(titan, checkpoint_id=tmp_path / "titan", no_dist=True)
+    convert(tmp_path / "titan", tmp_path / "out", config=tmp_path / "want")
+    assert_same_files(tmp_path / "out", tmp_path / "want")
+
+
+RAN: list[str] = []
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return _run, ("ran",)
+
+
+def _run(what: str) -> None:
+    RAN.append(what)
+
+
+def test_hostile_pickles_and_names_never_run_or_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path / "want")
+    dcp.save(dict(model.state_dict()), checkpoint_id=tmp_path / "good", no_dist=True)
+    good: Metadata = pickle.loads((tmp_path / "good" / ".metadata").read_bytes())
+    (tmp_path / "secret").write_bytes((tmp_path / "good" / "__0_0.distcp").read_bytes())
+
+    def refused(metadata: bytes, match: str) -> None:
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        (tmp_path / "bad" / ".metadata").write_bytes(metadata)
+        with pytest.raises(DamagedError, match=match):
+            convert(tmp_path / "bad", tmp_path / "out", config=tmp_path / "want")
+        assert not (tmp_path / "out").exists() and RAN == []
+
+    refused(pickle.dumps(Payload()), "no part of a checkpoint's metadata")
+    good.planner_data = Payload()
+    refused(pickle.dumps(good), "no part of a checkpoint's metadata")
+    pickle.loads(pickle.dumps(Payload()))
+    assert RAN.pop() == "ran"
+    good.planner_data = None
+    for payload in (b"cposix\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"ctorch\nload\n(S'x'\ntR."):
+        refused(payload, "asks for")
+    refused(b"ctorch\nSize\n((I1\nttR.", "holds a Size")
+    refused(b"garbage", "cannot be read")
+    for name in ("../secret", str(tmp_path / "secret"), ".hidden", ""):
+        for info in good.storage_data.values():
+            info.relative_path = name
+        refused(pickle.dumps(good), "names the file")
+    for info in good.storage_data.values():
+        info.relative_path = "__0_0.distcp"
+    next(iter(good.storage_data.values())).offset = 10**12
+    refused(pickle.dumps(good), "cannot be read")
+
+    monkeypatch.setattr(sys, "argv", ["ndtrain", "convert", "bad", "out", "--config", "want"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 4
+    assert capsys.readouterr().err.startswith("ndtrain: error: bad/")
+
+
+def test_extra_states_that_are_tensors_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = type(build("llama").model.norm)
+    monkeypatch.setattr(norm, "get_extra_state", lambda self: getattr(self, "kept", torch.zeros(2)), raising=False)
+    monkeypatch.setattr(norm, "set_extra_state", lambda self, state: setattr(self, "kept", state), raising=False)
+    model = build("llama")
+    model.model.norm.kept = torch.tensor([3.0, 4.0])
+    states = extra_state.states(model)
+    step = save_checkpoint(model, tmp_path / "step", states=states)
+    convert(step, tmp_path / "out", verify=True)
+    key = "model.norm._extra_state"
+    assert load_file(tmp_path / "out" / "model.safetensors")[key].tolist() == [3.0, 4.0]
+
+
+def test_a_file_of_pieces_that_do_not_make_up_a_tensor_is_refused(tmp_path: Path) -> None:
+    step = save_checkpoint(build("llama"), tmp_path / "step")
+    extra = {"model.norm.weight": (torch.ones(4), (62,))}
+    _write_file(step / "model" / "00009-of-00010.safetensors", extra)
+    manifest = json.loads((step / "manifest.json").read_text())
+    size = (step / "model" / "00009-of-00010.safetensors").stat().st_size
+    manifest["files"]["model/00009-of-00010.safetensors"] = {"size": size}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedError, match=r"model\.norm\.weight has"):
+        convert(step, tmp_path / "out")
