@@ -105,9 +105,9 @@ def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
         dist.destroy_process_group(group)
 
 
-def on_rank0(work: Callable[[], None]) -> None:
+def on_rank0(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Run `work` on rank 0 alone; its error is raised on every rank."""
-    together(work if rank() == 0 else None)
+    together(work if rank() == 0 else None, group)
 
 
 def together(work: Callable[[], None] | None, group: dist.ProcessGroup | None = None) -> None:
@@ -168,6 +168,23 @@ def broadcast_json(value: Any) -> Any:
         payload = torch.tensor(list(data), dtype=torch.uint8)
     dist.broadcast(payload, 0)
     return json.loads(bytes(payload.tolist()))
+
+
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's JSON value on every rank, in their order; as bytes."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    mine = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in lengths]
+    dist.all_gather(everyone, mine, group=group)
+    return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(everyone, lengths, strict=True)]
 
 
 def random_seed(*parts: object) -> int:

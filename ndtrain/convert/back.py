@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ndtrain import extra_state
+from ndtrain.checkpoint import check
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import listing, pieces_in
 from ndtrain.convert.hub import INDEX, meta_model_of, state_to_store
@@ -88,8 +89,8 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
         stream.verify(out / "model", list(files))
     copy_beside(directory, out)
     (out / "train_state.json").write_text(json.dumps({"step": 0}))
-    tensors = {key: wanted[key] for key in targets}
-    write_manifest(out, {"model": listing(out / "model", tensors), "optim": {}})
+    write_manifest(out, {"model": listing({key: wanted[key] for key in targets}), "optim": {}}, {})
+    check(out)
     return _notes(source, groups, model, published, unused=unused, unread=unread)
 
 

@@ -7,7 +7,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from errno import EACCES
 from pathlib import Path
@@ -67,10 +68,11 @@ class Trainer:
         self.runtime, self.reporter = runtime, reporter
         self.sizes = plan.sizes
         self.run_dir = Path(recipe.run.dir)
-        self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep)
+        self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep, background=recipe.checkpoint.async_)
         self.step = 0
         self.cursor = 0
         self.saved_step: int | None = None
+        self.same_batch = False  # whether tp and cp ranks are known to read the same
         self.told = False  # of extra states that are not saved
 
     # ---- before the first step
@@ -84,7 +86,7 @@ class Trainer:
         self._open_tokenizer()
         runtime_module.on_rank0(self._try_extras)
         self.batches = self._open_data()
-        found, messages = self.store.find(recipe.checkpoint.resume)
+        found, messages = self.store.find(recipe.checkpoint.resume, verify=recipe.checkpoint.verify)
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
@@ -232,6 +234,8 @@ class Trainer:
 
     def _check_run_dir(self, state: dict[str, Any] | None) -> None:
         """Refuse to train beside later checkpoints of another attempt: the next resume would take those."""
+        if self.recipe.checkpoint.resume == "auto":
+            return  # the newest that is whole was taken: later ones are damaged, and are written again
         later = self.store.newest_step()
         if later is not None and later > (state["step"] if state is not None else -1):
             raise RecipeError(
@@ -277,10 +281,16 @@ class Trainer:
         if self.step >= recipe.train.steps:
             self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
             return
-        started, first = time.perf_counter(), self.train_step()
-        last = first
-        while self.step < recipe.train.steps:
-            last = self.train_step()
+        try:
+            started, first = time.perf_counter(), self.train_step()
+            last = first
+            while self.step < recipe.train.steps:
+                last = self.train_step()
+        except NdtrainError:
+            # What is being written is whole, and no less worth.
+            with suppress(NdtrainError):
+                self.store.settle()
+            raise
         self.reporter.info(
             f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
             f"in {time.perf_counter() - started:.0f} s"
@@ -289,6 +299,7 @@ class Trainer:
     def train_step(self) -> StepMetrics:
         """One optimizer step, told and logged, and its checkpoint where one is due."""
         recipe = self.recipe
+        self._settle(wait=False)
         metrics = self._train_step()
         if self.runtime.is_main:
             try:
@@ -300,6 +311,10 @@ class Trainer:
         self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
         if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
             self.save()
+        if last:
+            self._settle(wait=True)
+            if self.saved_step != self.step:
+                raise NdtrainError(f"step {self.step}, the last, was trained but not saved; the warning above says why")
         return metrics
 
     def _train_step(self) -> StepMetrics:
@@ -309,8 +324,9 @@ class Trainer:
             {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             for batch in self.batches.load(self.cursor)
         ]
-        if self.saved_step == self.step or self.step == 0:
+        if not self.same_batch:
             check_same_batch(batches[0], meshes)
+            self.same_batch = True
         loss_group = meshes.loss.get_group()
         routed = self.loss_model.router is not None
         own = [data_module.labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
@@ -366,7 +382,8 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write and publish the checkpoint of the current step, unless it is the one resumed from."""
+        """Write and publish the checkpoint of the current step, or begin to, unless it is there."""
+        self._settle(wait=True)
         if self.saved_step == self.step:
             return
         import transformers
@@ -388,15 +405,41 @@ class Trainer:
         if left_out and not self.told:
             self.told = True
             self.reporter.info(f"note: {extra_state.left_out_note(left_out, 'not saved; after a resume')}")
-        path = self.store.save(
-            self.step,
-            model=model_tensors(self.model),
-            optim=optimizer_tensors(self.model, self.optimizer),
-            state=state,
-            extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
-        )
-        self.saved_step = self.step
-        self.reporter.info(f"saved {path}")
+        self._saving = self.step
+        with self._on_error():
+            path = self.store.save(
+                self.step,
+                model=model_tensors(self.model),
+                optim=optimizer_tensors(self.model, self.optimizer),
+                state=state,
+                extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
+            )
+            self._saved(path)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Tell how the save in flight ended, where there is one and it has; `wait` until it has. Collective."""
+        if not self.store.in_flight:
+            return
+        written = torch.tensor(int(wait or self.store.written))
+        dist.all_reduce(written, op=dist.ReduceOp.MIN)
+        if written:
+            with self._on_error():
+                self._saved(self.store.settle())
+
+    def _saved(self, path: Path | None) -> None:
+        if path is not None:
+            self.saved_step = self._saving
+            self.reporter.info(f"saved {path}")
+
+    @contextmanager
+    def _on_error(self) -> Iterator[None]:
+        """What becomes of a checkpoint that was not written; all ranks know of it."""
+        try:
+            yield
+        except NdtrainError as error:
+            if self.recipe.checkpoint.on_error == "stop":
+                raise
+            self.reporter.info(f"warning: {error}; training goes on")
 
 
 def cache_root() -> Path:
