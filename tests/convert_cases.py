@@ -73,5 +73,5 @@ def save_checkpoint(
     if states is not None:
         (directory / extra_state.FILE).write_text(json.dumps(states))
     (directory / "train_state.json").write_text(json.dumps({"step": 1}))
-    write_manifest(directory, {"model": listing(directory / "model", tensors), "optim": {}})
+    write_manifest(directory, {"model": listing(tensors), "optim": {}}, {})
     return directory

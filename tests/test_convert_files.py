@@ -24,9 +24,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ndtrain import cli, extra_state
 from ndtrain.checkpoint import check
-from ndtrain.checkpoint.tensors import _write_file
 from ndtrain.convert import convert, shards, stream
 from ndtrain.convert.shards import parse_size
+from ndtrain.convert.stored import Piece, stored
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from tests.convert_cases import FAMILIES, build, save_checkpoint
 from tests.ranks import get_pool
@@ -378,13 +378,15 @@ def test_extra_states_that_are_tensors_are_written(tmp_path: Path, monkeypatch: 
     assert load_file(tmp_path / "out" / "model.safetensors")[key].tolist() == [3.0, 4.0]
 
 
-def test_a_file_of_pieces_that_do_not_make_up_a_tensor_is_refused(tmp_path: Path) -> None:
-    step = save_checkpoint(build("llama"), tmp_path / "step")
-    extra = {"model.norm.weight": (torch.ones(4), (62,))}
-    _write_file(step / "model" / "00009-of-00010.safetensors", extra)
-    manifest = json.loads((step / "manifest.json").read_text())
-    size = (step / "model" / "00009-of-00010.safetensors").stat().st_size
-    manifest["files"]["model/00009-of-00010.safetensors"] = {"size": size}
-    (step / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedError, match=r"model\.norm\.weight has"):
-        convert(step, tmp_path / "out")
+def test_pieces_that_do_not_make_up_a_tensor_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    whole = [Piece(file, 8, (0, 0), (2, 3)), Piece(file, 32, (2, 0), (2, 3))]
+    assert stored("x", (4, 3), torch.float32, whole, tmp_path).nbytes == 48
+    for pieces, shape, said in (
+        (whole[:1], (4, 3), "x has 6 of 12 values"),
+        ([*whole, whole[1]], (4, 3), "x has 18 of 12 values"),
+        (whole, (3, 3), "does not have the shape"),
+        (whole, (12,), "does not have the shape"),
+    ):
+        with pytest.raises(DamagedError, match=said):
+            stored("x", shape, torch.float32, pieces, tmp_path)
