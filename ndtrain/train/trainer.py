@@ -22,7 +22,7 @@ from ndtrain import data as data_module
 from ndtrain import extra_state
 from ndtrain import runtime as runtime_module
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
-from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
 from ndtrain.load import fill_with_noise, load_weights, materialize, model_tensors, unset
 from ndtrain.loss import LossModel
 from ndtrain.mesh import build_mesh
@@ -42,6 +42,7 @@ from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_ov
 from ndtrain.parallelize import parallelize
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
+from ndtrain.requests import Requests, nothing_to_save, words
 from ndtrain.router import Sequences, sequence_count, sequence_ids
 from ndtrain.runtime import Runtime, random_seed
 from ndtrain.train.proof import (
@@ -62,11 +63,22 @@ if TYPE_CHECKING:
 class Trainer:
     """One run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, runtime: Runtime, reporter: Reporter):
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        model: PreTrainedModel,
+        *,
+        runtime: Runtime,
+        reporter: Reporter,
+        requests: Requests | None = None,
+    ):
         self.recipe, self.plan, self.model = recipe, plan, model
         self.runtime, self.reporter = runtime, reporter
         self.sizes = plan.sizes
         self.run_dir = Path(recipe.run.dir)
+        self.requests = requests or Requests(self.run_dir)
+        self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
         self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep)
         self.step = 0
         self.cursor = 0
@@ -277,6 +289,7 @@ class Trainer:
         if self.step >= recipe.train.steps:
             self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
             return
+        self._listen()
         started, first = time.perf_counter(), self.train_step()
         last = first
         while self.step < recipe.train.steps:
@@ -286,8 +299,31 @@ class Trainer:
             f"in {time.perf_counter() - started:.0f} s"
         )
 
+    def _listen(self) -> None:
+        """From here on requests wait for the end of a step; what was asked before ends the run."""
+        self.requests.training = True
+        stop, _ = self._agree(0)[1:]
+        if stop:
+            self._answer()
+            raise nothing_to_save(stop)
+
+    def _agree(self, number: int) -> list[int]:
+        """[the largest `number` of all ranks, stop, save]: what any rank was asked, on every rank."""
+        own = [number, *self.requests.seen(files=self.runtime.is_main)]
+        shared = torch.tensor(own, dtype=torch.int64, device=self.runtime.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return cast("list[int]", shared.tolist())
+
+    def _answer(self) -> None:
+        if self.runtime.is_main:
+            for path in self.requests.answered():
+                self.reporter.info(f"note: {path} cannot be removed; it is not looked at again")
+
     def train_step(self) -> StepMetrics:
-        """One optimizer step, told and logged, and its checkpoint where one is due."""
+        """One optimizer step, told and logged, and its checkpoint where one is due or asked for.
+
+        Raises `Stopped` after saving where any rank was asked to stop.
+        """
         recipe = self.recipe
         metrics = self._train_step()
         if self.runtime.is_main:
@@ -298,8 +334,15 @@ class Trainer:
                 raise NdtrainError(f"step {self.step} was trained but not logged: {error}") from error
         last = self.step == recipe.train.steps
         self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
-        if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
+        if last or any(self.asked) or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
             self.save()
+        if any(self.asked):
+            self._answer()
+        if self.asked[0] and not last:
+            raise Stopped(
+                f"stopped by {words(self.asked[0])} after step {self.step} of {recipe.train.steps}, which is saved; "
+                "start again to go on"
+            )
         return metrics
 
     def _train_step(self) -> StepMetrics:
@@ -343,8 +386,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        peak = torch.tensor(peak_memory_bytes(device), dtype=torch.int64, device=device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        peak, *self.asked = self._agree(peak_memory_bytes(device))
         seconds = time.perf_counter() - started
         self.step += 1
         self.cursor += recipe.train.global_batch_size
@@ -360,7 +402,7 @@ class Trainer:
             tokens_per_second=speed,
             step_seconds=seconds,
             mfu=per_rank * self.flops_per_token / flops if flops else None,
-            peak_memory_bytes=int(peak),
+            peak_memory_bytes=peak,
             time=now(),
             aux_loss=aux_loss if routed else None,
         )

@@ -1,0 +1,161 @@
+"""A run saves and stops when it is asked to, at the same step on every rank, and says so by its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from ndtrain.errors import Stopped
+from ndtrain.requests import FILE, STOP_SIGNALS, Requests
+from tests import tiny
+from tests.ranks import get_pool
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def make_recipe(folder: Path, *, steps: int, **more: Any) -> Path:
+    return tiny.recipe_file(
+        folder / "recipe.toml",
+        model={"type": "qwen3", "config": {**tiny.CONFIGS["qwen3"], "num_hidden_layers": 1}},
+        corpus=tiny.write_corpus(folder / "corpus"),
+        run_dir=folder / "run",
+        mesh={"dp_shard": 2},
+        batch_ranks=2,
+        steps=steps,
+        **{"checkpoint": {"resume": "auto"}, **more},
+    )
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited too long"
+        assert process is None or process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("*")) if (run / "checkpoints").is_dir() else []
+
+
+def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
+    recipe, run = make_recipe(tmp_path, steps=100_000), tmp_path / "run"
+    command = [sys.executable, "-m", "ndtrain", "run", str(recipe)]
+    process = subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and lines_of(run), process)
+        (run / "save").touch()
+        wait_for(lambda: not (run / "save").exists(), process)
+        assert len(checkpoints(run)) == 1
+        process.send_signal(signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # none of them breaks the save
+            time.sleep(0.02)
+            process.send_signal(number)
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    last = lines_of(run)[-1]["step"]
+    assert process.returncode == 75, err
+    assert err == f"ndtrain: stopped by SIGTERM after step {last} of 100000, which is saved; start again to go on\n"
+    assert checkpoints(run)[-1] == f"step-{last:08d}" and len(checkpoints(run)) == 2
+    assert f"saved {run}/checkpoints/step-{last:08d}" in out
+
+
+def prepared(path: str) -> Any:
+    """A trainer of this rank, not yet prepared, that listens to signals."""
+    import torch
+    import torch.distributed as dist
+
+    from ndtrain.model import meta_model
+    from ndtrain.plan import make_plan
+    from ndtrain.recipe import load_recipe
+    from ndtrain.runtime import Runtime
+    from ndtrain.train import Silent, Trainer, sizes_for
+
+    recipe = load_recipe(Path(path))
+    model = meta_model(recipe)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plan = make_plan(model, sizes_for(recipe, world), recipe)
+    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
+    requests = Requests(Path(recipe.run.dir))
+    requests.listen()
+    return Trainer(recipe, plan, model, runtime=runtime, reporter=Silent(), requests=requests)
+
+
+def asked(path: str, how: str) -> str:
+    """What ends the run of this rank after it was asked to stop in the middle of its second step."""
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    trainer = prepared(path)
+
+    def ask() -> None:
+        if how == "file":
+            (trainer.run_dir / "stop").touch()
+        elif trainer.runtime.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        if trainer.runtime.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("never comes here")
+
+    try:
+        if how == "tokenizing":
+            with mock.patch("ndtrain.data.build_cache", build):
+                trainer.prepare()
+        trainer.prepare()
+        backward = trainer.loss_model.backward
+
+        def asking(*args: Any, **kwargs: Any) -> Any:
+            if trainer.step == 1:
+                ask()
+            return backward(*args, **kwargs)
+
+        trainer.loss_model.backward = asking
+        trainer.train()
+    except Stopped as stopped:
+        return str(stopped)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return "not stopped"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("file", "stopped by the file `stop` after step 2 of 5, which is saved; start again to go on"),
+        ("signal on one rank", "stopped by SIGUSR1 after step 2 of 5, which is saved; start again to go on"),
+        ("tokenizing", "stopped by SIGTERM before a step was trained; there is nothing to save"),
+    ],
+)
+def test_every_rank_stops_at_one_step(tmp_path: Path, how: str, words: str) -> None:
+    said = get_pool(2).run(asked, str(make_recipe(tmp_path, steps=5)), how)
+    assert all(line.removeprefix("rank 0: ") == words for line in said), said
+    assert checkpoints(tmp_path / "run") == ([] if how == "tokenizing" else ["step-00000002"])
+    assert not (tmp_path / "run" / "stop").exists()
+
+
+def test_what_cannot_be_removed_is_asked_once(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    (tmp_path / "save").mkdir()
+    assert requests.seen(files=True) == [0, 0]  # a directory is no request
+    (tmp_path / "stop").touch()
+    assert requests.seen(files=True) == [FILE, 0] and requests.seen(files=False) == [0, 0]
+    with mock.patch.object(Path, "unlink", side_effect=PermissionError):
+        assert requests.answered() == [str(tmp_path / "stop")]
+    assert requests.seen(files=True) == [0, 0]
