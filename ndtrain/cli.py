@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ndtrain
+from ndtrain.attempts import Attempt
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
 from ndtrain.requests import STOP_SIGNALS, Requests, nothing_to_save
 from ndtrain.runtime import under_torchrun
@@ -107,6 +108,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(_launch(ranks, ["run", *arguments, "--", str(recipe)]))
+    Attempt.of_process(Path(resolved.run.dir)).open(is_main=os.environ.get("RANK", "0") == "0")
     _tell_notes(resolved)
 
     from ndtrain import console, train

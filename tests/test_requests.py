@@ -15,10 +15,12 @@ from unittest import mock
 
 import pytest
 
+from ndtrain.attempts import Attempt
 from ndtrain.errors import Stopped
 from ndtrain.requests import FILE, STOP_SIGNALS, Requests
 from tests import tiny
 from tests.ranks import get_pool
+from tests.test_train import trained
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -47,6 +49,20 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str] | None = No
         assert time.monotonic() < end, "waited too long"
         assert process is None or process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """{rank: process id} of a launcher's workers that run."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == launcher and state != "Z":
+                variables = dict(v.split("=", 1) for v in (stat.parent / "environ").read_text().split("\0") if "=" in v)
+                found[int(variables["RANK"])] = int(stat.parent.name)
+        except (OSError, KeyError):
+            continue
+    return found
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -159,3 +175,68 @@ def test_what_cannot_be_removed_is_asked_once(tmp_path: Path) -> None:
     with mock.patch.object(Path, "unlink", side_effect=PermissionError):
         assert requests.answered() == [str(tmp_path / "stop")]
     assert requests.seen(files=True) == [0, 0]
+
+
+def test_a_launch_that_was_stopped_is_not_trained_on_by_its_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(number: int, *, port: int = 1, own_store: bool = True) -> Attempt:
+        variables = {"USE_AGENT_STORE": own_store, "RUN_ID": "job 7", "RESTART_COUNT": number, "MAX_RESTARTS": 3}
+        for name, value in variables.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        return Attempt.of_process(tmp_path)
+
+    for own_store in (True, False):
+        attempt(0, own_store=own_store).open(is_main=True)
+        attempt(0, own_store=own_store).begin(-1)
+        attempt(1, own_store=own_store).open(is_main=True)
+        attempt(1, own_store=own_store).stopped()
+        with pytest.raises(Stopped, match="stopped on request in an earlier attempt"):
+            attempt(2, own_store=own_store).open(is_main=False)
+    attempt(2, port=2).open(is_main=False)
+    attempt(0, own_store=False).open(is_main=True)  # a later launch of the same name
+    attempt(1, own_store=False).open(is_main=True)
+
+
+@pytest.mark.parametrize(
+    ("began", "newest", "asked", "taken"),
+    [
+        (-1, 30, "never", "auto"),
+        (-1, None, "never", "never"),
+        (100, 100, "other/step-00000100", "other/step-00000100"),
+        (100, 50, "other/step-00000100", "other/step-00000100"),
+        (100, 150, "other/step-00000100", "auto"),
+    ],
+)
+def test_a_restart_resumes_from_what_its_own_launch_has_saved(
+    tmp_path: Path, began: int, newest: int | None, asked: str, taken: str
+) -> None:
+    first, second = Attempt(tmp_path, "a", True, 1), Attempt(tmp_path, "a", False, 1)
+    assert second.resume(asked, newest) == asked  # where the first was refused
+    first.begin(began)
+    assert first.resume(asked, newest) == asked
+    assert second.resume(asked, newest) == taken
+
+
+def test_a_restart_after_a_dead_rank_ends_with_the_loss_of_an_undisturbed_run(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    sections = {"checkpoint": {"every": 10, "resume": "never"}}
+    undisturbed = get_pool(2).run(trained, str(make_recipe(whole, steps=60, **sections)), [])[0]["metrics"]
+    recipe, run = make_recipe(tmp_path, steps=60, **sections), tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "ndtrain", "run", str(recipe), "--set", "run.step_timeout_s=10"]
+    process = subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(lines_of(run)) > 12, process)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "rank 1 is stopped, dead or cut off" in err, err
+    assert out.count("resumed from") == 1 and "step 60/60" in out
+    ours = {line["step"]: line["loss"] for line in lines_of(run)}
+    assert ours == {line["step"]: line["loss"] for line in undisturbed}
+    assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]

@@ -21,9 +21,10 @@ import ndtrain
 from ndtrain import data as data_module
 from ndtrain import extra_state
 from ndtrain import runtime as runtime_module
+from ndtrain.attempts import Attempt
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
-from ndtrain.load import fill_with_noise, load_weights, materialize, model_tensors, unset
+from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.loss import LossModel
 from ndtrain.mesh import build_mesh
 from ndtrain.metrics import (
@@ -53,8 +54,11 @@ from ndtrain.train.proof import (
     try_sequence_parallel,
 )
 from ndtrain.train.report import Reporter
+from ndtrain.train.skips import Skips, refuse_not_finite
+from ndtrain.train.source import load_start
 from ndtrain.train.state import config_difference, save_extras
 from ndtrain.train.twin import Twins
+from ndtrain.train.watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -83,6 +87,9 @@ class Trainer:
         self.step = 0
         self.cursor = 0
         self.saved_step: int | None = None
+        self.due = False  # a checkpoint, once the steps are finite again
+        self.skips = Skips(recipe.train.max_bad_steps)
+        self.watch = Watch(recipe.run.step_timeout_s)
         self.told = False  # of extra states that are not saved
 
     # ---- before the first step
@@ -96,7 +103,8 @@ class Trainer:
         self._open_tokenizer()
         runtime_module.on_rank0(self._try_extras)
         self.batches = self._open_data()
-        found, messages = self.store.find(recipe.checkpoint.resume)
+        attempt = Attempt.of_process(self.run_dir)
+        found, messages = self.store.find(attempt.resume(recipe.checkpoint.resume, self.store.newest_step()))
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
@@ -104,11 +112,13 @@ class Trainer:
         if state is not None and found is not None:
             for note in self._check_state(state, found):
                 self.reporter.info(f"note: {note}")
+        runtime_module.on_rank0(lambda: attempt.begin(state["step"] if state is not None else -1))
         self.reporter.info(self._arithmetic())
         for note in self.plan.notes:
             self.reporter.info(f"note: {note}")
 
         self.meshes = build_mesh(self.sizes, runtime.device.type)
+        runtime_module.set_timeouts(runtime_module.WAIT_TIMEOUT)
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         # Whole blocks to compare with: they are copied before the model is cut.
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
@@ -118,7 +128,7 @@ class Trainer:
         checked = self._prove(twins)
         unset(model_tensors(self.model).values())
         if found is None:
-            for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
+            for note in load_start(self.model, self.plan, recipe=recipe, runtime=runtime):
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
@@ -129,7 +139,9 @@ class Trainer:
         if state is not None and found is not None:
             self.step, self.cursor = state["step"], state["samples"]
             self.saved_step = self.step
-            restore_optimizer(self.model, self.optimizer, found / "optim", step=self.step)
+            self.skips.restore(state, found)
+            updates = self.step - self.skips.total
+            restore_optimizer(self.model, self.optimizer, found / "optim", step=updates)
             self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
         # A part of a sequence does not show where it lies.
         pass_positions = recipe.data.packing or self.context is not None
@@ -334,8 +346,14 @@ class Trainer:
                 raise NdtrainError(f"step {self.step} was trained but not logged: {error}") from error
         last = self.step == recipe.train.steps
         self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
-        if last or any(self.asked) or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
-            self.save()
+        self._tell_skip(metrics)
+        self.due = self.due or bool(recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0)
+        # While steps are skipped the weights may be at fault: what is due waits for the next good step.
+        if last or any(self.asked) or (self.due and not self.skips.in_row):
+            with self.watch.saving():
+                refuse_not_finite(model_tensors(self.model), step=self.step)
+                self.save()
+            self.due = False
         if any(self.asked):
             self._answer()
         if self.asked[0] and not last:
@@ -345,9 +363,18 @@ class Trainer:
             )
         return metrics
 
+    def _tell_skip(self, metrics: StepMetrics) -> None:
+        if self.skips.in_row:
+            self.reporter.info(
+                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped, no weight changed "
+                f"({self.skips.in_row} in a row, {self.skips.limit} end the run; {self.skips.total} in all)"
+            )
+        self.skips.refuse_more(self.step, metrics.loss, metrics.grad_norm)
+
     def _train_step(self) -> StepMetrics:
         recipe, meshes, device = self.recipe, self.meshes, self.runtime.device
         started = time.perf_counter()
+        self.watch.beat(self.step + 1)
         batches = [
             {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             for batch in self.batches.load(self.cursor)
@@ -370,20 +397,21 @@ class Trainer:
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
             sequences = self._sequences(batch, rows)
             total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
+            self.watch.beat(self.step + 1)
         if summed := self.tp_summed():
             sum_over_tp(self.model, summed, meshes.tp.get_group())
         norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
-        dist.all_reduce(total, group=loss_group)
-        loss, aux_loss, grad_norm = float(total[0]) / max(1, count), float(total[1]) / max(1, rows), float(norm)
-        if not (math.isfinite(loss) and math.isfinite(aux_loss) and math.isfinite(grad_norm)):
-            raise NdtrainError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not changed and "
-                "nothing was saved. Lower optim.lr, or look at the data; resuming goes on from the newest checkpoint"
-            )
+        # tp ranks have the same loss. Sums over all ranks are the same on each, and so is the decision that follows.
+        sums = torch.cat([total / self.sizes.tp, norm.isfinite().logical_not().to(total)[None]])
+        dist.all_reduce(sums)
+        loss_sum, aux_sum, ranks_not_finite = sums.tolist()
+        loss, aux_loss, grad_norm = loss_sum / max(1, count), aux_sum / max(1, rows), float(norm)
+        self.skips.count(skipped=bool(ranks_not_finite) or not math.isfinite(loss + aux_loss))
         lr = learning_rate(recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if not self.skips.in_row:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         peak, *self.asked = self._agree(peak_memory_bytes(device))
@@ -405,6 +433,7 @@ class Trainer:
             peak_memory_bytes=peak,
             time=now(),
             aux_loss=aux_loss if routed else None,
+            skipped=self.skips.total,
         )
 
     def save(self) -> None:
@@ -418,6 +447,7 @@ class Trainer:
             "samples": self.cursor,
             "data": self.batches.fingerprint,
             "seed": self.recipe.train.seed,
+            **self.skips.state(),
             "mesh": asdict(self.sizes),
             "schedule": self.recipe.schedule.model_dump(),
             "versions": {
