@@ -204,7 +204,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     def hand_on(number: int, frame: Any) -> None:
         """To the workers, whose own exit codes then tell; torch's launcher would end with its own and kill them."""
         handed_on.append(number)
-        workers = _children()
+        workers = _children(os.getpid())
         if not workers:
             raise nothing_to_save(number)
         for worker in workers:
@@ -226,13 +226,13 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     return 0
 
 
-def _children() -> list[int]:
-    """Process ids of this process's children (Linux)."""
+def _children(parent: int) -> list[int]:
+    """Process ids of the children of process `parent` (Linux)."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # The name in parentheses may hold spaces; after it come the state and the parent.
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
                 found.append(int(stat.parent.name))
     return found
 

@@ -10,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from ndtrain.train.watch import Place, Watch
+from tests.ranks import get_pool
 from tests.test_requests import ENV, lines_of, make_recipe, wait_for, workers
 
 
@@ -57,3 +60,38 @@ def test_the_rank_that_is_behind_is_named() -> None:
     assert watch._blame() == "rank 1 is behind, at step 6"
     watch.silent = False
     assert watch._blame() == "rank 2 is stopped, dead or cut off"
+
+
+def ended(folder: str) -> str:
+    """What this rank says where the last of four tells nothing more and the others find that it is gone."""
+    import io
+    from datetime import timedelta
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from ndtrain.runtime import set_timeouts
+
+    watch, told = Watch(2.0), io.StringIO()
+    watch.start()
+    watch.beat(5)
+    dist.barrier()
+    try:
+        if dist.get_rank() == 3:
+            watch.stop()
+        else:
+            time.sleep(0.3 * dist.get_rank())
+            said, left = mock.patch("sys.stderr", told), mock.patch("os._exit", side_effect=SystemExit)
+            with said, left, pytest.raises(SystemExit):
+                watch.end("a collective failed")
+        dist.barrier()
+    finally:
+        watch.stop()
+        set_timeouts(timedelta(seconds=300))
+    return told.getvalue()
+
+
+def test_one_rank_speaks_and_blames_none_that_ends_too(tmp_path: Path) -> None:
+    said = [text for text in get_pool(4).run(ended, str(tmp_path)) if text]
+    assert len(said) == 1, said
+    assert "step 5: a collective failed; rank 3 is stopped, dead or cut off. The run ends" in said[0]

@@ -48,6 +48,7 @@ class Watch:
         self._told = 0
         self._store: Any = None
         self._ended = threading.Event()
+        self._ending = threading.Lock()
 
     @property
     def on(self) -> bool:
@@ -98,7 +99,10 @@ class Watch:
                 if time.monotonic() < self._deadline:
                     continue  # the store may come back
             if time.monotonic() >= self._deadline:
-                self.end(f"nothing has moved for {self.limit_s:g} s (run.step_timeout_s)")
+                self._deadline = float("inf")
+                reason = f"nothing has moved for {self.limit_s:g} s (run.step_timeout_s)"
+                # Not in this thread: a rank that tells nothing while it ends would be blamed by another.
+                threading.Thread(target=self.end, args=(reason,), daemon=True).start()
 
     def _tell(self) -> None:
         self._told += 1
@@ -110,12 +114,11 @@ class Watch:
 
     def end(self, reason: str) -> NoReturn:
         """Say on one rank why the run cannot go on and which rank is to blame, and end this process with exit 1."""
-        self._ended.set()
+        self._ending.acquire()  # for good: who comes second waits for the first to end the process
         try:
             mine = _within(STORE_S, lambda: self._store.add("reporters", 1)) == 1
         except (RuntimeError, TimeoutError):
             mine = True
-        patience = 4 * STORE_S + 3 * self._interval_s
         if mine:
             blamed = self._blame()
             sys.stdout.flush()
@@ -125,12 +128,14 @@ class Watch:
                 file=sys.stderr,
                 flush=True,
             )
-            done: Callable[[], Any] = lambda: self._store.set("reported", "1")  # noqa: E731
-        else:
-            # Who leaves first has the launcher end the others, and nothing would be said.
-            done = lambda: self._store.wait(["reported"], timedelta(seconds=patience))  # noqa: E731
+        # Who leaves first has the launcher end the others, and nothing would be said. Asked again and again, since the
+        # thread would have to be silent while one long question is open.
+        end = time.monotonic() + 4 * STORE_S + 3 * self._interval_s
         with suppress(RuntimeError, TimeoutError):
-            _within(patience, done)
+            if mine:
+                _within(STORE_S, lambda: self._store.set("reported", "1"))
+            while not _within(STORE_S, lambda: self._store.check(["reported"])) and time.monotonic() < end:
+                time.sleep(0.1)
         os._exit(1)
 
     def _blame(self) -> str:
@@ -149,12 +154,12 @@ class Watch:
         behind = [number for number, place in enumerate(after) if place[1:] < far]
         if behind:
             return f"{_ranks(behind)} behind, at step {min(after[number].step for number in behind)}"
-        return "every rank answers and is as far as the others, so the network between them is to blame"
+        return "every rank answers and is as far as the others: the limit is too short, or the network is to blame"
 
 
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective has failed, as it does where another rank is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
 
 
 def _ranks(numbers: list[int]) -> str:
