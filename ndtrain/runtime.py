@@ -68,7 +68,7 @@ def start() -> Iterator[Runtime]:
         backend = "gloo"
     store: Any = _launcher_store(rank, world_size) if under_torchrun() else dist.HashStore()
     dist.init_process_group(backend, timeout=STEP_TIMEOUT, store=store, rank=rank, world_size=world_size)
-    set_timeouts(WAIT_TIMEOUT)
+    set_timeouts(WAIT_TIMEOUT, process_groups())
     try:
         yield Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
     finally:
@@ -114,11 +114,18 @@ def _launcher_store(rank: int, world_size: int) -> Any:
     return dist.PrefixStore(f"ndtrain/{attempt}", store)
 
 
-def set_timeouts(timeout: timedelta) -> None:
-    """From the next collective on, the longest wait of every process group of this rank (private in torch 2.13)."""
+def process_groups() -> list[dist.ProcessGroup]:
+    """Every process group that this rank is in (private in torch 2.13)."""
     import torch.distributed as dist
 
-    for group in dist.distributed_c10d._world.pg_map:
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def set_timeouts(timeout: timedelta, groups: list[dist.ProcessGroup]) -> None:
+    """The longest wait of `groups` from their next collective on (private in torch 2.13)."""
+    import torch.distributed as dist
+
+    for group in groups:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
@@ -153,9 +160,9 @@ def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
         dist.destroy_process_group(group)
 
 
-def on_rank0(work: Callable[[], None]) -> None:
+def on_rank0(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Run `work` on rank 0 alone; its error is raised on every rank."""
-    together(work if rank() == 0 else None)
+    together(work if rank() == 0 else None, group)
 
 
 def together(work: Callable[[], None] | None, group: dist.ProcessGroup | None = None) -> None:
@@ -216,6 +223,23 @@ def broadcast_json(value: Any) -> Any:
         payload = torch.tensor(list(data), dtype=torch.uint8)
     dist.broadcast(payload, 0)
     return json.loads(bytes(payload.tolist()))
+
+
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's JSON value on every rank, in their order; as bytes."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    mine = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in lengths]
+    dist.all_gather(everyone, mine, group=group)
+    return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(everyone, lengths, strict=True)]
 
 
 def random_seed(*parts: object) -> int:

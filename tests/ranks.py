@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -119,6 +119,13 @@ class RankPool:
             self.close()  # the process group may be out of step
             raise RanksFailed("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
         return results
+
+    def kill(self, ranks: Iterable[int]) -> None:
+        """SIGKILL to some workers, from another thread than `run`'s."""
+        workers = list(self._workers)
+        for rank in ranks:
+            if rank < len(workers):
+                workers[rank].kill()
 
     def close(self) -> None:
         """Ends the workers; a later run starts new ones."""

@@ -1,12 +1,16 @@
 """Checkpoints: the layout against torch and FSDP, saving on one mesh and loading on another, damage,
 crashes."""
 
-import json
+import random
 import shutil
+import threading
 import warnings
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +33,7 @@ from ndtrain.checkpoint import (
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_boxes
 from tests.ranks import RanksFailed, get_pool
+from tests.tiny import forged
 
 R = Replicate()
 MESHES = {"dp4": (4, 1), "tp4": (1, 4), "dp2tp2": (2, 2), "hsdp": (2, 2)}
@@ -262,13 +267,15 @@ def write_config(directory: Path) -> None:
 
 def save_step(run: Path, step: int, keep: int = 2) -> Path:
     store = CheckpointStore(run, keep=keep)
-    return store.save(
+    path = store.save(
         step,
         model=tensors_of(step),
         optim={"exp_avg.w": torch.full((64, 8), step / 2)},
         state={"step": step, "rng": [2**63, None, "x"]},
         extra_files=write_config,
     )
+    assert path == store.path(step)
+    return path
 
 
 def test_save_find_read_and_keep(tmp_path: Path) -> None:
@@ -291,41 +298,85 @@ def test_save_find_read_and_keep(tmp_path: Path) -> None:
 TENSOR_FILE = "model/00000-of-00001.safetensors"
 
 
-FILES = [TENSOR_FILE, "train_state.json", "config.json", "manifest.json"]
-# Tensor files have no hash yet; the manifest's content is checked, wherever it is.
-UNDETECTED = {("flip", TENSOR_FILE), ("link", "manifest.json")}
+FILES = [TENSOR_FILE, TENSOR_FILE.replace("model", "optim"), "train_state.json", "config.json", "manifest.json"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "name"), sorted(set(product(["delete", "truncate", "flip", "link"], FILES)) - UNDETECTED)
-)
-def test_damage_is_refused_and_the_one_before_taken(tmp_path: Path, name: str, damage: str) -> None:
+def damages(kind: str, content: bytes) -> Iterator[bytes | None]:
+    """`content` as it may be found later; None where the file is gone."""
+    places = random.Random(1)
+    if kind == "delete":
+        yield None
+    for _ in range(20 if kind == "truncate" else 0):
+        yield content[: places.randrange(len(content))]
+    for _ in range(200 if kind == "flip" else 0):
+        place = places.randrange(len(content))
+        flipped = bytes([content[place] ^ 1 << places.randrange(8)])
+        yield content[:place] + flipped + content[place + 1 :]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("kind", "verify"), [("delete", False), ("truncate", False), ("flip", True)])
+def test_damage_is_refused_and_the_one_before_taken(tmp_path: Path, name: str, kind: str, verify: bool) -> None:
     before, last = save_step(tmp_path, 1), save_step(tmp_path, 2)
-    file = last / name
-    data = file.read_bytes()
-    file.unlink()
-    if damage == "truncate":
-        file.write_bytes(data[: len(data) // 2])
-    elif damage == "flip":
-        if name == "manifest.json":
-            data = data.replace(b'"version"', b'"versiom"')
-        file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    elif damage == "link":
-        (tmp_path / "elsewhere").write_bytes(data)
-        file.symlink_to(tmp_path / "elsewhere")
+    store, content = CheckpointStore(tmp_path, keep=2), (last / name).read_bytes()
+    for damaged in damages(kind, content):
+        (last / name).unlink()
+        if damaged is not None:
+            (last / name).write_bytes(damaged)
+        found, (message,) = store.find("auto", verify=verify)
+        assert found == before
+        assert str(last) in message and f"going back to {before}" in message
+        # A header that is altered may rather name the tensor.
+        assert kind == "flip" or name in message
+        (last / name).write_bytes(content)
+    assert store.find("auto", verify=True) == (last, [])
+
+
+def test_a_damaged_checkpoint_asked_for_by_name_is_refused(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 1)
+    (path / TENSOR_FILE).write_bytes((path / TENSOR_FILE).read_bytes()[:-1] + b"\1")
     store = CheckpointStore(tmp_path, keep=2)
-    found, messages = store.find("auto")
-    assert found == before
-    assert len(messages) == 1
-    assert str(last) in messages[0]
-    assert name in messages[0]
-    with pytest.raises(DamagedError, match=name):
-        store.find(last)
-    shutil.rmtree(before)
+    assert store.find(path) == (path, [])
+    with pytest.raises(DamagedError, match=f"{TENSOR_FILE} was altered"):
+        store.find(path, verify=True)
+
+
+def test_without_a_whole_checkpoint_nothing_is_taken(tmp_path: Path) -> None:
+    (save_step(tmp_path, 1) / "config.json").unlink()
+    store = CheckpointStore(tmp_path, keep=2)
     with pytest.raises(DamagedError, match="no checkpoint is whole"):
         store.find("auto")
     with pytest.raises(DamagedError, match="no such checkpoint"):
         store.find(tmp_path / "nowhere")
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    last = save_step(tmp_path, 2)
+    (last / "config.json").rename(tmp_path / "elsewhere")
+    (last / "config.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedError, match=r"config\.json is missing"):
+        check(last)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["tensors"]["model"].pop("w"), "holds w, which its manifest does not have"),
+        (lambda m: m["tensors"]["model"].update(x={"shape": [2], "dtype": "F32"}), "x has 0 of 2 values"),
+        (lambda m: m["tensors"]["model"]["w"].update(shape=[65, 8]), "w has 512 of 520 values"),
+        (lambda m: m["tensors"]["model"]["w"].update(shape=[8, 64]), r"w is not the F32 of shape \(8, 64\)"),
+        (lambda m: m["tensors"]["model"]["w"].update(dtype="BF16"), "w is not the BF16"),
+        (lambda m: m["tensors"].update({"../model": {}}), "part '../model'"),
+        (lambda m: m["files"].pop("train_state.json"), "train_state.json is missing"),
+        (lambda m: m.update(version=99), "format version 99"),
+        (lambda m: m.update(files=[]), "damaged"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path = save_step(tmp_path, 1)
+    forged(path, change)
+    with pytest.raises(DamagedError, match=message):
+        check(path)
 
 
 def test_truncation_names_the_bytes(tmp_path: Path) -> None:
@@ -341,9 +392,7 @@ def test_truncation_names_the_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "model/../../evil", "", ".hidden", "a//b", "a\n"])
 def test_names_never_leave_the_directory(tmp_path: Path, name: str) -> None:
     path = save_step(tmp_path, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name] = {"size": 1}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    forged(path, lambda manifest: manifest["files"].update({name: {"size": 1}}))
     with pytest.raises(DamagedError, match="file name"):
         check(path)
     with pytest.raises(DamagedError, match="file name"):
@@ -389,14 +438,15 @@ def failing_rank(run: Path) -> str:
     store = CheckpointStore(run, keep=1)
     whole = {"w": distribute_tensor(torch.ones(8, 4), mesh, (Shard(0), R), src_data_rank=None)}
     old = store.save(1, model=whole, optim=whole, state={"step": 1})
+    assert old is not None
     import ndtrain.checkpoint.tensors as module
 
     real = module._write_file
 
-    def full_disk(path: Path, entries: Any) -> None:
+    def full_disk(path: Path, entries: Any) -> Any:
         if path.name.startswith("00002") and path.parent.name == "optim":
             raise OSError(28, "No space left on device", str(path))
-        real(path, entries)
+        return real(path, entries)
 
     both = {"w": distribute_tensor(torch.ones(8, 4), mesh, (Shard(0), Shard(1)), src_data_rank=None)}
     module._write_file = full_disk
@@ -416,12 +466,65 @@ def failing_rank(run: Path) -> str:
     for resume in ("auto", old):
         with pytest.raises(DamagedError, match=r"train_state\.json is missing"):
             store.find(resume)
-    assert store.save(2, model=both, optim=both, state={"step": 2}).name == "step-00000002"
+    assert store.save(2, model=both, optim=both, state={"step": 2}) == store.path(2)
     dist.barrier()
     found, messages = store.find("auto")
     assert found == store.path(2)
     assert messages == []
     return message
+
+
+def in_the_background(run: Path, fails: bool) -> str:
+    """Weights change while a slow writer saves them; the one before stays until this one is whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    store = CheckpointStore(run, keep=1, background=True)
+    weights = {"w": distribute_tensor(torch.ones(8, 4), mesh, (Shard(0),), src_data_rank=None)}
+    assert store.save(1, model=weights, optim={}, state={"step": 1}) is None and store.in_flight
+    assert store.settle() == store.path(1) and not store.in_flight
+    import ndtrain.checkpoint.tensors as module
+
+    real, go_on, message = module._write_file, threading.Event(), ""
+
+    def slow(path: Path, entries: Any) -> Any:
+        go_on.wait(60)
+        if fails and dist.get_rank() == 1:
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, entries)
+
+    with mock.patch.object(module, "_write_file", slow):
+        store.save(2, model=weights, optim={}, state={"step": 2})
+        weights["w"].to_local().zero_()
+        with pytest.raises(RuntimeError, match="a save is in flight"):
+            store.save(3, model=weights, optim={}, state={"step": 3})
+        assert not store.written and check(store.path(1)) and not store.path(2).exists()
+        go_on.set()
+        try:
+            store.settle()
+        except NdtrainError as error:
+            message = str(error)
+    dist.barrier()
+    left = store.path(1 if fails else 2)
+    assert [p.name for p in store.root.iterdir()] == [left.name]
+    got = {"w": torch.zeros(8, 4)}
+    load_tensors(left / "model", got)
+    assert got["w"].eq(1).all() and store.find("auto", verify=True) == (left, [])
+    return message
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path: Path, fails: bool) -> None:
+    for message in get_pool(2).run(in_the_background, tmp_path, fails):
+        assert ("rank 1: OSError: [Errno 28]" in message and "older checkpoints stay" in message) is fails
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    old = save_step(tmp_path, 1)
+    with (
+        mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=1_048_576)),
+        pytest.raises(NdtrainError, match=r"needs 1,05\d,\d\d\d bytes, 1,048,576 are free"),
+    ):
+        save_step(tmp_path, 2)
+    assert [p.name for p in old.parent.iterdir()] == [old.name]
 
 
 def test_a_failing_rank_leaves_the_old_checkpoint(tmp_path: Path) -> None:

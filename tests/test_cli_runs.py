@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from tests import tiny
@@ -133,9 +133,7 @@ def test_a_state_without_its_keys_is_damage(recipe: Path, tmp_path: Path) -> Non
     step = tmp_path / "run/checkpoints/step-00000003"
     state = b'{"step": 3}'
     (step / "train_state.json").write_bytes(state)
-    manifest = json.loads((step / "manifest.json").read_text())
-    digest = hashlib.blake2b(state, digest_size=16).hexdigest()
-    manifest["files"]["train_state.json"] = {"size": len(state), "blake2b": digest}
-    (step / "manifest.json").write_text(json.dumps(manifest))
+    entry = {"size": len(state), "xxh3_128": xxhash.xxh3_128_hexdigest(state)}
+    tiny.forged(step, lambda manifest: manifest["files"].update({"train_state.json": entry}))
     result = ndtrain(*once, "--set", "train.steps=4")
     assert result.returncode == 4 and "train_state.json has no samples" in result.stderr

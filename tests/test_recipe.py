@@ -60,7 +60,7 @@ def test_defaults_are_the_designs(recipe: Any) -> None:
     )
     assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("rank0", True, True, None)
     assert (r.train.global_batch_size, r.train.micro_batch_size, r.train.seed) == (32, 4, 0)
-    assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (100, 2, False)
+    assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (100, 2, True)
     assert (r.checkpoint.resume, r.schedule.kind, r.optim.max_grad_norm, r.log.every) == (
         "auto",
         "cosine",
@@ -184,8 +184,6 @@ LATER = [
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),
     ("data", "format = 'chat'"),
-    ("checkpoint", "async = true"),
-    ("checkpoint", "verify = true"),
     ("train", "compile = true"),
     ("train", "activation_checkpointing = 'selective'"),
 ]
@@ -293,7 +291,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:
         recipe(MINIMAL, "schedule.kind=wsd", "schedule.decay_steps=2", "train.seed=9223372036854775807"),
     ):
         assert recipe(to_toml(r)) == r
-        assert "async = false" in to_toml(r)
+        assert "async = true" in to_toml(r)
         assert tomli.loads(to_toml(r))["train"]["micro_batch_size"] == 4
 
 

@@ -70,7 +70,7 @@ def ended(folder: str) -> str:
 
     import torch.distributed as dist
 
-    from ndtrain.runtime import set_timeouts
+    from ndtrain.runtime import process_groups, set_timeouts
 
     watch, told = Watch(2.0), io.StringIO()
     watch.start()
@@ -87,7 +87,7 @@ def ended(folder: str) -> str:
         dist.barrier()
     finally:
         watch.stop()
-        set_timeouts(timedelta(seconds=300))
+        set_timeouts(timedelta(seconds=300), process_groups())
     return told.getvalue()
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: tensors of any sharding as safetensors, published whole or not at all. Nothing is pickled."""
 
+from ndtrain.checkpoint.manifest import check_hashes
 from ndtrain.checkpoint.optimizer import optimizer_tensors, restore_optimizer
 from ndtrain.checkpoint.store import CheckpointStore, check, read_state
 from ndtrain.checkpoint.tensors import load_tensors, save_tensors
@@ -7,6 +8,7 @@ from ndtrain.checkpoint.tensors import load_tensors, save_tensors
 __all__ = [
     "CheckpointStore",
     "check",
+    "check_hashes",
     "load_tensors",
     "optimizer_tensors",
     "read_state",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ndtrain.errors import DamagedError, NdtrainError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+HASH = "xxh3_128"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+_CHUNK_BYTES = 1 << 24
+# The manifest has its own hash, taken with this in its place.
+_NO_HASH = "0" * 32
 
 
 def sync(path: Path) -> None:
@@ -23,12 +29,29 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def hasher() -> Any:
+    """What every file is hashed with: fast, for what breaks by itself; it is no proof against an attacker."""
+    return xxhash.xxh3_128()
+
+
+def _digest_of(content: bytes) -> str:
+    return str(xxhash.xxh3_128_hexdigest(content))
+
+
 def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    found, buffer = hasher(), memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(buffer[:count])
+    return str(found.hexdigest())
 
 
-def write_manifest(directory: Path, tensors: dict[str, Any]) -> None:
-    """Sync what rank 0 wrote and write manifest.json last; `tensors` is each part's listing of keys."""
+def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[str, Any]) -> None:
+    """Sync what rank 0 wrote and write manifest.json last.
+
+    `tensors` is each part's listing of keys; `written` has the size and the hash of every tensor file, as its writer
+    knows them. Raises `NdtrainError` for a file that is not as it was written.
+    """
     files: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -36,12 +59,20 @@ def write_manifest(directory: Path, tensors: dict[str, Any]) -> None:
             continue
         if not _FILE.fullmatch(name):
             raise NdtrainError(f"{directory}: no checkpoint file can have the name {name!r}")
-        files[name] = {"size": path.stat().st_size}
-        if path.suffix != ".safetensors":
-            files[name]["blake2b"] = _digest(path)
+        size = path.stat().st_size
+        if name not in written:
+            files[name] = {"size": size, HASH: _digest(path)}
             sync(path)
+        elif written[name]["size"] == size:
+            files[name] = written[name]
+        else:
+            raise NdtrainError(f"{path} has {size:,} of {written[name]['size']:,} bytes")
+    if missing := sorted(written.keys() - files.keys()):
+        raise NdtrainError(f"{directory / missing[0]} was written, but is not there")
+    body = {HASH: _NO_HASH, "version": FORMAT_VERSION, "files": files, "tensors": tensors}
+    text = json.dumps(body, indent=1).encode()
     manifest = directory / "manifest.json"
-    manifest.write_text(json.dumps({"version": FORMAT_VERSION, "files": files, "tensors": tensors}, indent=1))
+    manifest.write_bytes(text.replace(_NO_HASH.encode(), _digest_of(text).encode(), 1))
     sync(manifest)
     for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
         sync(path)
@@ -50,27 +81,41 @@ def write_manifest(directory: Path, tensors: dict[str, Any]) -> None:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest, its file names checked never to leave the directory. DamagedError."""
     try:
-        manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text())
+        text = (directory / "manifest.json").read_bytes()
+        manifest: dict[str, Any] = json.loads(text)
         if manifest["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {manifest['version']}, this ndtrain reads {FORMAT_VERSION}")
+        if _digest_of(text.replace(manifest[HASH].encode(), _NO_HASH.encode(), 1)) != manifest[HASH]:
+            raise ValueError("it was altered")
         for name, entry in manifest["files"].items():
             if not _FILE.fullmatch(name):
                 raise ValueError(f"file name {name!r}")
-            if type(entry["size"]) is not int or not isinstance(entry.get("blake2b", ""), str):
+            if type(entry["size"]) is not int or not isinstance(entry[HASH], str):
                 raise ValueError(f"entry of {name}")
+        for part, keys in manifest["tensors"].items():
+            if not _FILE.fullmatch(part):
+                raise ValueError(f"part {part!r}")
+            for key, entry in keys.items():
+                if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in entry["shape"]):
+                    raise ValueError(f"entry of {key}")
     except FileNotFoundError as error:
         raise DamagedError(f"{directory}: manifest.json is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{directory}: manifest.json is damaged ({type(error).__name__}: {error})") from error
     return manifest
 
 
-def check(directory: Path) -> None:
-    """Raises DamagedError, naming the file, unless every file of the manifest is there and whole.
+def is_tensor_file(name: str) -> bool:
+    return name.endswith(".safetensors")
 
-    Tensor files by size (and by header when read), all others by hash.
+
+def check_files(directory: Path) -> dict[str, Any]:
+    """The manifest. Raises DamagedError, naming the file, unless every file of it is there.
+
+    All by size, and by hash those that hold no tensors.
     """
-    files = read_manifest(directory)["files"]
+    manifest = read_manifest(directory)
+    files = manifest["files"]
     for name in {"train_state.json": None, **files}:
         path = directory / name
         if name not in files or not path.is_file() or path.is_symlink():
@@ -78,5 +123,16 @@ def check(directory: Path) -> None:
         size, wanted = path.stat().st_size, files[name]["size"]
         if size != wanted:
             raise DamagedError(f"{directory}: {name} has {size:,} of {wanted:,} bytes")
-        if "blake2b" in files[name] and _digest(path) != files[name]["blake2b"]:
+    check_hashes(directory, files, (name for name in files if not is_tensor_file(name)))
+    return manifest
+
+
+def check_hashes(directory: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises DamagedError unless these files hold what was written."""
+    for name in names:
+        try:
+            found = _digest(directory / name)
+        except OSError as error:
+            raise DamagedError(f"{directory}: {name} cannot be read ({error.strerror})") from error
+        if found != files[name][HASH]:
             raise DamagedError(f"{directory}: {name} was altered")

@@ -6,18 +6,24 @@ import contextlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from ndtrain.checkpoint.manifest import check, sync, write_manifest
-from ndtrain.checkpoint.tensors import listing, save_tensors
+from ndtrain.checkpoint.manifest import check_files, check_hashes, is_tensor_file, sync, write_manifest
+from ndtrain.checkpoint.staging import Staging
+from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, write_files
 from ndtrain.errors import DamagedError, NdtrainError
-from ndtrain.runtime import broadcast_json, on_rank0, rank
+from ndtrain.runtime import WAIT_TIMEOUT, broadcast_json, gather_json, on_rank0, rank, together, world_size
 
 _STEP = re.compile(r"step-(\d{8,})")
+# What a checkpoint has beside its tensors, headers included, is less than this and a share of the tensors' bytes.
+_SPARE_BYTES, _SPARE_SHARE = 1 << 20, 0.01
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -31,14 +37,73 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-class CheckpointStore:
-    """The checkpoints of one run, on a file system that all ranks share."""
+def check(directory: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint. Raises DamagedError, naming the file or the tensor.
 
-    def __init__(self, run_dir: Path, *, keep: int) -> None:
+    Every file has its size, the headers of tensor files say where every value of every tensor is, and all other files
+    have their hash. `check_hashes` reads the tensors too.
+    """
+    manifest = check_files(directory)
+    for part, listed in manifest["tensors"].items():
+        check_coverage(directory / part, listed)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one checkpoint is made of."""
+
+    step: int
+    files: Mapping[str, Files]
+    listed: Mapping[str, Any]
+    state: Mapping[str, Any]
+    extra_files: Callable[[Path], None] | None
+
+
+class _Background:
+    """A job that a thread of its own writes."""
+
+    def __init__(self, write: Callable[[], Path]) -> None:
+        self.path: Path | None = None
+        self.error: BaseException | None = None
+
+        def work() -> None:
+            try:
+                self.path = write()
+            except BaseException as error:
+                self.error = error
+
+        # A daemon: a rank that fails elsewhere must not wait here for one that is gone.
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> Path:
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        assert self.path is not None
+        return self.path
+
+
+class CheckpointStore:
+    """The checkpoints of one run, on a file system that all ranks share.
+
+    With `background` a save returns as soon as this rank's part is copied to host memory; `settle` then gives its
+    outcome. At most one save is in flight.
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int, background: bool = False) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}, it has to be at least 1")
         self.root = run_dir / "checkpoints"
-        self.keep = keep
+        self.keep, self.background = keep, background
+        self._staging = Staging()
+        self._group: dist.ProcessGroup | None = None
+        self._flight: _Background | None = None
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
@@ -59,6 +124,8 @@ class CheckpointStore:
             for path in self.root.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
+    # ---- saving
+
     def save(
         self,
         step: int,
@@ -67,28 +134,74 @@ class CheckpointStore:
         optim: Mapping[str, Tensor],
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None] | None = None,
-    ) -> Path:
+    ) -> Path | None:
         """Writes the checkpoint beside, then renames it: the final name is complete or absent; collective.
 
         `state` is JSON; `extra_files(directory)` runs on rank 0 alone. Then all but the `keep` newest up to
         this step are removed; later ones, which a resume has gone back behind, stay. Where any rank fails,
         all raise NdtrainError with its message, nothing is left of this checkpoint, and the older ones stay.
+
+        In the background only the copies are made here, and None is returned; the rest is `settle`'s.
         """
-        final = self.path(step)
-        work = self.root / f".tmp-{final.name}"
         groups = {"model": model, "optim": optim}
+        job = _Job(
+            step,
+            {part: files_of(group) for part, group in groups.items()},
+            {part: listing(group) for part, group in groups.items()},
+            state,
+            extra_files,
+        )
+        if not self.background:
+            return self._write(job, None)
+        if self._flight is not None:
+            raise RuntimeError("a save is in flight; settle it first")
+        if self._group is None and world_size() > 1:
+            # Its own, for collectives of training go on meanwhile. A slow file system is no reason to give up.
+            self._group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+        job = replace(job, files=self._staging.hold(job.files))
+        self._flight = _Background(lambda: self._write(job, self._group))
+        return None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save in the background is still to be settled; the same on every rank."""
+        return self._flight is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether `settle` would not wait on this rank."""
+        return self._flight is None or not self._flight.running
+
+    def settle(self) -> Path | None:
+        """Waits for the save in flight: its checkpoint, None without one. Raises what `save` would have raised."""
+        flight, self._flight = self._flight, None
+        return flight.result() if flight is not None else None
+
+    def _write(self, job: _Job, group: dist.ProcessGroup | None) -> Path:
+        final = self.path(job.step)
+        work = self.root / f".tmp-{final.name}"
+        written: dict[str, Any] = {}
 
         def prepare() -> None:
             self.root.mkdir(parents=True, exist_ok=True)
             self._clean()
-            for part in groups:
+            tensors = sum(mine for mine in everyone)
+            needed, free = tensors + int(_SPARE_SHARE * tensors) + _SPARE_BYTES, shutil.disk_usage(self.root).free
+            if free < needed:
+                raise NdtrainError(f"it needs {needed:,} bytes, {free:,} are free")
+            for part in job.files:
                 (work / part).mkdir(parents=True)
 
+        def write() -> None:
+            for part, files in job.files.items():
+                written.update({f"{part}/{name}": entry for name, entry in write_files(work / part, files).items()})
+
         def publish() -> None:
-            (work / "train_state.json").write_text(json.dumps(state, indent=1))
-            if extra_files is not None:
-                extra_files(work)
-            write_manifest(work, {part: listing(work / part, group) for part, group in groups.items()})
+            (work / "train_state.json").write_text(json.dumps(job.state, indent=1))
+            if job.extra_files is not None:
+                job.extra_files(work)
+            write_manifest(work, dict(job.listed), {name: entry for mine in files for name, entry in mine.items()})
+            check(work)
             if final.exists():
                 # os.rename cannot replace a directory; aside, the old one can be put back after a crash
                 final.rename(self.root / f".old-{final.name}")
@@ -96,12 +209,14 @@ class CheckpointStore:
             sync(self.root)
 
         try:
-            on_rank0(prepare)
-            for part, group in groups.items():
-                save_tensors(work / part, group)
-            on_rank0(publish)
+            sizes = [piece.nbytes for part in job.files.values() for f in part.values() for piece, _ in f.values()]
+            everyone = gather_json(sum(sizes), group)
+            on_rank0(prepare, group)
+            together(write, group)
+            files = gather_json(written, group)
+            on_rank0(publish, group)
         except BaseException as error:
-            # every rank is here, or was interrupted by its user: on_rank0 and save_tensors have made them agree
+            # every rank is here, or was interrupted by its user: on_rank0 and together have made them agree
             if rank() == 0:
                 shutil.rmtree(work, ignore_errors=True)
                 self._clean()
@@ -110,11 +225,13 @@ class CheckpointStore:
             raise
         if rank() == 0:
             with contextlib.suppress(OSError):  # the checkpoint is there: room not freed is no reason to fail
-                for old in [path for number, path in self._steps() if number <= step][: -self.keep]:
+                for old in [path for number, path in self._steps() if number <= job.step][: -self.keep]:
                     # renamed first, so that a half removed one is never taken for a checkpoint
                     old.rename(self.root / f".del-{old.name}")
                 self._clean()
         return final
+
+    # ---- finding
 
     def newest_step(self) -> int | None:
         """Number of the newest published step, whole or not; None where there is none."""
@@ -122,7 +239,7 @@ class CheckpointStore:
         return steps[-1][0] if steps else None
 
     def newest_valid(self) -> tuple[Path | None, list[tuple[Path, str]]]:
-        """The newest whole checkpoint, and (path, reason) of newer ones that are not; for rank 0."""
+        """The newest whole checkpoint by `check`, and (path, reason) of newer ones that are not; for rank 0."""
         refused: list[tuple[Path, str]] = []
         for _, path in reversed(self._steps()):
             try:
@@ -133,31 +250,42 @@ class CheckpointStore:
                 return path, refused
         return None, refused
 
-    def find(self, resume: str | Path) -> tuple[Path | None, list[str]]:
+    def find(self, resume: str | Path, *, verify: bool = False) -> tuple[Path | None, list[str]]:
         """The checkpoint to resume from, and messages for the user; collective, rank 0 decides.
 
-        `resume` is "never", "auto" (the newest whole one; none where there are no checkpoints) or a
-        checkpoint's path. DamagedError on all ranks where the named one, or every one, is damaged.
+        `resume` is "never", "auto" (the newest whole one; none where there are no checkpoints) or a checkpoint's path;
+        with `verify` the ranks read every file and compare its hash. DamagedError on all ranks where the named one, or
+        every one, is damaged.
         """
-        answer: dict[str, Any] = {"path": None, "messages": []}
+        if str(resume) == "never":
+            return None, []
+        if str(resume) != "auto":
 
-        def decide() -> None:
-            if str(resume) == "never":
-                return
-            self._clean()
-            if str(resume) != "auto":
-                path = Path(resume)
-                if not path.is_dir():
-                    raise DamagedError(f"{path}: there is no such checkpoint")
-                check(path)
-                answer["path"] = str(path)
-                return
-            newest, refused = self.newest_valid()
-            if newest is None and refused:
-                raise DamagedError(f"no checkpoint is whole: {refused[0][1]}")
-            answer["path"] = None if newest is None else str(newest)
-            answer["messages"] = [f"{reason}; going back to {newest}" for _, reason in refused]
+            def named() -> None:
+                if not Path(resume).is_dir():
+                    raise DamagedError(f"{resume}: there is no such checkpoint")
 
-        on_rank0(decide)
-        answer = broadcast_json(answer)
-        return (Path(answer["path"]) if answer["path"] else None), answer["messages"]
+            on_rank0(named)
+            self._check(Path(resume), verify=verify)
+            return Path(resume), []
+        on_rank0(self._clean)
+        refused: list[str] = []
+        for name in broadcast_json([str(path) for _, path in reversed(self._steps())] if rank() == 0 else None):
+            try:
+                self._check(Path(name), verify=verify)
+            except DamagedError as error:
+                refused.append(str(error))
+            else:
+                return Path(name), [f"{reason}; going back to {name}" for reason in refused]
+        if refused:
+            raise DamagedError(f"no checkpoint is whole: {refused[0]}")
+        return None, []
+
+    def _check(self, directory: Path, *, verify: bool) -> None:
+        """`check` on rank 0; with `verify` all ranks hash a share of the tensor files each. Collective."""
+        found: dict[str, Any] = {}
+        on_rank0(lambda: found.update(check(directory)))
+        if verify:
+            files = broadcast_json(found.get("files"))
+            names = sorted(name for name in files if is_tensor_file(name))
+            together(lambda: check_hashes(directory, files, names[rank() :: world_size()]))

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ndtrain.checkpoint.manifest import read_manifest
+from ndtrain.checkpoint.manifest import HASH, hasher, is_tensor_file, read_manifest
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
 from ndtrain.runtime import rank, together, world_size
@@ -34,6 +34,10 @@ _DTYPES = {
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+# File name -> key -> (this rank's piece, where it begins in the whole tensor)
+Files = Mapping[str, Mapping[str, tuple[Tensor, Ints]]]
 
 
 class _Piece(NamedTuple):
@@ -89,8 +93,25 @@ def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
     return mine
 
 
-def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> None:
-    """One safetensors file of key -> (tensor, global offsets); one tensor at a time is on the CPU."""
+def files_of(tensors: Mapping[str, Tensor]) -> Files:
+    """What this rank writes of `tensors`, by file name; every rank calls it with the same keys, in any order.
+
+    DTensors on any mesh and placements but Partial; other tensors are rank 0's. The entries share memory with them.
+    """
+    files: dict[str, dict[str, tuple[Tensor, Ints]]] = defaultdict(dict)
+    for key in _owned(tensors):
+        local, boxes = _held(key, tensors[key])
+        for k, box in enumerate(boxes):
+            name = f"{rank():05d}-of-{world_size():05d}{f'.{k}' if k else ''}.safetensors"
+            files[name][key] = (local[box.local].detach(), box.offsets)
+    return files
+
+
+def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[str, Any]:
+    """One safetensors file of key -> (tensor, global offsets), synced; its size and hash.
+
+    One tensor at a time is on the CPU.
+    """
     sharding = {key: {"saved_offsets": list(offsets)} for key, (_, offsets) in entries.items()}
     info = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
     header: dict[str, Any] = {"__metadata__": info}
@@ -99,37 +120,41 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> None:
     ordered = sorted(entries.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
     for key, (tensor, _) in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = _DTYPE_NAMES.get(tensor.dtype)
-        if dtype is None:
-            raise NdtrainError(f"{key}: dtype {tensor.dtype} cannot be saved")
-        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": _dtype_name(key, tensor), "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    found, size = hasher(), 0
+    with path.open("xb", buffering=0) as file:
+
+        def write(data: memoryview) -> None:
+            nonlocal size
+            found.update(data)
+            size += len(data)
+            while data:
+                data = data[file.write(data) :]
+
+        write(memoryview(len(text).to_bytes(8, "little") + text))
         for _, (tensor, _) in ordered:
-            file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
+            if tensor.numel():
+                write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
+    return {"size": size, HASH: found.hexdigest()}
+
+
+def write_files(directory: Path, files: Files) -> dict[str, Any]:
+    """Write this rank's files; {name: its size and hash}."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return {name: _write_file(directory / name, entries) for name, entries in files.items()}
 
 
 def save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes every tensor once, each rank its part; all ranks call it with the same keys, in any order.
+    """Writes every tensor once, each rank its part, as `files_of` says; collective.
 
-    DTensors on any mesh and placements but Partial; other tensors are rank 0's. The directory is there or is
-    made. Raises NdtrainError on all ranks where one failed.
+    The directory is there or is made. Raises NdtrainError on all ranks where one failed.
     """
 
     def write() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        files: dict[int, dict[str, tuple[Tensor, Ints]]] = defaultdict(dict)
-        for key in _owned(tensors):
-            local, boxes = _held(key, tensors[key])
-            for k, box in enumerate(boxes):
-                files[k][key] = (local[box.local], box.offsets)
-        for k, entries in files.items():
-            part = f".{k}" if k else ""
-            _write_file(directory / f"{rank():05d}-of-{world_size():05d}{part}.safetensors", entries)
+        write_files(directory, files_of(tensors))
 
     together(write)
 
@@ -173,8 +198,8 @@ def _stored(directory: Path) -> dict[str, list[_Piece]]:
         names = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
     stored: dict[str, list[_Piece]] = defaultdict(list)
     for name in names:
-        if name.endswith(".safetensors"):
-            for key, piece in _pieces(directory / name, f"{directory.name}/{name}").items():
+        if is_tensor_file(name):
+            for key, piece in _pieces(directory / name, f"{directory.parent}: {directory.name}/{name}").items():
                 # a replica that another writer stored too is no overlap
                 if all((piece.offsets, piece.sizes) != (p.offsets, p.sizes) for p in stored[key]):
                     stored[key].append(piece)
@@ -243,10 +268,28 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
     together(read)
 
 
-def listing(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{key: {shape, dtype}} of `tensors`; raises `NdtrainError` unless all of every one is in `directory`."""
+def listing(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """{key: {shape, dtype}} of `tensors`, as the manifest has it."""
+    return {key: {"shape": list(t.shape), "dtype": _dtype_name(key, t)} for key, t in tensors.items()}
+
+
+def _dtype_name(key: str, tensor: Tensor) -> str:
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise NdtrainError(f"{key}: dtype {tensor.dtype} cannot be saved")
+    return _DTYPE_NAMES[tensor.dtype]
+
+
+def check_coverage(directory: Path, listed: Mapping[str, Any]) -> None:
+    """Raises DamagedError unless the pieces in a tensor directory are those of every tensor of its listing."""
     stored = _stored(directory)
-    for key, tensor in tensors.items():
-        if sum(math.prod(p.sizes) for p in stored.get(key, [])) != tensor.numel():
-            raise NdtrainError(f"{directory}: not all of {key} was written")
-    return {key: {"shape": list(t.shape), "dtype": _DTYPE_NAMES[t.dtype]} for key, t in tensors.items()}
+    if odd := sorted(stored.keys() - listed.keys()):
+        raise DamagedError(f"{directory}: holds {odd[0]}, which its manifest does not have")
+    for key, entry in listed.items():
+        pieces, shape = stored.get(key, []), entry["shape"]
+        if any(p.dtype != entry["dtype"] or len(p.sizes) != len(shape) for p in pieces) or any(
+            p.offsets[dim] + p.sizes[dim] > shape[dim] for p in pieces for dim in range(len(shape))
+        ):
+            raise DamagedError(f"{directory}: {key} is not the {entry['dtype']} of shape {tuple(shape)} that was saved")
+        held = sum(math.prod(p.sizes) for p in pieces)
+        if held != math.prod(shape):
+            raise DamagedError(f"{directory}: {key} has {held:,} of {math.prod(shape):,} values")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -55,8 +57,7 @@ def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
         raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
     if not takes_positions(model) and not position_embeddings(model):
         raise PlanError(f"{what} takes no position_ids, which mesh.cp = {sizes.cp} needs; set mesh.cp = 1")
-    source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
-    if "ALL_ATTENTION_FUNCTIONS" not in source:
+    if not any("ALL_ATTENTION_FUNCTIONS" in source for source in _sources(model)):
         raise PlanError(
             f"{what} does not take its attention from transformers' AttentionInterface, which mesh.cp = {sizes.cp} "
             "needs; set mesh.cp = 1"
@@ -115,11 +116,18 @@ def check_router(model: PreTrainedModel, summed: tuple[str, ...]) -> None:
 
 
 def _mixing(model: PreTrainedModel) -> str | None:
-    """The module that mixes tokens other than by attention, as a sentence, or None."""
-    for module in model.modules():
+    """The module that mixes tokens other than by attention, as a sentence, or None; towers for images are not asked."""
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.Conv1d) or _MIXING.search(type(module).__name__):
             return f"{type(module).__name__} mixes along the sequence without a mask"
     return None
+
+
+def _sources(model: PreTrainedModel) -> Iterator[str]:
+    """The code of the files that the modules of the text model are from."""
+    for name in {type(module).__module__ for module in model.get_decoder().modules()}:
+        with suppress(OSError, TypeError):
+            yield inspect.getsource(sys.modules[name])
 
 
 def _no_packing(model: PreTrainedModel, forward: Mapping[str, object]) -> str | None:

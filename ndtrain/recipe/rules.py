@@ -50,8 +50,6 @@ NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
         "master parameters are float32 for now; fsdp.param_dtype sets the compute dtype",
     ),
     ("data", "format"): (("text",), 'only "text" can be read for now'),
-    ("checkpoint", "async"): ((False,), "checkpoints are written in the foreground for now; leave it false"),
-    ("checkpoint", "verify"): ((False,), "hashes of checkpoint files come later; leave it false"),
     ("train", "compile"): ((False,), "torch.compile comes later; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),

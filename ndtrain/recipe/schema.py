@@ -178,7 +178,12 @@ class CheckpointSection(Section):
 
     every: Annotated[int, Field(ge=0)] = Field(100, description="Steps between checkpoints; 0 = only at the end.")
     keep: Size = Field(2, description="Newest checkpoints kept.")
-    async_: bool = Field(False, alias="async", description="Write while training goes on.")
+    async_: bool = Field(
+        True, alias="async", description="Write while training goes on; host memory holds a copy of this rank's part."
+    )
+    on_error: Literal["warn", "stop"] = Field(
+        "warn", description="When a checkpoint cannot be written: go on with the older ones, or end the run."
+    )
     resume: Text = Field(
         "auto", description='"auto": newest valid one in run.dir; "never"; or the path of a checkpoint.'
     )

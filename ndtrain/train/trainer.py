@@ -7,7 +7,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from errno import EACCES
 from pathlib import Path
@@ -83,13 +84,14 @@ class Trainer:
         self.run_dir = Path(recipe.run.dir)
         self.requests = requests or Requests(self.run_dir)
         self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
-        self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep)
+        self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep, background=recipe.checkpoint.async_)
         self.step = 0
         self.cursor = 0
         self.saved_step: int | None = None
         self.due = False  # a checkpoint, once the steps are finite again
         self.skips = Skips(recipe.train.max_bad_steps)
         self.watch = Watch(recipe.run.step_timeout_s)
+        self.same_batch = False  # whether tp and cp ranks are known to read the same
         self.told = False  # of extra states that are not saved
 
     # ---- before the first step
@@ -104,11 +106,12 @@ class Trainer:
         runtime_module.on_rank0(self._try_extras)
         self.batches = self._open_data()
         attempt = Attempt.of_process(self.run_dir)
-        found, messages = self.store.find(attempt.resume(recipe.checkpoint.resume, self.store.newest_step()))
+        resume = runtime_module.broadcast_json(attempt.resume(recipe.checkpoint.resume, self.store.newest_step()))
+        found, messages = self.store.find(resume, verify=recipe.checkpoint.verify)
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
-        self._check_run_dir(state)
+        self._check_run_dir(state, resume)
         if state is not None and found is not None:
             for note in self._check_state(state, found):
                 self.reporter.info(f"note: {note}")
@@ -118,7 +121,7 @@ class Trainer:
             self.reporter.info(f"note: {note}")
 
         self.meshes = build_mesh(self.sizes, runtime.device.type)
-        runtime_module.set_timeouts(runtime_module.WAIT_TIMEOUT)
+        runtime_module.set_timeouts(runtime_module.WAIT_TIMEOUT, runtime_module.process_groups())
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         # Whole blocks to compare with: they are copied before the model is cut.
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
@@ -254,8 +257,10 @@ class Trainer:
             batch_ranks=self.sizes.batch,
         )
 
-    def _check_run_dir(self, state: dict[str, Any] | None) -> None:
+    def _check_run_dir(self, state: dict[str, Any] | None, resume: str) -> None:
         """Refuse to train beside later checkpoints of another attempt: the next resume would take those."""
+        if resume == "auto":
+            return  # the newest that is whole was taken: later ones are damaged, and are written again
         later = self.store.newest_step()
         if later is not None and later > (state["step"] if state is not None else -1):
             raise RecipeError(
@@ -301,11 +306,17 @@ class Trainer:
         if self.step >= recipe.train.steps:
             self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
             return
-        self._listen()
-        started, first = time.perf_counter(), self.train_step()
-        last = first
-        while self.step < recipe.train.steps:
-            last = self.train_step()
+        try:
+            self._listen()
+            started, first = time.perf_counter(), self.train_step()
+            last = first
+            while self.step < recipe.train.steps:
+                last = self.train_step()
+        except NdtrainError:
+            # What is being written is whole, and no less worth.
+            with suppress(NdtrainError):
+                self.store.settle()
+            raise
         self.reporter.info(
             f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
             f"in {time.perf_counter() - started:.0f} s"
@@ -337,6 +348,7 @@ class Trainer:
         Raises `Stopped` after saving where any rank was asked to stop.
         """
         recipe = self.recipe
+        self._settle(wait=False)
         metrics = self._train_step()
         if self.runtime.is_main:
             try:
@@ -353,12 +365,17 @@ class Trainer:
             with self.watch.saving():
                 refuse_not_finite(model_tensors(self.model), step=self.step)
                 self.save()
+                self._settle(wait=last or any(self.asked))
             self.due = False
         if any(self.asked):
             self._answer()
-        if self.asked[0] and not last:
+        stop = words(self.asked[0]) if self.asked[0] and not last else None
+        if (last or stop) and self.saved_step != self.step:
+            why = f"stopped by {stop}" if stop else "the last"
+            raise NdtrainError(f"step {self.step}, {why}, was trained but not saved; the warning above says why")
+        if stop:
             raise Stopped(
-                f"stopped by {words(self.asked[0])} after step {self.step} of {recipe.train.steps}, which is saved; "
+                f"stopped by {stop} after step {self.step} of {recipe.train.steps}, which is saved; "
                 "start again to go on"
             )
         return metrics
@@ -379,8 +396,9 @@ class Trainer:
             {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             for batch in self.batches.load(self.cursor)
         ]
-        if self.saved_step == self.step or self.step == 0:
+        if not self.same_batch:
             check_same_batch(batches[0], meshes)
+            self.same_batch = True
         loss_group = meshes.loss.get_group()
         routed = self.loss_model.router is not None
         own = [data_module.labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
@@ -437,7 +455,8 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write and publish the checkpoint of the current step, unless it is the one resumed from."""
+        """Write and publish the checkpoint of the current step, or begin to, unless it is there."""
+        self._settle(wait=True)
         if self.saved_step == self.step:
             return
         import transformers
@@ -460,15 +479,41 @@ class Trainer:
         if left_out and not self.told:
             self.told = True
             self.reporter.info(f"note: {extra_state.left_out_note(left_out, 'not saved; after a resume')}")
-        path = self.store.save(
-            self.step,
-            model=model_tensors(self.model),
-            optim=optimizer_tensors(self.model, self.optimizer),
-            state=state,
-            extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
-        )
-        self.saved_step = self.step
-        self.reporter.info(f"saved {path}")
+        self._saving = self.step
+        with self._on_error():
+            path = self.store.save(
+                self.step,
+                model=model_tensors(self.model),
+                optim=optimizer_tensors(self.model, self.optimizer),
+                state=state,
+                extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
+            )
+            self._saved(path)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Tell how the save in flight ended, where there is one and it has; `wait` until it has. Collective."""
+        if not self.store.in_flight:
+            return
+        written = torch.tensor(int(wait or self.store.written))
+        dist.all_reduce(written, op=dist.ReduceOp.MIN)
+        if written:
+            with self._on_error():
+                self._saved(self.store.settle())
+
+    def _saved(self, path: Path | None) -> None:
+        if path is not None:
+            self.saved_step = self._saving
+            self.reporter.info(f"saved {path}")
+
+    @contextmanager
+    def _on_error(self) -> Iterator[None]:
+        """What becomes of a checkpoint that was not written; all ranks know of it."""
+        try:
+            yield
+        except NdtrainError as error:
+            if self.recipe.checkpoint.on_error == "stop":
+                raise
+            self.reporter.info(f"warning: {error}; training goes on")
 
 
 def cache_root() -> Path:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from ndtrain.runtime import STEP_TIMEOUT, rank, set_timeouts, together, world_size
+from ndtrain.runtime import STEP_TIMEOUT, process_groups, rank, set_timeouts, together, world_size
 
 # How often a rank tells where it is; ten times within the limit at least, and at most 1,000 ranks each second.
 INTERVAL_S = 2.0
@@ -47,6 +47,7 @@ class Watch:
         self._deadline = float("inf")
         self._told = 0
         self._store: Any = None
+        self._groups: list[dist.ProcessGroup] = []
         self._ended = threading.Event()
         self._ending = threading.Lock()
 
@@ -62,6 +63,8 @@ class Watch:
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore("ndtrain/watch", store.clone())
         self._interval_s = max(self._interval_s, world_size() / RANKS_PER_SECOND)
+        # Groups that are made later, for saving in the background, have limits of their own.
+        self._groups = process_groups()
         self._set_timeouts(self.limit_s)
         self._tell()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
@@ -89,7 +92,7 @@ class Watch:
 
     def _set_timeouts(self, limit_s: float) -> None:
         # Behind the thread's, so that the message comes from where the rank is known.
-        set_timeouts(timedelta(seconds=limit_s + 4 * self._interval_s + 5))
+        set_timeouts(timedelta(seconds=limit_s + 4 * self._interval_s + 5), self._groups)
 
     def _run(self) -> None:
         while not self._ended.wait(self._interval_s):

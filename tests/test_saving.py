@@ -1,0 +1,151 @@
+"""What becomes of a run whose checkpoint cannot be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from ndtrain.checkpoint import check
+from tests import tiny
+from tests.chaos.run import losses
+from tests.ranks import get_pool
+
+
+def told(path: str, failing: list[int], free: int | None = None) -> tuple[list[str], int, str]:
+    """What a run says whose rank 1 cannot write at steps `failing`, how far it comes, and what it raises.
+
+    `free` is what the file system says that it has free, true or not.
+    """
+    import torch
+    import torch.distributed as dist
+
+    import ndtrain.checkpoint.tensors as module
+    from ndtrain.errors import NdtrainError
+    from ndtrain.model import meta_model
+    from ndtrain.plan import make_plan
+    from ndtrain.recipe import load_recipe
+    from ndtrain.runtime import Runtime
+    from ndtrain.train import Silent, Trainer, sizes_for
+
+    recipe = load_recipe(Path(path), [])
+    rank, said, real = dist.get_rank(), [], module._write_file
+    runtime = Runtime(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
+    model = meta_model(recipe)
+    reporter = Silent()
+    reporter.info = said.append  # type: ignore[method-assign]
+    trainer = Trainer(recipe, make_plan(model, sizes_for(recipe, 2), recipe), model, runtime=runtime, reporter=reporter)
+
+    def full(file: Path, entries: Any) -> Any:
+        if rank == 1 and int(file.parent.parent.name.removeprefix(".tmp-step-")) in failing:
+            raise OSError(28, "No space left on device", str(file))
+        return real(file, entries)
+
+    error = ""
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(module, "_write_file", full))
+        if free is not None:
+            patches.enter_context(mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=free)))
+        trainer.prepare()
+        try:
+            trainer.train()
+        except NdtrainError as raised:
+            error = str(raised)
+    return said, trainer.step, error
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory with room for one checkpoint of 4 MB, and not for two."""
+    if os.geteuid():
+        pytest.skip("only root may mount a file system")
+    path = tmp_path / "run" / "checkpoints"
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize(("free", "words"), [(None, " are free"), (10**9, "No space left on device")])
+def test_a_full_disk_leaves_the_checkpoint_that_is_there(
+    tmp_path: Path, small_disk: Path, free: int | None, words: str
+) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": "llama", "init": "random", "config": {**tiny.CONFIGS["llama"], "num_hidden_layers": 8}},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        steps=6,
+        batch_ranks=2,
+        checkpoint={"every": 2, "keep": 1},
+    )
+    for said, step, error in get_pool(2).run(told, str(recipe), [], free, timeout=200):
+        assert step == 6 and "step 6, the last, was trained but not saved" in error
+        assert sum(words in line for line in said) == 2
+    (left,) = small_disk.iterdir()
+    assert left.name == "step-00000002" and check(left)
+
+
+def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(tiny.save_model("llama", tmp_path))},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        steps=6,
+        batch_ranks=2,
+        checkpoint={"every": 2, "keep": 3, "resume": "auto", "verify": True},
+    )
+    get_pool(2).run(told, str(recipe), [], timeout=200)
+    whole = losses(tmp_path / "run")
+    file = tmp_path / "run/checkpoints/step-00000006/optim/00001-of-00002.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for said, step, error in get_pool(2).run(told, str(recipe), [], timeout=200):
+        assert step == 6 and not error
+        (refused,) = [line for line in said if "was altered" in line]
+        assert "rank 1: " in refused and str(file.relative_to(file.parents[1])) in refused
+        assert f"going back to {file.parents[2] / 'step-00000004'}" in refused
+        assert any("(step 4, sample 32)" in line for line in said)
+    assert losses(tmp_path / "run") == whole and file.read_bytes() == content
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(
+    ("on_error", "failing", "reached", "left", "error"),
+    [
+        ("warn", [4], 6, [2, 6], ""),
+        ("stop", [4], 4, [2], "step-00000004 was not written, older checkpoints stay: rank 1: OSError"),
+        ("warn", [6], 6, [2, 4], "step 6, the last, was trained but not saved"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written(
+    tmp_path: Path, background: bool, on_error: str, failing: list[int], reached: int, left: list[int], error: str
+) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(tiny.save_model("llama", tmp_path))},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        steps=6,
+        batch_ranks=2,
+        checkpoint={"every": 2, "keep": 2, "async": background, "on_error": on_error},
+    )
+    for said, step, raised in get_pool(2).run(told, str(recipe), failing, timeout=200):
+        # In the background it is known at one of the next step boundaries.
+        assert step == reached if not (background and on_error == "stop") else 4 <= step <= 6
+        assert error in raised if error else not raised
+        warnings = [line for line in said if line.startswith("warning: ")]
+        assert len(warnings) == (on_error == "warn")
+        assert all(f"step-{failing[0]:08d} was not written" in w and "No space left" in w for w in warnings)
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == [f"step-{step:08d}" for step in left]
