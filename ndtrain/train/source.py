@@ -44,7 +44,11 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
     directory = Path(recipe.model.name or "")
     if recipe.model.init == "random" or not (directory / "manifest.json").is_file():
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
-    on_rank0(lambda: check(directory))
+
+    def whole() -> None:
+        check(directory)
+
+    on_rank0(whole)
     wanted = model_tensors(model)
     load_tensors(directory / "model", wanted)
     extra_state.restore(model, extra_state.read(directory))
