@@ -240,8 +240,8 @@ def _children(parent: int) -> list[int]:
 def _exit_code(failures: list[tuple[int, int]]) -> int:
     """The exit code that tells most among `(time, exit code)` of the workers that failed.
 
-    A worker that names its reason comes before one that died because its peers were gone.
+    A worker that names its reason comes before one that died because its peers were gone, or was asked to stop for it.
     """
-    named = {error.exit_code for error in (RecipeError, PlanError, DamagedError, Stopped)}
+    named = {error.exit_code for error in (RecipeError, PlanError, DamagedError)}
     _, code = min(failures, key=lambda failure: (failure[1] not in named, failure[0]))
     return code if code >= 0 else 128 - code

@@ -178,6 +178,8 @@ def test_a_named_exit_code_is_told_before_a_crash_of_the_peers() -> None:
     assert cli._exit_code([(1, 1), (2, 4)]) == 4
     assert cli._exit_code([(2, 5), (1, 1)]) == 1
     assert cli._exit_code([(1, -9)]) == 137
+    assert cli._exit_code([(1, 75), (2, -15)]) == 75
+    assert cli._exit_code([(2, 75), (1, 1)]) == 1  # stopped because another had failed
 
 
 def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

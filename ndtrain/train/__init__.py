@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from ndtrain import runtime as runtime_module
 from ndtrain.attempts import Attempt
 from ndtrain.errors import RecipeError, Stopped
@@ -40,7 +42,8 @@ def run(recipe: Recipe, reporter: Reporter, requests: Requests) -> None:
             trainer.watch.start()
             trainer.train()
         except Stopped:
-            if runtime.is_main:
+            # By SIGTERM torchrun ends workers that it means to start again; asked to end itself, it does not.
+            if runtime.is_main and (trainer.asked[0] or requests.signal) != signal.SIGTERM:
                 Attempt.of_process(trainer.run_dir).stopped()
             raise
         except RuntimeError as error:

@@ -325,10 +325,10 @@ class Trainer:
     def _listen(self) -> None:
         """From here on requests wait for the end of a step; what was asked before ends the run."""
         self.requests.training = True
-        stop, _ = self._agree(0)[1:]
-        if stop:
+        self.asked = self._agree(0)[1:]
+        if self.asked[0]:
             self._answer()
-            raise nothing_to_save(stop)
+            raise nothing_to_save(self.asked[0])
 
     def _agree(self, number: int) -> list[int]:
         """[the largest `number` of all ranks, stop, save]: what any rank was asked, on every rank."""
