@@ -2,6 +2,7 @@
 are imported inside the verbs, and the recipe is read before any of torch.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ndtrain
+from ndtrain.attempts import Attempt
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.requests import STOP_SIGNALS, Requests, nothing_to_save
 from ndtrain.runtime import under_torchrun
 
 if TYPE_CHECKING:
@@ -45,8 +48,9 @@ def main() -> None:
         code = app(prog_name="ndtrain", standalone_mode=False)
     except NdtrainError as error:
         if speaks:
+            kind = "" if isinstance(error, Stopped) else "error: "
             for line in str(error).splitlines() or [type(error).__name__]:
-                print(f"ndtrain: error: {line}", file=sys.stderr, flush=True)
+                print(f"ndtrain: {kind}{line}", file=sys.stderr, flush=True)
         _leave(error.exit_code, first=speaks)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -97,16 +101,19 @@ def _root(
 def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Train: under torchrun as one of its workers, otherwise with a local worker for each rank."""
     resolved = _load(recipe, set_)
+    requests = Requests(Path(resolved.run.dir))
+    requests.listen()  # before torch is imported, which takes its time
     if not under_torchrun():
         ranks = _local_world_size(resolved)
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(_launch(ranks, ["run", *arguments, "--", str(recipe)]))
+    Attempt.of_process(Path(resolved.run.dir)).open(is_main=os.environ.get("RANK", "0") == "0")
     _tell_notes(resolved)
 
     from ndtrain import console, train
 
-    train.run(resolved, console.Reporter())
+    train.run(resolved, console.Reporter(), requests)
 
 
 @app.command()
@@ -208,22 +215,52 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",  # the host's own name need not resolve
         max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     launch: Any = elastic_launch(config, sys.executable)
+    handed_on: list[int] = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        """To the workers, whose own exit codes then tell; torch's launcher would end with its own and kill them."""
+        handed_on.append(number)
+        workers = _children(os.getpid())
+        if not workers:
+            raise nothing_to_save(number)
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, number)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nor may it break the save
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, hand_on)
     try:
         launch("-m", "ndtrain", *arguments)
     except ChildFailedError as error:
-        return _exit_code([(failure.timestamp, failure.exitcode) for failure in error.failures.values()])
+        code = _exit_code([(failure.timestamp, failure.exitcode) for failure in error.failures.values()])
+        if code in [128 + number for number in handed_on]:
+            raise nothing_to_save(handed_on[0]) from None  # it met workers that did not listen yet
+        return code
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
 
 
+def _children(parent: int) -> list[int]:
+    """Process ids of the children of process `parent` (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name in parentheses may hold spaces; after it come the state and the parent.
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
 def _exit_code(failures: list[tuple[int, int]]) -> int:
     """The exit code that tells most among `(time, exit code)` of the workers that failed.
 
-    A worker that names its reason comes before one that died because its peers were gone.
+    A worker that names its reason comes before one that died because its peers were gone, or was asked to stop for it.
     """
-    named = {error.exit_code for error in (RecipeError, PlanError, DamagedError, Stopped)}
+    named = {error.exit_code for error in (RecipeError, PlanError, DamagedError)}
     _, code = min(failures, key=lambda failure: (failure[1] not in named, failure[0]))
     return code if code >= 0 else 128 - code

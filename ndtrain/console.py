@@ -26,7 +26,7 @@ from ndtrain.metrics import StepMetrics
 from ndtrain.model import meta_model
 from ndtrain.plan import EVEN, ParamPlan, Plan, make_plan
 from ndtrain.recipe import Recipe
-from ndtrain.train import sizes_for
+from ndtrain.train import sizes_for, with_checkpoint
 
 
 class Reporter:
@@ -136,6 +136,7 @@ def inspect_text(recipe: Recipe, *, world_size: int | None, rank: int, as_json: 
     """The plan of `recipe` for `world_size` ranks as a table or as JSON; raises what `run` would raise."""
     from ndtrain.errors import RecipeError
 
+    recipe, _ = with_checkpoint(recipe)
     mesh = recipe.mesh
     if world_size is None:
         world_size = mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp

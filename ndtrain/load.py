@@ -135,7 +135,8 @@ def _load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime, not
         _send(source.pop(name, None), target, room=room, runtime=runtime)
 
 
-def _unused(keys: Any) -> list[str]:
+def unused(keys: Iterable[Any]) -> list[str]:
+    """What to tell of saved weights that the model does not have."""
     names = sorted(key for key in map(str, keys) if not extra_state.is_extra(key))
     return [f"{len(names)} saved weights are not of this model and left out, the first is {names[0]}"] if names else []
 
@@ -193,7 +194,7 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
     except Exception as error:
         raise _unreadable(recipe, error) from error
     _check_report(report["missing_keys"], report["mismatched_keys"], recipe)
-    notes += _unused(report["unexpected_keys"])
+    notes += unused(report["unexpected_keys"])
     return model_tensors(whole)
 
 
@@ -249,7 +250,7 @@ def _load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> N
         raise _unreadable(recipe, error) from error
     missing = {k for k in report.missing_keys if k not in tied_keys(model)}
     _check_report(missing, report.mismatched_keys, recipe)
-    notes += _unused(report.unexpected_keys)
+    notes += unused(report.unexpected_keys)
     _put_back(model, before)
 
 

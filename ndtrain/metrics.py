@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import resource
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,8 @@ class StepMetrics:
     """One line of metrics.jsonl. `loss` is the mean over the global batch's targets, `tokens` their count.
 
     `aux_loss` is the router's, the mean over the global batch's sequences without its coefficient; None, and left out
-    of the line, where there is none.
+    of the line, where there is none. A step that is not finite changes no weight: `skipped` counts those of the run up
+    to now, and is left out while there are none.
     """
 
     step: int
@@ -38,10 +40,16 @@ class StepMetrics:
     peak_memory_bytes: int
     time: str
     aux_loss: float | None = None
+    skipped: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written: every field, `aux_loss` only where there is one."""
-        return {key: value for key, value in asdict(self).items() if key != "aux_loss" or value is not None}
+        """What is written: every field, None for a number that is not finite, which JSON does not have."""
+        fields = asdict(self)
+        if self.aux_loss is None:
+            del fields["aux_loss"]
+        if not self.skipped:
+            del fields["skipped"]
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 def now() -> str:
@@ -117,4 +125,4 @@ class JsonLines:
 
     def write(self, metrics: StepMetrics) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics.as_dict()) + "\n")
+            file.write(json.dumps(metrics.as_dict(), allow_nan=False) + "\n")

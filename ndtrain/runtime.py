@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-# Tokenizing or reading a large model may keep the other ranks waiting for hours; collectives of a step may not.
+# Tokenizing or reading a large model may keep the other ranks waiting for hours; finding each other may not.
 WAIT_TIMEOUT = timedelta(days=30)
 STEP_TIMEOUT = timedelta(minutes=30)
 # Room for the message with which a rank tells the others why it failed.
@@ -64,14 +66,67 @@ def start() -> Iterator[Runtime]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    if under_torchrun():
-        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
-    else:
-        dist.init_process_group(backend, timeout=STEP_TIMEOUT, store=dist.HashStore(), rank=rank, world_size=world_size)
+    store: Any = _launcher_store(rank, world_size) if under_torchrun() else dist.HashStore()
+    dist.init_process_group(backend, timeout=STEP_TIMEOUT, store=store, rank=rank, world_size=world_size)
+    set_timeouts(WAIT_TIMEOUT, process_groups())
     try:
         yield Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
     finally:
         dist.destroy_process_group()
+
+
+def _launcher_store(rank: int, world_size: int) -> Any:
+    """The store through which the ranks find each other; of this attempt alone.
+
+    torchrun's store outlives the workers that it starts again (torch 2.13), and what the last ones left there,
+    addresses of processes that are gone, would be taken for these ones'. Counts of restarts do not tell attempts apart:
+    they differ between nodes. So rank 0 answers each rank by the name that it chose for itself this time. Raises
+    `NdtrainError` where a rank does not come.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    from ndtrain.errors import NdtrainError
+
+    store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=STEP_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    own = uuid.uuid4().hex
+    store.set(f"ndtrain/hello/{rank}", own)
+    attempt, answered = own, dict.fromkeys(range(world_size), "")
+    end = time.monotonic() + STEP_TIMEOUT.total_seconds()
+    while True:
+        if rank == 0:
+            for number, name in enumerate(store.multi_get([f"ndtrain/hello/{n}" for n in range(world_size)])):
+                if answered[number] != name.decode():
+                    answered[number] = name.decode()
+                    store.set(f"ndtrain/welcome/{number}", f"{answered[number]} {own}")
+        elif store.check([f"ndtrain/welcome/{rank}"]):
+            name, attempt = store.get(f"ndtrain/welcome/{rank}").decode().split()
+            if name == own:
+                store.set(f"ndtrain/{attempt}/here/{rank}", "")
+                break
+        if rank == 0 and store.check([f"ndtrain/{own}/here/{n}" for n in range(1, world_size)]):
+            break
+        if time.monotonic() > end:
+            raise NdtrainError(f"the {world_size} ranks have not found each other in {STEP_TIMEOUT}")
+        time.sleep(0.02)
+    return dist.PrefixStore(f"ndtrain/{attempt}", store)
+
+
+def process_groups() -> list[dist.ProcessGroup]:
+    """Every process group that this rank is in (private in torch 2.13)."""
+    import torch.distributed as dist
+
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def set_timeouts(timeout: timedelta, groups: list[dist.ProcessGroup]) -> None:
+    """The longest wait of `groups` from their next collective on (private in torch 2.13)."""
+    import torch.distributed as dist
+
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def rank() -> int:

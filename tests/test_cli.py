@@ -1,7 +1,9 @@
 """Promises of the command line: quick to answer, one line for an error, the right exit code."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import ndtrain
 from ndtrain import cli
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.requests import STOP_SIGNALS
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.toml")
 
@@ -32,15 +35,19 @@ def bad(tmp_path: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("RANK", raising=False)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stand-ins for the modules that `run` imports; returns the recipes that were run."""
     ran: list[Any] = []
-    monkeypatch.setitem(sys.modules, "ndtrain.train", SimpleNamespace(run=lambda recipe, _: ran.append(recipe)))
+    monkeypatch.setitem(sys.modules, "ndtrain.train", SimpleNamespace(run=lambda recipe, *_: ran.append(recipe)))
     monkeypatch.setitem(sys.modules, "ndtrain.console", SimpleNamespace(Reporter=object))
     monkeypatch.setattr(ndtrain, "train", sys.modules["ndtrain.train"], raising=False)
     monkeypatch.setattr(ndtrain, "console", sys.modules["ndtrain.console"], raising=False)
@@ -121,7 +128,7 @@ def test_each_error_has_its_exit_code(
 
     monkeypatch.setattr(sys.modules["ndtrain.train"], "run", fail)
     assert call(monkeypatch, "run", QUICKSTART, "--set", "mesh.dp_shard=1", "--set", "mesh.tp=1") == code
-    assert capsys.readouterr().err == "ndtrain: error: x\n"
+    assert capsys.readouterr().err == ("ndtrain: x\n" if code == 75 else "ndtrain: error: x\n")
 
 
 def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch, train: list[Any]) -> None:
@@ -171,6 +178,8 @@ def test_a_named_exit_code_is_told_before_a_crash_of_the_peers() -> None:
     assert cli._exit_code([(1, 1), (2, 4)]) == 4
     assert cli._exit_code([(2, 5), (1, 1)]) == 1
     assert cli._exit_code([(1, -9)]) == 137
+    assert cli._exit_code([(1, 75), (2, -15)]) == 75
+    assert cli._exit_code([(2, 75), (1, 1)]) == 1  # stopped because another had failed
 
 
 def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

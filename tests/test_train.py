@@ -78,8 +78,11 @@ def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[st
     return {"metrics": [json.loads(line) for line in lines], "ids": ids}
 
 
-def reference(model_dir: Path, recipe_path: Path) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of a plain training loop on the same global batches."""
+def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = ()) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of a plain training loop on the same global batches.
+
+    The steps `without`, counted from 1, change nothing.
+    """
     from ndtrain import data
     from ndtrain.model import ByteTokenizer
     from ndtrain.recipe import load_recipe
@@ -112,7 +115,8 @@ def reference(model_dir: Path, recipe_path: Path) -> list[tuple[float, float]]:
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warm) / (total - warm), dtype=torch.float64)))
         share = (step + 1) / warm if step < warm else low + (1 - low) * float(cosine)
         optimizer.param_groups[0]["lr"] = recipe.optim.lr * share
-        optimizer.step()
+        if step + 1 not in without:
+            optimizer.step()
         results.append((loss.item(), norm.item()))
     return results
 
@@ -391,13 +395,107 @@ def test_a_model_whose_mask_leaks_between_documents_is_refused(world: dict[str, 
         get_pool(2).run(trained, str(recipe), [], timeout=200)
 
 
-def test_a_step_that_is_not_finite_changes_and_saves_nothing(world: dict[str, Any], tmp_path: Path) -> None:
+def poisoned(path: str, at: int, what: str, stop: int | None) -> list[dict[str, Any]]:
+    """`trained`, where at step `at` one rank's gradient, or what it knows of the loss, is not a number.
+
+    What is due then waits for a good step; so a run that is to stop there is asked to save.
+    """
+    from ndtrain.loss import LossModel
+
+    backward, calls = LossModel.backward, []
+
+    def poisonous(self: LossModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = backward(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == at == stop:
+            (Path(path).parent / "run" / "save").touch()
+        if torch.distributed.get_rank() == 1 and len(calls) == at:
+            if what == "loss":
+                return result * math.nan
+            next(p for p in self.model.parameters() if p.grad is not None).grad.to_local().fill_(math.nan)
+        return result
+
+    with mock.patch.object(LossModel, "backward", poisonous):
+        return trained(path, [], stop)["metrics"]
+
+
+def numbers(metrics: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m.get("skipped", 0)) for m in metrics]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(world: dict[str, Any], tmp_path: Path) -> None:
+    runs = {}
+    for name, stops in (("whole", [(3, None)]), ("cut", [(3, 3), (0, None)]), ("loss", [(3, 4)])):
+        (tmp_path / name).mkdir()
+        recipe = recipe_for(
+            world, tmp_path / name, "llama", "dp_shard2", steps=6, checkpoint={"every": 3, "resume": "auto"}
+        )
+        what = "loss" if name == "loss" else "gradient"
+        for at, stop in stops:
+            runs[name] = get_pool(2).run(poisoned, str(recipe), at, what, stop, timeout=200)[0]
+    want = reference(model_dir(world, "llama"), recipe, without=(3,))
+    for m, (loss, norm) in zip(runs["whole"], want, strict=True):
+        if m["step"] != 3:
+            assert (m["loss"], m["grad_norm"]) == pytest.approx((loss, norm), rel=1e-4), m
+    assert [m.get("skipped") for m in runs["whole"]] == [None, None, 1, 1, 1, 1]
+    assert runs["whole"][2]["grad_norm"] is None and runs["whole"][2]["loss"] == pytest.approx(want[2][0], rel=1e-4)
+    assert numbers(runs["cut"]) == numbers(runs["whole"])
+    assert runs["loss"][2]["loss"] is None
+    assert numbers(runs["loss"])[3] == numbers(runs["whole"])[3]
+    folders = {name: tmp_path / name / "run" / "checkpoints" for name in runs}
+    assert sorted(p.name for p in folders["whole"].iterdir()) == ["step-00000004", "step-00000006"]
+    for part in ("model", "optim"):
+        files = sorted((folders["whole"] / "step-00000006" / part).iterdir())
+        assert len(files) == 2
+        for file in files:
+            assert file.read_bytes() == (folders["cut"] / "step-00000006" / part / file.name).read_bytes()
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(world: dict[str, Any], tmp_path: Path) -> None:
     optim = {"lr": 1e30, "max_grad_norm": 1e30}
-    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", optim=optim, checkpoint={"every": 1})
-    with pytest.raises(AssertionError, match=r"step 2: loss .*; the weights were not changed and nothing was saved"):
+    recipe = recipe_for(
+        world,
+        tmp_path,
+        "llama",
+        "dp_shard2",
+        optim=optim,
+        checkpoint={"every": 1, "keep": 1},
+        train={"max_bad_steps": 3},
+    )
+    with pytest.raises(
+        AssertionError, match=r"NdtrainError: steps 2 to 4: loss .*; they changed no weight and nothing"
+    ):
         get_pool(2).run(trained, str(recipe), [], timeout=200)
-    steps = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
-    assert steps == ["step-00000001"]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000001"]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(None in (m["loss"], m["grad_norm"]), m.get("skipped")) for m in lines] == [
+        (False, None),
+        *[(True, n) for n in (1, 2, 3)],
+    ]
+
+
+def with_weight(path: str, value: float) -> None:
+    """`trained`, where one rank's part of a weight becomes `value` in the update of the second step."""
+    from ndtrain.train import Trainer
+
+    step = Trainer._train_step
+
+    def overflowing(self: Trainer) -> Any:
+        metrics = step(self)
+        if self.step == 2 and self.runtime.rank == 1:
+            with torch.no_grad():
+                next(self.model.parameters()).to_local()[0] = value
+        return metrics
+
+    with mock.patch.object(Trainer, "_train_step", overflowing):
+        trained(path, [])
+
+
+def test_weights_that_are_not_finite_are_not_saved(world: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", checkpoint={"every": 1})
+    with pytest.raises(AssertionError, match=r"step 2: model.embed_tokens.weight is not finite after the update"):
+        get_pool(2).run(with_weight, str(recipe), math.inf, timeout=200)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000001"]
 
 
 def trained_with_flash(path: str, overrides: list[str]) -> dict[str, Any]:

@@ -23,7 +23,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model, and in which dtype it is kept. Exactly one of `name` and `type` is set."""
 
-    name: Text | None = Field(None, description="Local directory or hub id.")
+    name: Text | None = Field(
+        None, description="Local directory, hub id, or an ndtrain checkpoint or run to start from."
+    )
     type: Text | None = Field(None, description='From scratch: any model_type of transformers, e.g. "qwen3".')
     init: Literal["pretrained", "random"] = Field(
         "pretrained",
@@ -164,6 +166,11 @@ class TrainSection(Section):
         "none", description="What is recomputed in the backward."
     )
     compile: bool = Field(False, description="torch.compile each block.")
+    max_bad_steps: Size = Field(
+        10,
+        description="A step whose loss or gradient is not finite is skipped; so many in a row end the run "
+        "(1 = the first does).",
+    )
 
 
 class CheckpointSection(Section):
@@ -194,6 +201,9 @@ class RunSection(Section):
     """Where the run leaves its files."""
 
     dir: Text = Field(description="Run directory.")
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="A forward, backward or update that takes longer ends the run."
+    )
 
 
 class Recipe(Section):

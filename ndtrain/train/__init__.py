@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
+import signal
+
 from ndtrain import runtime as runtime_module
+from ndtrain.attempts import Attempt
+from ndtrain.errors import RecipeError, Stopped
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
+from ndtrain.requests import Requests, nothing_to_save
 from ndtrain.train.report import Reporter, Silent
+from ndtrain.train.source import with_checkpoint
 from ndtrain.train.trainer import Trainer, cache_root
+from ndtrain.train.watch import lost_peer
 
-__all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for"]
+__all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "with_checkpoint"]
 
 
-def run(recipe: Recipe, reporter: Reporter) -> None:
-    """Train as `recipe` says, on the ranks that torchrun started (or on one). Raises `NdtrainError`s."""
+def run(recipe: Recipe, reporter: Reporter, requests: Requests) -> None:
+    """Train as `recipe` says, on the ranks that torchrun started (or on one). Raises `NdtrainError`s.
+
+    `requests` is what the process is asked meanwhile; it listens already.
+    """
+    recipe, notes = with_checkpoint(recipe)
     sizes = sizes_for(recipe, runtime_module.env_world_size() or 1)
     model = meta_model(recipe)
     plan = make_plan(model, sizes, recipe)
     with runtime_module.start() as runtime:
-        trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=reporter if runtime.is_main else Silent())
+        own = reporter if runtime.is_main else Silent()
+        trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, requests=requests)
+        for note in notes:
+            own.info(f"note: {note}")
+        first: int | None = None
         try:
+            _same_everywhere(recipe)
             trainer.prepare()
+            first = trainer.step
+            trainer.watch.start()
             trainer.train()
+        except Stopped:
+            # By SIGTERM torchrun ends workers that it means to start again; asked to end itself, it does not.
+            if runtime.is_main and (trainer.asked[0] or requests.signal) != signal.SIGTERM:
+                Attempt.of_process(trainer.run_dir).stopped()
+            raise
+        except RuntimeError as error:
+            # Another rank took the signal while this one waited for it.
+            if requests.signal and first in (None, trainer.step):
+                raise nothing_to_save(requests.signal) from error
+            if trainer.watch.on and lost_peer(error):
+                own.close()
+                trainer.watch.end(f"a collective failed ({' '.join(str(error).split())[:200]})")
+            raise
         finally:
-            trainer.reporter.close()
+            trainer.watch.stop()
+            own.close()
+
+
+def _same_everywhere(recipe: Recipe) -> None:
+    """Refuse ranks that found different checkpoints of a run that is still going on."""
+    taken = runtime_module.broadcast_json(recipe.model.name)
+
+    def check() -> None:
+        if recipe.model.name != taken:
+            raise RecipeError(
+                f"model.name is {recipe.model.name} on one rank and {taken} on another; name one step's directory"
+            )
+
+    runtime_module.together(check)
 
 
 def sizes_for(recipe: Recipe, world_size: int) -> MeshSizes:

@@ -22,9 +22,10 @@ import ndtrain
 from ndtrain import data as data_module
 from ndtrain import extra_state
 from ndtrain import runtime as runtime_module
+from ndtrain.attempts import Attempt
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
-from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
-from ndtrain.load import fill_with_noise, load_weights, materialize, model_tensors, unset
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.loss import LossModel
 from ndtrain.mesh import build_mesh
 from ndtrain.metrics import (
@@ -43,6 +44,7 @@ from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_ov
 from ndtrain.parallelize import parallelize
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
+from ndtrain.requests import Requests, nothing_to_save, words
 from ndtrain.router import Sequences, sequence_count, sequence_ids
 from ndtrain.runtime import Runtime, random_seed
 from ndtrain.train.proof import (
@@ -53,8 +55,11 @@ from ndtrain.train.proof import (
     try_sequence_parallel,
 )
 from ndtrain.train.report import Reporter
+from ndtrain.train.skips import Skips, refuse_not_finite
+from ndtrain.train.source import load_start
 from ndtrain.train.state import config_difference, save_extras
 from ndtrain.train.twin import Twins
+from ndtrain.train.watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,15 +68,29 @@ if TYPE_CHECKING:
 class Trainer:
     """One run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, runtime: Runtime, reporter: Reporter):
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        model: PreTrainedModel,
+        *,
+        runtime: Runtime,
+        reporter: Reporter,
+        requests: Requests | None = None,
+    ):
         self.recipe, self.plan, self.model = recipe, plan, model
         self.runtime, self.reporter = runtime, reporter
         self.sizes = plan.sizes
         self.run_dir = Path(recipe.run.dir)
+        self.requests = requests or Requests(self.run_dir)
+        self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
         self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep, background=recipe.checkpoint.async_)
         self.step = 0
         self.cursor = 0
         self.saved_step: int | None = None
+        self.due = False  # a checkpoint, once the steps are finite again
+        self.skips = Skips(recipe.train.max_bad_steps)
+        self.watch = Watch(recipe.run.step_timeout_s)
         self.same_batch = False  # whether tp and cp ranks are known to read the same
         self.told = False  # of extra states that are not saved
 
@@ -86,19 +105,23 @@ class Trainer:
         self._open_tokenizer()
         runtime_module.on_rank0(self._try_extras)
         self.batches = self._open_data()
-        found, messages = self.store.find(recipe.checkpoint.resume, verify=recipe.checkpoint.verify)
+        attempt = Attempt.of_process(self.run_dir)
+        resume = runtime_module.broadcast_json(attempt.resume(recipe.checkpoint.resume, self.store.newest_step()))
+        found, messages = self.store.find(resume, verify=recipe.checkpoint.verify)
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
-        self._check_run_dir(state)
+        self._check_run_dir(state, resume)
         if state is not None and found is not None:
             for note in self._check_state(state, found):
                 self.reporter.info(f"note: {note}")
+        runtime_module.on_rank0(lambda: attempt.begin(state["step"] if state is not None else -1))
         self.reporter.info(self._arithmetic())
         for note in self.plan.notes:
             self.reporter.info(f"note: {note}")
 
         self.meshes = build_mesh(self.sizes, runtime.device.type)
+        runtime_module.set_timeouts(runtime_module.WAIT_TIMEOUT, runtime_module.process_groups())
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         # Whole blocks to compare with: they are copied before the model is cut.
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
@@ -108,7 +131,7 @@ class Trainer:
         checked = self._prove(twins)
         unset(model_tensors(self.model).values())
         if found is None:
-            for note in load_weights(self.model, self.plan, recipe=recipe, runtime=runtime):
+            for note in load_start(self.model, self.plan, recipe=recipe, runtime=runtime):
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
@@ -119,7 +142,9 @@ class Trainer:
         if state is not None and found is not None:
             self.step, self.cursor = state["step"], state["samples"]
             self.saved_step = self.step
-            restore_optimizer(self.model, self.optimizer, found / "optim", step=self.step)
+            self.skips.restore(state, found)
+            updates = self.step - self.skips.total
+            restore_optimizer(self.model, self.optimizer, found / "optim", step=updates)
             self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
         # A part of a sequence does not show where it lies.
         pass_positions = recipe.data.packing or self.context is not None
@@ -232,9 +257,9 @@ class Trainer:
             batch_ranks=self.sizes.batch,
         )
 
-    def _check_run_dir(self, state: dict[str, Any] | None) -> None:
+    def _check_run_dir(self, state: dict[str, Any] | None, resume: str) -> None:
         """Refuse to train beside later checkpoints of another attempt: the next resume would take those."""
-        if self.recipe.checkpoint.resume == "auto":
+        if resume == "auto":
             return  # the newest that is whole was taken: later ones are damaged, and are written again
         later = self.store.newest_step()
         if later is not None and later > (state["step"] if state is not None else -1):
@@ -282,6 +307,7 @@ class Trainer:
             self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
             return
         try:
+            self._listen()
             started, first = time.perf_counter(), self.train_step()
             last = first
             while self.step < recipe.train.steps:
@@ -296,8 +322,31 @@ class Trainer:
             f"in {time.perf_counter() - started:.0f} s"
         )
 
+    def _listen(self) -> None:
+        """From here on requests wait for the end of a step; what was asked before ends the run."""
+        self.requests.training = True
+        self.asked = self._agree(0)[1:]
+        if self.asked[0]:
+            self._answer()
+            raise nothing_to_save(self.asked[0])
+
+    def _agree(self, number: int) -> list[int]:
+        """[the largest `number` of all ranks, stop, save]: what any rank was asked, on every rank."""
+        own = [number, *self.requests.seen(files=self.runtime.is_main)]
+        shared = torch.tensor(own, dtype=torch.int64, device=self.runtime.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return cast("list[int]", shared.tolist())
+
+    def _answer(self) -> None:
+        if self.runtime.is_main:
+            for path in self.requests.answered():
+                self.reporter.info(f"note: {path} cannot be removed; it is not looked at again")
+
     def train_step(self) -> StepMetrics:
-        """One optimizer step, told and logged, and its checkpoint where one is due."""
+        """One optimizer step, told and logged, and its checkpoint where one is due or asked for.
+
+        Raises `Stopped` after saving where any rank was asked to stop.
+        """
         recipe = self.recipe
         self._settle(wait=False)
         metrics = self._train_step()
@@ -309,17 +358,40 @@ class Trainer:
                 raise NdtrainError(f"step {self.step} was trained but not logged: {error}") from error
         last = self.step == recipe.train.steps
         self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
-        if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
-            self.save()
-        if last:
-            self._settle(wait=True)
-            if self.saved_step != self.step:
-                raise NdtrainError(f"step {self.step}, the last, was trained but not saved; the warning above says why")
+        self._tell_skip(metrics)
+        self.due = self.due or bool(recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0)
+        # While steps are skipped the weights may be at fault: what is due waits for the next good step.
+        if last or any(self.asked) or (self.due and not self.skips.in_row):
+            with self.watch.saving():
+                refuse_not_finite(model_tensors(self.model), step=self.step)
+                self.save()
+                self._settle(wait=last or any(self.asked))
+            self.due = False
+        if any(self.asked):
+            self._answer()
+        stop = words(self.asked[0]) if self.asked[0] and not last else None
+        if (last or stop) and self.saved_step != self.step:
+            why = f"stopped by {stop}" if stop else "the last"
+            raise NdtrainError(f"step {self.step}, {why}, was trained but not saved; the warning above says why")
+        if stop:
+            raise Stopped(
+                f"stopped by {stop} after step {self.step} of {recipe.train.steps}, which is saved; "
+                "start again to go on"
+            )
         return metrics
+
+    def _tell_skip(self, metrics: StepMetrics) -> None:
+        if self.skips.in_row:
+            self.reporter.info(
+                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped, no weight changed "
+                f"({self.skips.in_row} in a row, {self.skips.limit} end the run; {self.skips.total} in all)"
+            )
+        self.skips.refuse_more(self.step, metrics.loss, metrics.grad_norm)
 
     def _train_step(self) -> StepMetrics:
         recipe, meshes, device = self.recipe, self.meshes, self.runtime.device
         started = time.perf_counter()
+        self.watch.beat(self.step + 1)
         batches = [
             {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             for batch in self.batches.load(self.cursor)
@@ -343,24 +415,24 @@ class Trainer:
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
             sequences = self._sequences(batch, rows)
             total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
+            self.watch.beat(self.step + 1)
         if summed := self.tp_summed():
             sum_over_tp(self.model, summed, meshes.tp.get_group())
         norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
-        dist.all_reduce(total, group=loss_group)
-        loss, aux_loss, grad_norm = float(total[0]) / max(1, count), float(total[1]) / max(1, rows), float(norm)
-        if not (math.isfinite(loss) and math.isfinite(aux_loss) and math.isfinite(grad_norm)):
-            raise NdtrainError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not changed and "
-                "nothing was saved. Lower optim.lr, or look at the data; resuming goes on from the newest checkpoint"
-            )
+        # tp ranks have the same loss. Sums over all ranks are the same on each, and so is the decision that follows.
+        sums = torch.cat([total / self.sizes.tp, norm.isfinite().logical_not().to(total)[None]])
+        dist.all_reduce(sums)
+        loss_sum, aux_sum, ranks_not_finite = sums.tolist()
+        loss, aux_loss, grad_norm = loss_sum / max(1, count), aux_sum / max(1, rows), float(norm)
+        self.skips.count(skipped=bool(ranks_not_finite) or not math.isfinite(loss + aux_loss))
         lr = learning_rate(recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if not self.skips.in_row:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        peak = torch.tensor(peak_memory_bytes(device), dtype=torch.int64, device=device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        peak, *self.asked = self._agree(peak_memory_bytes(device))
         seconds = time.perf_counter() - started
         self.step += 1
         self.cursor += recipe.train.global_batch_size
@@ -376,9 +448,10 @@ class Trainer:
             tokens_per_second=speed,
             step_seconds=seconds,
             mfu=per_rank * self.flops_per_token / flops if flops else None,
-            peak_memory_bytes=int(peak),
+            peak_memory_bytes=peak,
             time=now(),
             aux_loss=aux_loss if routed else None,
+            skipped=self.skips.total,
         )
 
     def save(self) -> None:
@@ -393,6 +466,7 @@ class Trainer:
             "samples": self.cursor,
             "data": self.batches.fingerprint,
             "seed": self.recipe.train.seed,
+            **self.skips.state(),
             "mesh": asdict(self.sizes),
             "schedule": self.recipe.schedule.model_dump(),
             "versions": {

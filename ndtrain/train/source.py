@@ -1,0 +1,55 @@
+"""A new run from the weights of an ndtrain checkpoint: `model.name` is its directory, or that of its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ndtrain import extra_state
+from ndtrain.checkpoint import CheckpointStore, check, load_tensors
+from ndtrain.checkpoint.manifest import read_manifest
+from ndtrain.errors import DamagedError
+from ndtrain.load import load_weights, model_tensors, unused
+from ndtrain.plan import Plan
+from ndtrain.recipe import Recipe
+from ndtrain.runtime import Runtime, on_rank0
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def with_checkpoint(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with a run directory as `model.name` made its newest valid checkpoint; and what to tell the user.
+
+    Config and tokenizer are then found as in any directory. Raises `DamagedError` where no checkpoint is whole.
+    """
+    path = Path(recipe.model.name or "")
+    root = path / "checkpoints"
+    if recipe.model.name is None or not root.is_dir() or (path / "config.json").exists():
+        return recipe, []
+    newest, refused = CheckpointStore(path, keep=1).newest_valid()
+    if newest is None:
+        why = refused[0][1] if refused else "there is none"
+        raise DamagedError(f'model.name = "{path}" is a run directory without a whole checkpoint: {why}')
+    model = recipe.model.model_copy(update={"name": str(newest)})
+    notes = [f"{reason}; taking {newest}" for _, reason in refused]
+    return recipe.model_copy(update={"model": model}), [*notes, f"model.name: taking {newest}"]
+
+
+def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
+    """`load_weights`, also from an ndtrain checkpoint, of which each rank reads its slices whatever `load.mode` says.
+
+    Raises `DamagedError` for a checkpoint that is not whole, or lacks a weight of the model.
+    """
+    directory = Path(recipe.model.name or "")
+    if recipe.model.init == "random" or not (directory / "manifest.json").is_file():
+        return load_weights(model, plan, recipe=recipe, runtime=runtime)
+
+    def whole() -> None:
+        check(directory)
+
+    on_rank0(whole)
+    wanted = model_tensors(model)
+    load_tensors(directory / "model", wanted)
+    extra_state.restore(model, extra_state.read(directory))
+    return unused(read_manifest(directory)["tensors"]["model"].keys() - wanted.keys())

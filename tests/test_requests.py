@@ -1,0 +1,259 @@
+"""A run saves and stops when it is asked to, at the same step on every rank, and says so by its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from ndtrain import cli
+from ndtrain.attempts import Attempt
+from ndtrain.errors import Stopped
+from ndtrain.requests import FILE, STOP_SIGNALS, Requests
+from tests import tiny
+from tests.ranks import get_pool
+from tests.test_train import trained
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def make_recipe(folder: Path, *, steps: int, **more: Any) -> Path:
+    return tiny.recipe_file(
+        folder / "recipe.toml",
+        model={"type": "qwen3", "config": {**tiny.CONFIGS["qwen3"], "num_hidden_layers": 1}},
+        corpus=tiny.write_corpus(folder / "corpus"),
+        run_dir=folder / "run",
+        mesh={"dp_shard": 2},
+        batch_ranks=2,
+        steps=steps,
+        **{"checkpoint": {"resume": "auto"}, **more},
+    )
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited too long"
+        assert process is None or process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """{rank: process id} of a launcher's workers that run."""
+    found = {}
+    for pid in cli._children(launcher):
+        with contextlib.suppress(OSError, KeyError):  # one that has ended has no variables any more
+            text = Path(f"/proc/{pid}/environ").read_text()
+            found[int(dict(v.split("=", 1) for v in text.split("\0") if "=" in v)["RANK"])] = pid
+    return found
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("*")) if (run / "checkpoints").is_dir() else []
+
+
+def ignores_interrupts(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn"))
+    return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
+
+
+# As a batch script of SLURM does: the signal ends the first wait.
+SCRIPT = """
+"$@" & run=$!
+trap 'kill -USR1 $run' USR1
+wait $run || wait $run
+"""
+
+
+def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
+    recipe, run = make_recipe(tmp_path, steps=100_000), tmp_path / "run"
+    command = ["bash", "-c", SCRIPT, "bash", sys.executable, "-m", "ndtrain", "run", str(recipe)]
+    process = subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    launcher = 0
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and lines_of(run), process)
+        (run / "save").touch()
+        wait_for(lambda: not (run / "save").exists(), process)
+        assert len(checkpoints(run)) == 1
+        (launcher,) = cli._children(process.pid)
+        process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: ignores_interrupts(launcher), process)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # none of them breaks the save
+            os.kill(launcher, number)
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(launcher or process.pid, signal.SIGTERM)
+    last = lines_of(run)[-1]["step"]
+    assert process.returncode == 75, err
+    assert "ndtrain: stopped by SIGUSR1" in err and err.count("\n") == 1, err
+    assert f" after step {last} of 100000, which is saved; start again to go on\n" in err
+    assert checkpoints(run)[-1] == f"step-{last:08d}" and len(checkpoints(run)) == 2
+    assert f"saved {run}/checkpoints/step-{last:08d}" in out
+
+
+def prepared(path: str) -> Any:
+    """A trainer of this rank, not yet prepared, that listens to signals."""
+    import torch
+    import torch.distributed as dist
+
+    from ndtrain.model import meta_model
+    from ndtrain.plan import make_plan
+    from ndtrain.recipe import load_recipe
+    from ndtrain.runtime import Runtime
+    from ndtrain.train import Silent, Trainer, sizes_for
+
+    recipe = load_recipe(Path(path))
+    model = meta_model(recipe)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plan = make_plan(model, sizes_for(recipe, world), recipe)
+    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
+    requests = Requests(Path(recipe.run.dir))
+    requests.listen()
+    return Trainer(recipe, plan, model, runtime=runtime, reporter=Silent(), requests=requests)
+
+
+def asked(path: str, how: str) -> str:
+    """What ends the run of this rank after it was asked to stop in the middle of its second step."""
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    trainer = prepared(path)
+
+    def ask() -> None:
+        if how == "file":
+            (trainer.run_dir / "stop").touch()
+        elif trainer.runtime.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        if trainer.runtime.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("never comes here")
+
+    try:
+        if how == "tokenizing":
+            with mock.patch("ndtrain.data.build_cache", build):
+                trainer.prepare()
+        trainer.prepare()
+        backward = trainer.loss_model.backward
+
+        def asking(*args: Any, **kwargs: Any) -> Any:
+            if trainer.step == 1:
+                ask()
+            return backward(*args, **kwargs)
+
+        trainer.loss_model.backward = asking
+        trainer.train()
+    except Stopped as stopped:
+        return str(stopped)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return "not stopped"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("file", "stopped by the file `stop` after step 2 of 5, which is saved; start again to go on"),
+        ("signal on one rank", "stopped by SIGUSR1 after step 2 of 5, which is saved; start again to go on"),
+        ("tokenizing", "stopped by SIGTERM before a step was trained; there is nothing to save"),
+    ],
+)
+def test_every_rank_stops_at_one_step(tmp_path: Path, how: str, words: str) -> None:
+    said = get_pool(2).run(asked, str(make_recipe(tmp_path, steps=5)), how)
+    assert all(line.removeprefix("rank 0: ") == words for line in said), said
+    assert checkpoints(tmp_path / "run") == ([] if how == "tokenizing" else ["step-00000002"])
+    assert not (tmp_path / "run" / "stop").exists()
+
+
+def test_what_cannot_be_removed_is_asked_once(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    (tmp_path / "save").mkdir()
+    assert requests.seen(files=True) == [0, 0]  # a directory is no request
+    (tmp_path / "stop").touch()
+    assert requests.seen(files=True) == [FILE, 0] and requests.seen(files=False) == [0, 0]
+    with mock.patch.object(Path, "unlink", side_effect=PermissionError):
+        assert requests.answered() == [str(tmp_path / "stop")]
+    assert requests.seen(files=True) == [0, 0]
+
+
+def test_a_launch_that_was_stopped_is_not_trained_on_by_its_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(number: int, *, port: int = 1, own_store: bool = True) -> Attempt:
+        variables = {"USE_AGENT_STORE": own_store, "RUN_ID": "job 7", "RESTART_COUNT": number, "MAX_RESTARTS": 3}
+        for name, value in variables.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        return Attempt.of_process(tmp_path)
+
+    for own_store in (True, False):
+        attempt(0, own_store=own_store).open(is_main=True)
+        attempt(0, own_store=own_store).begin(-1)
+        attempt(1, own_store=own_store).open(is_main=True)
+        attempt(1, own_store=own_store).stopped()
+        with pytest.raises(Stopped, match="stopped on request in an earlier attempt"):
+            attempt(2, own_store=own_store).open(is_main=False)
+    attempt(2, port=2).open(is_main=False)
+    attempt(0, own_store=False).open(is_main=True)  # a later launch of the same name
+    attempt(1, own_store=False).open(is_main=True)
+
+
+@pytest.mark.parametrize(
+    ("began", "newest", "asked", "taken"),
+    [
+        (-1, 30, "never", "auto"),
+        (-1, None, "never", "never"),
+        (100, 100, "other/step-00000100", "other/step-00000100"),
+        (100, 50, "other/step-00000100", "other/step-00000100"),
+        (100, 150, "other/step-00000100", "auto"),
+    ],
+)
+def test_a_restart_resumes_from_what_its_own_launch_has_saved(
+    tmp_path: Path, began: int, newest: int | None, asked: str, taken: str
+) -> None:
+    first, second = Attempt(tmp_path, "a", True, 1), Attempt(tmp_path, "a", False, 1)
+    assert second.resume(asked, newest) == asked  # where the first was refused
+    first.begin(began)
+    assert first.resume(asked, newest) == asked
+    assert second.resume(asked, newest) == taken
+
+
+def test_a_restart_after_a_dead_rank_ends_with_the_loss_of_an_undisturbed_run(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    sections = {"checkpoint": {"every": 10, "resume": "never"}}
+    undisturbed = get_pool(2).run(trained, str(make_recipe(whole, steps=60, **sections)), [])[0]["metrics"]
+    recipe, run = make_recipe(tmp_path, steps=60, **sections), tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "ndtrain", "run", str(recipe), "--set", "run.step_timeout_s=10"]
+    process = subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(lines_of(run)) > 12, process)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "rank 1 is stopped, dead or cut off" in err, err
+    assert out.count("resumed from") == 1 and "step 60/60" in out
+    ours = {line["step"]: line["loss"] for line in lines_of(run)}
+    assert ours == {line["step"]: line["loss"] for line in undisturbed}
+    assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]

@@ -1,0 +1,97 @@
+"""A rank that is stopped or dead ends the run within the limit, and is named."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ndtrain.train.watch import Place, Watch
+from tests.ranks import get_pool
+from tests.test_requests import ENV, lines_of, make_recipe, wait_for, workers
+
+
+def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(tmp_path: Path) -> None:
+    limit = 6
+    recipe, run = make_recipe(tmp_path, steps=1_000_000), tmp_path / "run"
+    command = [sys.executable, "-m", "ndtrain", "run", str(recipe), "--set", f"run.step_timeout_s={limit}"]
+    process = subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    ranks = {}
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(lines_of(run)) > 2, process)
+        ranks = workers(process.pid)
+        os.kill(ranks[1], signal.SIGSTOP)
+        began = time.monotonic()
+        wait_for(lambda: 0 not in workers(process.pid), process)
+        took = time.monotonic() - began
+        os.kill(ranks[1], signal.SIGKILL)  # torch's launcher would do so after half a minute
+        _, err = process.communicate(timeout=100)
+    finally:
+        for pid in (process.pid, *ranks.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    last = lines_of(run)[-1]["step"]
+    said = f"nothing has moved for {limit} s (run.step_timeout_s); rank 1 is stopped, dead or cut off."
+    assert any(f"ndtrain: error: step {n}: {said}" in err for n in (last + 1, last + 2)), err
+    assert process.returncode not in (0, 75) and took < 3 * limit, (process.returncode, took)
+
+
+def test_the_rank_that_is_behind_is_named() -> None:
+    class Told(Watch):
+        rounds = 0
+
+        def _places(self) -> list[Place]:
+            self.rounds += 1
+            return [
+                Place(self.rounds, 7, 20),
+                Place(self.rounds, 6, 18),
+                Place(self.rounds if self.silent else 1, 7, 20),
+            ]
+
+        silent = True
+
+    watch = Told(0.01)
+    assert watch._blame() == "rank 1 is behind, at step 6"
+    watch.silent = False
+    assert watch._blame() == "rank 2 is stopped, dead or cut off"
+
+
+def ended(folder: str) -> str:
+    """What this rank says where the last of four tells nothing more and the others find that it is gone."""
+    import io
+    from datetime import timedelta
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from ndtrain.runtime import process_groups, set_timeouts
+
+    watch, told = Watch(2.0), io.StringIO()
+    watch.start()
+    watch.beat(5)
+    dist.barrier()
+    try:
+        if dist.get_rank() == 3:
+            watch.stop()
+        else:
+            time.sleep(0.3 * dist.get_rank())
+            said, left = mock.patch("sys.stderr", told), mock.patch("os._exit", side_effect=SystemExit)
+            with said, left, pytest.raises(SystemExit):
+                watch.end("a collective failed")
+        dist.barrier()
+    finally:
+        watch.stop()
+        set_timeouts(timedelta(seconds=300), process_groups())
+    return told.getvalue()
+
+
+def test_one_rank_speaks_and_blames_none_that_ends_too(tmp_path: Path) -> None:
+    said = [text for text in get_pool(4).run(ended, str(tmp_path)) if text]
+    assert len(said) == 1, said
+    assert "step 5: a collective failed; rank 3 is stopped, dead or cut off. The run ends" in said[0]
