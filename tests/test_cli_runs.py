@@ -16,7 +16,8 @@ import xxhash
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from tests import tiny
-from tests.test_train import MESHES
+from tests.ranks import RanksFailed, get_pool
+from tests.test_train import MESHES, trained
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -128,12 +129,12 @@ def test_a_single_process_needs_no_torchrun_whatever_rank_says(recipe: Path) -> 
 
 
 def test_a_state_without_its_keys_is_damage(recipe: Path, tmp_path: Path) -> None:
-    once = ["run", str(recipe), "--set", "mesh.tp=1", "--set", "mesh.dp_shard=1"]
-    assert ndtrain(*once).returncode == 0
+    once = ["mesh.tp=1", "mesh.dp_shard=1"]
+    get_pool(1).run(trained, str(recipe), once, timeout=200)
     step = tmp_path / "run/checkpoints/step-00000003"
     state = b'{"step": 3}'
     (step / "train_state.json").write_bytes(state)
     entry = {"size": len(state), "xxh3_128": xxhash.xxh3_128_hexdigest(state)}
     tiny.forged(step, lambda manifest: manifest["files"].update({"train_state.json": entry}))
-    result = ndtrain(*once, "--set", "train.steps=4")
-    assert result.returncode == 4 and "train_state.json has no samples" in result.stderr
+    with pytest.raises(RanksFailed, match=r"DamagedError: .*train_state\.json has no samples"):
+        get_pool(1).run(trained, str(recipe), [*once, "train.steps=4"], timeout=200)

@@ -71,6 +71,7 @@ def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[st
     first = trainer.cursor
     while trainer.step < (stop or recipe.train.steps):
         trainer.train_step()
+    trainer.store.settle()
     size = recipe.train.global_batch_size
     ids = [trainer.batches.sample_ids(c).tolist() for c in range(first, trainer.cursor, size)]
     # Rank 0 writes them, and the other ranks may be ahead of it.
@@ -219,6 +220,7 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ring, recomputed blocks, replicas": (
         *("llama", "dp_replicate2-cp2", RING | {"train": {"activation_checkpointing": "full"}}),
     ),
+    "ulysses, masks that know images": ("gemma4_unified", "cp2", {"data": {"packing": False}}),
     "ulysses, keys of an indexer": ("deepseek_v32", "cp2", {"data": {"packing": False}}),
     "ulysses, positions counted by their embedding": (
         *("bart", "cp2", {"cp": {"kind": "ulysses"}, "data": {"packing": False, "seq_len": 31}}),

@@ -7,7 +7,7 @@ import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +49,7 @@ class ContextParallel(ABC):
         def with_whole_positions(*args: Any, **kwargs: Any) -> Any:
             if not told:
                 kwargs.pop("position_ids", None)
-            with self._packing_of_whole_sequences():
+            with self._masks_of_whole_sequences(model):
                 return forward(*args, **kwargs)
 
         model.forward = with_whole_positions  # type: ignore[method-assign]
@@ -154,15 +154,16 @@ class ContextParallel(ABC):
         return self.mask(q_length, kv_length, attention_mask=attention_mask, **kwargs)
 
     @contextmanager
-    def _packing_of_whole_sequences(self) -> Iterator[None]:
-        """Masks see documents by the positions of whole sequences; the model has only those of its part.
+    def _masks_of_whole_sequences(self, model: PreTrainedModel) -> Iterator[None]:
+        """Masks see documents and images of whole sequences; the model has only what is of its part.
 
-        These two functions of transformers.masking_utils are private (5.23); every mask with documents goes through
-        them.
+        These functions of transformers.masking_utils are private (5.23), and some model files import them; every mask
+        with documents or images goes through them.
         """
         from transformers import masking_utils
 
         find, compose = masking_utils.find_packed_sequence_indices, masking_utils.packed_sequence_compatibility_function
+        overlay = masking_utils.blockwise_overlay
 
         def find_whole(position_ids: Tensor) -> Tensor | None:
             return find(self.positions if self.enabled and self.positions is not None else position_ids)
@@ -173,13 +174,18 @@ class ContextParallel(ABC):
             whole = self.positions if self.enabled and self.positions is not None else position_ids
             return compose(mask_function, whole, packed_sequence_mask)
 
-        masking_utils.find_packed_sequence_indices = find_whole
-        masking_utils.packed_sequence_compatibility_function = compose_whole
-        try:
+        def overlay_whole(block_sequence_ids: Tensor) -> Callable[..., Any]:
+            return overlay(self.gather(block_sequence_ids) if self.enabled else block_sequence_ids)
+
+        instead = {find: find_whole, compose: compose_whole, overlay: overlay_whole}
+        own = sys.modules[type(model).__module__]
+        with ExitStack() as patches:
+            for module in (masking_utils, own):
+                for function, whole in instead.items():
+                    if getattr(module, function.__name__, None) is function:
+                        setattr(module, function.__name__, whole)
+                        patches.callback(setattr, module, function.__name__, function)
             yield
-        finally:
-            masking_utils.find_packed_sequence_indices = find
-            masking_utils.packed_sequence_compatibility_function = compose
 
 
 class _Name(str):

@@ -116,16 +116,34 @@ def check_router(model: PreTrainedModel, summed: tuple[str, ...]) -> None:
 
 
 def _mixing(model: PreTrainedModel) -> str | None:
-    """The module that mixes tokens other than by attention, as a sentence, or None; towers for images are not asked."""
-    for module in model.get_decoder().modules():
+    """The module that mixes tokens other than by attention, as a sentence, or None."""
+    for module in _text_modules(_text_model(model)):
         if isinstance(module, nn.Conv1d) or _MIXING.search(type(module).__name__):
             return f"{type(module).__name__} mixes along the sequence without a mask"
     return None
 
 
+def _text_model(model: PreTrainedModel) -> nn.Module:
+    from transformers import PreTrainedModel
+
+    decoder = model.get_decoder()
+    # Some call their head a decoder.
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
+def _text_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and what is in it, without towers for images and sound, which are models of their own."""
+    from transformers import PreTrainedModel
+
+    yield module
+    for child in module.children():
+        if not isinstance(child, PreTrainedModel):
+            yield from _text_modules(child)
+
+
 def _sources(model: PreTrainedModel) -> Iterator[str]:
     """The code of the files that the modules of the text model are from."""
-    for name in {type(module).__module__ for module in model.get_decoder().modules()}:
+    for name in {type(module).__module__ for module in _text_modules(_text_model(model))}:
         with suppress(OSError, TypeError):
             yield inspect.getsource(sys.modules[name])
 

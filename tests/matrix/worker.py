@@ -207,7 +207,7 @@ class MatrixTrainer(Trainer):
         pass
 
     def save(self) -> None:
-        pass
+        self.saved_step = self.step
 
 
 def cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:
