@@ -200,6 +200,13 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"cp": {"kind": "ring"}, "data": {"packing": False}},
         ["the keys that DeepseekV32Attention chooses", 'set cp.kind = "ulysses"'],
     ),
+    "rotary embeddings by the length that a rank sees": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        MeshSizes(1, 1, 2, 1),
+        {"data": {"seq_len": 129}},
+        ["llama under mesh.cp = 2", "its dynamic position embedding depends on the largest position"],
+    ),
     "more tokens than positions after the padding id": (
         "camembert",
         {},

@@ -39,22 +39,27 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         raise PlanError(f"{what}: {reason}, so packed documents would see each other; set data.packing = false")
     if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise PlanError(f'{what} cannot recompute its blocks; set train.activation_checkpointing = "none"')
-    if sizes.cp > 1:
-        _check_cp(model, sizes)
-    counted, before = _positions(model)
-    learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings(model, "input")]
     # A sequence may be padded to a multiple of 2 cp.
     length = recipe.data.seq_len + (-recipe.data.seq_len % (2 * sizes.cp) if sizes.cp > 1 else 0)
+    if sizes.cp > 1:
+        _check_cp(model, sizes, length)
+    counted, before = _positions(model)
+    learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings(model, "input")]
     if counted and length > counted - before and any(m.num_embeddings <= counted + 8 for m in learned):
         limit = counted - before
         raise PlanError(f"data.seq_len = {recipe.data.seq_len} exceeds the {limit} learned positions of {what}")
 
 
-def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
+def _check_cp(model: PreTrainedModel, sizes: MeshSizes, length: int) -> None:
     """Refuse what is known not to work on parts of sequences; `Trainer` proves the rest on the model itself."""
     what = model.config.model_type
     if mixing := _mixing(model):
         raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
+    if rope := _rope_by_length(model, length):
+        raise PlanError(
+            f"{what} under mesh.cp = {sizes.cp}: its {rope} position embedding depends on the largest position that a "
+            "rank sees; set mesh.cp = 1, or data.seq_len to what the model was made for"
+        )
     if not takes_positions(model) and not position_embeddings(model):
         raise PlanError(f"{what} takes no position_ids, which mesh.cp = {sizes.cp} needs; set mesh.cp = 1")
     if not any("ALL_ATTENTION_FUNCTIONS" in source for source in _sources(model)):
@@ -62,6 +67,19 @@ def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
             f"{what} does not take its attention from transformers' AttentionInterface, which mesh.cp = {sizes.cp} "
             "needs; set mesh.cp = 1"
         )
+
+
+def _rope_by_length(model: PreTrainedModel, length: int) -> str | None:
+    """The kind of rotary embedding whose frequencies change within `length` tokens, or None."""
+    config = model.config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        kind = rope.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0) or 0
+            if length > limit:
+                return str(kind)
+    return None
 
 
 def _positions(model: PreTrainedModel) -> tuple[int | None, int]:

@@ -95,9 +95,8 @@ class _Killer(threading.Thread):
             while not self._writing() and not self.over.wait(0.001):
                 pass
         if not self.over.wait(self.delay_s):
-            writing = self._writing()
+            self.kill = (time.monotonic() - started, self._writing())
             self.pool.kill(self.ranks)
-            self.kill = (time.monotonic() - started, writing)
 
 
 def disturbed(folder: Path, name: str, ranks: int, moments: random.Random, *, whole_s: float) -> Iterator[Kill]:
