@@ -153,11 +153,17 @@ def recipe_for(world: dict[str, Any], tmp_path: Path, kind: str, mesh: str, **mo
     )
 
 
-PAIRS = [(kind, mesh) for kind in KINDS for mesh in MESHES]
+# Without accumulation (and loaded from rank 0) an untied and a tied model are enough.
+CASES = [
+    (kind, mesh, accumulation)
+    for kind in KINDS
+    for mesh in MESHES
+    for accumulation in (1, 2)
+    if accumulation == 2 or kind in ("llama", "gpt2")
+]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("kind", "mesh"), PAIRS)
+@pytest.mark.parametrize(("kind", "mesh", "accumulation"), CASES)
 def test_every_mesh_trains_like_plain_transformers(
     world: dict[str, Any], tmp_path: Path, kind: str, mesh: str, accumulation: int
 ) -> None:
