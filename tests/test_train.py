@@ -159,7 +159,7 @@ CASES = [
     for kind in KINDS
     for mesh in MESHES
     for accumulation in (1, 2)
-    if accumulation == 2 or kind in ("llama", "gpt2")
+    if accumulation == 2 or kind in ("llama", "gemma3_text")
 ]
 
 
