@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_FIXED = "fixed"
 _CHOICE = re.compile(r"topk|dynamic_mask|self\.(indexer|compressor)\b")
 
 
@@ -41,13 +43,50 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return hands_on and decoder is not model and "position_ids" in _parameters(type(decoder).forward)
 
 
+def uses_interface(module: nn.Module) -> bool:
+    """Whether `module` is an attention that takes its function from transformers' AttentionInterface."""
+    return "ALL_ATTENTION_FUNCTIONS" in _forward_source(module)
+
+
 def chooses_keys(module: nn.Module) -> bool:
     """Whether `module` is an attention that finds out itself which keys each query sees, as an indexer does."""
+    return uses_interface(module) and _CHOICE.search(_forward_source(module)) is not None
+
+
+def varying_frequencies(model: nn.Module) -> list[tuple[Any, str | None, str]]:
+    """Rotary embeddings whose frequencies change with the largest position they see: (module, layer type, kind)."""
+    found = []
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        for layer, k in (kind if isinstance(kind, dict) else {None: kind}).items():
+            if isinstance(k, str) and ("dynamic" in k or k == "longrope"):
+                found.append((module, layer, k))
+    return found
+
+
+def fix_frequencies(model: nn.Module, length: int) -> None:
+    """Give rotary embeddings whose frequencies vary those of a sequence of `length` tokens, once and for all.
+
+    transformers takes them from the largest position of each call: of a part of a sequence under context parallelism,
+    of the longest document that a micro batch happens to have under packing.
+    """
+    from transformers.modeling_rope_utils import dynamic_rope_update
+
+    update = dynamic_rope_update(lambda module, x, position_ids, layer_type=None: None)
+    for module, layer, _ in varying_frequencies(model):
+        device = next(module.buffers()).device
+        update(module, torch.empty(0, device=device), torch.arange(length, device=device)[None], layer)
+        if layer is None:
+            module.rope_type = _FIXED
+        else:
+            module.rope_type[layer] = _FIXED
+
+
+def _forward_source(module: nn.Module) -> str:
     try:
-        source = inspect.getsource(type(module).forward)
+        return inspect.getsource(type(module).forward)
     except (OSError, TypeError):
-        return False
-    return "ALL_ATTENTION_FUNCTIONS" in source and _CHOICE.search(source) is not None
+        return ""
 
 
 def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Tokenizing or reading a large model may keep the other ranks waiting for hours; finding each other may not.
 WAIT_TIMEOUT = timedelta(days=30)
 STEP_TIMEOUT = timedelta(minutes=30)
+CONNECT_TIMEOUT = timedelta(minutes=2)
 # Room for the message with which a rank tells the others why it failed.
 MESSAGE_BYTES = 4000
 
@@ -88,9 +89,17 @@ def _launcher_store(rank: int, world_size: int) -> Any:
 
     from ndtrain.errors import NdtrainError
 
-    store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=STEP_TIMEOUT))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # The launcher's store is there before its workers are: where it does not answer, the launcher has died.
+    timeout = CONNECT_TIMEOUT if of_launcher else STEP_TIMEOUT
+    try:
+        store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise NdtrainError(f"nothing answers at {where} within {timeout}, where the ranks are to meet") from error
+    if not of_launcher:
         return store
+    store.set_timeout(STEP_TIMEOUT)
     own = uuid.uuid4().hex
     store.set(f"ndtrain/hello/{rank}", own)
     attempt, answered = own, dict.fromkeys(range(world_size), "")

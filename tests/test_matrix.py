@@ -53,7 +53,7 @@ class Unable:
 def test_a_changed_config_makes_its_results_due_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = results.Results(tmp_path / "results.json")
     kept.put("llama", "tp2", {"status": "agrees", "worst": 0.0, "limit": 1e-4})
-    record = {"kind": "llama", "config": results.CONFIGS["llama"], "router_loss": False}
+    record = {"kind": "llama", "config": results.CONFIGS["llama"], "router_loss": False, "seq": worker.SEQ}
     (tmp_path / "built.json").write_text(json.dumps({"llama": record}))
     monkeypatch.setattr(results, "RankPool", Unable)
     results.build_all(["llama"], tmp_path, kept)

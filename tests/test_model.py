@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ndtrain.attention import fix_frequencies
 from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import HubTokenizer, load_config, meta_model
@@ -90,3 +93,25 @@ def test_documents_begin_as_the_tokenizer_begins_them(template: str) -> None:
     ours = HubTokenizer(plain, key="test")
     begin = [] if ours.bos_id is None else [ours.bos_id]
     assert begin + ours.encode_bytes(b"a b").tolist() == plain.encode("a b")
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "original_max_position_embeddings": 16,
+        "long_factor": [1.0 + 0.5 * i for i in range(8)],
+        "short_factor": [1.0] * 8,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_frequencies_are_those_of_a_whole_sequence_however_short_a_part_is(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+    config = transformers.LlamaConfig(**{**tiny.CONFIGS["llama_dynamic"], "rope_parameters": rope})
+    x, whole = torch.zeros(1), torch.arange(64)[None]
+    plain, fixed = LlamaRotaryEmbedding(config), LlamaRotaryEmbedding(config)
+    fix_frequencies(fixed, 64)
+    want = plain(x, whole)[0]
+    assert torch.equal(fixed(x, whole[:, :8])[0], want[:, :8])
+    assert not torch.equal(plain(x, whole[:, :8])[0], want[:, :8])

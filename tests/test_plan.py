@@ -30,7 +30,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 def recipe_for(tmp_path: Path, kind: str, config: dict[str, Any] | None = None, **sections: Any) -> Recipe:
     base = copy.deepcopy(tiny.CONFIGS.get(kind) or EXTRA.get(kind) or tiny.MATRIX[kind])
-    eager = {"attn": "eager"} if kind in ("gemma2", "mamba", "bloom", "gpt_oss", "prophetnet") else {}
+    eager = {"attn": "eager"} if kind in ("gemma2", "mamba", "bloom", "gpt_oss", "prophetnet", "git") else {}
     path = tiny.recipe_file(
         tmp_path / "recipe.toml",
         model={"type": kind, "config": {**base, **(config or {})}, **eager},
@@ -200,12 +200,19 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"cp": {"kind": "ring"}, "data": {"packing": False}},
         ["the keys that DeepseekV32Attention chooses", 'set cp.kind = "ulysses"'],
     ),
-    "rotary embeddings by the length that a rank sees": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    "models in the model, under cp": (
+        "blt",
+        {},
         MeshSizes(1, 1, 2, 1),
-        {"data": {"seq_len": 129}},
-        ["llama under mesh.cp = 2", "its dynamic position embedding depends on the largest position"],
+        {"data": {"packing": False}},
+        ["blt under mesh.cp = 2", "BltLocalEncoder", "work on sequences of their own"],
+    ),
+    "attention that only its vision tower takes from the interface": (
+        "git",
+        {},
+        MeshSizes(1, 1, 2, 1),
+        {"data": {"packing": False}},
+        ["git does not take its attention from transformers' AttentionInterface"],
     ),
     "more tokens than positions after the padding id": (
         "camembert",

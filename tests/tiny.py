@@ -52,6 +52,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_gqa": {**DENSE, "num_key_value_heads": 2, "tie_word_embeddings": False},
     "llama_two_heads": {**DENSE, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "llama_dynamic": {
+        **DENSE,
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        "tie_word_embeddings": False,
+    },
     "gpt_oss": {**DENSE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "gpt_oss_biased": {**DENSE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "qwen3_moe_few": {
@@ -71,6 +77,7 @@ VARIANTS = {
     "gemma3_capped": "gemma3_text",
     "qwen3_gqa": "qwen3",
     "llama_two_heads": "llama",
+    "llama_dynamic": "llama",
     "qwen3_moe_few": "qwen3_moe",
     "gpt_oss_biased": "gpt_oss",
 }

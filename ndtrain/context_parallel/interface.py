@@ -205,7 +205,8 @@ def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: 
     """Have every module of `model` that takes the model's attention function take `attention`, with masks by `mask`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    base, name = model.config._attn_implementation, _Name(f"ndtrain_{next(_names)}")
+    base = model.config._attn_implementation
+    name = _Name(f"{base}_ndtrain_{next(_names)}")  # models look for "flash" in it
     name.instead_of = base
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)

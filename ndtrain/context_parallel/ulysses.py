@@ -138,7 +138,7 @@ class Ulysses(ContextParallel):
         if repeats > 1:
             key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
         query, key, value = heads_for_sequence([query, key, value], self.group)
-        if attention_mask is not None and attention_mask.shape[1] == heads > 1:
+        if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == heads > 1:
             attention_mask = attention_mask[:, mine]
         # Eager attention reads what belongs to single heads (attention sinks) from the module.
         own = {n: p[mine] for n, p in module.named_parameters(recurse=False) if p.ndim == 1 and len(p) == heads}

@@ -49,7 +49,7 @@ def rules(model: PreTrainedModel, tp: int, *, blocks: tuple[str, ...], without: 
     layers = {
         name: module
         for name, module in modules.items()
-        if _is_linear(module)
+        if is_linear(module)
         and (is_within(name, blocks) if blocks else any(p.isdigit() for p in name.split(".")))
         and not is_within(name, without)
         and not _weight_is_read(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
@@ -81,8 +81,10 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that works on a share of its outputs or inputs as on all of them."""
+    plain = isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or not _names_a_size(module))
+    return plain or is_conv1d(module)
 
 
 def _style(layer: nn.Module, style: str) -> str:
@@ -119,13 +121,17 @@ def _works_on_a_share(modules: dict[str, nn.Module], name: str, pair: set[str], 
     """Whether the module that owns layer `name` names no size of the whole and does nothing else between the pair."""
     parent_name = name.rpartition(".")[0]
     parent = modules[parent_name]
-    if any(isinstance(value, int) and value > 1 for value in _sizes_read(parent)):
+    if _names_a_size(parent):
         return False
     if parent_name in blocks or not any(c.startswith(f"{parent_name}.") for c in pair - {name}):
         # A block has its norms before and after the pair, and so may what holds the last layer alone.
         return True
     own = {c.removeprefix(f"{parent_name}.") for c in pair}
     return not any(n.rpartition(".")[0] not in own for n, _ in parent.named_parameters())
+
+
+def _names_a_size(module: nn.Module) -> bool:
+    return any(isinstance(value, int) and value > 1 for value in _sizes_read(module))
 
 
 def _sizes_read(module: nn.Module) -> Iterator[object]:

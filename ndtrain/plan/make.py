@@ -30,7 +30,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     """
     model_type = model.config.model_type
     refuse.check(model, sizes, recipe)
-    notes = list(refuse.notes(model, recipe))
+    notes = list(refuse.notes(model, sizes, recipe))
     for fqn, param in model.named_parameters():
         if isinstance(param, DTensor):
             raise PlanError(

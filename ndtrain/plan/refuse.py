@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ndtrain import router
-from ndtrain.attention import position_embeddings, positions_from_ids, takes_positions
+from ndtrain.attention import (
+    position_embeddings,
+    positions_from_ids,
+    takes_positions,
+    uses_interface,
+    varying_frequencies,
+)
 from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.units import embeddings
@@ -39,10 +43,10 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         raise PlanError(f"{what}: {reason}, so packed documents would see each other; set data.packing = false")
     if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
         raise PlanError(f'{what} cannot recompute its blocks; set train.activation_checkpointing = "none"')
+    if sizes.cp > 1:
+        _check_cp(model, sizes)
     # A sequence may be padded to a multiple of 2 cp.
     length = recipe.data.seq_len + (-recipe.data.seq_len % (2 * sizes.cp) if sizes.cp > 1 else 0)
-    if sizes.cp > 1:
-        _check_cp(model, sizes, length)
     counted, before = _positions(model)
     learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings(model, "input")]
     if counted and length > counted - before and any(m.num_embeddings <= counted + 8 for m in learned):
@@ -50,36 +54,18 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         raise PlanError(f"data.seq_len = {recipe.data.seq_len} exceeds the {limit} learned positions of {what}")
 
 
-def _check_cp(model: PreTrainedModel, sizes: MeshSizes, length: int) -> None:
+def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
     """Refuse what is known not to work on parts of sequences; `Trainer` proves the rest on the model itself."""
     what = model.config.model_type
     if mixing := _mixing(model):
         raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
-    if rope := _rope_by_length(model, length):
-        raise PlanError(
-            f"{what} under mesh.cp = {sizes.cp}: its {rope} position embedding depends on the largest position that a "
-            "rank sees; set mesh.cp = 1, or data.seq_len to what the model was made for"
-        )
     if not takes_positions(model) and not position_embeddings(model):
         raise PlanError(f"{what} takes no position_ids, which mesh.cp = {sizes.cp} needs; set mesh.cp = 1")
-    if not any("ALL_ATTENTION_FUNCTIONS" in source for source in _sources(model)):
+    if not any(uses_interface(module) for module in _text_modules(_text_model(model))):
         raise PlanError(
             f"{what} does not take its attention from transformers' AttentionInterface, which mesh.cp = {sizes.cp} "
             "needs; set mesh.cp = 1"
         )
-
-
-def _rope_by_length(model: PreTrainedModel, length: int) -> str | None:
-    """The kind of rotary embedding whose frequencies change within `length` tokens, or None."""
-    config = model.config.get_text_config()
-    given = getattr(config, "rope_parameters", None) or {}
-    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
-        kind = rope.get("rope_type")
-        if kind in ("dynamic", "longrope"):
-            limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0) or 0
-            if length > limit:
-                return str(kind)
-    return None
 
 
 def _positions(model: PreTrainedModel) -> tuple[int | None, int]:
@@ -101,11 +87,20 @@ def dropouts(model: PreTrainedModel) -> dict[str, float]:
     return rates
 
 
-def notes(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
+def notes(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Iterator[str]:
     """What a user should know before paying for the run."""
+    given = {"tp": ("plan", recipe.tp.plan), "ep": ("plan", recipe.ep.plan), "cp": ("kind", recipe.cp.kind != "auto")}
+    for axis, (key, is_set) in given.items():
+        if is_set and getattr(sizes, axis) == 1:
+            yield f"{axis}.{key} has no effect: mesh.{axis} = 1"
     if found := dropouts(model):
         rates = ", ".join(f"{key} = {value}" for key, value in found.items())
         yield f"dropout ({rates}) draws other random numbers on another mesh or micro_batch_size"
+    if recipe.data.packing and (kinds := {kind for *_, kind in varying_frequencies(model)}):
+        yield (
+            f"its {', '.join(sorted(kinds))} position embedding is that of data.seq_len = "
+            f"{recipe.data.seq_len} tokens, however short a document is"
+        )
     limit, _ = _positions(model)
     if limit is not None and recipe.data.seq_len > limit:
         yield f"data.seq_len = {recipe.data.seq_len} is beyond the model's max_position_embeddings = {limit}"
@@ -134,8 +129,14 @@ def check_router(model: PreTrainedModel, summed: tuple[str, ...]) -> None:
 
 
 def _mixing(model: PreTrainedModel) -> str | None:
-    """The module that mixes tokens other than by attention, as a sentence, or None."""
-    for module in _text_modules(_text_model(model)):
+    """What mixes tokens other than by attention, as a sentence, or None."""
+    from transformers import PreTrainedModel
+
+    text = _text_model(model)
+    inner = [type(m).__name__ for m in _text_modules(text) if isinstance(m, PreTrainedModel) and m is not text]
+    if len(inner) > 1:
+        return f"{', '.join(inner)} work on sequences of their own, which are not of tokens"
+    for module in _text_modules(text):
         if isinstance(module, nn.Conv1d) or _MIXING.search(type(module).__name__):
             return f"{type(module).__name__} mixes along the sequence without a mask"
     return None
@@ -155,15 +156,8 @@ def _text_modules(module: nn.Module) -> Iterator[nn.Module]:
 
     yield module
     for child in module.children():
-        if not isinstance(child, PreTrainedModel):
+        if not isinstance(child, PreTrainedModel) or "text" in child.input_modalities:
             yield from _text_modules(child)
-
-
-def _sources(model: PreTrainedModel) -> Iterator[str]:
-    """The code of the files that the modules of the text model are from."""
-    for name in {type(module).__module__ for module in _text_modules(_text_model(model))}:
-        with suppress(OSError, TypeError):
-            yield inspect.getsource(sys.modules[name])
 
 
 def _no_packing(model: PreTrainedModel, forward: Mapping[str, object]) -> str | None:

@@ -87,6 +87,8 @@ def _unusable(model: PreTrainedModel, found: dict[str, str], blocks: tuple[str, 
     for name, style in found.items():
         if name in modules and not all(hasattr(modules[name], n) for n in CUTTING.get(style, ())):
             return f"cuts {name}, which is a {type(modules[name]).__name__} and no linear layer"
+        if name in modules and style in CUTTING and _does_more(modules[name]):
+            return f"cuts {name}, whose forward does more than one layer's"
     cut = {
         name: placement(of_it, name.rpartition(".")[2], param.ndim)
         for name, param in model.named_parameters(remove_duplicate=False)
@@ -103,6 +105,13 @@ def _unusable(model: PreTrainedModel, found: dict[str, str], blocks: tuple[str, 
         if cut.get(alias) != cut.get(source):
             return f"has one tied weight, {alias} and {source}, with two styles"
     return _bare(modules, found)
+
+
+def _does_more(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of another kind, or an embedding with a layer behind it."""
+    if isinstance(module, nn.Linear):
+        return not derive.is_linear(module)
+    return isinstance(module, nn.Embedding) and any(True for _ in module.children())
 
 
 def placement(style: str, name: str, ndim: int) -> Placement | None:

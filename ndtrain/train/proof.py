@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -257,6 +259,8 @@ def _reshard(trainer: Trainer) -> None:
 def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
     """The model's own code fails on its part of the work, with an error about shapes or views."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if where := _module_of(error):
+        reason = f"in {where}: {reason}"
     what = f"{trainer.plan.model_type} does not run on {trainer.sizes.describe()}"
     if trainer.recipe.fsdp.mode == "manual":
         return PlanError(
@@ -265,6 +269,12 @@ def _does_not_run(trainer: Trainer, error: Exception) -> PlanError:
         )
     ways = " or ".join(f"mesh.{axis} = 1" for axis in ("cp", "tp") if getattr(trainer.sizes, axis) > 1)
     return PlanError(f"{what} ({reason}); set {ways}")
+
+
+def _module_of(error: Exception) -> str | None:
+    """The innermost module that was at work when `error` was raised."""
+    working = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((type(m).__name__.removeprefix("FSDP") for m in reversed([*working]) if isinstance(m, nn.Module)), None)
 
 
 def _tokens(trainer: Trainer, count: int) -> torch.Tensor:

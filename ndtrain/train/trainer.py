@@ -23,6 +23,7 @@ from ndtrain import data as data_module
 from ndtrain import extra_state
 from ndtrain import runtime as runtime_module
 from ndtrain.attempts import Attempt
+from ndtrain.attention import fix_frequencies
 from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
@@ -127,6 +128,7 @@ class Trainer:
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
         materialize(self.model, runtime, recipe=recipe, on_host=self.plan.on_host)
+        fix_frequencies(self.model, recipe.data.seq_len)
         fill_with_noise(self.model)
         checked = self._prove(twins)
         unset(model_tensors(self.model).values())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from tests.matrix import worker
 from tests.ranks import RankPool, RanksFailed
 
 # Model type -> keyword arguments of a tiny config; and, for those that are not built, why.
-CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "configs.json").read_text())
-UNBUILT: dict[str, str] = json.loads((Path(__file__).parent / "unbuilt.json").read_text())
+HERE = Path(__file__).parent
+CONFIGS: dict[str, dict[str, Any]] = json.loads((HERE / "configs.json").read_text())
+UNBUILT: dict[str, str] = json.loads((HERE / "unbuilt.json").read_text())
 STATUSES = ("agrees", "refused", "wrong", "crash", "hang")
 
 
@@ -37,6 +41,13 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
+@cache
+def commit() -> str:
+    """The commit that is tried, with a mark where the working tree has changes."""
+    named = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
+    return named.stdout.strip() or "unknown"
+
+
 class Results:
     """{type: {column: outcome}}, kept in a file."""
 
@@ -48,7 +59,7 @@ class Results:
         return self.cells.get(kind, {}).get(column)
 
     def put(self, kind: str, column: str, outcome: dict[str, Any]) -> None:
-        self.cells.setdefault(kind, {})[column] = outcome
+        self.cells.setdefault(kind, {})[column] = {**outcome, "commit": commit()}
         write_json(self.path, self.cells)
 
     def forget(self, kind: str) -> None:
@@ -92,13 +103,13 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = False) -> dict[str, Any]:
     """The saved models and their references, by type, {"error": …} for those that could not be built.
 
-    A type whose config or router loss is another since is built again, and what `kept` has of it is forgotten.
+    A type whose config, length or router loss is another since is built again, and what `kept` has of it is forgotten.
     """
     built_file = out / "built.json"
     built: dict[str, Any] = json.loads(built_file.read_text()) if built_file.exists() else {}
     pool = RankPool(1, cases=1000)
     for kind in kinds:
-        made_of = {"config": CONFIGS[kind], "router_loss": router_loss}
+        made_of = {"config": CONFIGS[kind], "router_loss": router_loss, "seq": worker.SEQ}
         if made_of.items() <= built.get(kind, {}).items():
             continue
         for results in kept:
@@ -131,6 +142,7 @@ def report(out: Path, meshes: list[str], ways: list[str]) -> str:
         else:
             rows.append([kind, "yes", *(_shown(results.get(kind, c), kind, reasons) for c, results in columns)])
     made = sum("error" not in v for v in built.values())
+    commits = {row[c].get("commit", "unknown") for c, results in columns for row in results.cells.values() if c in row}
     counts = []
     for column, results in columns:
         count = Counter(row[column]["status"] for row in results.cells.values() if column in row)
@@ -138,7 +150,8 @@ def report(out: Path, meshes: list[str], ways: list[str]) -> str:
     return "\n".join(
         [
             f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}, "
-            "gloo; `OMP_NUM_THREADS=1 python -m tests.matrix --out DIR --peer --table FILE`.",
+            f"gloo, commit {', '.join(sorted(commits))}; `OMP_NUM_THREADS=1 python -m tests.matrix --out DIR --peer "
+            "--table FILE`.",
             "",
             f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here, "
             f"{len(CONFIGS) - made} have a config that failed or was not tried, {len(UNBUILT)} cannot be built and "
@@ -162,7 +175,10 @@ def _shown(found: dict[str, Any] | None, kind: str, reasons: dict[str, int]) -> 
         looser = found["limit"] > worker.TOLERANCE
         text = f"agrees to {found['limit']:.0e}, plain transformers' own distance from float64"
         return f"{found['worst']:.0e}" + (f" [{reasons.setdefault(text, len(reasons) + 1)}]" if looser else "")
-    what = found["what"].replace(kind, "TYPE").replace(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind), "MODEL")
+    names = {re.escape(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)): "MODEL", re.escape(kind): "TYPE"}
+    what = found["what"]
+    for name, instead in names.items():
+        what = re.sub(rf"\b{name}(?=\b|_)", instead, what)
     text = f"{found['status']}: {what}"
     error = f" {found['worst']:.0e}" if "worst" in found else ""
     return f"{found['status']}{error} [{reasons.setdefault(text, len(reasons) + 1)}]"
