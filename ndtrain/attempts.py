@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ndtrain.errors import Stopped
+from ndtrain.places import replace_text
 
 FILE = ".launch.json"
 
@@ -51,9 +52,7 @@ class Attempt:
 
     def _write(self, **said: Any) -> None:
         if self.restarts:
-            beside = self.run_dir / f"{FILE}.tmp"
-            beside.write_text(json.dumps({"launch": self.launch, **said}))
-            beside.replace(self.run_dir / FILE)
+            replace_text(self.run_dir / FILE, json.dumps({"launch": self.launch, **said}))
 
     def open(self, *, is_main: bool) -> None:
         """Forget other launches, whose names may be the same. Raises `Stopped` where this one is stopped already.

@@ -16,6 +16,7 @@ import typer
 import ndtrain
 from ndtrain.attempts import Attempt
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.places import place
 from ndtrain.requests import STOP_SIGNALS, Requests, nothing_to_save
 from ndtrain.runtime import under_torchrun
 
@@ -101,14 +102,15 @@ def _root(
 def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Train: under torchrun as one of its workers, otherwise with a local worker for each rank."""
     resolved = _load(recipe, set_)
-    requests = Requests(Path(resolved.run.dir))
+    run_dir = place(resolved.run.dir)
+    requests = Requests(run_dir)
     requests.listen()  # before torch is imported, which takes its time
     if not under_torchrun():
         ranks = _local_world_size(resolved)
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(_launch(ranks, ["run", *arguments, "--", str(recipe)]))
-    Attempt.of_process(Path(resolved.run.dir)).open(is_main=os.environ.get("RANK", "0") == "0")
+    Attempt.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
     _tell_notes(resolved)
 
     from ndtrain import console, train
@@ -138,8 +140,8 @@ def inspect(
 @app.command()
 def convert(
     checkpoint: Annotated[
-        Path,
-        typer.Argument(metavar="CHECKPOINT", help="A step-... directory, or a Hugging Face or DCP directory."),
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="A step-... directory (or URL), or a Hugging Face or DCP directory."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")] = None,
@@ -155,7 +157,7 @@ def convert(
 
     with console.ByteProgress() as progress:
         notes = converter.convert(
-            checkpoint,
+            place(checkpoint),
             out,
             dtype=dtype,
             max_shard_size=max_shard_size,

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import resource
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from ndtrain.errors import RecipeError
+from ndtrain.places import is_local, os_errors
 from ndtrain.plan import Plan
 
 # Dense bf16 FLOP/s by device name, from NVIDIA's datasheets (A100, H100 SXM, H200, B200).
@@ -90,9 +93,13 @@ class Sink(Protocol):
 
     def write(self, metrics: StepMetrics) -> None: ...
 
+    def close(self) -> None: ...
 
-def require_tensorboard() -> None:
-    """Raise `RecipeError` where the extra is not installed."""
+
+def require_tensorboard(run_dir: Path) -> None:
+    """Raise `RecipeError` where the extra is not installed, or its files could not be written."""
+    if not is_local(run_dir):
+        raise RecipeError(f'log.tensorboard = true needs a local run.dir, and it is "{run_dir}"')
     if importlib.util.find_spec("tensorboard") is None:
         raise RecipeError("log.tensorboard = true needs the extra: pip install 'ndtrain[tensorboard]'")
 
@@ -111,6 +118,9 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, metrics.step)
         self._writer.flush()
 
+    def close(self) -> None:
+        self._writer.close()
+
 
 class JsonLines:
     """Appends one step a line to metrics.jsonl; a step trained again after a crash is simply appended again."""
@@ -126,3 +136,29 @@ class JsonLines:
     def write(self, metrics: StepMetrics) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics.as_dict(), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+class UploadedLines:
+    """metrics.jsonl in an object store, where nothing is appended: the whole file is written now and then."""
+
+    EVERY_S = 30.0
+
+    def __init__(self, path: Path):
+        self.path = path
+        with os_errors(path):
+            self._lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._uploaded = time.monotonic()
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._lines.append(json.dumps(metrics.as_dict(), allow_nan=False))
+        if time.monotonic() - self._uploaded > self.EVERY_S:
+            with suppress(OSError):  # a store that is away for a while has them the next time
+                self.close()
+
+    def close(self) -> None:
+        self._uploaded = time.monotonic()
+        with os_errors(self.path):
+            self.path.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from ndtrain.errors import Stopped
+from ndtrain.places import is_local, os_errors
 
 # What SLURM (USR1, where it is asked to), Kubernetes and torchrun (TERM) send before they kill.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Stands for the file `stop` where a signal's number would stand.
 FILE = 1
+LOOK_EVERY_S = 10.0
 
 
 class Requests:
@@ -26,6 +30,7 @@ class Requests:
         self.training = False
         self._save, self._stop = run_dir / "save", run_dir / "stop"
         self._stuck: set[Path] = set()
+        self._next_look = 0.0
 
     def listen(self) -> None:
         """Take the signals from now on to the end of the process: the launcher sends more while it ends."""
@@ -42,18 +47,35 @@ class Requests:
 
     def seen(self, *, files: bool) -> list[int]:
         """[stop, save] as numbers of which the ranks take the largest; 0 is no. `files`: whether to look at them."""
+        files = files and self._due()
         stop = self.signal or (FILE if files and self._is_there(self._stop) else 0)
         return [stop, int(files and self._is_there(self._save))]
 
+    def _due(self) -> bool:
+        """Whether to look at the files again: at every step, but an object store is not asked more often than this."""
+        if is_local(self._stop):
+            return True
+        due = time.monotonic() >= self._next_look
+        if due:
+            self._next_look = time.monotonic() + LOOK_EVERY_S
+        return due
+
     def _is_there(self, path: Path) -> bool:
-        return path not in self._stuck and os.path.isfile(path)  # not Path.is_file: a flaky file system is no request
+        if path in self._stuck:
+            return False
+        if is_local(path):
+            return os.path.isfile(path)  # not Path.is_file: a flaky file system is no request
+        with suppress(Exception):  # nor is a flaky object store
+            return path.exists()
+        return False
 
     def answered(self) -> list[str]:
         """Remove the files; returns those that cannot be removed, which are not looked at again."""
         for path in (self._save, self._stop):
             try:
-                if os.path.isfile(path):
-                    path.unlink()
+                with os_errors(path):
+                    if path.is_file():
+                        path.unlink()
             except OSError:
                 self._stuck.add(path)
         return [str(path) for path in self._stuck]

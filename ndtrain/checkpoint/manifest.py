@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,21 +11,15 @@ from typing import Any
 import xxhash
 
 from ndtrain.errors import DamagedError, NdtrainError
+from ndtrain.places import is_local, sizes_of, sync
 
 FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
 HASH = "xxh3_128"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _CHUNK_BYTES = 1 << 24
 # The manifest has its own hash, taken with this in its place.
 _NO_HASH = "0" * 32
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def hasher() -> Any:
@@ -40,7 +33,7 @@ def _digest_of(content: bytes) -> str:
 
 def _digest(path: Path) -> str:
     found, buffer = hasher(), memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         while count := file.readinto(buffer):
             found.update(buffer[:count])
     return str(found.hexdigest())
@@ -53,35 +46,32 @@ def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[st
     writer knows them. Raises `NdtrainError` for a file that is not as it was written.
     """
     files: dict[str, Any] = {}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_dir():
-            continue
+    for name, size in sorted(sizes_of(directory).items()):
         if not _FILE.fullmatch(name):
             raise NdtrainError(f"{directory}: no checkpoint file can have the name {name!r}")
-        size = path.stat().st_size
         if name not in written:
-            files[name] = {"size": size, HASH: _digest(path)}
-            sync(path)
+            files[name] = {"size": size, HASH: _digest(directory / name)}
+            sync(directory / name)
         elif written[name]["size"] == size:
             files[name] = written[name]
         else:
-            raise NdtrainError(f"{path} has {size:,} of {written[name]['size']:,} bytes")
+            raise NdtrainError(f"{directory / name} has {size:,} of {written[name]['size']:,} bytes")
     if missing := sorted(written.keys() - files.keys()):
         raise NdtrainError(f"{directory / missing[0]} was written, but is not there")
     body = {HASH: _NO_HASH, "version": FORMAT_VERSION, "files": files, "tensors": tensors}
     text = json.dumps(body, indent=1).encode()
-    manifest = directory / "manifest.json"
+    manifest = directory / MANIFEST
     manifest.write_bytes(text.replace(_NO_HASH.encode(), _digest_of(text).encode(), 1))
     sync(manifest)
-    for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
-        sync(path)
+    if is_local(directory):
+        for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
+            sync(path)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest, its file names checked never to leave the directory. DamagedError."""
     try:
-        text = (directory / "manifest.json").read_bytes()
+        text = (directory / MANIFEST).read_bytes()
         manifest: dict[str, Any] = json.loads(text)
         if manifest["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {manifest['version']}, this ndtrain reads {FORMAT_VERSION}")
@@ -115,14 +105,12 @@ def check_files(directory: Path) -> dict[str, Any]:
     All by size, and by hash those that hold no tensors.
     """
     manifest = read_manifest(directory)
-    files = manifest["files"]
+    files, sizes = manifest["files"], sizes_of(directory)
     for name in {"train_state.json": None, **files}:
-        path = directory / name
-        if name not in files or not path.is_file() or path.is_symlink():
+        if name not in files or name not in sizes:
             raise DamagedError(f"{directory}: {name} is missing")
-        size, wanted = path.stat().st_size, files[name]["size"]
-        if size != wanted:
-            raise DamagedError(f"{directory}: {name} has {size:,} of {wanted:,} bytes")
+        if sizes[name] != files[name]["size"]:
+            raise DamagedError(f"{directory}: {name} has {sizes[name]:,} of {files[name]['size']:,} bytes")
     check_hashes(directory, files, (name for name in files if not is_tensor_file(name)))
     return manifest
 

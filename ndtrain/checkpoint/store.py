@@ -1,4 +1,8 @@
-"""The checkpoints of a run: published by rename, pruned, found again."""
+"""The checkpoints of a run: published as a whole, pruned, found again.
+
+On a file system a checkpoint gets its name when it is complete. In an object store, which cannot rename, it is one as
+soon as it has its manifest, which is written last and removed first.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ndtrain.checkpoint.manifest import check_files, check_hashes, is_tensor_file, sync, write_manifest
+from ndtrain.checkpoint.manifest import MANIFEST, check_files, check_hashes, is_tensor_file, write_manifest
 from ndtrain.checkpoint.staging import Staging
 from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, write_files
 from ndtrain.errors import DamagedError, NdtrainError
+from ndtrain.places import is_local, local_copy_to, os_errors, place, remove_tree, sync
 from ndtrain.runtime import WAIT_TIMEOUT, broadcast_json, gather_json, on_rank0, rank, together, world_size
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -101,6 +106,7 @@ class CheckpointStore:
             raise ValueError(f"keep is {keep}, it has to be at least 1")
         self.root = run_dir / "checkpoints"
         self.keep, self.background = keep, background
+        self.local = is_local(run_dir)
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
         self._flight: _Background | None = None
@@ -108,12 +114,22 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
-    def _steps(self) -> list[tuple[int, Path]]:
+    def _directories(self) -> list[tuple[int, Path]]:
         found = [(_STEP.fullmatch(p.name), p) for p in self.root.iterdir()] if self.root.is_dir() else []
-        return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+        steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+        return sorted(steps, key=lambda item: item[0])
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        return [(n, p) for n, p in self._directories() if self.local or (p / MANIFEST).exists()]
 
     def _clean(self) -> None:
         """Removes what a crash left; rank 0. A replaced checkpoint whose successor never came is put back."""
+        if not self.local:
+            whole = self._steps()
+            for step in self._directories():
+                if step not in whole:
+                    remove_tree(step[1])
+            return
         for path in self.root.glob(".old-step-*") if self.root.is_dir() else ():
             with contextlib.suppress(OSError, DamagedError):
                 final = self.root / path.name.removeprefix(".old-")
@@ -179,10 +195,14 @@ class CheckpointStore:
 
     def _write(self, job: _Job, group: dist.ProcessGroup | None) -> Path:
         final = self.path(job.step)
-        work = self.root / f".tmp-{final.name}"
+        work = self.root / f".tmp-{final.name}" if self.local else final
         written: dict[str, Any] = {}
 
         def prepare() -> None:
+            if not self.local:
+                remove_tree(final, first=MANIFEST)
+                self._clean()
+                return
             self.root.mkdir(parents=True, exist_ok=True)
             self._clean()
             tensors = sum(mine for mine in everyone)
@@ -199,9 +219,12 @@ class CheckpointStore:
         def publish() -> None:
             (work / "train_state.json").write_text(json.dumps(job.state, indent=1))
             if job.extra_files is not None:
-                job.extra_files(work)
+                with local_copy_to(work) as beside:
+                    job.extra_files(beside)
             write_manifest(work, dict(job.listed), {name: entry for mine in files for name, entry in mine.items()})
             check(work)
+            if not self.local:
+                return
             if final.exists():
                 # os.rename cannot replace a directory; aside, the old one can be put back after a crash
                 final.rename(self.root / f".old-{final.name}")
@@ -211,25 +234,44 @@ class CheckpointStore:
         try:
             sizes = [piece.nbytes for part in job.files.values() for f in part.values() for piece, _ in f.values()]
             everyone = gather_json(sum(sizes), group)
-            on_rank0(prepare, group)
-            together(write, group)
+            on_rank0(self._there(prepare), group)
+            together(self._there(write), group)
             files = gather_json(written, group)
-            on_rank0(publish, group)
+            on_rank0(self._there(publish), group)
         except BaseException as error:
             # every rank is here, or was interrupted by its user: on_rank0 and together have made them agree
             if rank() == 0:
-                shutil.rmtree(work, ignore_errors=True)
-                self._clean()
+                with contextlib.suppress(OSError):
+                    self._there(self._undo)(work)
             if isinstance(error, NdtrainError):
                 raise type(error)(f"{final} was not written, older checkpoints stay: {error}") from error
             raise
         if rank() == 0:
             with contextlib.suppress(OSError):  # the checkpoint is there: room not freed is no reason to fail
-                for old in [path for number, path in self._steps() if number <= job.step][: -self.keep]:
-                    # renamed first, so that a half removed one is never taken for a checkpoint
-                    old.rename(self.root / f".del-{old.name}")
-                self._clean()
+                self._there(self._prune)(job.step)
         return final
+
+    def _there(self, work: Callable[..., None]) -> Callable[..., None]:
+        """`work` at this store, its failures as `OSError`s."""
+
+        def done(*args: Any) -> None:
+            with os_errors(self.root):
+                work(*args)
+
+        return done
+
+    def _undo(self, work: Path) -> None:
+        remove_tree(work, first=None if self.local else MANIFEST)
+        self._clean()
+
+    def _prune(self, newest: int) -> None:
+        for old in [path for number, path in self._steps() if number <= newest][: -self.keep]:
+            if self.local:
+                # renamed first, so that a half removed one is never taken for a checkpoint
+                old.rename(self.root / f".del-{old.name}")
+            else:
+                remove_tree(old, first=MANIFEST)
+        self._clean()
 
     # ---- finding
 
@@ -260,23 +302,27 @@ class CheckpointStore:
         if str(resume) == "never":
             return None, []
         if str(resume) != "auto":
+            directory = place(str(resume))
 
             def named() -> None:
-                if not Path(resume).is_dir():
+                if not directory.is_dir():
                     raise DamagedError(f"{resume}: there is no such checkpoint")
 
-            on_rank0(named)
-            self._check(Path(resume), verify=verify)
-            return Path(resume), []
-        on_rank0(self._clean)
+            on_rank0(self._there(named))
+            self._check(directory, verify=verify)
+            return directory, []
+        on_rank0(self._there(self._clean))
         refused: list[str] = []
-        for name in broadcast_json([str(path) for _, path in reversed(self._steps())] if rank() == 0 else None):
+        names: list[str] = []
+        on_rank0(self._there(lambda: names.extend(path.name for _, path in reversed(self._steps()))))
+        for name in broadcast_json(names):
+            directory = self.root / name
             try:
-                self._check(Path(name), verify=verify)
+                self._check(directory, verify=verify)
             except DamagedError as error:
                 refused.append(str(error))
             else:
-                return Path(name), [f"{reason}; going back to {name}" for reason in refused]
+                return directory, [f"{reason}; going back to {directory}" for reason in refused]
         if refused:
             raise DamagedError(f"no checkpoint is whole: {refused[0]}")
         return None, []
@@ -284,8 +330,8 @@ class CheckpointStore:
     def _check(self, directory: Path, *, verify: bool) -> None:
         """`check` on rank 0; with `verify` all ranks hash a share of the tensor files each. Collective."""
         found: dict[str, Any] = {}
-        on_rank0(lambda: found.update(check(directory)))
+        on_rank0(self._there(lambda: found.update(check(directory))))
         if verify:
             files = broadcast_json(found.get("files"))
             names = sorted(name for name in files if is_tensor_file(name))
-            together(lambda: check_hashes(directory, files, names[rank() :: world_size()]))
+            together(self._there(lambda: check_hashes(directory, files, names[rank() :: world_size()])))

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from ndtrain.checkpoint.manifest import HASH, hasher, is_tensor_file, read_manifest
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
+from ndtrain.places import is_local, read_range, read_ranges
 from ndtrain.runtime import rank, together, world_size
 
 _DTYPES = {
@@ -34,6 +35,9 @@ _DTYPES = {
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_HEADER_BYTES = 1 << 16  # read at first: most headers are shorter
+_WRITE_BYTES = 1 << 26
+_READ_BYTES = 1 << 28  # at once, from an object store
 
 
 # File name -> key -> (this rank's piece, where it begins in the whole tensor)
@@ -46,6 +50,13 @@ class _Piece(NamedTuple):
     sizes: Ints
     dtype: str
     start: int  # of its bytes in the file
+
+
+class _Wanted(NamedTuple):
+    key: str
+    piece: _Piece
+    target: Tensor
+    source: tuple[slice, ...]  # of the piece
 
 
 def _held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
@@ -125,26 +136,28 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     found, size = hasher(), 0
-    with path.open("xb", buffering=0) as file:
+    with path.open("xb", buffering=0) if is_local(path) else path.open("wb") as file:
 
         def write(data: memoryview) -> None:
             nonlocal size
             found.update(data)
             size += len(data)
             while data:
-                data = data[file.write(data) :]
+                data = data[file.write(data[:_WRITE_BYTES]) :]
 
         write(memoryview(len(text).to_bytes(8, "little") + text))
         for _, (tensor, _) in ordered:
             if tensor.numel():
                 write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        os.fsync(file.fileno())
+        if is_local(path):
+            os.fsync(file.fileno())
     return {"size": size, HASH: found.hexdigest()}
 
 
 def write_files(directory: Path, files: Files) -> dict[str, Any]:
     """Write this rank's files; {name: its size and hash}."""
-    directory.mkdir(parents=True, exist_ok=True)
+    if is_local(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     return {name: _write_file(directory / name, entries) for name, entries in files.items()}
 
 
@@ -167,11 +180,13 @@ def _pieces(file: Path, name: str) -> dict[str, _Piece]:
     """The pieces in one file, with the header checked against the file's length. DamagedError."""
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError(f"{size:,} bytes cannot hold its header")
-            header = json.loads(stream.read(length))
+        begin = read_range(file, 0, min(size, _HEADER_BYTES))
+        length = int.from_bytes(begin[:8], "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{size:,} bytes cannot hold its header")
+        if 8 + length > len(begin):
+            begin += read_range(file, len(begin), 8 + length)
+        header = json.loads(begin[8 : 8 + length])
         info = header.pop("__metadata__", {})
         sharding = json.loads(info["DCP_SHARDING_INFO"]) if "DCP_SHARDING_INFO" in info else None
         found, end = {}, 0
@@ -224,7 +239,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
         stored = _stored(directory)
         if all_of_it and (left := sorted(stored.keys() - tensors.keys())):
             raise DamagedError(f"{directory}: holds {left[0]}, which this model does not have")
-        by_file: dict[Path, list[tuple[str, Tensor, tuple[slice, ...]]]] = defaultdict(list)
+        by_file: dict[Path, list[_Wanted]] = defaultdict(list)
         for key, tensor in tensors.items():
             local, boxes = _held(key, tensor)
             pieces = stored.get(key, [])
@@ -256,21 +271,57 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
                     source = tuple(
                         slice(at - o, at - o + s) for at, o, s in zip(low, piece.offsets, sizes, strict=True)
                     )
-                    by_file[piece.file].append((key, target, source))
+                    by_file[piece.file].append(_Wanted(key, piece, target, source))
                 wanted_here = math.prod(box.sizes)
                 if covered != wanted_here:
                     raise DamagedError(f"{directory}: {key} has {covered:,} of {wanted_here:,} values at {box.offsets}")
-        for file, wanted in sorted(by_file.items()):
+        for file, wanted in sorted(by_file.items(), key=lambda item: str(item[0])):
             try:
-                with safe_open(file, framework="pt") as source_file:
-                    for key, target, source in wanted:
-                        # a slice of a 0-dimensional entry cannot be taken
-                        value = source_file.get_slice(key)[source] if source else source_file.get_tensor(key)
-                        target.copy_(value)
+                (_fill if is_local(file) else _fill_from_afar)(file, wanted)
             except (SafetensorError, OSError) as error:
                 raise DamagedError(f"{file}: damaged tensor file ({error})") from error
 
     together(read)
+
+
+def _fill(file: Path, wanted: list[_Wanted]) -> None:
+    with safe_open(file, framework="pt") as source_file:
+        for key, _, target, source in wanted:
+            # a slice of a 0-dimensional entry cannot be taken
+            target.copy_(source_file.get_slice(key)[source] if source else source_file.get_tensor(key))
+
+
+def _fill_from_afar(file: Path, wanted: list[_Wanted]) -> None:
+    """Several requests at once, each for some rows of a piece, at most `_READ_BYTES` (or one row) in memory."""
+    batch: list[tuple[_Wanted, slice, int, int]] = []  # with rows of the target, and bytes of the file
+
+    def fetch() -> None:
+        found = read_ranges(file, [(start, stop) for *_, start, stop in batch])
+        for (want, rows, start, stop), data in zip(batch, found, strict=True):
+            if len(data) != stop - start:
+                raise OSError(f"{len(data):,} of {stop - start:,} bytes")
+            shape = (-1, *want.piece.sizes[1:]) if want.source else ()
+            values = torch.frombuffer(bytearray(data), dtype=want.target.dtype).reshape(shape)
+            if want.source:
+                want.target[rows].copy_(values[(slice(None), *want.source[1:])])
+            else:
+                want.target.copy_(values)
+        batch.clear()
+
+    held = 0
+    for want in wanted:
+        row = math.prod(want.piece.sizes[1:]) * want.target.element_size()
+        first, last = (want.source[0].start, want.source[0].stop) if want.source else (0, 1)
+        step = max(1, _READ_BYTES // row)
+        for low in range(first, last, step):
+            high = min(low + step, last)
+            if batch and held + (high - low) * row > _READ_BYTES:
+                fetch()
+                held = 0
+            held += (high - low) * row
+            at = want.piece.start
+            batch.append((want, slice(low - first, high - first), at + low * row, at + high * row))
+    fetch()
 
 
 def listing(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ndtrain import extra_state
 from ndtrain.checkpoint import CheckpointStore, check
-from ndtrain.checkpoint.manifest import read_manifest, sync
+from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.checkpoint.tensors import pieces_of
 from ndtrain.convert.back import copy_beside, is_hub_directory, write_checkpoint
 from ndtrain.convert.foreign import METADATA, foreign_tensors
@@ -22,6 +22,7 @@ from ndtrain.convert.stored import checkpoint_tensors
 from ndtrain.convert.stream import Progress
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.model import tied_keys
+from ndtrain.places import is_local, local_copy_of, sync
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What write_hub makes anew, and what is of the checkpoint alone.
@@ -63,6 +64,8 @@ def convert(
         raise RecipeError(
             f"--config {config} " + ("does not exist" if foreign else "is for checkpoints of other tools")
         )
+    if not is_local(checkpoint) and (back or foreign):
+        raise RecipeError(f"{checkpoint}: only ndtrain's own checkpoints convert from a URL; copy it first")
     source = checkpoint if back or foreign else _step_directory(checkpoint)
     if not back and not foreign:
         check(source)
@@ -87,13 +90,15 @@ def convert(
 
 
 def _to_hub(source: Path, part: Path, *, dtype: str | None, **how: Any) -> list[str]:
-    model, target = meta_model_of(source, dtype)
-    tensors = checkpoint_tensors(pieces_of(source / "model"), source / "model")
-    match(state_to_store(model), tensors, source / "model")
-    write_hub(tensors, model, part, dtype=target, states=extra_state.read(source), **how)
-    for name in read_manifest(source)["files"]:
-        if "/" not in name and name not in _OWN:
-            shutil.copy2(source / name, part / name)
+    beside = [name for name in read_manifest(source)["files"] if "/" not in name]
+    with local_copy_of(source, beside) as near:
+        model, target = meta_model_of(near, dtype)
+        tensors = checkpoint_tensors(pieces_of(source / "model"), source / "model")
+        match(state_to_store(model), tensors, source / "model")
+        write_hub(tensors, model, part, dtype=target, states=extra_state.read(near), **how)
+        for name in beside:
+            if name not in _OWN:
+                shutil.copy2(near / name, part / name)
     return []
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
+from ndtrain.places import is_local, read_range
 
 BLOCK_BYTES = 4 * 2**20
 
@@ -135,6 +136,12 @@ def read_all(source: Stored, dtype: torch.dtype, *, room: Room) -> Tensor:
 
 def _read(path: Path, start: int, into: memoryview) -> None:
     try:
+        if not is_local(path):
+            data = read_range(path, start, start + len(into))
+            if len(data) < len(into):
+                raise DamagedError(f"{path} ends before its tensors do")
+            into[:] = data
+            return
         descriptor = os.open(path, os.O_RDONLY)
         try:
             while into:
@@ -145,4 +152,4 @@ def _read(path: Path, start: int, into: memoryview) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error

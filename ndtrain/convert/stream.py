@@ -20,6 +20,7 @@ from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import BLOCK_BYTES, Room, Stored, checkpoint_tensors, read_all, read_rows
 from ndtrain.convert.weights import Group
 from ndtrain.errors import DamagedError
+from ndtrain.places import is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,8 @@ class Stream:
         if group.transform is None:
             source, key = self.source[group.sources[0]], group.outputs[0]
             whole_rows = all(piece.sizes[1:] == source.shape[1:] for piece in source.pieces)
-            if copy is not None and whole_rows and source.dtype == self.targets[key].dtype:
+            near = all(is_local(piece.file) for piece in source.pieces)
+            if copy is not None and near and whole_rows and source.dtype == self.targets[key].dtype:
                 yield from self._copies(source, key, copy, stop)
             else:
                 yield from self._blocks(source, key, sink, stop)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ndtrain import extra_state
 from ndtrain.checkpoint import CheckpointStore, check, load_tensors
 from ndtrain.checkpoint.manifest import read_manifest
-from ndtrain.errors import DamagedError
+from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.load import load_weights, model_tensors, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
@@ -23,7 +23,10 @@ def with_checkpoint(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
     Config and tokenizer are then found as in any directory. Raises `DamagedError` where no checkpoint is whole.
     """
-    path = Path(recipe.model.name or "")
+    name = recipe.model.name or ""
+    path = Path(name)
+    if "://" in name:
+        raise RecipeError(f'model.name = "{name}": a run starts from a local directory or the hub; copy it first')
     root = path / "checkpoints"
     if recipe.model.name is None or not root.is_dir() or (path / "config.json").exists():
         return recipe, []

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from errno import EACCES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +33,7 @@ from ndtrain.metrics import (
     Sink,
     StepMetrics,
     TensorBoard,
+    UploadedLines,
     flops_per_token,
     now,
     peak_flops,
@@ -43,6 +43,7 @@ from ndtrain.metrics import (
 from ndtrain.model import load_tokenizer
 from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_over_tp
 from ndtrain.parallelize import parallelize
+from ndtrain.places import is_local, open_to_write, os_errors, place
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.requests import Requests, nothing_to_save, words
@@ -82,7 +83,7 @@ class Trainer:
         self.recipe, self.plan, self.model = recipe, plan, model
         self.runtime, self.reporter = runtime, reporter
         self.sizes = plan.sizes
-        self.run_dir = Path(recipe.run.dir)
+        self.run_dir = place(recipe.run.dir)
         self.requests = requests or Requests(self.run_dir)
         self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
         self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep, background=recipe.checkpoint.async_)
@@ -102,17 +103,21 @@ class Trainer:
         recipe, runtime = self.recipe, self.runtime
         runtime_module.on_rank0(self._open_run_dir)
         if recipe.log.tensorboard:
-            require_tensorboard()
+            require_tensorboard(self.run_dir)
         self._open_tokenizer()
         runtime_module.on_rank0(self._try_extras)
         self.batches = self._open_data()
         attempt = Attempt.of_process(self.run_dir)
-        resume = runtime_module.broadcast_json(attempt.resume(recipe.checkpoint.resume, self.store.newest_step()))
+        asked: list[str] = []
+        runtime_module.on_rank0(
+            lambda: asked.append(attempt.resume(recipe.checkpoint.resume, self.store.newest_step()))
+        )
+        resume = runtime_module.broadcast_json(asked)[0]
         found, messages = self.store.find(resume, verify=recipe.checkpoint.verify)
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
-        self._check_run_dir(state, resume)
+        runtime_module.on_rank0(lambda: self._check_run_dir(state, resume))
         if state is not None and found is not None:
             for note in self._check_state(state, found):
                 self.reporter.info(f"note: {note}")
@@ -157,7 +162,8 @@ class Trainer:
         )
         if runtime.is_main:
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-            self.sinks: list[Sink] = [JsonLines(self.run_dir / "metrics.jsonl")]
+            lines = JsonLines if is_local(self.run_dir) else UploadedLines
+            self.sinks: list[Sink] = [lines(self.run_dir / "metrics.jsonl")]
             if recipe.log.tensorboard:
                 self.sinks.append(TensorBoard(self.run_dir / "tensorboard"))
 
@@ -197,11 +203,11 @@ class Trainer:
 
     def _open_run_dir(self) -> None:
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.run_dir, os.W_OK | os.X_OK):
-                raise PermissionError(EACCES, "no permission to write")
+            with os_errors(self.run_dir):
+                open_to_write(self.run_dir)
         except OSError as error:
-            raise RecipeError(f'run.dir = "{self.run_dir}" cannot be used: {error.strerror}; choose another') from error
+            why = error.strerror or error
+            raise RecipeError(f'run.dir = "{self.run_dir}" cannot be used: {why}; choose another') from error
 
     def _try_extras(self) -> None:
         """Write config and tokenizer once for nothing: what cannot be saved must not be trained first."""
@@ -314,7 +320,10 @@ class Trainer:
             last = first
             while self.step < recipe.train.steps:
                 last = self.train_step()
+            self._close_sinks()
         except NdtrainError:
+            with suppress(OSError):
+                self._close_sinks()
             # What is being written is whole, and no less worth.
             with suppress(NdtrainError):
                 self.store.settle()
@@ -323,6 +332,10 @@ class Trainer:
             f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
             f"in {time.perf_counter() - started:.0f} s"
         )
+
+    def _close_sinks(self) -> None:
+        for sink in self.sinks if self.runtime.is_main else ():
+            sink.close()
 
     def _listen(self) -> None:
         """From here on requests wait for the end of a step; what was asked before ends the run."""

@@ -1,0 +1,171 @@
+"""A run in an object store (moto's, a real server on this machine): saved, resumed, damaged, converted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+from safetensors.torch import load_file
+
+from ndtrain.convert import convert
+from ndtrain.errors import RecipeError
+from ndtrain.places import is_local, place
+from tests import tiny
+from tests.ranks import get_pool
+
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[dict[str, str]]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    env = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    yield env
+    server.stop()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def trained(path: str, env: dict[str, str], overrides: list[str]) -> dict[str, Any]:
+    """One run on the ranks of a pool: what it told, and its metrics."""
+    import torch.distributed as dist
+
+    from ndtrain.model import meta_model
+    from ndtrain.plan import make_plan
+    from ndtrain.recipe import load_recipe
+    from ndtrain.runtime import Runtime
+    from ndtrain.train import Silent, Trainer, sizes_for
+
+    os.environ.update(env)
+    told: list[str] = []
+
+    class Recorder(Silent):
+        def info(self, line: str) -> None:
+            told.append(line)
+
+    recipe = load_recipe(Path(path), overrides)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = meta_model(recipe)
+    plan = make_plan(model, sizes_for(recipe, world), recipe)
+    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
+    trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Recorder())
+    trainer.prepare()
+    trainer.train()
+    dist.barrier()
+    lines = (place(recipe.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return {"told": told, "loss": {m["step"]: m["loss"] for m in map(json.loads, lines)}}
+
+
+def run(corpus: Path, folder: Path, where: str, env: dict[str, str], *, steps: int, **mesh: int) -> dict[str, Any]:
+    recipe = tiny.recipe_file(
+        folder / "recipe.toml",
+        model={"type": "llama", "config": tiny.CONFIGS["llama"], "init": "random"},
+        corpus=corpus,
+        run_dir=where,
+        mesh=mesh,
+        steps=steps,
+        batch_ranks=mesh["dp_shard"],
+        schedule={"kind": "constant"},
+        checkpoint={"every": 2, "keep": 2, "resume": "auto", "verify": True},
+    )
+    ranks = mesh["dp_shard"] * mesh.get("tp", 1)
+    return get_pool(ranks).run(trained, str(recipe), env, [], timeout=300)[0]
+
+
+def steps_in(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "checkpoints").iterdir())
+
+
+def test_a_run_in_an_object_store_is_that_of_a_directory(env: dict[str, str], corpus: Path, tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/run"
+    root = place(url)
+    near = run(corpus, tmp_path, str(tmp_path / "run"), env, steps=6, dp_shard=2)
+    run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
+    assert steps_in(root) == ["step-00000002", "step-00000004"]
+    far = run(corpus, tmp_path, url, env, steps=6, dp_shard=1, tp=2)
+    assert any(line.startswith(f"resumed from {url}/checkpoints/step-00000004") for line in far["told"])
+    assert steps_in(root) == ["step-00000004", "step-00000006"] == steps_in(tmp_path / "run")
+    assert {step: pytest.approx(loss, rel=1e-5) for step, loss in near["loss"].items()} == far["loss"]
+    convert(root, tmp_path / "far", verify=True)
+    convert(tmp_path / "run", tmp_path / "near")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("far", "near"))
+    assert ours.keys() == theirs.keys() and (tmp_path / "far" / "tokenizer.json").exists()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)
+
+
+# What happens to the newest checkpoint, and what is said of it; nothing of one that never had its manifest.
+DAMAGES: dict[str, tuple[str, str | None]] = {
+    "manifest gone": ("manifest.json", None),
+    "file gone": ("optim/00001-of-00002.safetensors", "optim/00001-of-00002.safetensors is missing"),
+    "flipped": ("model/00000-of-00002.safetensors", "model/00000-of-00002.safetensors was altered"),
+    "cut": ("model/00001-of-00002.safetensors", "model/00001-of-00002.safetensors has 100 of"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_one_that_was_never_complete_removed(
+    env: dict[str, str], corpus: Path, tmp_path: Path, damage: str
+) -> None:
+    url = f"s3://{BUCKET}/{damage.replace(' ', '-')}"
+    name, said = DAMAGES[damage]
+    run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
+    newest = place(url) / "checkpoints" / "step-00000004"
+    content = bytearray((newest / name).read_bytes())
+    if damage == "flipped":
+        content[-3] ^= 1
+        (newest / name).write_bytes(bytes(content))
+    elif damage == "cut":
+        (newest / name).write_bytes(bytes(content[:100]))
+    else:
+        (newest / name).unlink()
+    resumed = run(corpus, tmp_path, url, env, steps=5, dp_shard=2)
+    assert any(line.startswith(f"resumed from {url}/checkpoints/step-00000002") for line in resumed["told"])
+    assert (
+        any(said in line for line in resumed["told"]) if said else not any("going back" in t for t in resumed["told"])
+    )
+    assert steps_in(place(url)) == ["step-00000004", "step-00000005"]
+
+
+def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
+    env: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=r'RecipeError: run.dir = "s3://nobody/run" cannot be used: .*bucket'):
+        run(corpus, tmp_path, "s3://nobody/run", env, steps=4, dp_shard=2)
+
+
+def test_urls_are_paths_and_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert place(str(tmp_path)) == place(f"file://{tmp_path}") == tmp_path and is_local(place("runs/a"))
+    with pytest.raises(RecipeError, match="nosuch://x cannot be used"):
+        place("nosuch://x")
+    monkeypatch.setitem(sys.modules, "upath", None)
+    with pytest.raises(RecipeError, match=r"pip install 'ndtrain\[remote\]'"):
+        place("s3://bucket/x")
