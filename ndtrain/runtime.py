@@ -169,12 +169,12 @@ def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
         dist.destroy_process_group(group)
 
 
-def on_rank0(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+def on_rank0(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
     """Run `work` on rank 0 alone; its error is raised on every rank."""
     together(work if rank() == 0 else None, group)
 
 
-def together(work: Callable[[], None] | None, group: dist.ProcessGroup | None = None) -> None:
+def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None = None) -> None:
     """Run `work` on every rank that has any; where one failed, all raise. Also a barrier.
 
     A rank that left alone would leave the others in the next collective. An `NdtrainError` keeps its class and with it

@@ -92,7 +92,7 @@ def cell(path: str, saved: str, *, loads: bool) -> dict[str, Any]:
         ids = trainer.batches.sample_ids(trainer.cursor).tolist()
         if not loads:
             trainer.save()
-            trainer.store.settle()
+            trainer.saving.store.settle()
         loss = trainer.train_step().loss
     except NdtrainError as error:
         return {"wrong": f"{type(error).__name__}: {error}"}

@@ -28,15 +28,21 @@ from ndtrain.checkpoint import (
     optimizer_tensors,
     read_state,
     restore_optimizer,
-    save_tensors,
 )
+from ndtrain.checkpoint.tensors import files_of, write_files
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_boxes
+from ndtrain.runtime import together
 from tests.ranks import RanksFailed, get_pool
 from tests.tiny import forged
 
 R = Replicate()
 MESHES = {"dp4": (4, 1), "tp4": (1, 4), "dp2tp2": (2, 2), "hsdp": (2, 2)}
+
+
+def save_tensors(directory: Path, tensors: dict[str, Any]) -> None:
+    """Every tensor once, each rank its part; collective."""
+    together(lambda: write_files(directory, files_of(tensors)))
 
 
 def strided(dim: int, factor: int) -> Any:

@@ -71,7 +71,7 @@ def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[st
     first = trainer.cursor
     while trainer.step < (stop or recipe.train.steps):
         trainer.train_step()
-    trainer.store.settle()
+    trainer.saving.store.settle()
     size = recipe.train.global_batch_size
     ids = [trainer.batches.sample_ids(c).tolist() for c in range(first, trainer.cursor, size)]
     # Rank 0 writes them, and the other ranks may be ahead of it.

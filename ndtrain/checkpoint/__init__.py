@@ -1,17 +1,14 @@
 """Checkpoints: tensors of any sharding as safetensors, published whole or not at all. Nothing is pickled."""
 
-from ndtrain.checkpoint.manifest import check_hashes
 from ndtrain.checkpoint.optimizer import optimizer_tensors, restore_optimizer
 from ndtrain.checkpoint.store import CheckpointStore, check, read_state
-from ndtrain.checkpoint.tensors import load_tensors, save_tensors
+from ndtrain.checkpoint.tensors import load_tensors
 
 __all__ = [
     "CheckpointStore",
     "check",
-    "check_hashes",
     "load_tensors",
     "optimizer_tensors",
     "read_state",
     "restore_optimizer",
-    "save_tensors",
 ]

@@ -161,18 +161,6 @@ def write_files(directory: Path, files: Files) -> dict[str, Any]:
     return {name: _write_file(directory / name, entries) for name, entries in files.items()}
 
 
-def save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes every tensor once, each rank its part, as `files_of` says; collective.
-
-    The directory is there or is made. Raises NdtrainError on all ranks where one failed.
-    """
-
-    def write() -> None:
-        write_files(directory, files_of(tensors))
-
-    together(write)
-
-
 # ---- reading
 
 
@@ -209,8 +197,11 @@ def _pieces(file: Path, name: str) -> dict[str, _Piece]:
     return found
 
 
-def _stored(directory: Path) -> dict[str, list[_Piece]]:
-    """All pieces by key; from the files of the manifest beside, or all in the directory without one."""
+def pieces_of(directory: Path) -> dict[str, list[_Piece]]:
+    """Where every stored piece of every key lies: in the files of the manifest beside, or without one in all.
+
+    Raises `DamagedError` where a header is damaged.
+    """
     if (directory.parent / "manifest.json").exists():
         prefix = directory.name + "/"
         names = [n[len(prefix) :] for n in read_manifest(directory.parent)["files"] if n.startswith(prefix)]
@@ -223,7 +214,7 @@ def _stored(directory: Path) -> dict[str, list[_Piece]]:
                 # a replica that another writer stored too is no overlap
                 if all((piece.offsets, piece.sizes) != (p.offsets, p.sizes) for p in stored[key]):
                     stored[key].append(piece)
-    return stored
+    return dict(stored)
 
 
 def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: bool = False) -> None:
@@ -236,7 +227,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
     """
 
     def read() -> None:
-        stored = _stored(directory)
+        stored = pieces_of(directory)
         if all_of_it and (left := sorted(stored.keys() - tensors.keys())):
             raise DamagedError(f"{directory}: holds {left[0]}, which this model does not have")
         by_file: dict[Path, list[_Wanted]] = defaultdict(list)
@@ -337,7 +328,7 @@ def _dtype_name(key: str, tensor: Tensor) -> str:
 
 def check_coverage(directory: Path, listed: Mapping[str, Any]) -> None:
     """Raises DamagedError unless the pieces in a tensor directory are those of every tensor of its listing."""
-    stored = _stored(directory)
+    stored = pieces_of(directory)
     if odd := sorted(stored.keys() - listed.keys()):
         raise DamagedError(f"{directory}: holds {odd[0]}, which its manifest does not have")
     for key, entry in listed.items():
@@ -349,11 +340,6 @@ def check_coverage(directory: Path, listed: Mapping[str, Any]) -> None:
         held = sum(math.prod(p.sizes) for p in pieces)
         if held != math.prod(shape):
             raise DamagedError(f"{directory}: {key} has {held:,} of {math.prod(shape):,} values")
-
-
-def pieces_of(directory: Path) -> dict[str, list[_Piece]]:
-    """Where every stored piece of every key lies. Raises `DamagedError` where a header is damaged."""
-    return dict(_stored(directory))
 
 
 def pieces_in(file: Path) -> dict[str, _Piece]:

@@ -12,9 +12,10 @@ from ndtrain.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.requests import Requests, nothing_to_save
+from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.source import with_checkpoint
-from ndtrain.train.trainer import Trainer, cache_root
+from ndtrain.train.trainer import Trainer
 from ndtrain.train.watch import lost_peer
 
 __all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "with_checkpoint"]

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-import ndtrain
-from ndtrain import data as data_module
 from ndtrain import extra_state
 from ndtrain import runtime as runtime_module
 from ndtrain.attempts import Attempt
 from ndtrain.attention import fix_frequencies
-from ndtrain.checkpoint import CheckpointStore, load_tensors, optimizer_tensors, read_state, restore_optimizer
-from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.checkpoint import load_tensors, optimizer_tensors, read_state, restore_optimizer
+from ndtrain.data import GlobalBatches, labels_count
+from ndtrain.errors import NdtrainError, PlanError, RecipeError, Stopped
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.loss import LossModel
 from ndtrain.mesh import build_mesh
@@ -40,7 +37,6 @@ from ndtrain.metrics import (
     peak_memory_bytes,
     require_tensorboard,
 )
-from ndtrain.model import load_tokenizer
 from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_over_tp
 from ndtrain.parallelize import parallelize
 from ndtrain.places import is_local, open_to_write, os_errors, place
@@ -49,6 +45,7 @@ from ndtrain.recipe import Recipe, to_toml
 from ndtrain.requests import Requests, nothing_to_save, words
 from ndtrain.router import Sequences, sequence_count, sequence_ids
 from ndtrain.runtime import Runtime, random_seed
+from ndtrain.train import inputs
 from ndtrain.train.proof import (
     check_dropout,
     check_masks,
@@ -57,9 +54,10 @@ from ndtrain.train.proof import (
     try_sequence_parallel,
 )
 from ndtrain.train.report import Reporter
+from ndtrain.train.saving import Saving
 from ndtrain.train.skips import Skips, refuse_not_finite
 from ndtrain.train.source import load_start
-from ndtrain.train.state import config_difference, save_extras
+from ndtrain.train.state import check_run_dir, check_state, save_extras, versions
 from ndtrain.train.twin import Twins
 from ndtrain.train.watch import Watch
 
@@ -86,10 +84,9 @@ class Trainer:
         self.run_dir = place(recipe.run.dir)
         self.requests = requests or Requests(self.run_dir)
         self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
-        self.store = CheckpointStore(self.run_dir, keep=recipe.checkpoint.keep, background=recipe.checkpoint.async_)
+        self.saving = Saving(recipe.checkpoint, self.run_dir, reporter)
         self.step = 0
         self.cursor = 0
-        self.saved_step: int | None = None
         self.due = False  # a checkpoint, once the steps are finite again
         self.skips = Skips(recipe.train.max_bad_steps)
         self.watch = Watch(recipe.run.step_timeout_s)
@@ -110,16 +107,17 @@ class Trainer:
         attempt = Attempt.of_process(self.run_dir)
         asked: list[str] = []
         runtime_module.on_rank0(
-            lambda: asked.append(attempt.resume(recipe.checkpoint.resume, self.store.newest_step()))
+            lambda: asked.append(attempt.resume(recipe.checkpoint.resume, self.saving.store.newest_step()))
         )
         resume = runtime_module.broadcast_json(asked)[0]
-        found, messages = self.store.find(resume, verify=recipe.checkpoint.verify)
+        found, messages = self.saving.store.find(resume, verify=recipe.checkpoint.verify)
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
-        runtime_module.on_rank0(lambda: self._check_run_dir(state, resume))
+        runtime_module.on_rank0(lambda: check_run_dir(self.run_dir, self.saving.store.newest_step(), state, resume))
         if state is not None and found is not None:
-            for note in self._check_state(state, found):
+            config = cast("PreTrainedConfig", self.model.export_config)
+            for note in check_state(state, found, recipe, data=self.batches.fingerprint, config=config):
                 self.reporter.info(f"note: {note}")
         runtime_module.on_rank0(lambda: attempt.begin(state["step"] if state is not None else -1))
         self.reporter.info(self._arithmetic())
@@ -148,7 +146,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe)
         if state is not None and found is not None:
             self.step, self.cursor = state["step"], state["samples"]
-            self.saved_step = self.step
+            self.saving.step = self.step
             self.skips.restore(state, found)
             updates = self.step - self.skips.total
             restore_optimizer(self.model, self.optimizer, found / "optim", step=updates)
@@ -221,79 +219,10 @@ class Trainer:
             raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
 
     def _open_tokenizer(self) -> None:
-        recipe = self.recipe
-        self.tokenizer = load_tokenizer(recipe)
-        self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type]
-        if self.tokenizer.vocab_size > self.vocab_size:
-            raise RecipeError(
-                f"data.tokenizer has {self.tokenizer.vocab_size} tokens, but the model only {self.vocab_size}; "
-                f"set model.config.vocab_size = {self.tokenizer.vocab_size} or choose the model's tokenizer"
-            )
+        self.tokenizer, self.vocab_size = inputs.open_tokenizer(self.recipe, self.model)
 
-    def _open_data(self) -> data_module.GlobalBatches:
-        recipe, runtime = self.recipe, self.runtime
-        cache_dir = cache_root() / "data"
-        where: list[Path] = []
-
-        def build() -> None:
-            files = data_module.find_files(recipe.data.path)
-            progress: Callable[[int, int], None] | None = None
-            if runtime.is_main:
-                progress = lambda done, total: self.reporter.progress("tokenizing", done, total)  # noqa: E731
-            where.append(data_module.build_cache(files, self.tokenizer, cache_dir=cache_dir, progress=progress))
-
-        runtime_module.rank0_first(runtime, build)
-        # The other ranks find the cache by its key; the digests of the files are remembered beside it.
-        caches: list[data_module.TokenCache] = []
-
-        def open_cache() -> None:
-            if not where:
-                build()
-            caches.append(data_module.TokenCache.open(where[0]))
-
-        runtime_module.together(open_cache)
-        samples = data_module.Samples(
-            caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=self.tokenizer.pad_id
-        )
-        order = data_module.Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle)
-        return data_module.GlobalBatches(
-            samples,
-            order,
-            global_batch_size=recipe.train.global_batch_size,
-            micro_batch_size=recipe.train.micro_batch_size,
-            batch_rank=self.sizes.coordinate(runtime.rank)["batch"],
-            batch_ranks=self.sizes.batch,
-        )
-
-    def _check_run_dir(self, state: dict[str, Any] | None, resume: str) -> None:
-        """Refuse to train beside later checkpoints of another attempt: the next resume would take those."""
-        if resume == "auto":
-            return  # the newest that is whole was taken: later ones are damaged, and are written again
-        later = self.store.newest_step()
-        if later is not None and later > (state["step"] if state is not None else -1):
-            raise RecipeError(
-                f"{self.run_dir} already has a checkpoint of step {later}, from which the next resume would go on; "
-                'move its checkpoints away, choose another run.dir, or set checkpoint.resume = "auto"'
-            )
-
-    def _check_state(self, state: dict[str, Any], found: Path) -> list[str]:
-        """Refuse to go on with other data or another model; returns what differs and may."""
-        for key, kind in {"step": int, "samples": int, "data": str, "seed": int}.items():
-            if type(state.get(key)) is not kind:
-                raise DamagedError(f"{found}/train_state.json has no {key}")
-        if state["data"] != self.batches.fingerprint or state["seed"] != self.recipe.train.seed:
-            raise RecipeError(
-                f"{found} was trained on other data, seq_len, packing or train.seed than this recipe says; restore "
-                "them, or start anew with another run.dir"
-            )
-        differs = config_difference(found / "config.json", cast("PreTrainedConfig", self.model.export_config))
-        if differs:
-            raise RecipeError(
-                f"{found} holds another model than this recipe describes: {differs}; restore it in [model], or start "
-                "anew with another run.dir"
-            )
-        now = self.recipe.schedule.model_dump()
-        return ["the schedule is another than the checkpoint's"] if state.get("schedule", now) != now else []
+    def _open_data(self) -> GlobalBatches:
+        return inputs.open_batches(self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter)
 
     def _arithmetic(self) -> str:
         train, micro = self.recipe.train, self.batches.micro_steps
@@ -326,7 +255,7 @@ class Trainer:
                 self._close_sinks()
             # What is being written is whole, and no less worth.
             with suppress(NdtrainError):
-                self.store.settle()
+                self.saving.store.settle()
             raise
         self.reporter.info(
             f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
@@ -363,7 +292,7 @@ class Trainer:
         Raises `Stopped` after saving where any rank was asked to stop.
         """
         recipe = self.recipe
-        self._settle(wait=False)
+        self.saving.settle(wait=False)
         metrics = self._train_step()
         if self.runtime.is_main:
             try:
@@ -380,12 +309,12 @@ class Trainer:
             with self.watch.saving():
                 refuse_not_finite(model_tensors(self.model), step=self.step)
                 self.save()
-                self._settle(wait=last or any(self.asked))
+                self.saving.settle(wait=last or any(self.asked))
             self.due = False
         if any(self.asked):
             self._answer()
         stop = words(self.asked[0]) if self.asked[0] and not last else None
-        if (last or stop) and self.saved_step != self.step:
+        if (last or stop) and self.saving.step != self.step:
             why = f"stopped by {stop}" if stop else "the last"
             raise NdtrainError(f"step {self.step}, {why}, was trained but not saved; the warning above says why")
         if stop:
@@ -416,7 +345,7 @@ class Trainer:
             self.same_batch = True
         loss_group = meshes.loss.get_group()
         routed = self.loss_model.router is not None
-        own = [data_module.labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
+        own = [labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
         counts = torch.tensor(own, dtype=torch.int64, device=device)
         dist.all_reduce(counts, group=loss_group)
         count, rows = (n // self.sizes.cp for n in counts.tolist())  # cp ranks have the same rows
@@ -471,68 +400,26 @@ class Trainer:
 
     def save(self) -> None:
         """Write and publish the checkpoint of the current step, or begin to, unless it is there."""
-        self._settle(wait=True)
-        if self.saved_step == self.step:
+        self.saving.settle(wait=True)
+        if self.saving.step == self.step:
             return
-        import transformers
-
-        state = {
-            "step": self.step,
-            "samples": self.cursor,
-            "data": self.batches.fingerprint,
-            "seed": self.recipe.train.seed,
-            **self.skips.state(),
-            "mesh": asdict(self.sizes),
-            "schedule": self.recipe.schedule.model_dump(),
-            "versions": {
-                "ndtrain": ndtrain.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
         states, left_out = extra_state.shared_states(self.model)
         if left_out and not self.told:
             self.told = True
             self.reporter.info(f"note: {extra_state.left_out_note(left_out, 'not saved; after a resume')}")
-        self._saving = self.step
-        with self._on_error():
-            path = self.store.save(
-                self.step,
-                model=model_tensors(self.model),
-                optim=optimizer_tensors(self.model, self.optimizer),
-                state=state,
-                extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
-            )
-            self._saved(path)
-
-    def _settle(self, *, wait: bool) -> None:
-        """Tell how the save in flight ended, where there is one and it has; `wait` until it has. Collective."""
-        if not self.store.in_flight:
-            return
-        written = torch.tensor(int(wait or self.store.written))
-        dist.all_reduce(written, op=dist.ReduceOp.MIN)
-        if written:
-            with self._on_error():
-                self._saved(self.store.settle())
-
-    def _saved(self, path: Path | None) -> None:
-        if path is not None:
-            self.saved_step = self._saving
-            self.reporter.info(f"saved {path}")
-
-    @contextmanager
-    def _on_error(self) -> Iterator[None]:
-        """What becomes of a checkpoint that was not written; all ranks know of it."""
-        try:
-            yield
-        except NdtrainError as error:
-            if self.recipe.checkpoint.on_error == "stop":
-                raise
-            self.reporter.info(f"warning: {error}; training goes on")
-
-
-def cache_root() -> Path:
-    """Directory of the token caches: $NDTRAIN_CACHE, or ndtrain under the user's cache directory."""
-    if given := os.environ.get("NDTRAIN_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"
+        self.saving.begin(
+            self.step,
+            model=model_tensors(self.model),
+            optim=optimizer_tensors(self.model, self.optimizer),
+            state={
+                "step": self.step,
+                "samples": self.cursor,
+                "data": self.batches.fingerprint,
+                "seed": self.recipe.train.seed,
+                **self.skips.state(),
+                "mesh": asdict(self.sizes),
+                "schedule": self.recipe.schedule.model_dump(),
+                "versions": versions(),
+            },
+            extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
+        )

@@ -122,13 +122,13 @@ def training(folder: Path, options: argparse.Namespace) -> None:
     trainer.prepare()
     trainer.train_step()
     trainer.save()  # the first allocates the buffer
-    trainer.store.settle()
+    trainer.saving.store.settle()
     without, with_save, held, steps = [], [], [], 0
     for _ in range(options.rounds):
         without += [timed(trainer.train_step) for _ in range(options.steps)]
         first = len(with_save)
         held.append(timed(trainer.save))
-        while trainer.store.in_flight or len(with_save) - first < options.steps:
+        while trainer.saving.store.in_flight or len(with_save) - first < options.steps:
             with_save.append(timed(trainer.train_step))
         with_save[first] += held[-1]
         steps = len(with_save) - first

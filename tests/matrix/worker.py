@@ -208,7 +208,7 @@ class MatrixTrainer(Trainer):
         pass
 
     def save(self) -> None:
-        self.saved_step = self.step
+        self.saving.step = self.step
 
 
 def cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""What a run reads: its tokenizer and its batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ndtrain import runtime as runtime_module
+from ndtrain.data import GlobalBatches, Order, Samples, TokenCache, build_cache, find_files
+from ndtrain.errors import RecipeError
+from ndtrain.mesh import MeshSizes
+from ndtrain.model import ByteTokenizer, HubTokenizer, load_tokenizer
+from ndtrain.recipe import Recipe
+from ndtrain.runtime import Runtime
+from ndtrain.train.report import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def open_tokenizer(recipe: Recipe, model: PreTrainedModel) -> tuple[ByteTokenizer | HubTokenizer, int]:
+    """The recipe's tokenizer and how many tokens the model knows. Raises `RecipeError` where it has more."""
+    tokenizer = load_tokenizer(recipe)
+    known = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type,union-attr]
+    if tokenizer.vocab_size > known:
+        raise RecipeError(
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, but the model only {known}; "
+            f"set model.config.vocab_size = {tokenizer.vocab_size} or choose the model's tokenizer"
+        )
+    return tokenizer, known
+
+
+def open_batches(
+    recipe: Recipe,
+    runtime: Runtime,
+    sizes: MeshSizes,
+    tokenizer: ByteTokenizer | HubTokenizer,
+    reporter: Reporter,
+) -> GlobalBatches:
+    """This rank's share of the data, tokenized by the first rank of a node where that was not done yet; collective."""
+    where: list[Path] = []
+
+    def build() -> None:
+        files = find_files(recipe.data.path)
+        progress: Callable[[int, int], None] | None = None
+        if runtime.is_main:
+            progress = lambda done, total: reporter.progress("tokenizing", done, total)  # noqa: E731
+        where.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))
+
+    runtime_module.rank0_first(runtime, build)
+    # The other ranks find the cache by its key; the digests of the files are remembered beside it.
+    caches: list[TokenCache] = []
+
+    def open_cache() -> None:
+        if not where:
+            build()
+        caches.append(TokenCache.open(where[0]))
+
+    runtime_module.together(open_cache)
+    samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
+    return GlobalBatches(
+        samples,
+        Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle),
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=recipe.train.micro_batch_size,
+        batch_rank=sizes.coordinate(runtime.rank)["batch"],
+        batch_ranks=sizes.batch,
+    )
+
+
+def cache_root() -> Path:
+    """Directory of the token caches: $NDTRAIN_CACHE, or ndtrain under the user's cache directory."""
+    if given := os.environ.get("NDTRAIN_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"

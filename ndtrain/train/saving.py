@@ -1,0 +1,66 @@
+"""The checkpoints of a run while it goes on: at most one is being written, and its outcome is told when it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ndtrain.checkpoint import CheckpointStore
+from ndtrain.errors import NdtrainError
+from ndtrain.recipe import CheckpointSection
+from ndtrain.train.report import Reporter
+
+
+class Saving:
+    """`step` is that of the last checkpoint that is known to be there, None before the first."""
+
+    def __init__(self, section: CheckpointSection, run_dir: Path, reporter: Reporter):
+        self.store = CheckpointStore(run_dir, keep=section.keep, background=section.async_)
+        self.step: int | None = None
+        self._stops, self._reporter = section.on_error == "stop", reporter
+        self._begun: int | None = None
+
+    def begin(
+        self,
+        step: int,
+        *,
+        model: Mapping[str, Tensor],
+        optim: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        extra_files: Callable[[Path], None],
+    ) -> None:
+        """Write the checkpoint of `step`, or have it written in the background; none is in flight. Collective."""
+        self._begun = step
+        with self._on_error():
+            self._saved(self.store.save(step, model=model, optim=optim, state=state, extra_files=extra_files))
+
+    def settle(self, *, wait: bool) -> None:
+        """Tell how the save in flight ended, where there is one and it has; `wait` until it has. Collective."""
+        if not self.store.in_flight:
+            return
+        written = torch.tensor(int(wait or self.store.written))
+        dist.all_reduce(written, op=dist.ReduceOp.MIN)
+        if written:
+            with self._on_error():
+                self._saved(self.store.settle())
+
+    def _saved(self, path: Path | None) -> None:
+        if path is not None:
+            self.step = self._begun
+            self._reporter.info(f"saved {path}")
+
+    @contextmanager
+    def _on_error(self) -> Iterator[None]:
+        """What becomes of a checkpoint that was not written; all ranks know of it."""
+        try:
+            yield
+        except NdtrainError as error:
+            if self._stops:
+                raise
+            self._reporter.info(f"warning: {error}; training goes on")
