@@ -61,6 +61,19 @@ def told(path: str, failing: list[int], free: int | None = None) -> tuple[list[s
     return said, trainer.step, error
 
 
+def six_steps(folder: Path, checkpoint: dict[str, Any], *, model: dict[str, Any] | None = None) -> Path:
+    """A recipe of two ranks that runs in `folder`."""
+    return tiny.recipe_file(
+        folder / "recipe.toml",
+        model=model or {"name": str(tiny.save_model("llama", folder))},
+        corpus=tiny.write_corpus(folder / "corpus"),
+        run_dir=folder / "run",
+        steps=6,
+        batch_ranks=2,
+        checkpoint=checkpoint,
+    )
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A directory with room for one checkpoint of 4 MB, and not for two."""
@@ -79,15 +92,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_checkpoint_that_is_there(
     tmp_path: Path, small_disk: Path, free: int | None, words: str
 ) -> None:
-    recipe = tiny.recipe_file(
-        tmp_path / "recipe.toml",
-        model={"type": "llama", "init": "random", "config": {**tiny.CONFIGS["llama"], "num_hidden_layers": 8}},
-        corpus=tiny.write_corpus(tmp_path / "corpus"),
-        run_dir=tmp_path / "run",
-        steps=6,
-        batch_ranks=2,
-        checkpoint={"every": 2, "keep": 1},
-    )
+    large = {"type": "llama", "init": "random", "config": {**tiny.CONFIGS["llama"], "num_hidden_layers": 8}}
+    recipe = six_steps(tmp_path, {"every": 2, "keep": 1}, model=large)
     for said, step, error in get_pool(2).run(told, str(recipe), [], free, timeout=200):
         assert step == 6 and "step 6, the last, was trained but not saved" in error
         assert sum(words in line for line in said) == 2
@@ -96,15 +102,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_is_there(
 
 
 def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
-    recipe = tiny.recipe_file(
-        tmp_path / "recipe.toml",
-        model={"name": str(tiny.save_model("llama", tmp_path))},
-        corpus=tiny.write_corpus(tmp_path / "corpus"),
-        run_dir=tmp_path / "run",
-        steps=6,
-        batch_ranks=2,
-        checkpoint={"every": 2, "keep": 3, "resume": "auto", "verify": True},
-    )
+    recipe = six_steps(tmp_path, {"every": 2, "keep": 3, "resume": "auto", "verify": True})
     get_pool(2).run(told, str(recipe), [], timeout=200)
     whole = losses(tmp_path / "run")
     file = tmp_path / "run/checkpoints/step-00000006/optim/00001-of-00002.safetensors"
@@ -131,15 +129,7 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) 
 def test_a_checkpoint_that_cannot_be_written(
     tmp_path: Path, background: bool, on_error: str, failing: list[int], reached: int, left: list[int], error: str
 ) -> None:
-    recipe = tiny.recipe_file(
-        tmp_path / "recipe.toml",
-        model={"name": str(tiny.save_model("llama", tmp_path))},
-        corpus=tiny.write_corpus(tmp_path / "corpus"),
-        run_dir=tmp_path / "run",
-        steps=6,
-        batch_ranks=2,
-        checkpoint={"every": 2, "keep": 2, "async": background, "on_error": on_error},
-    )
+    recipe = six_steps(tmp_path, {"every": 2, "keep": 2, "async": background, "on_error": on_error})
     for said, step, raised in get_pool(2).run(told, str(recipe), failing, timeout=200):
         # In the background it is known at one of the next step boundaries.
         assert step == reached if not (background and on_error == "stop") else 4 <= step <= 6
