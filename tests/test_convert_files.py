@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,47 @@ def test_there_and_back_again_gives_the_same_files(kind: str, tmp_path: Path) ->
     check(tmp_path / "step")
     convert(tmp_path / "step", tmp_path / "out", max_shard_size="100KB", verify=True)
     assert_same_files(tmp_path / "out", tmp_path / "want")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "mixtral"])
+def test_rows_that_move_as_they_are_become_what_the_transform_makes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path / "want")
+    step = save_checkpoint(model, tmp_path / "step", only_rows=True)
+    convert(step, tmp_path / "float16", dtype="float16")
+    monkeypatch.setattr(stream, "RUN_BYTES", 1)  # those of a tiny model are short
+    monkeypatch.setattr(stream.Group, "run", None)
+    convert(step, tmp_path / "out", verify=True)
+    convert(step, tmp_path / "moved", dtype="float16", verify=True)
+    convert(tmp_path / "out", tmp_path / "again", verify=True)
+    convert(tmp_path / "again", tmp_path / "back")
+    assert_same_files(tmp_path / "out", tmp_path / "want")
+    assert_same_files(tmp_path / "back", tmp_path / "want")
+    assert_same_files(tmp_path / "moved", tmp_path / "float16")
+
+
+class Doubling:
+    """A transform that computes."""
+
+    def __init__(self, factor: int, shift: int) -> None:
+        self.factor, self.shift, self.held = factor, shift, {}
+
+    def add_tensor(self, name: str, key: str, pattern: str, tensor: torch.Tensor) -> None:
+        self.held[key] = tensor
+
+    def convert(self, name: str, **_: Any) -> dict[str, torch.Tensor]:
+        (value,) = self.held.values()
+        self.held = {}
+        return {"out": value * self.factor + self.shift}
+
+
+@pytest.mark.parametrize(("factor", "shift", "moves"), [(1, 0, True), (2, 0, False), (1, 1, False), (2, 7, False)])
+def test_a_transform_that_computes_is_not_taken_for_one_that_moves(factor: int, shift: int, moves: bool) -> None:
+    group = stream.Group(("in",), ("out",), "out", ("in",), Doubling(factor, shift))
+    found = group.moved({"in": (4, 3, 5)}, SimpleNamespace(config=None))  # type: ignore[arg-type]
+    assert found == ({"out": [stream.Rows("in", 0, 12)]} if moves else None)
 
 
 def test_a_hub_directory_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
@@ -203,6 +245,7 @@ def test_an_independent_reader_computes_the_same_logits(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch, transformers, transformers.core_model_loading
 from ndtrain.convert import convert
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM

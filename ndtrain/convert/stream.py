@@ -18,7 +18,7 @@ from torch import Tensor
 from ndtrain.checkpoint.tensors import pieces_in
 from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import BLOCK_BYTES, Room, Stored, checkpoint_tensors, read_all, read_rows
-from ndtrain.convert.weights import Group
+from ndtrain.convert.weights import Group, Rows
 from ndtrain.errors import DamagedError
 from ndtrain.places import is_local
 
@@ -33,14 +33,16 @@ Sink = Callable[[str, int, Tensor], None]
 Copy = Callable[[str, int, Path, int, int], None]
 COPY_BYTES = 64 * 2**20
 SPARE_BYTES = 128 * 2**20
+RUN_BYTES = 2**16  # of a run of rows that is worth to be moved by itself
 
 
 @dataclass
 class Stream:
     """The tensors of `source` on their way through `groups` to what `targets` says.
 
-    A tensor that is only renamed passes in blocks of rows. A group that is converted takes twice its bytes; as many
-    are in memory at once as take no more than the largest alone and `SPARE_BYTES`.
+    A tensor that is only renamed, or made of long runs of rows of others, passes in blocks of rows. A group that is
+    converted in another way takes twice its bytes; as many are in memory at once as take no more than the largest
+    alone and `SPARE_BYTES`.
     """
 
     source: Mapping[str, Stored]
@@ -50,6 +52,15 @@ class Stream:
     ready: Mapping[str, Tensor]  # small tensors that are in memory already
     progress: Progress | None = None
     _room: Room = field(default_factory=Room)
+    _moved: dict[str, dict[str, list[Rows]]] = field(default_factory=dict)  # by name of the group
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if group.transform is not None and all(_whole_rows(self.source[key]) for key in group.sources):
+                moved = group.moved({key: self.source[key].shape for key in group.sources}, self.model)
+                runs = sum(len(rows) for rows in moved.values()) if moved is not None else 0
+                if moved is not None and self._bytes(group) >= RUN_BYTES * runs:
+                    self._moved[group.name] = moved
 
     def write(self, writer: ShardWriter) -> None:
         for key, tensor in self.ready.items():
@@ -100,13 +111,16 @@ class Stream:
     def _pass(self, group: Group, sink: Sink, copy: Copy | None, stop: threading.Event) -> Iterator[int]:
         """Write one group; yields the bytes written, bit by bit."""
         if group.transform is None:
-            source, key = self.source[group.sources[0]], group.outputs[0]
-            whole_rows = all(piece.sizes[1:] == source.shape[1:] for piece in source.pieces)
-            near = all(is_local(piece.file) for piece in source.pieces)
-            if copy is not None and near and whole_rows and source.dtype == self.targets[key].dtype:
-                yield from self._copies(source, key, copy, stop)
-            else:
-                yield from self._blocks(source, key, sink, stop)
+            source = self.source[group.sources[0]]
+            yield from self._rows(source, 0, source.shape[0], group.outputs[0], 0, sink, copy, stop)
+            return
+        if group.name in self._moved:
+            for key, runs in self._moved[group.name].items():
+                at = 0
+                for name, low, high in runs if key in self.targets else ():
+                    source = _as_rows(self.source[name])
+                    yield from self._rows(source, low, high, key, at, sink, copy, stop)
+                    at += (high - low) * source.shape[1]
             return
         dtype = self._dtype_in_memory(group)
         values = {}
@@ -133,33 +147,57 @@ class Stream:
             sink(key, start, part)
             yield part.numel() * part.element_size()
 
-    def _copies(self, source: Stored, key: str, copy: Copy, stop: threading.Event) -> Iterator[int]:
+    def _rows(
+        self,
+        source: Stored,
+        low: int,
+        high: int,
+        key: str,
+        at: int,
+        sink: Sink,
+        copy: Copy | None,
+        stop: threading.Event,
+    ) -> Iterator[int]:
+        """Rows low..high of `source` become the elements of `key` from `at` on."""
+        near = all(is_local(piece.file) for piece in source.pieces)
+        if copy is not None and near and _whole_rows(source) and source.dtype == self.targets[key].dtype:
+            yield from self._copies(source, low, high, key, at, copy, stop)
+        else:
+            yield from self._blocks(source, low, high, key, at, sink, stop)
+
+    def _copies(
+        self, source: Stored, low: int, high: int, key: str, at: int, copy: Copy, stop: threading.Event
+    ) -> Iterator[int]:
         """Bytes that go over as they are need not pass through this process."""
-        row = math.prod(source.shape[1:]) * source.dtype.itemsize
+        row, to = math.prod(source.shape[1:]) * source.dtype.itemsize, at * source.dtype.itemsize
         for piece in source.pieces:
-            nbytes = piece.sizes[0] * row
-            for at in range(0, nbytes, COPY_BYTES):
+            first = piece.offsets[0]
+            begin, end = max(low, first) * row, min(high, first + piece.sizes[0]) * row
+            for byte in range(begin, end, COPY_BYTES):
                 _check(stop)
-                count = min(COPY_BYTES, nbytes - at)
-                copy(key, piece.offsets[0] * row + at, piece.file, piece.start + at, count)
+                count = min(COPY_BYTES, end - byte)
+                copy(key, to + byte - low * row, piece.file, piece.start + byte - first * row, count)
                 yield count
 
-    def _blocks(self, source: Stored, key: str, sink: Sink, stop: threading.Event) -> Iterator[int]:
+    def _blocks(
+        self, source: Stored, low: int, high: int, key: str, at: int, sink: Sink, stop: threading.Event
+    ) -> Iterator[int]:
         target = self.targets[key]
         row = math.prod(source.shape[1:])
         step = source.rows_of(BLOCK_BYTES * source.dtype.itemsize // max(source.dtype.itemsize, target.dtype.itemsize))
-        for low in range(0, source.shape[0] if source.nbytes else 0, step):
+        for first in range(low, high if source.nbytes else low, step):
             _check(stop)
-            high = min(low + step, source.shape[0])
-            block = self._room.take("block", (high - low, *source.shape[1:]), target.dtype)
-            read_rows(source, low, high, into=block, room=self._room)
-            sink(key, low * row, block)
+            last = min(first + step, high)
+            block = self._room.take("block", (last - first, *source.shape[1:]), target.dtype)
+            read_rows(source, first, last, into=block, room=self._room)
+            sink(key, at + (first - low) * row, block)
             yield block.numel() * block.element_size()
 
     # ---- all of them
 
     def _run(self, what: str, sink: Sink, copy: Copy | None = None) -> None:
-        heavy = {id(g): 2 * self._bytes(g) for g in self.groups if g.transform is not None}
+        whole = [g for g in self.groups if g.transform is not None and g.name not in self._moved]
+        heavy = {id(g): 2 * self._bytes(g) for g in whole}
         budget = _Budget(max(heavy.values(), default=0) + SPARE_BYTES)
         total, stop = sum(target.nbytes for target in self.targets.values()), threading.Event()
         done = [sum(tensor.nbytes for tensor in self.ready.values())]
@@ -195,6 +233,18 @@ class Stream:
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _whole_rows(tensor: Stored) -> bool:
+    """Whether every piece has whole rows, which then lie one after another in its file."""
+    return all(piece.sizes[1:] == tensor.shape[1:] for piece in tensor.pieces)
+
+
+def _as_rows(tensor: Stored) -> Stored:
+    """A tensor of whole rows as `[rows, last dim]`."""
+    inner, last = math.prod(tensor.shape[1:-1]), tensor.shape[-1]
+    pieces = (p._replace(offsets=(p.offsets[0] * inner, 0), sizes=(p.sizes[0] * inner, last)) for p in tensor.pieces)
+    return Stored((tensor.shape[0] * inner, last), tensor.dtype, tuple(pieces))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -6,7 +6,9 @@ tensors, which gives the groups and what comes out of each, and later on each gr
 
 from __future__ import annotations
 
+import bisect
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,9 +26,18 @@ from transformers.core_model_loading import (
 )
 
 from ndtrain.errors import DamagedError
+from ndtrain.layout import Ints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Rows(NamedTuple):
+    """Rows low..high of a tensor seen as `[rows, last dim]`."""
+
+    source: str
+    low: int
+    high: int
 
 
 class Group(NamedTuple):
@@ -44,6 +55,42 @@ class Group(NamedTuple):
             return {self.outputs[0]: tensors.pop(self.sources[0])}
         values = _run(self, tensors, model)
         return dict(zip(self.outputs, values.values(), strict=True))
+
+    def moved(self, shapes: Mapping[str, Ints], model: PreTrainedModel) -> dict[str, list[Rows]] | None:
+        """The rows of the sources that each output consists of, in order; None where more than rows is moved.
+
+        Asked of the transform itself, which is given numbers of rows in place of rows. Any arithmetic would treat
+        two numberings differently.
+        """
+        if self.transform is None or any(len(shapes[key]) < 2 for key in self.sources):
+            return None
+        counts = [math.prod(shapes[key][:-1]) for key in self.sources]
+        starts = [2 * sum(counts[:i]) for i in range(len(counts))]  # apart, so that no run goes on in the next source
+        found = []
+        for scale, shift in ((1, 0), (3, 7)):
+            numbered = {
+                key: (torch.arange(start, start + count) * scale + shift).reshape(*shapes[key][:-1], 1)
+                for key, start, count in zip(self.sources, starts, counts, strict=True)
+            }
+            try:
+                found.append(list(_run(self, numbered, model).values()))
+            except (RuntimeError, ValueError, IndexError):
+                return None
+        widths = {shapes[key][-1] for key in self.sources}
+        kept = all(v.dtype == torch.int64 and v.shape[-1:] == (1,) for v in found[0]) and len(widths) == 1
+        if not kept or not all(torch.equal(3 * a + 7, b) for a, b in zip(*found, strict=True)):
+            return None
+        return {key: self._rows(value.reshape(-1), starts) for key, value in zip(self.outputs, found[0], strict=True)}
+
+    def _rows(self, numbers: Tensor, starts: list[int]) -> list[Rows]:
+        ends = torch.cat([(numbers.diff() != 1).nonzero().flatten() + 1, torch.tensor([len(numbers)])]).tolist()
+        rows, begin = [], 0
+        for end in ends if len(numbers) else ():
+            first = int(numbers[begin])
+            i = bisect.bisect_right(starts, first) - 1
+            rows.append(Rows(self.sources[i], first - starts[i], first - starts[i] + end - begin))
+            begin = end
+        return rows
 
 
 def _run(group: Group, tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
