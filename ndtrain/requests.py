@@ -74,7 +74,7 @@ class Requests:
         for path in (self._save, self._stop):
             try:
                 with os_errors(path):
-                    if path.is_file():
+                    if os.path.isfile(path) if is_local(path) else path.exists():
                         path.unlink()
             except OSError:
                 self._stuck.add(path)

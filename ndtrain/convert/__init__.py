@@ -7,6 +7,8 @@ model.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ndtrain.convert.stored import checkpoint_tensors
 from ndtrain.convert.stream import Progress
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.model import tied_keys
-from ndtrain.places import is_local, local_copy_of, sync
+from ndtrain.places import is_local, local_copy_of, os_errors, sync
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What write_hub makes anew, and what is of the checkpoint alone.
@@ -54,8 +56,9 @@ def convert(
         raise RecipeError(f'--dtype "{dtype}" must be one of {", ".join(DTYPES)}')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{out} already exists and is not an empty directory; choose another")
-    back = is_hub_directory(checkpoint)
-    foreign = not back and (checkpoint / METADATA).is_file()
+    with _readable(checkpoint):
+        back = is_hub_directory(checkpoint)
+        foreign = not back and (checkpoint / METADATA).is_file()
     if back and dtype is not None:
         raise RecipeError("--dtype is for the way to Hugging Face; a checkpoint's weights are float32")
     if foreign and config is None:
@@ -66,9 +69,11 @@ def convert(
         )
     if not is_local(checkpoint) and (back or foreign):
         raise RecipeError(f"{checkpoint}: only ndtrain's own checkpoints convert from a URL; copy it first")
-    source = checkpoint if back or foreign else _step_directory(checkpoint)
+    source = checkpoint
     if not back and not foreign:
-        check(source)
+        with _readable(checkpoint):
+            source = _step_directory(checkpoint)
+            check(source)
     part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -87,6 +92,15 @@ def convert(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return notes
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    try:
+        with os_errors(checkpoint):
+            yield
+    except OSError as error:
+        raise DamagedError(f"{checkpoint} cannot be read: {error.strerror or error}") from error
 
 
 def _to_hub(source: Path, part: Path, *, dtype: str | None, **how: Any) -> list[str]:
