@@ -148,7 +148,7 @@ def asked(path: str, how: str) -> str:
 
     try:
         if how == "tokenizing":
-            with mock.patch("ndtrain.data.build_cache", build):
+            with mock.patch("ndtrain.train.inputs.build_cache", build):
                 trainer.prepare()
         trainer.prepare()
         backward = trainer.loss_model.backward
