@@ -30,13 +30,12 @@ ndtrain_setup() {
         echo "== installing ndtrain and what it needs (some minutes the first time)" >&2
         if ! command -v nvidia-smi >/dev/null 2>&1; then
             # Without an NVIDIA GPU this version, so that pip does not fetch gigabytes of CUDA with the newest one.
-            # --no-compile: Python compiles what is imported, a small part of all.
             if ! "$venv/bin/python" -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "2.13.0")' \
                 2>/dev/null; then
-                "$venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 || return 1
+                "$venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 || return 1
             fi
         fi
-        (cd "$ndtrain_root" && "$venv/bin/pip" install -q --no-compile --disable-pip-version-check -e '.[dev]') || return 1
+        (cd "$ndtrain_root" && "$venv/bin/pip" install -q --disable-pip-version-check -e '.[dev]') || return 1
         echo "$wanted" >"$stamp"
     fi
     export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"

@@ -163,12 +163,23 @@ def test_a_larger_mesh_starts_its_workers(monkeypatch: pytest.MonkeyPatch, train
 def test_the_launcher_ends_with_its_workers_exit_code(tmp_path: Path) -> None:
     (tmp_path / "ndtrain").mkdir()
     (tmp_path / "ndtrain" / "__init__.py").write_text("")
-    worker = "import os, sys, time\nif os.environ['RANK'] == '0': print('one line', file=sys.stderr)\nsys.exit({})"
+    # The launcher ends the other as soon as one has failed: the line comes first.
+    worker = (
+        "import os, pathlib, sys, time\n"
+        "told = pathlib.Path('told')\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    print('one line', file=sys.stderr, flush=True)\n"
+        "    told.touch()\n"
+        "while not told.exists():\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit({})"
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(Path(cli.__file__).parent.parent)!r})\n"
         "from ndtrain import cli; sys.exit(cli._launch(2, ['run', 'x']))"
     )
     for status in (0, 3):
+        (tmp_path / "told").unlink(missing_ok=True)
         (tmp_path / "ndtrain" / "__main__.py").write_text(worker.format(status))
         done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, "one line\n")
