@@ -33,7 +33,6 @@ def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: s
         ("qwen3", "dp_shard2-tp2", "tp4"),
         ("qwen3", "dp_shard4", "1"),
         ("gemma3_text", "dp_replicate2-dp_shard2", "dp_shard2-tp2"),
-        ("gpt2", "dp_shard2", "dp_shard4"),
         ("qwen3_moe", "dp_shard2-tp2-ep4", "dp_shard2"),
         ("qwen3_moe", "ep2", "dp_shard2-tp2"),
         ("phi3", "dp_shard2-tp2", "cp2"),
