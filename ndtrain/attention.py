@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,12 +46,12 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 def uses_interface(module: nn.Module) -> bool:
     """Whether `module` is an attention that takes its function from transformers' AttentionInterface."""
-    return "ALL_ATTENTION_FUNCTIONS" in _forward_source(module)
+    return "ALL_ATTENTION_FUNCTIONS" in _forward_source(type(module))  # type: ignore[arg-type]
 
 
 def chooses_keys(module: nn.Module) -> bool:
     """Whether `module` is an attention that finds out itself which keys each query sees, as an indexer does."""
-    return uses_interface(module) and _CHOICE.search(_forward_source(module)) is not None
+    return uses_interface(module) and _CHOICE.search(_forward_source(type(module))) is not None  # type: ignore[arg-type]
 
 
 def varying_frequencies(model: nn.Module) -> list[tuple[Any, str | None, str]]:
@@ -64,8 +65,10 @@ def varying_frequencies(model: nn.Module) -> list[tuple[Any, str | None, str]]:
     return found
 
 
-def fix_frequencies(model: nn.Module, length: int) -> None:
+def fix_frequencies(model: nn.Module, length: int | None) -> None:
     """Give rotary embeddings whose frequencies vary those of a sequence of `length` tokens, once and for all.
+
+    Without a length they stay as they are.
 
     transformers takes them from the largest position of each call: of a part of a sequence under context parallelism,
     of the longest document that a micro batch happens to have under packing.
@@ -74,17 +77,19 @@ def fix_frequencies(model: nn.Module, length: int) -> None:
 
     update = dynamic_rope_update(lambda module, x, position_ids, layer_type=None: None)
     for module, layer, _ in varying_frequencies(model):
-        device = next(module.buffers()).device
-        update(module, torch.empty(0, device=device), torch.arange(length, device=device)[None], layer)
+        if length is not None:
+            device = next(module.buffers()).device
+            update(module, torch.empty(0, device=device), torch.arange(length, device=device)[None], layer)
         if layer is None:
             module.rope_type = _FIXED
         else:
             module.rope_type[layer] = _FIXED
 
 
-def _forward_source(module: nn.Module) -> str:
+@cache
+def _forward_source(kind: type[nn.Module]) -> str:
     try:
-        return inspect.getsource(type(module).forward)
+        return inspect.getsource(kind.forward)
     except (OSError, TypeError):
         return ""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError
-from ndtrain.runtime import broadcast_json, on_rank0, world_size
+from ndtrain.runtime import broadcast_json, of_rank0, world_size
 
 SUFFIX, FILE = "_extra_state", "extra_state.json"
 _BYTES = (torch.uint8, torch.int8)
@@ -87,17 +87,16 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 def read(directory: Path) -> dict[str, Any]:
     """The states of a checkpoint, the same on every rank; none where it has none. Collective. `DamagedError`."""
-    stored: dict[str, Any] = {}
 
-    def load() -> None:
-        if (directory / FILE).exists():
-            try:
-                stored.update(json.loads((directory / FILE).read_text()))
-            except ValueError as error:
-                raise DamagedError(f"{directory / FILE} cannot be read ({error})") from error
+    def load() -> Any:
+        if not (directory / FILE).exists():
+            return {}
+        try:
+            return dict(json.loads((directory / FILE).read_text()))
+        except (ValueError, TypeError) as error:
+            raise DamagedError(f"{directory / FILE} cannot be read ({error})") from error
 
-    on_rank0(load)
-    return cast(dict[str, Any], broadcast_json(stored))
+    return cast(dict[str, Any], of_rank0(load))
 
 
 def restore(model: nn.Module, stored: Mapping[str, Any]) -> None:

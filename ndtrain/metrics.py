@@ -156,9 +156,12 @@ class UploadedLines:
         self._lines.append(json.dumps(metrics.as_dict(), allow_nan=False))
         if time.monotonic() - self._uploaded > self.EVERY_S:
             with suppress(OSError):  # a store that is away for a while has them the next time
-                self.close()
+                self._upload()
 
     def close(self) -> None:
+        self._upload()
+
+    def _upload(self) -> None:
         self._uploaded = time.monotonic()
         with os_errors(self.path):
             self.path.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")

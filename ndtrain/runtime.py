@@ -174,6 +174,13 @@ def on_rank0(work: Callable[[], object], group: dist.ProcessGroup | None = None)
     together(work if rank() == 0 else None, group)
 
 
+def of_rank0(work: Callable[[], Any]) -> Any:
+    """What `work` gives on rank 0, a JSON value, on every rank; its error is raised on every rank."""
+    found: list[Any] = []
+    on_rank0(lambda: found.append(work()))
+    return broadcast_json(found)[0]
+
+
 def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None = None) -> None:
     """Run `work` on every rank that has any; where one failed, all raise. Also a barrier.
 

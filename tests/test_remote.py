@@ -18,7 +18,11 @@ from safetensors.torch import load_file
 from ndtrain.checkpoint import CheckpointStore
 from ndtrain.convert import convert
 from ndtrain.errors import RecipeError
+from ndtrain.metrics import require_tensorboard
 from ndtrain.places import is_local, place
+from ndtrain.recipe import load_recipe
+from ndtrain.requests import LOOK_EVERY_S, Requests
+from ndtrain.train import with_checkpoint
 from tests import tiny
 from tests.ranks import get_pool
 
@@ -154,6 +158,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_that_was_never_complete_rem
             assert found == store.path(2) and said in told and "going back to" in told
         (newest / name).write_bytes(content)
     assert store.find("auto", verify=True) == (newest, [])
+    assert store.find(f"{url}/checkpoints/step-00000002", verify=True) == (store.path(2), [])
     (newest / "manifest.json").unlink()
     assert store.find("auto", verify=True) == (store.path(2), [])
     assert steps_in(place(url)) == ["step-00000002"]
@@ -167,6 +172,36 @@ def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(AssertionError, match=r'RecipeError: run.dir = "s3://nobody/run" cannot be used: .*bucket'):
         run(corpus, tmp_path, "s3://nobody/run", env, steps=4, dp_shard=2)
+
+
+def test_files_that_ask_for_something_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, now = place("memory://asked"), 100.0
+    monkeypatch.setattr("ndtrain.requests.time.monotonic", lambda: now)
+    asked = Requests(run_dir)
+    assert asked.seen(files=True) == [0, 0]
+    (run_dir / "save").write_bytes(b"")
+    assert asked.seen(files=True) == [0, 0]
+    now += LOOK_EVERY_S
+    assert asked.seen(files=False) == [0, 0] and asked.seen(files=True) == [0, 1]
+    assert asked.answered() == [] and not (run_dir / "save").exists()
+    (run_dir / "stop").write_bytes(b"")
+    now += LOOK_EVERY_S
+    assert asked.seen(files=True) == [1, 0]
+
+
+def test_what_does_not_work_at_a_url_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"needs a local run\.dir"):
+        require_tensorboard(place("memory://run"))
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml", model={"name": "s3://bucket/run"}, corpus=tmp_path, run_dir=tmp_path / "run"
+    )
+    with pytest.raises(RecipeError, match="a run starts from a local directory or the hub"):
+        with_checkpoint(load_recipe(recipe))
+    hub = place("memory://hub")
+    for name in ("model.safetensors", "config.json"):
+        (hub / name).write_bytes(b"")
+    with pytest.raises(RecipeError, match="only ndtrain's own checkpoints convert from a URL"):
+        convert(hub, tmp_path / "out")
 
 
 def test_urls_are_paths_and_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ndtrain.checkpoint.staging import Staging
 from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, write_files
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.places import is_local, local_copy_to, os_errors, place, remove_tree, sync
-from ndtrain.runtime import WAIT_TIMEOUT, broadcast_json, gather_json, on_rank0, rank, together, world_size
+from ndtrain.runtime import WAIT_TIMEOUT, gather_json, of_rank0, on_rank0, rank, together, world_size
 
 _STEP = re.compile(r"step-(\d{8,})")
 # What a checkpoint has beside its tensors, headers included, is less than this and a share of the tensors' bytes.
@@ -125,10 +125,9 @@ class CheckpointStore:
     def _clean(self) -> None:
         """Removes what a crash left; rank 0. A replaced checkpoint whose successor never came is put back."""
         if not self.local:
-            whole = self._steps()
-            for step in self._directories():
-                if step not in whole:
-                    remove_tree(step[1])
+            for _, path in self._directories():
+                if not (path / MANIFEST).exists():
+                    remove_tree(path)
             return
         for path in self.root.glob(".old-step-*") if self.root.is_dir() else ():
             with contextlib.suppress(OSError, DamagedError):
@@ -251,17 +250,17 @@ class CheckpointStore:
                 self._there(self._prune)(job.step)
         return final
 
-    def _there(self, work: Callable[..., None]) -> Callable[..., None]:
+    def _there(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work` at this store, its failures as `OSError`s."""
 
-        def done(*args: Any) -> None:
+        def done(*args: Any) -> Any:
             with os_errors(self.root):
-                work(*args)
+                return work(*args)
 
         return done
 
     def _undo(self, work: Path) -> None:
-        remove_tree(work, first=None if self.local else MANIFEST)
+        remove_tree(work, first=MANIFEST)
         self._clean()
 
     def _prune(self, newest: int) -> None:
@@ -313,9 +312,7 @@ class CheckpointStore:
             return directory, []
         on_rank0(self._there(self._clean))
         refused: list[str] = []
-        names: list[str] = []
-        on_rank0(self._there(lambda: names.extend(path.name for _, path in reversed(self._steps()))))
-        for name in broadcast_json(names):
+        for name in of_rank0(self._there(lambda: [path.name for _, path in reversed(self._steps())])):
             directory = self.root / name
             try:
                 self._check(directory, verify=verify)
@@ -329,9 +326,9 @@ class CheckpointStore:
 
     def _check(self, directory: Path, *, verify: bool) -> None:
         """`check` on rank 0; with `verify` all ranks hash a share of the tensor files each. Collective."""
-        found: dict[str, Any] = {}
-        on_rank0(self._there(lambda: found.update(check(directory))))
-        if verify:
-            files = broadcast_json(found.get("files"))
+        if not verify:
+            on_rank0(self._there(lambda: check(directory)))
+        else:
+            files = of_rank0(self._there(lambda: check(directory)["files"]))
             names = sorted(name for name in files if is_tensor_file(name))
             together(self._there(lambda: check_hashes(directory, files, names[rank() :: world_size()])))

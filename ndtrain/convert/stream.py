@@ -115,12 +115,12 @@ class Stream:
             yield from self._rows(source, 0, source.shape[0], group.outputs[0], 0, sink, copy, stop)
             return
         if group.name in self._moved:
+            rows = {key: _as_rows(self.source[key]) for key in group.sources}
             for key, runs in self._moved[group.name].items():
                 at = 0
                 for name, low, high in runs if key in self.targets else ():
-                    source = _as_rows(self.source[name])
-                    yield from self._rows(source, low, high, key, at, sink, copy, stop)
-                    at += (high - low) * source.shape[1]
+                    yield from self._rows(rows[name], low, high, key, at, sink, copy, stop)
+                    at += (high - low) * rows[name].shape[1]
             return
         dtype = self._dtype_in_memory(group)
         values = {}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from ndtrain import extra_state
 from ndtrain import runtime as runtime_module
@@ -23,8 +22,6 @@ from ndtrain.checkpoint import load_tensors, optimizer_tensors, read_state, rest
 from ndtrain.data import GlobalBatches, labels_count
 from ndtrain.errors import NdtrainError, PlanError, RecipeError, Stopped
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
-from ndtrain.loss import LossModel
-from ndtrain.mesh import build_mesh
 from ndtrain.metrics import (
     JsonLines,
     Sink,
@@ -37,15 +34,15 @@ from ndtrain.metrics import (
     peak_memory_bytes,
     require_tensorboard,
 )
-from ndtrain.optim import build_optimizer, clip_grad_norm, learning_rate, sum_over_tp
-from ndtrain.parallelize import parallelize
+from ndtrain.optim import learning_rate
 from ndtrain.places import is_local, open_to_write, os_errors, place
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.requests import Requests, nothing_to_save, words
-from ndtrain.router import Sequences, sequence_count, sequence_ids
+from ndtrain.router import sequence_count
 from ndtrain.runtime import Runtime, random_seed
 from ndtrain.train import inputs
+from ndtrain.train.engine import Engine
 from ndtrain.train.proof import (
     check_dropout,
     check_masks,
@@ -65,7 +62,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-class Trainer:
+class Trainer(Engine):
     """One run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
 
     def __init__(
@@ -78,9 +75,8 @@ class Trainer:
         reporter: Reporter,
         requests: Requests | None = None,
     ):
-        self.recipe, self.plan, self.model = recipe, plan, model
+        super().__init__(recipe, plan, model)
         self.runtime, self.reporter = runtime, reporter
-        self.sizes = plan.sizes
         self.run_dir = place(recipe.run.dir)
         self.requests = requests or Requests(self.run_dir)
         self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
@@ -105,16 +101,13 @@ class Trainer:
         runtime_module.on_rank0(self._try_extras)
         self.batches = self._open_data()
         attempt = Attempt.of_process(self.run_dir)
-        asked: list[str] = []
-        runtime_module.on_rank0(
-            lambda: asked.append(attempt.resume(recipe.checkpoint.resume, self.saving.store.newest_step()))
-        )
-        resume = runtime_module.broadcast_json(asked)[0]
+        newest = runtime_module.of_rank0(self.saving.store.newest_step)
+        resume = runtime_module.of_rank0(lambda: attempt.resume(recipe.checkpoint.resume, newest))
         found, messages = self.saving.store.find(resume, verify=recipe.checkpoint.verify)
         for message in messages:
             self.reporter.info(message)
         state = read_state(found) if found is not None else None
-        runtime_module.on_rank0(lambda: check_run_dir(self.run_dir, self.saving.store.newest_step(), state, resume))
+        check_run_dir(self.run_dir, newest, state, resume)
         if state is not None and found is not None:
             config = cast("PreTrainedConfig", self.model.export_config)
             for note in check_state(state, found, recipe, data=self.batches.fingerprint, config=config):
@@ -124,12 +117,11 @@ class Trainer:
         for note in self.plan.notes:
             self.reporter.info(f"note: {note}")
 
-        self.meshes = build_mesh(self.sizes, runtime.device.type)
-        runtime_module.set_timeouts(runtime_module.WAIT_TIMEOUT, runtime_module.process_groups())
         self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
         # Whole blocks to compare with: they are copied before the model is cut.
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
-        self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=recipe)
+        self.cut(runtime.device.type)
+        runtime_module.set_timeouts(runtime_module.WAIT_TIMEOUT, runtime_module.process_groups())
         materialize(self.model, runtime, recipe=recipe, on_host=self.plan.on_host)
         fix_frequencies(self.model, recipe.data.seq_len)
         fill_with_noise(self.model)
@@ -143,7 +135,7 @@ class Trainer:
             extra_state.restore(self.model, extra_state.read(found))
         if not checked and not self._prove(twins):
             raise PlanError(f"{self.plan.model_type}: the logits or gradients of its weights are not finite")
-        self.optimizer = build_optimizer(self.model, recipe)
+        self.finish()
         if state is not None and found is not None:
             self.step, self.cursor = state["step"], state["samples"]
             self.saving.step = self.step
@@ -151,43 +143,12 @@ class Trainer:
             updates = self.step - self.skips.total
             restore_optimizer(self.model, self.optimizer, found / "optim", step=updates)
             self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
-        # A part of a sequence does not show where it lies.
-        pass_positions = recipe.data.packing or self.context is not None
-        cp_group = self.meshes.dense["cp"].get_group() if self.context is not None else None
-        tp_group = self.meshes.tp.get_group()
-        self.loss_model = LossModel(
-            self.model, self.plan, pass_positions=pass_positions, tp_group=tp_group, cp_group=cp_group
-        )
         if runtime.is_main:
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
             lines = JsonLines if is_local(self.run_dir) else UploadedLines
             self.sinks: list[Sink] = [lines(self.run_dir / "metrics.jsonl")]
             if recipe.log.tensorboard:
                 self.sinks.append(TensorBoard(self.run_dir / "tensorboard"))
-
-    def shape(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The micro batch as the model takes it: this rank's part of each sequence."""
-        parts = self.context is not None and self.context.enabled
-        ring = parts and self.plan.cp == "ring"
-        if self.recipe.data.packing and "flash" in self.recipe.model.attn and not ring:
-            # Flash attention tells documents apart by their positions in a batch of one row only.
-            batch = {key: value.reshape(1, -1) for key, value in batch.items()}
-        if self.context is not None and parts:
-            batch = self.context.split(batch, packed=self.recipe.data.packing)
-        return batch
-
-    def tp_summed(self) -> tuple[str, ...]:
-        """FQNs of parameters that each tp rank holds whole, but has only a part of the gradient of."""
-        along = self.plan.sequence if self.sequence is not None and self.sequence.enabled else None
-        return self.plan.tp_summed + (along.norms if along is not None else ())
-
-    def _sequences(self, batch: dict[str, torch.Tensor], total: int) -> Sequences | None:
-        """What a router's auxiliary loss must know of the micro batch; None where there is no such loss."""
-        if self.loss_model.router is None:
-            return None
-        # Split as labels are, so that padding belongs to no sequence.
-        ids = self.shape({**batch, "labels": sequence_ids(batch["labels"])})["labels"]
-        return Sequences(ids, rows=len(batch["labels"]), total=total)
 
     def _prove(self, twins: Twins | None) -> bool:
         """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
@@ -251,7 +212,7 @@ class Trainer:
                 last = self.train_step()
             self._close_sinks()
         except NdtrainError:
-            with suppress(OSError):
+            with suppress(NdtrainError):
                 self._close_sinks()
             # What is being written is whole, and no less worth.
             with suppress(NdtrainError):
@@ -263,8 +224,14 @@ class Trainer:
         )
 
     def _close_sinks(self) -> None:
-        for sink in self.sinks if self.runtime.is_main else ():
-            sink.close()
+        try:
+            for sink in self.sinks if self.runtime.is_main else ():
+                sink.close()
+        except OSError as error:
+            raise self._not_logged(error) from error
+
+    def _not_logged(self, error: OSError) -> NdtrainError:
+        return NdtrainError(f"step {self.step} was trained but not logged: {error}")
 
     def _listen(self) -> None:
         """From here on requests wait for the end of a step; what was asked before ends the run."""
@@ -299,7 +266,7 @@ class Trainer:
                 for sink in self.sinks:
                     sink.write(metrics)
             except OSError as error:
-                raise NdtrainError(f"step {self.step} was trained but not logged: {error}") from error
+                raise self._not_logged(error) from error
         last = self.step == recipe.train.steps
         self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
         self._tell_skip(metrics)
@@ -353,16 +320,8 @@ class Trainer:
         place = self.sizes.coordinate(self.runtime.rank)
         torch.manual_seed(random_seed(recipe.train.seed, self.step, place["batch"], place["cp"]))
 
-        total = torch.zeros(2, dtype=torch.float64, device=device)
-        for i, batch in enumerate(batches):
-            # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
-            cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            sequences = self._sequences(batch, rows)
-            total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
-            self.watch.beat(self.step + 1)
-        if summed := self.tp_summed():
-            sum_over_tp(self.model, summed, meshes.tp.get_group())
-        norm = clip_grad_norm(self.model.parameters(), recipe.optim.max_grad_norm)
+        total = self.gradients(batches, count=count, rows=rows, done=lambda: self.watch.beat(self.step + 1))
+        norm = self.clip()
         # tp ranks have the same loss. Sums over all ranks are the same on each, and so is the decision that follows.
         sums = torch.cat([total / self.sizes.tp, norm.isfinite().logical_not().to(total)[None]])
         dist.all_reduce(sums)

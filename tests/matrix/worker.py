@@ -24,8 +24,7 @@ from ndtrain.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
 from ndtrain.runtime import Runtime
-from ndtrain.train import Silent, Trainer, sizes_for
-from ndtrain.train import trainer as trainer_module
+from ndtrain.train import Silent, Trainer, engine, sizes_for
 from tests.tiny import recipe_text
 
 # 30 tokens are padded to 32 by ring attention, which cuts a sequence into 4.
@@ -247,19 +246,19 @@ def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> 
     trainer = MatrixTrainer(recipe, plan, meta, runtime=runtime, reporter=Silent())
     trainer.vocab = model["vocab"]
     grads: dict[str, Any] = {}
-    clip = trainer_module.clip_grad_norm
+    clip = engine.clip_grad_norm
 
     def seen(*args: Any, **kwargs: Any) -> Any:
         if not grads:
             grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
         return clip(*args, **kwargs)
 
-    trainer_module.clip_grad_norm, trainer_module.build_mesh = seen, meshes_of  # type: ignore[assignment]
+    engine.clip_grad_norm, engine.build_mesh = seen, meshes_of  # type: ignore[assignment]
     try:
         trainer.prepare()
         steps = [trainer.train_step() for _ in range(STEPS)]
     finally:
-        trainer_module.clip_grad_norm, trainer_module.build_mesh = clip, build_mesh
+        engine.clip_grad_norm, engine.build_mesh = clip, build_mesh
     found = compare(path, trainer.model, steps, grads)
     return found | {"sequence_parallel": trainer.sequence is not None and trainer.sequence.enabled}
 

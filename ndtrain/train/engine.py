@@ -1,0 +1,100 @@
+"""What one optimizer step computes, whatever feeds it and whatever becomes of it: `run` trains with it, `inspect
+--dry-run` runs it on tensors without content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from ndtrain.loss import LossModel
+from ndtrain.mesh import Meshes, build_mesh
+from ndtrain.optim import build_optimizer, clip_grad_norm, sum_over_tp
+from ndtrain.parallelize import parallelize
+from ndtrain.plan import Plan
+from ndtrain.recipe import Recipe
+from ndtrain.router import Sequences, sequence_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batch = dict[str, torch.Tensor]
+
+
+class Engine:
+    """A model, its loss and its optimizer on a mesh. First `cut`, then `finish` once its parameters have memory."""
+
+    meshes: Meshes
+    loss_model: LossModel
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel):
+        self.recipe, self.plan, self.model = recipe, plan, model
+        self.sizes = plan.sizes
+
+    def cut(self, device_type: str) -> None:
+        """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
+        self.meshes = build_mesh(self.sizes, device_type)
+        self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
+
+    def finish(self) -> None:
+        """Put the loss around the model and make the optimizer."""
+        self.optimizer = build_optimizer(self.model, self.recipe)
+        # A part of a sequence does not show where it lies.
+        self.loss_model = LossModel(
+            self.model,
+            self.plan,
+            pass_positions=self.recipe.data.packing or self.context is not None,
+            tp_group=self.meshes.tp.get_group(),
+            cp_group=self.meshes.dense["cp"].get_group() if self.context is not None else None,
+        )
+
+    def shape(self, batch: Batch) -> Batch:
+        """The micro batch as the model takes it: this rank's part of each sequence."""
+        parts = self.context is not None and self.context.enabled
+        ring = parts and self.plan.cp == "ring"
+        if self.recipe.data.packing and "flash" in self.recipe.model.attn and not ring:
+            # Flash attention tells documents apart by their positions in a batch of one row only.
+            batch = {key: value.reshape(1, -1) for key, value in batch.items()}
+        if self.context is not None and parts:
+            batch = self.context.split(batch, packed=self.recipe.data.packing)
+        return batch
+
+    def tp_summed(self) -> tuple[str, ...]:
+        """FQNs of parameters that each tp rank holds whole, but has only a part of the gradient of."""
+        along = self.plan.sequence if self.sequence is not None and self.sequence.enabled else None
+        return self.plan.tp_summed + (along.norms if along is not None else ())
+
+    def gradients(
+        self, batches: Sequence[Batch], *, count: int, rows: int, done: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """Forward and backward of every micro batch (as `LossModel.backward` takes them, before `shape`).
+
+        `count` and `rows` are the target tokens and sequences of the global batch; `done` is called after each. Returns
+        this rank's sums of the cross-entropy and of the auxiliary loss, in float64.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
+        for i, batch in enumerate(batches):
+            # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
+            cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
+            sequences = self._sequences(batch, rows)
+            total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
+            done()
+        return total
+
+    def clip(self) -> torch.Tensor:
+        """Complete the gradients over tp and scale them to `optim.max_grad_norm`; returns their norm before."""
+        if summed := self.tp_summed():
+            sum_over_tp(self.model, summed, self.meshes.tp.get_group())
+        return clip_grad_norm(self.model.parameters(), self.recipe.optim.max_grad_norm)
+
+    def _sequences(self, batch: Batch, total: int) -> Sequences | None:
+        """What a router's auxiliary loss must know of the micro batch; None where there is no such loss."""
+        if self.loss_model.router is None:
+            return None
+        # Split as labels are, so that padding belongs to no sequence.
+        ids = self.shape({**batch, "labels": sequence_ids(batch["labels"])})["labels"]
+        return Sequences(ids, rows=len(batch["labels"]), total=total)
