@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -99,6 +100,15 @@ def test_a_full_disk_leaves_the_checkpoint_that_is_there(
         assert sum(words in line for line in said) == 2
     (left,) = small_disk.iterdir()
     assert left.name == "step-00000002" and check(left)
+
+
+def test_a_run_whose_end_was_cut_off_removes_what_is_beyond_keep(tmp_path: Path) -> None:
+    recipe, run = six_steps(tmp_path, {"every": 2, "keep": 2, "resume": "auto"}), tmp_path / "run" / "checkpoints"
+    get_pool(2).run(told, str(recipe), [], timeout=200)
+    shutil.copytree(run / "step-00000004", run / "step-00000002")  # as if it had been killed before it was removed
+    for said, *_ in get_pool(2).run(told, str(recipe), [], timeout=200):
+        assert any(line.startswith("nothing to do") for line in said)
+    assert sorted(path.name for path in run.iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[st
     while trainer.step < (stop or recipe.train.steps):
         trainer.train_step()
     trainer.saving.store.settle()
+    if stop is None:
+        trainer.train()  # nothing is left to do but to tidy up
     size = recipe.train.global_batch_size
     ids = [trainer.batches.sample_ids(c).tolist() for c in range(first, trainer.cursor, size)]
     # Rank 0 writes them, and the other ranks may be ahead of it.

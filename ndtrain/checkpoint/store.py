@@ -246,8 +246,7 @@ class CheckpointStore:
                 raise type(error)(f"{final} was not written, older checkpoints stay: {error}") from error
             raise
         if rank() == 0:
-            with contextlib.suppress(OSError):  # the checkpoint is there: room not freed is no reason to fail
-                self._there(self._prune)(job.step)
+            self.prune(job.step)
         return final
 
     def _there(self, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -271,6 +270,14 @@ class CheckpointStore:
             else:
                 remove_tree(old, first=MANIFEST)
         self._clean()
+
+    def prune(self, newest: int) -> None:
+        """Remove what is beyond `keep` of the checkpoints up to step `newest`, which is whole; for rank 0.
+
+        What cannot be removed stays: room not freed is no reason to fail.
+        """
+        with contextlib.suppress(OSError):
+            self._there(self._prune)(newest)
 
     # ---- finding
 

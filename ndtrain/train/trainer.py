@@ -199,11 +199,13 @@ class Trainer(Engine):
     def train(self) -> None:
         """Train to `train.steps`, saving every `checkpoint.every` steps and at the end."""
         recipe = self.recipe
-        gc.collect()
-        gc.freeze()
         if self.step >= recipe.train.steps:
+            if self.runtime.is_main and self.saving.step is not None:
+                self.saving.store.prune(self.saving.step)  # which the end of the last save may have missed
             self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
             return
+        gc.collect()
+        gc.freeze()
         try:
             self._listen()
             started, first = time.perf_counter(), self.train_step()
