@@ -126,15 +126,44 @@ def inspect(
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="The rank whose share is shown.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    layer: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Only parameters that match, e.g. '*.layers.3'.")
+    ] = None,
+    diff: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="A recipe to compare with; --set changes both.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run a step without contents: peak memory, FLOPs, collectives.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Estimate its time too: a100, h100, h200, b200, mi300x, or figures, e.g. h100,memory=94e9."),
+    ] = None,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks that share a node.")] = 8,
     set_: SetOption = None,
 ) -> None:
-    """Print the mesh, the plan and the memory of a run, without starting it."""
+    """Print the mesh, the plan, the memory and the cost of a run, without starting it."""
     resolved = _load(recipe, set_)
+    other = _load(diff, set_) if diff is not None else None
+    if other is not None and (dry_run or device is not None):
+        raise RecipeError("--diff compares plans; leave out --dry-run and --device")
     _tell_notes(resolved)
 
     from ndtrain import console
 
-    _print(console.inspect_text(resolved, world_size=world_size, rank=rank, as_json=as_json))
+    _print(
+        console.inspect_text(
+            resolved,
+            world_size=world_size,
+            rank=rank,
+            as_json=as_json,
+            layer=layer,
+            other=other,
+            dry_run=dry_run,
+            device=device,
+            ranks_per_node=ranks_per_node,
+        )
+    )
 
 
 @app.command()

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -339,6 +339,12 @@ class Order:
         return np.concatenate(parts)
 
 
+def micro_batches(global_batch_size: int, batch_ranks: int, most: int) -> tuple[int, int]:
+    """(rows of a micro batch, at most `most`; forwards per optimizer step), the same on every rank."""
+    rows = min(most, -(-global_batch_size // batch_ranks))
+    return rows, -(-global_batch_size // (batch_ranks * rows))
+
+
 @dataclass
 class GlobalBatches:
     """One batch rank's micro batches of each global batch.
@@ -355,16 +361,14 @@ class GlobalBatches:
     micro_batch_size: int  # at most this; less where a rank's share of the global batch is smaller
     batch_rank: int
     batch_ranks: int
+    micro_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.order.n_samples != len(self.samples) or not 0 <= self.batch_rank < self.batch_ranks:
             raise ValueError(f"{self.order.n_samples=}, {len(self.samples)=}, {self.batch_rank=}")
-        self.micro_batch_size = min(self.micro_batch_size, -(-self.global_batch_size // self.batch_ranks))
-
-    @property
-    def micro_steps(self) -> int:
-        """Forwards per optimizer step, the same on every rank."""
-        return -(-self.global_batch_size // (self.batch_ranks * self.micro_batch_size))
+        self.micro_batch_size, self.micro_steps = micro_batches(
+            self.global_batch_size, self.batch_ranks, self.micro_batch_size
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -1,165 +1,40 @@
-"""What people see: the plan of `inspect`, the progress of `run`. The only importer of rich."""
+"""A plan as data and as a table."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
-import time
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
-from ndtrain.metrics import StepMetrics
-from ndtrain.model import meta_model
-from ndtrain.plan import EVEN, ParamPlan, Plan, make_plan
+from ndtrain.console.units import size
+from ndtrain.errors import RecipeError
+from ndtrain.plan import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
-from ndtrain.train import sizes_for, with_checkpoint
 
 
-class Reporter:
-    """Tells of a run: one live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._live = sys.stdout.isatty()
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._said = 0.0
-        self._pace: float | None = None
-
-    def info(self, line: str) -> None:
-        (self._bar.console if self._bar else self._console).print(line, markup=False)
-
-    def _task(self, what: str, total: int) -> TaskID:
-        if self._bar is None:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed:,}/{task.total:,} {task.fields[detail]}", markup=False),
-                console=self._console,
-            )
-            self._bar.start()
-        if what not in self._tasks:
-            for old in self._tasks.values():
-                self._bar.remove_task(old)
-            self._tasks = {what: self._bar.add_task(what, total=total, detail="")}
-        return self._tasks[what]
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Progress of a long preparation, in bytes."""
-        if self._live:
-            self._bar_update(what, done, total, detail="bytes")
-        elif done >= total or time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
-            self.info(f"{what} {done:,} of {total:,} bytes")
-
-    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
-        """One optimizer step; `show` says whether it is due where lines are printed."""
-        self._pace = metrics.step_seconds if self._pace is None else 0.8 * self._pace + 0.2 * metrics.step_seconds
-        eta = _duration(self._pace * (steps - metrics.step))
-        aux = "" if metrics.aux_loss is None else f"aux {metrics.aux_loss:.4f}  "
-        text = (
-            f"loss {metrics.loss:.4f}  {aux}grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
-            f"{metrics.tokens_per_second:,.0f} tokens/s  ETA {eta}"
-        )
-        if self._live:
-            self._bar_update("step", metrics.step, steps, detail=text)
-        elif show:
-            self.info(f"step {metrics.step}/{steps}  {text}")
-
-    def _bar_update(self, what: str, done: int, total: int, *, detail: str) -> None:
-        task = self._task(what, total)
-        assert self._bar is not None
-        self._bar.update(task, completed=done, total=total, detail=detail)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-class ByteProgress:
-    """A bar of bytes, speed and time left on standard error; nothing where that is no terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> ByteProgress:
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(binary_units=True))
-            self._bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
-            self._bar.start()
-        return self
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._bar is not None:
-            if what not in self._tasks:
-                self._tasks[what] = self._bar.add_task(what, total=total)
-            self._bar.update(self._tasks[what], completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _duration(seconds: float) -> str:
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
-def size(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} TiB"
-
-
-def inspect_text(recipe: Recipe, *, world_size: int | None, rank: int, as_json: bool) -> str:
-    """The plan of `recipe` for `world_size` ranks as a table or as JSON; raises what `run` would raise."""
-    from ndtrain.errors import RecipeError
-
-    recipe, _ = with_checkpoint(recipe)
-    mesh = recipe.mesh
-    if world_size is None:
-        world_size = mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp
-    sizes = sizes_for(recipe, world_size)
-    if not 0 <= rank < world_size:
-        raise RecipeError(f"--rank {rank} must be from 0 to {world_size - 1}")
-    plan = make_plan(meta_model(recipe), sizes, recipe)
-    report = plan_report(plan, rank=rank)
-    return json.dumps(report, indent=2) if as_json else _plan_text(plan, report, rank)
-
-
-def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
+def plan_report(plan: Plan, recipe: Recipe, *, rank: int, layer: str | None = None) -> dict[str, Any]:
     """The plan as JSON-ready data; bytes of one rank and of the largest, for float32 parameters, gradients, AdamW.
 
-    `in_host_memory` is the part of a total that cpu_offload keeps off the device.
+    `in_host_memory` is the part of a total that cpu_offload keeps off the device, `staging` the buffer in host memory
+    (at most) that an asynchronous checkpoint is copied to. With `layer`, a pattern, only the parameters that match are
+    listed. Raises `RecipeError` where none does.
     """
+    shown = [param for param in plan.params if layer is None or _matches(param.fqn, layer)]
+    if not shown:
+        raise RecipeError(f"--layer {layer}: no parameter matches; {plan.params[0].fqn} is one")
     sizes = plan.sizes
     largest = 0  # see Plan.imbalance
 
     def held(numels: dict[str, int]) -> dict[str, int]:
         numel, hosted = sum(numels.values()), sum(n for fqn, n in numels.items() if fqn in plan.on_host)
         parts = {"parameters": 4 * numel, "gradients": 4 * numel, "optimizer": 8 * numel}
-        return {**parts, "total": 16 * numel, "in_host_memory": 16 * hosted}
+        staging = 12 * numel if recipe.checkpoint.async_ else 0
+        return {**parts, "total": 16 * numel, "in_host_memory": 16 * hosted, "staging": staging}
 
     def of_rank(number: int) -> dict[str, int]:
         return held({p.fqn: p.local_numel(sizes, number) for p in plan.params})
@@ -184,8 +59,27 @@ def plan_report(plan: Plan, *, rank: int) -> dict[str, Any]:
         "units": [asdict(unit) for unit in (*plan.units, plan.root)],
         "tied": plan.tied,
         "notes": list(plan.notes),
-        "params": [_param_report(param, plan, rank) for param in plan.params],
+        "params": [_param_report(param, plan, rank) for param in shown],
     }
+
+
+def _matches(fqn: str, pattern: str) -> bool:
+    """Whether `pattern` matches the name or one of its modules."""
+    parts = fqn.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def plan_lines(report: dict[str, Any]) -> list[str]:
+    """The plan as lines that say the same of the same, whatever is around them."""
+    lines = [f"mesh: {', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())}"]
+    for unit, name, count, row in _fold(report):
+        cut = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
+        local = "x".join(map(str, row["local_shape"]))
+        held = size(row["local_bytes"] * count)
+        lines.append(f"{unit.replace(': ', f'.{name}: ', 1)}, {row['style']}, {cut}, {local} here, {held}")
+    for who, held in report["bytes"].items():
+        lines += [f"{who.replace('_', ' ')}: {kind} {size(n)}" for kind, n in held.items() if kind != "rank"]
+    return lines + [f"note: {note}" for note in report["notes"]]
 
 
 def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
@@ -242,7 +136,7 @@ def _span(numbers: list[int]) -> str:
     return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
 
 
-def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
+def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
     console = Console(width=240, highlight=False, color_system=None)
     place = ", ".join(f"{k} {v}" for k, v in report["coordinate"].items() if k not in ("fsdp", "batch"))
     with console.capture() as capture:
@@ -275,7 +169,8 @@ def _plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
             console.print(
                 f"{label.get(who, 'all ranks'):>20}: {size(held['total'])} = parameters {size(held['parameters'])} + "
                 f"gradients {size(held['gradients'])} + AdamW {size(held['optimizer'])}"
-                + (f", {size(held['in_host_memory'])} of it in host memory" if held["in_host_memory"] else ""),
+                + (f", {size(held['in_host_memory'])} of it in host memory" if held["in_host_memory"] else "")
+                + (f"; {size(held['staging'])} in host memory for checkpoints" if held["staging"] else ""),
                 markup=False,
             )
         if plan.imbalance > EVEN:

@@ -1,0 +1,162 @@
+"""The answer of `inspect`: the plan, its difference from another, and what a step costs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ndtrain.console.plan import plan_lines, plan_report, plan_text
+from ndtrain.console.units import number, size, span
+from ndtrain.errors import RecipeError
+from ndtrain.estimate import ASSUMPTIONS, KINDS, RESERVED, Device, StepEstimate, estimate_step, find_device
+from ndtrain.mesh import MeshSizes
+from ndtrain.model import meta_model
+from ndtrain.plan import Plan, make_plan
+from ndtrain.recipe import Recipe
+from ndtrain.train import sizes_for, with_checkpoint
+
+
+def inspect_text(
+    recipe: Recipe,
+    *,
+    world_size: int | None,
+    rank: int = 0,
+    as_json: bool = False,
+    layer: str | None = None,
+    other: Recipe | None = None,
+    dry_run: bool = False,
+    device: str | None = None,
+    ranks_per_node: int = 8,
+) -> str:
+    """The plan of `recipe` for `world_size` ranks, as tables or as JSON; raises what `run` would raise.
+
+    `layer` shows only the parameters whose names match; `other` is a recipe to compare with; `dry_run` adds a step's
+    memory, FLOPs and collectives, and `device` their time on it.
+    """
+    target = find_device(device) if device is not None else None
+    recipe, plan = _planned(recipe, world_size, rank)
+    report = plan_report(plan, recipe, rank=rank, layer=layer)
+    if other is not None:
+        other, theirs = _planned(other, world_size, rank)
+        there = plan_report(theirs, other, rank=rank, layer=layer)
+        return json.dumps({"from": report, "to": there}, indent=2) if as_json else _difference(report, there)
+    step = estimate_step(recipe, plan.sizes, rank=rank) if dry_run or target is not None else None
+    if step is not None:
+        report["step"] = step_report(step, target, ranks_per_node)
+    if as_json:
+        return json.dumps(report, indent=2)
+    text = plan_text(plan, report, rank)
+    return text if step is None else f"{text}\n\n{_step_text(step, report['step'], target, ranks_per_node)}"
+
+
+def _planned(recipe: Recipe, world_size: int | None, rank: int) -> tuple[Recipe, Plan]:
+    recipe, _ = with_checkpoint(recipe)
+    sizes = _sizes(recipe, world_size)
+    if not 0 <= rank < sizes.world_size:
+        raise RecipeError(f"--rank {rank} must be from 0 to {sizes.world_size - 1}")
+    return recipe, make_plan(meta_model(recipe), sizes, recipe)
+
+
+def _sizes(recipe: Recipe, world_size: int | None) -> MeshSizes:
+    mesh = recipe.mesh
+    return sizes_for(recipe, world_size or mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp)
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """The lines of two plans that differ; of parameters alike that of each kind once."""
+    lines = difflib.unified_diff(plan_lines(ours), plan_lines(theirs), lineterm="", n=0)
+    changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    return "\n".join(changed) or "the plans are the same"
+
+
+def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) -> dict[str, Any]:
+    """A step as JSON-ready data: bytes by kind, FLOPs, collectives; with a device its times in seconds."""
+    (direction, unit), kinds = step.peak
+    report: dict[str, Any] = {
+        "peak": {"bytes": step.peak_bytes, "pass": direction, "unit": unit, "kinds": kinds},
+        "peaks": [
+            {"pass": way, "unit": name, "bytes": sum(held.values()), "kinds": held}
+            for (way, name), held in step.peaks.items()
+        ],
+        "flops": {"executed": step.flops, "model": round(step.model_flops)},
+        "collectives": [asdict(sent) for sent in step.sent(ranks_per_node)],
+        "layers_run": None if step.depths is None else [step.depths.short, step.depths.long],
+    }
+    if device is not None:
+        times = step.times(device, ranks_per_node)
+        report["roofline"] = {
+            "device": device.name,
+            "source": device.source,
+            "ranks_per_node": ranks_per_node,
+            "step_seconds": times.step,
+            "compute_seconds": times.compute,
+            "communication_seconds": times.sent,
+            "exposed_seconds": times.exposed,
+            "bound": times.bound,
+            "tokens_per_second": step.tokens_per_second(times.step),
+            "mfu": step.mfu(times.step, device),
+            "memory_limit": round(device.memory * (1 - RESERVED)),
+            "fits": step.room(device) >= 0,
+            "assumptions": list(ASSUMPTIONS),
+        }
+    return report
+
+
+def _step_text(step: StepEstimate, report: dict[str, Any], device: Device | None, ranks_per_node: int) -> str:
+    console = Console(width=160, highlight=False, color_system=None)
+    with console.capture() as capture:
+        (direction, unit), kinds = step.peak
+        console.print(f"One step of rank {step.rank}, run without contents", markup=False)
+        where = f"{direction} of {unit}" if unit else direction
+        console.print(f"  memory: {size(step.peak_bytes)} at the peak, in the {where}", markup=False)
+        for kind in KINDS:
+            if kinds.get(kind):
+                console.print(f"    {kind.replace('_', ' '):<24}{size(kinds[kind]):>14}", markup=False)
+        console.print(
+            f"  FLOPs: {number(step.flops)}FLOP executed, {number(step.model_flops)}FLOP as MFU counts them",
+            markup=False,
+        )
+        table = Table(box=None, pad_edge=False)
+        for column in ("  collectives over", "ranks", "nodes", "what", "count", "bytes"):
+            table.add_column(column, justify="left" if column.startswith("  ") or column == "what" else "right")
+        for sent in step.sent(ranks_per_node):
+            table.add_row(
+                f"  {sent.axis}", str(sent.ranks), str(sent.nodes), sent.op, f"{sent.count:,}", size(sent.bytes)
+            )
+        console.print(table, markup=False)
+        if step.depths is not None:
+            console.print(
+                f"  note: run with {step.depths.short} and with {step.depths.long} layers; those that repeat are "
+                "extrapolated",
+                markup=False,
+            )
+        if device is not None:
+            _print_times(console, step, report["roofline"], device)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _print_times(console: Console, step: StepEstimate, roofline: dict[str, Any], device: Device) -> None:
+    say = [
+        f"An estimate for {device.name}, {roofline['ranks_per_node']} ranks on a node",
+        f"  step: {span(roofline['step_seconds'])} at least; computation {span(roofline['compute_seconds'])}",
+    ]
+    for axis, seconds in roofline["communication_seconds"].items():
+        waited = roofline["exposed_seconds"][axis]
+        say.append(f"  communication over {axis}: {span(seconds)}, of which {span(waited)} are waited for")
+    say.append(
+        f"  at most {roofline['tokens_per_second']:,.0f} tokens/s, MFU {roofline['mfu']:.1%}; bound by "
+        f"{roofline['bound']}"
+    )
+    room, limit = step.room(device), size(roofline["memory_limit"])
+    say.append(
+        f"  fits: {size(room)} of {limit} are left" if room >= 0 else f"  does not fit: {size(-room)} over {limit}"
+    )
+    say += [f"  assumed: {line}" for line in ASSUMPTIONS]
+    say.append(f"  {device.name}: {device.source}")
+    for line in say:
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""The progress of a run and of a conversion."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from ndtrain.metrics import StepMetrics
+
+
+class Reporter:
+    """Tells of a run: one live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._said = 0.0
+        self._pace: float | None = None
+
+    def info(self, line: str) -> None:
+        (self._bar.console if self._bar else self._console).print(line, markup=False)
+
+    def _task(self, what: str, total: int) -> TaskID:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:,}/{task.total:,} {task.fields[detail]}", markup=False),
+                console=self._console,
+            )
+            self._bar.start()
+        if what not in self._tasks:
+            for old in self._tasks.values():
+                self._bar.remove_task(old)
+            self._tasks = {what: self._bar.add_task(what, total=total, detail="")}
+        return self._tasks[what]
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Progress of a long preparation, in bytes."""
+        if self._live:
+            self._bar_update(what, done, total, detail="bytes")
+        elif done >= total or time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            self.info(f"{what} {done:,} of {total:,} bytes")
+
+    def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
+        """One optimizer step; `show` says whether it is due where lines are printed."""
+        self._pace = metrics.step_seconds if self._pace is None else 0.8 * self._pace + 0.2 * metrics.step_seconds
+        eta = _duration(self._pace * (steps - metrics.step))
+        aux = "" if metrics.aux_loss is None else f"aux {metrics.aux_loss:.4f}  "
+        text = (
+            f"loss {metrics.loss:.4f}  {aux}grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"{metrics.tokens_per_second:,.0f} tokens/s  ETA {eta}"
+        )
+        if self._live:
+            self._bar_update("step", metrics.step, steps, detail=text)
+        elif show:
+            self.info(f"step {metrics.step}/{steps}  {text}")
+
+    def _bar_update(self, what: str, done: int, total: int, *, detail: str) -> None:
+        task = self._task(what, total)
+        assert self._bar is not None
+        self._bar.update(task, completed=done, total=total, detail=detail)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class ByteProgress:
+    """A bar of bytes, speed and time left on standard error; nothing where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ByteProgress:
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(binary_units=True))
+            self._bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+            self._bar.start()
+        return self
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bar.add_task(what, total=total)
+            self._bar.update(self._tasks[what], completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,0 +1,87 @@
+"""What accelerators can do: peaks from their makers' datasheets. Bandwidths are those of one direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ndtrain.errors import RecipeError
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of one accelerator: dense FLOP/s, bytes, bytes per second."""
+
+    name: str
+    bfloat16: float  # FLOP/s of matrix products, float16 too
+    float32: float  # FLOP/s, without TF32
+    memory: float
+    bandwidth: float  # of its memory
+    intra: float  # to the other ranks of its node
+    inter: float  # to other nodes, of its own network card
+    source: str
+
+    def peak(self, dtype: str) -> float:
+        return self.float32 if dtype in ("float32", "float64", "int") else self.bfloat16
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(
+            "a100", 312e12, 19.5e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB,
+            "NVIDIA A100 80GB SXM datasheet (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s card per GPU",
+        ),
+        Device(
+            "h100", 989.4e12, 66.9e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB,
+            "NVIDIA H100 SXM datasheet (NVLink 900 GB/s both ways); DGX H100: one 400 Gb/s card per GPU",
+        ),
+        Device(
+            "h200", 989.4e12, 66.9e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB,
+            "NVIDIA H200 SXM datasheet (NVLink 900 GB/s both ways); DGX H200: one 400 Gb/s card per GPU",
+        ),
+        Device(
+            "b200", 2250e12, 75e12, 180 * GB, 8000 * GB, 900 * GB, 50 * GB,
+            "NVIDIA DGX B200 datasheet (NVLink 1.8 TB/s both ways, one 400 Gb/s card per GPU)",
+        ),
+        Device(
+            "mi300x", 1307.4e12, 163.4e12, 192 * GB, 5300 * GB, 448 * GB, 50 * GB,
+            "AMD Instinct MI300X datasheet (Infinity Fabric 128 GB/s both ways to each of 7); a 400 Gb/s card each",
+        ),
+    )
+}  # fmt: skip
+
+
+def find_device(text: str) -> Device:
+    """A device by name, or figures of one's own: `bfloat16=5e14,memory=48e9,bandwidth=9e11,...`.
+
+    Figures may begin with a name whose other figures stay: `h100,memory=94e9`. Raises `RecipeError`.
+    """
+    first, *rest = text.split(",")
+    numbers = [f.name for f in fields(Device) if f.type == "float"]
+    given: dict[str, float] = {}
+    base = None
+    for number, part in enumerate([first, *rest]):
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals:
+            if number or key.lower() not in DEVICES:
+                raise RecipeError(f"--device {text}: {key} is none of {', '.join(DEVICES)}, nor KEY=NUMBER")
+            base = DEVICES[key.lower()]
+            continue
+        try:
+            given[key] = float(value)
+        except ValueError:
+            raise RecipeError(f"--device {text}: {value!r} is no number") from None
+        if key not in numbers or not 0 < given[key] < float("inf"):
+            raise RecipeError(f"--device {text}: give a positive figure for some of {', '.join(numbers)}")
+    if base is not None:
+        name, source = base.name, base.source
+        values = {key: getattr(base, key) for key in numbers} | given
+    else:
+        name, source, values = "your device", "given", given
+    missing = [key for key in numbers if key not in values]
+    if missing:
+        raise RecipeError(f"--device {text}: {', '.join(missing)} missing; begin with a name to take it from there")
+    source = f"{source}; {', '.join(given)} given" if given and base is not None else source
+    return Device(name=name, source=source, **values)

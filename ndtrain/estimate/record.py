@@ -1,0 +1,330 @@
+"""What a rank allocates, computes, reads, writes and sends, told from the operations that it runs.
+
+Works on real tensors as on fake ones: it looks at shapes and storages, never at contents.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ndtrain.layout import local_part
+
+aten, c10d = torch.ops.aten, torch.ops.c10d
+
+# Kinds of memory.
+PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
+UNSHARDED, UNSHARDED_GRADIENTS, REDUCTION = "unsharded_parameters", "unsharded_gradients", "gradient_reduction"
+ACTIVATIONS, LOGITS, HOST = "activations", "logits", "host"
+KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, UNSHARDED, UNSHARDED_GRADIENTS, REDUCTION, ACTIVATIONS, LOGITS)
+
+
+class Work(NamedTuple):
+    """One operation's floating-point operations, and the bytes of what it reads and writes."""
+
+    dtype: str
+    flops: int
+    bytes: int
+
+
+class Collective(NamedTuple):
+    """One exchange: the mesh axis, how many ranks, what it does and its bytes, those of the whole message on a rank.
+
+    That is the larger of what goes in and what comes out: the gathered tensor, or the one to be reduced.
+    """
+
+    axis: str
+    ranks: int
+    op: str
+    bytes: int
+
+
+@dataclass
+class Record:
+    """A rank's step.
+
+    `peaks` has for every stage the bytes by kind at the moment when it held the most. Stages are the forward and
+    backward passes of each FSDP unit, (direction, its name), and what comes after them.
+    """
+
+    work: Counter[Work] = field(default_factory=Counter)
+    sent: Counter[Collective] = field(default_factory=Counter)
+    peaks: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def flops(self) -> int:
+        return sum(w.flops * n for w, n in self.work.items())
+
+
+# How many times a query meets a key in attention is halved by a causal mask, which the kernels skip.
+def _attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> float:
+    *batch, length, width = query.shape
+    pairs = float(torch.Size(batch).numel() * length * key.shape[-2])
+    return 2 * pairs * (width + value.shape[-1]) * (0.5 if causal else 1.0)
+
+
+def _forward_causal(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any) -> float:
+    return _attention(q, k, v, causal)
+
+
+def _forward_masked(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, lse: bool, dropout: float = 0.0, causal: bool = False, **_: Any
+) -> float:
+    return _attention(q, k, v, causal)
+
+
+def _backward(causal_at: int) -> Callable[..., float]:
+    # The scores are made again, and each of the two products has two gradients (arXiv:2205.14135).
+    def flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any, **_: Any) -> float:
+        return 2.5 * _attention(q, k, v, bool(more[causal_at - 4]) if len(more) > causal_at - 4 else False)
+
+    return flops
+
+
+def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
+    """Rows sorted by expert times each expert's matrix, or (both 2-D) its gradient."""
+    return 2.0 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+_FLASH_CPU = aten._scaled_dot_product_flash_attention_for_cpu
+_FORMULAS: dict[Any, Callable[..., float]] = {
+    _FLASH_CPU: _forward_causal,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward(7),
+    aten._scaled_dot_product_flash_attention: _forward_causal,
+    aten._scaled_dot_product_flash_attention_backward: _backward(11),
+    aten._scaled_dot_product_efficient_attention: _forward_masked,
+    aten._scaled_dot_product_cudnn_attention: _forward_masked,
+    aten._grouped_mm: _grouped,
+}
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    packet = func._overloadpacket
+    if packet in _FORMULAS:
+        return int(_FORMULAS[packet](*args, **kwargs))
+    name = str(packet)
+    if name == "transformers.grouped_mm_fallback":
+        return int(_grouped(args[0], args[1]))
+    if name == "transformers.grouped_mm_fallback_backward":
+        return 2 * int(_grouped(args[0], args[1]))
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    return 0
+
+
+# Operations that neither read nor write.
+_FREE = {
+    aten.empty,
+    aten.empty_like,
+    aten.new_empty,
+    aten.empty_strided,
+    aten.new_empty_strided,
+    aten._unsafe_view,
+    aten._reshape_alias,
+    aten.lift_fresh,
+    aten.detach,
+}
+
+_NAMES = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "recv",
+    "isend": "send",
+    "irecv": "recv",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs under it. `axes` names the mesh axis of each process group by the group's name.
+
+    Entered before the first parameter has memory, so that every storage is known. Memory counts storages that are alive
+    (torch's allocator counts the same, and rounds up); what a kernel holds while it runs is not seen.
+    """
+
+    def __init__(self, axes: Mapping[str, str]):
+        super().__init__()
+        self.axes = axes
+        self.record = Record()
+        self.stage = ("forward", "")
+        self.times = 1  # how often what runs now is done in a step
+        self._kind = ACTIVATIONS
+        self._paused = False
+        self._held: Counter[str] = Counter()
+        self._storages: dict[int, tuple[int, str]] = {}
+        self._references: dict[int, Any] = {}
+
+    # ---- memory
+
+    def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
+        """Say what the storages of `tensors` are."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            storage = local_part(tensor).untyped_storage()
+            self._see(storage)
+            key = storage._cdata
+            size, old = self._storages[key]
+            self._held[old] -= size
+            self._storages[key] = (size, kind)
+            self._add(kind, size)
+
+    def kind_of(self, tensor: Tensor) -> str:
+        return self._storages[local_part(tensor).untyped_storage()._cdata][1]
+
+    @contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """What is allocated inside is of `kind`."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not the step's."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def held(self) -> dict[str, int]:
+        """Bytes that are alive, by kind."""
+        return {kind: n for kind, n in self._held.items() if n}
+
+    def restart(self) -> None:
+        """Forget what was recorded, but not what is alive."""
+        self.record = Record()
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = storage.nbytes()
+        self._storages[key] = (size, self._kind)
+        self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
+        self._add(self._kind, size)
+
+    def _gone(self, key: int) -> None:
+        size, kind = self._storages.pop(key)
+        del self._references[key]
+        self._held[kind] -= size
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._storages:
+            self._see(storage)
+            return
+        size, kind = self._storages[key]
+        now = storage.nbytes()
+        self._storages[key] = (now, kind)
+        self._add(kind, now - size)
+
+    def _add(self, kind: str, size: int) -> None:
+        self._held[kind] += size
+        if size <= 0 or kind == HOST:
+            return
+        total = sum(n for k, n in self._held.items() if k != HOST)
+        best = self.record.peaks.get(self.stage)
+        if best is None or total > sum(best.values()):
+            self.record.peaks[self.stage] = {k: n for k, n in self._held.items() if n and k != HOST}
+
+    def __enter__(self) -> Recorder:
+        # FSDP frees and refills storages in place, which no operation shows (torch 2.13).
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            out = resize(storage, size)
+            self._resized(storage)
+            return out
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    # ---- operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # its operations on local tensors come by themselves
+        out = func(*args, **kwargs)
+        if self._paused:
+            return out
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in tensors:
+            self._see(tensor.untyped_storage())
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"):
+            self._count_collective(func, args, out)
+        elif not (func.namespace == "prim" or func.is_view or func._overloadpacket in _FREE):
+            self._count_work(func, args, kwargs, out, tensors)
+        return out
+
+    def _count_work(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tensors: list[Tensor]
+    ) -> None:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not tensors and not given:
+            return
+        moved = sum({id(t): _bytes(t) for t in (*given, *tensors)}.values())
+        floats = next((t for t in (*tensors, *given) if t.is_floating_point()), None)
+        dtype = str(floats.dtype).removeprefix("torch.") if floats is not None else "int"
+        self.record.work[Work(dtype, _flops(func, args, kwargs, out), moved)] += self.times
+
+    def _count_collective(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        op = _NAMES.get(func._overloadpacket.__name__)
+        if op is None:
+            return
+        group = _group(args)
+        if group is None or group.size() == 1:
+            return
+        message = max(sum(_bytes(t) for t in tree_leaves(part) if isinstance(t, Tensor)) for part in (*args, out))
+        axis = self.axes.get(group.group_name, "world")
+        self.record.sent[Collective(axis, group.size(), op, message)] += self.times
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return dist.ProcessGroup.unbox(arg)
+        if isinstance(arg, dist.ProcessGroup):
+            return arg
+    names = [a for a in args if isinstance(a, str)]
+    return dist.distributed_c10d._resolve_process_group(cast(Any, names[-1])) if names else None

@@ -1,0 +1,95 @@
+"""A deep model as a shallow one: repeated layers cost each the same, so a few of them tell what all would."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from ndtrain.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Depths(NamedTuple):
+    """Two shallower models that differ by one period of layers, and how often the period is missing in the first."""
+
+    short: int
+    long: int
+    periods: int
+    first: int  # layers of which each stands for itself
+
+
+def depths(model: PreTrainedModel, plan: Plan) -> Depths | None:
+    """None where layers do not repeat, or are so few that all of them are run."""
+    stem, total = _stem(plan)
+    if stem is None:
+        return None
+    kinds = _kinds(model, plan)
+    for period in range(1, total // 3 + 1):
+        head = next((i for i in range(total - period - 1, -1, -1) if kinds[i] != kinds[i + period]), -1) + 1
+        rest = total - head
+        # The last period is told from the first, for the most memory is held between the passes of the last layers.
+        short = head + 2 * period + rest % period
+        if short + period < total:
+            return Depths(short, short + period, (total - short) // period, head + period)
+    return None
+
+
+def whole_name(name: str, plan: Plan, layers: int, found: Depths) -> str | None:
+    """What a module of a model of which `layers` were kept is called in the whole one.
+
+    The first blocks keep their numbers, the last are the last; None for those between, which hold less than either.
+    """
+    stem, total = _stem(plan)
+    if stem is None or not name.startswith(f"{stem}."):
+        return name
+    number, _, rest = name.removeprefix(f"{stem}.").partition(".")
+    at = int(number)
+    if at >= layers - (found.long - found.short):
+        at += total - layers
+    elif at >= found.first:
+        return None
+    return ".".join(part for part in (stem, str(at), rest) if part)
+
+
+def cut_short(model: PreTrainedModel, plan: Plan, layers: int) -> None:
+    """Keep the first `layers` blocks of `model`, in place."""
+    stem, _ = _stem(plan)
+    assert stem is not None
+    parent, _, name = stem.rpartition(".")
+    whole = model.get_submodule(stem)
+    assert isinstance(whole, nn.ModuleList)
+    setattr(model.get_submodule(parent), name, whole[:layers])
+    model.config.get_text_config().num_hidden_layers = layers
+
+
+def _stem(plan: Plan) -> tuple[str | None, int]:
+    """The list that all blocks are in, in order."""
+    stems = {name.rpartition(".")[0] for name in plan.blocks}
+    in_order = [name.rpartition(".")[2] for name in plan.blocks] == [str(i) for i in range(len(plan.blocks))]
+    return (stems.pop() if len(stems) == 1 and in_order else None), len(plan.blocks)
+
+
+def _kinds(model: PreTrainedModel, plan: Plan) -> list[object]:
+    """What tells one block from another: its modules, its parameters' shapes and places, its kind by the config."""
+    config = model.config.get_text_config()
+    total = len(plan.blocks)
+    by_layer = [value for _, value in sorted(config.to_dict().items()) if isinstance(value, list | tuple)]
+    by_layer = [value for value in by_layer if len(value) == total]
+    params: dict[str, list[object]] = {name: [] for name in plan.blocks}
+    for param in plan.params:
+        block = next((name for name in _prefixes(param.fqn) if name in params), None)
+        if block is not None:
+            params[block].append((param.fqn.removeprefix(block), param.shape, param.style, param.placements))
+    kinds: list[object] = []
+    for i, name in enumerate(plan.blocks):
+        modules = [type(module) for module in model.get_submodule(name).modules()]
+        kinds.append((modules, params[name], [value[i] for value in by_layer]))
+    return kinds
+
+
+def _prefixes(fqn: str) -> list[str]:
+    parts = fqn.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -1,0 +1,155 @@
+"""What one optimizer step of one rank costs: memory by kind, FLOPs, collectives, and the least time they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ndtrain.errors import NdtrainError
+from ndtrain.estimate.devices import Device
+from ndtrain.estimate.dry import dry_step
+from ndtrain.estimate.record import Record
+from ndtrain.estimate.roofline import RESERVED, Times, members, times
+from ndtrain.estimate.shorten import Depths, cut_short, depths, whole_name
+from ndtrain.mesh import MeshSizes
+from ndtrain.metrics import flops_per_token
+from ndtrain.model import meta_model
+from ndtrain.plan import Plan, make_plan
+from ndtrain.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The collectives of one kind of a step: how many, their bytes together, whom they reach."""
+
+    axis: str
+    op: str
+    ranks: int
+    count: int
+    bytes: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """A step of `rank`, from one dry step, or from two of shallower models whose difference is repeated."""
+
+    recipe: Recipe
+    plan: Plan
+    rank: int
+    records: tuple[tuple[int, Record], ...]  # (weight, record): what is linear in the number of layers is their sum
+    depths: Depths | None
+    model_flops: float  # of all ranks' model FLOPs this rank's share, as MFU counts them
+
+    def total(self, of: Callable[[Record], float]) -> float:
+        return sum(weight * of(record) for weight, record in self.records)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations that are executed, those made again included."""
+        return round(self.total(lambda record: record.flops))
+
+    @property
+    def peaks(self) -> dict[tuple[str, str], dict[str, int]]:
+        """{(direction, FSDP unit): {kind: bytes}} at the fullest moment of each stage; see `Record`.
+
+        Of a model that was run with fewer layers, those of its first and its last.
+        """
+        if self.depths is None:
+            return self.records[0][1].peaks
+        short, long = (
+            {
+                (way, name): peak
+                for (way, part), peak in record.peaks.items()
+                if (name := self._whole(part, layers)) is not None
+            }
+            for layers, (_, record) in zip(self.depths[:2], self.records, strict=True)
+        )
+        periods = self.depths.periods
+        return {
+            stage: {
+                kind: short[stage].get(kind, 0) + periods * (peak.get(kind, 0) - short[stage].get(kind, 0))
+                for kind in {**peak, **short[stage]}
+            }
+            for stage, peak in long.items()
+            if stage in short
+        }
+
+    def _whole(self, name: str, layers: int) -> str | None:
+        assert self.depths is not None
+        return whole_name(name, self.plan, layers, self.depths)
+
+    @property
+    def peak(self) -> tuple[tuple[str, str], dict[str, int]]:
+        """The stage that needs the most memory, and what is held then."""
+        return max(self.peaks.items(), key=lambda item: sum(item[1].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak[1].values())
+
+    def room(self, device: Device) -> float:
+        """Bytes that are left of the device's memory; negative where the step does not fit."""
+        return device.memory * (1 - RESERVED) - self.peak_bytes
+
+    def nodes(self, axis: str, ranks_per_node: int) -> tuple[int, int]:
+        """(ranks on each node, nodes) of the group of this rank along `axis`."""
+        ranks = members(self.plan.sizes, axis, self.rank)
+        here = sum(r // ranks_per_node == self.rank // ranks_per_node for r in ranks)
+        return here, -(-len(ranks) // here)
+
+    def sent(self, ranks_per_node: int) -> list[Sent]:
+        kinds = dict.fromkeys((c.axis, c.op, c.ranks) for _, record in self.records for c in record.sent)
+
+        def amount(axis: str, op: str, *, in_bytes: bool) -> int:
+            return round(
+                self.total(
+                    lambda record: sum(
+                        n * (c.bytes if in_bytes else 1) for c, n in record.sent.items() if (c.axis, c.op) == (axis, op)
+                    )
+                )
+            )
+
+        return [
+            Sent(
+                axis, op, ranks, amount(axis, op, in_bytes=False), amount(axis, op, in_bytes=True),
+                self.nodes(axis, ranks_per_node)[1],
+            )
+            for axis, op, ranks in sorted(kinds)
+        ]  # fmt: skip
+
+    def times(self, device: Device, ranks_per_node: int) -> Times:
+        axes = dict.fromkeys(c.axis for _, record in self.records for c in record.sent)
+        return times(self.total, {axis: self.nodes(axis, ranks_per_node) for axis in axes}, device)
+
+    def tokens_per_second(self, seconds: float) -> float:
+        """Of all ranks."""
+        return self.recipe.train.global_batch_size * self.recipe.data.seq_len / seconds
+
+    def mfu(self, seconds: float, device: Device) -> float:
+        """Model FLOPs over the device's peak in the dtype that most of the model computes in."""
+        return self.model_flops / seconds / device.peak(self.recipe.fsdp.param_dtype)
+
+
+def estimate_step(recipe: Recipe, sizes: MeshSizes, *, rank: int = 0) -> StepEstimate:
+    """Dry-run a step of `recipe` on a mesh of `sizes`; raises what `run` would raise, and `dry_step`'s errors."""
+    model = meta_model(recipe)
+    plan = make_plan(model, sizes, recipe)
+    length = recipe.data.seq_len
+    tokens = recipe.train.global_batch_size * length / sizes.world_size
+    model_flops = flops_per_token(plan, model.config.get_text_config(), length) * tokens
+    shallow = depths(model, plan)
+    if shallow is not None:
+        records = []
+        for weight, layers in ((1 - shallow.periods, shallow.short), (shallow.periods, shallow.long)):
+            part = meta_model(recipe)
+            cut_short(part, plan, layers)
+            try:
+                records.append((weight, dry_step(recipe, make_plan(part, sizes, recipe), part, rank=rank)))
+            except NdtrainError:
+                raise
+            except Exception:  # a model whose layers count on one another
+                break
+        if len(records) == 2:
+            return StepEstimate(recipe, plan, rank, tuple(records), shallow, model_flops)
+    return StepEstimate(recipe, plan, rank, ((1, dry_step(recipe, plan, model, rank=rank)),), None, model_flops)

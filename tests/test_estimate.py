@@ -1,0 +1,200 @@
+"""What `inspect` says that a step holds, computes and sends is what a real one does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ndtrain.console import inspect_text
+from ndtrain.errors import NdtrainError, RecipeError
+from ndtrain.estimate import StepEstimate, estimate_step, find_device, step
+from ndtrain.estimate.record import Collective, Record, Work
+from ndtrain.estimate.roofline import members, seconds, times
+from ndtrain.mesh import MeshSizes
+from ndtrain.recipe import Recipe, load_recipe
+from ndtrain.train import sizes_for
+from tests import tiny
+from tests.estimate_truth import MODELS, compared
+from tests.ranks import get_pool
+
+
+@pytest.mark.parametrize("case", ["tp 2", "experts, dp_shard 2, ep 2"])
+def test_a_dry_step_holds_and_sends_what_a_real_one_does(tmp_path: Path, case: str) -> None:
+    ours, theirs, sent, real = compared(case, tmp_path, get_pool(2))
+    assert ours == pytest.approx(theirs, rel=0.05)
+    assert {op: count for op, (count, _) in sent.items()} == {op: count for op, (count, _) in real.items()}
+    for op in {"all_gather", "reduce_scatter"} & set(sent):
+        assert sent[op] == real[op]
+
+
+def recipe_for(folder: Path, kind: str, mesh: dict[str, int], config: dict[str, Any], **more: Any) -> Recipe:
+    batch_ranks = mesh.get("dp_replicate", 1) * mesh.get("dp_shard", 1)
+    model = {"type": kind, "init": "random", "config": {**MODELS.get(kind, {}), **config}, **more.pop("model", {})}
+    path = tiny.recipe_file(
+        folder / "recipe.toml",
+        model=model,
+        corpus=folder,
+        run_dir=folder / "run",
+        mesh=mesh,
+        batch_ranks=batch_ranks,
+        **{"data": {"seq_len": 128}, **more},
+    )
+    return load_recipe(path)
+
+
+def estimated(recipe: Recipe, ranks: int, **more: Any) -> StepEstimate:
+    return estimate_step(recipe, sizes_for(recipe, ranks), **more)
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("llama", "none"), ("llama", "full"), ("qwen3_moe", "none")])
+def test_flops_are_six_per_weight_and_token_and_those_of_attention(
+    tmp_path: Path, kind: str, checkpointing: str
+) -> None:
+    recipe = recipe_for(
+        tmp_path,
+        kind,
+        {},
+        {},
+        data={"seq_len": 256, "packing": False},
+        train={"activation_checkpointing": checkpointing},
+    )
+    found = estimated(recipe, 1)
+    sizes, tokens = MODELS[kind], 8 * 256
+    heads = sizes["num_attention_heads"] * sizes["head_dim"]
+    keys = sizes["num_key_value_heads"] * sizes["head_dim"]
+    if kind == "llama":
+        products = 3 * sizes["intermediate_size"]
+    else:  # the experts that a token meets, and the router
+        products = 3 * sizes["num_experts_per_tok"] * sizes["moe_intermediate_size"] + sizes["num_experts"]
+    layer = sizes["hidden_size"] * (2 * heads + 2 * keys + products)
+    weights = sizes["num_hidden_layers"] * layer + sizes["hidden_size"] * sizes["vocab_size"]
+    # Causal attention: two products forward, five backward, over half of the pairs.
+    attention = sizes["num_hidden_layers"] * 7 * tokens * 256 * heads
+    again = 0.0
+    if checkpointing == "full":  # but for the last product of each layer, of which nothing is needed
+        last = sizes["hidden_size"] * sizes["intermediate_size"]
+        again = 2 * sizes["num_hidden_layers"] * (layer - last) * tokens + attention * 2 / 7
+    assert found.flops == pytest.approx(6 * weights * tokens + attention + again, rel=0.03)
+    assert found.model_flops == pytest.approx(6 * weights * tokens + attention * 6 / 7, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "config"),
+    [
+        ("llama", {"dp_shard": 4, "tp": 2}, {"num_hidden_layers": 7}),
+        ("qwen3_moe", {"dp_shard": 4, "ep": 4}, {"num_hidden_layers": 8, "decoder_sparse_step": 2}),
+    ],
+)
+def test_a_deep_model_costs_what_its_layers_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mesh: dict[str, int], config: dict[str, Any]
+) -> None:
+    recipe = recipe_for(tmp_path, kind, mesh, config, train={"global_batch_size": 4, "micro_batch_size": 1})
+    ranks = 8 if kind == "llama" else 4
+    short = estimated(recipe, ranks)
+    monkeypatch.setattr(step, "depths", lambda model, plan: None)
+    whole = estimated(recipe, ranks)
+    assert short.depths is not None and whole.depths is None
+    assert short.flops == whole.flops and short.sent(8) == whole.sent(8)
+    assert short.peak == whole.peak
+    assert short.peaks.items() <= whole.peaks.items()
+    device = find_device("h100")
+    assert short.times(device, 8).step == pytest.approx(whole.times(device, 8).step)
+
+
+def test_micro_batches_between_the_first_and_the_last_are_counted(tmp_path: Path) -> None:
+    few = recipe_for(
+        tmp_path,
+        "llama",
+        {"dp_shard": 2},
+        {"num_hidden_layers": 1},
+        train={"global_batch_size": 6, "micro_batch_size": 1},
+    )
+    many = recipe_for(
+        tmp_path,
+        "llama",
+        {"dp_shard": 2},
+        {"num_hidden_layers": 1},
+        train={"global_batch_size": 14, "micro_batch_size": 1},
+    )
+    three, seven = estimated(few, 2), estimated(many, 2)
+    assert seven.peak_bytes == three.peak_bytes
+    assert seven.flops == pytest.approx(three.flops * 7 / 3, rel=1e-3)
+    counts = [{(s.axis, s.op): s.count for s in e.sent(8)} for e in (three, seven)]
+    assert counts[1]["fsdp", "reduce_scatter"] * 3 == counts[0]["fsdp", "reduce_scatter"] * 7
+
+
+def test_what_depends_on_contents_is_not_guessed(tmp_path: Path) -> None:
+    config = json.loads((Path(__file__).parent / "matrix" / "configs.json").read_text())["dbrx"]
+    recipe = recipe_for(tmp_path, "dbrx", {}, config)
+    with pytest.raises(NdtrainError, match=r"dbrx cannot be run without contents: .*; leave out --dry-run"):
+        estimated(recipe, 1)
+
+
+def test_the_roofline_adds_up() -> None:
+    device = find_device("bfloat16=100,float32=10,memory=1e9,bandwidth=50,intra=20,inter=5")
+    record = Record()
+    record.work[Work("bfloat16", 1000, 100)] = 2  # 10 s each by arithmetic
+    record.work[Work("float32", 0, 500)] = 1  # 10 s by memory
+    record.sent[Collective("fsdp", 4, "all_gather", 80)] = 1
+    record.sent[Collective("tp", 2, "all_reduce", 40)] = 3
+
+    def one(of: Any) -> float:
+        return float(of(record))
+
+    found = times(one, {"fsdp": (2, 2), "tp": (2, 1)}, device)
+    assert found.compute == 30 and found.by_flops == 20 and found.bound == "compute"
+    # 80 bytes: half from another node over two cards, 4 s, and half inside it, 2 s; tp: twice 20 bytes, 2 s each time
+    assert found.sent == {"fsdp": 4.0, "tp": 6.0}
+    assert found.exposed == {"fsdp": 0.0, "tp": 6.0} and found.step == 36
+    far = Collective("fsdp", 4, "all_gather", 4000)
+    assert seconds(far, device, on_node=1, nodes=4) == 4000 * 3 / 4 / 5
+    assert seconds(Collective("ep", 4, "all_to_all", 400), device, on_node=2, nodes=2) == 400 / 2 / 5
+
+
+def test_members_of_an_axis_are_those_of_the_mesh() -> None:
+    sizes = MeshSizes.resolve(48, dp_replicate=2, dp_shard=3, cp=2, tp=4, ep=8)
+    for axis in ("dp_replicate", "dp_shard", "cp", "tp", "fsdp", "efsdp", "ep"):
+        for rank in (0, 5, 29, 47):
+            own = sizes.coordinate(rank)
+            views = {"fsdp": ("dp_replicate", "tp"), "efsdp": ("dp_replicate", "ep"), "ep": ("dp_replicate", "efsdp")}
+            fixed = views.get(axis) or [a for a in ("dp_replicate", "dp_shard", "cp", "tp") if a != axis]
+            want = [r for r in range(48) if all(sizes.coordinate(r)[a] == own[a] for a in fixed)]
+            assert list(members(sizes, axis, rank)) == want, (axis, rank)
+
+
+def test_devices() -> None:
+    own = find_device("h100,memory=94e9")
+    assert own.memory == 94e9 and own.bfloat16 == find_device("h100").bfloat16 and "memory given" in own.source
+    for text, words in {
+        "h101": "h101 is none of a100, h100",
+        "memory=1e9": "bfloat16, float32, bandwidth, intra, inter missing",
+        "h100,memory=much": "'much' is no number",
+        "h100,memory=-1": "give a positive figure for some of bfloat16",
+        "h100,colour=3": "give a positive figure for some of bfloat16",
+    }.items():
+        with pytest.raises(RecipeError, match=words):
+            find_device(text)
+
+
+def test_inspect_shows_the_step_the_layer_and_the_difference(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2, "tp": 2}, {})
+    text = inspect_text(recipe, world_size=4, device="h100", layer="*.layers.2", ranks_per_node=2)
+    assert "self_attn.q_proj.weight" in text and "embed_tokens" not in text
+    assert "as MFU counts them" in text and "An estimate for h100, 2 ranks on a node" in text and "fits: " in text
+    report = json.loads(inspect_text(recipe, world_size=4, as_json=True, device="h100,memory=1e6"))
+    assert report["step"]["peak"]["bytes"] == sum(report["step"]["peak"]["kinds"].values())
+    assert not report["step"]["roofline"]["fits"]
+    by_axis = {(c["axis"], c["op"]): c for c in report["step"]["collectives"]}
+    assert by_axis["fsdp", "all_gather"]["nodes"] == 1 and by_axis["tp", "reduce_scatter"]["count"] > 0
+    with pytest.raises(
+        RecipeError, match=r"--layer no\.such: no parameter matches; model\.embed_tokens\.weight is one"
+    ):
+        inspect_text(recipe, world_size=4, layer="no.such")
+
+    other = recipe_for(tmp_path, "llama", {"dp_shard": 4}, {})
+    lines = inspect_text(recipe, world_size=4, other=other, layer="*.norm").splitlines()
+    assert lines[0].startswith("-mesh: ") and sum(line.startswith("+mesh: ") for line in lines) == 1
+    assert inspect_text(recipe, world_size=4, other=recipe) == "the plans are the same"
