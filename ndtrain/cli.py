@@ -140,6 +140,9 @@ def inspect(
         typer.Option(help="Estimate its time too: a100, h100, h200, b200, mi300x, or figures, e.g. h100,memory=94e9."),
     ] = None,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks that share a node.")] = 8,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Search the meshes that fit --world-size devices of --device.")
+    ] = False,
     set_: SetOption = None,
 ) -> None:
     """Print the mesh, the plan, the memory and the cost of a run, without starting it."""
@@ -147,10 +150,20 @@ def inspect(
     other = _load(diff, set_) if diff is not None else None
     if other is not None and (dry_run or device is not None):
         raise RecipeError("--diff compares plans; leave out --dry-run and --device")
+    if suggest and (world_size is None or device is None):
+        raise RecipeError("--suggest needs --world-size and --device")
     _tell_notes(resolved)
 
     from ndtrain import console
 
+    if suggest:
+        assert world_size is not None and device is not None
+        _print(
+            console.suggest_text(
+                resolved, world_size=world_size, device=device, ranks_per_node=ranks_per_node, as_json=as_json
+            )
+        )
+        return
     _print(
         console.inspect_text(
             resolved,

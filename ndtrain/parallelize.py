@@ -36,7 +36,9 @@ def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: R
     if plan.ep_rules:
         apply_expert_parallelism(model, plan, meshes)
     if recipe.train.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Its name in transformers until 5.17
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     context = KINDS[plan.cp](model, meshes.dense["cp"].get_group()) if plan.cp else None
     if plan.sizes.tp > 1 and refuse.dropouts(model):
         drop_by_rank(model, plan, meshes.tp.get_local_rank())

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from ndtrain.console import inspect_text
+from ndtrain.console import inspect_text, suggest_text
 from ndtrain.errors import NdtrainError, RecipeError
-from ndtrain.estimate import StepEstimate, estimate_step, find_device, step
+from ndtrain.estimate import StepEstimate, estimate_step, find_device, step, suggest
 from ndtrain.estimate.record import Collective, Record, Work
 from ndtrain.estimate.roofline import members, seconds, times
+from ndtrain.estimate.search import changed
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe, load_recipe
 from ndtrain.train import sizes_for
@@ -177,6 +178,42 @@ def test_devices() -> None:
     }.items():
         with pytest.raises(RecipeError, match=words):
             find_device(text)
+
+
+@pytest.fixture
+def small_device() -> str:
+    return "bfloat16=1e12,float32=1e12,memory=1e9,bandwidth=1e11,intra=1e10,inter=1e9"
+
+
+def test_suggestions_fit_and_are_no_slower_than_what_others_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_device: str
+) -> None:
+    monkeypatch.setattr("ndtrain.estimate.search.SEARCH_S", 3.0)
+    recipe, device = recipe_for(tmp_path, "llama", {}, {"num_hidden_layers": 1}), find_device(small_device)
+    found = suggest(recipe, 4, device, 2)
+    assert 1 <= len(found) <= 5
+    assert [s.times.step for s in found] == sorted(s.times.step for s in found)
+    best = found[0]
+    again = estimated(changed(recipe, best.change), 4)
+    assert again.peak_bytes == best.step.peak_bytes and again.room(device) >= 0
+    for mesh in ({"mesh.dp_shard": 4}, {"mesh.dp_shard": 2, "mesh.tp": 2}, {"mesh.dp_shard": 2, "mesh.cp": 2}):
+        other = estimated(changed(recipe, mesh), 4)
+        assert best.times.step <= other.times(device, 2).step
+    report = json.loads(suggest_text(recipe, world_size=4, device=small_device, ranks_per_node=2, as_json=True))
+    assert report[0]["set"] == best.change
+    assert "mesh.tp" in best.change and all(one.change["mesh.tp"] <= 4 for one in found)  # of 4 key-value heads
+
+
+def test_what_does_not_fit_is_told_by_how_much_and_what_helps(tmp_path: Path, small_device: str) -> None:
+    train = {"global_batch_size": 4, "micro_batch_size": 2}
+    recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2}, {"num_hidden_layers": 2}, train=train)
+    whole = estimated(recipe, 2).peak_bytes
+    text = inspect_text(recipe, world_size=2, device=f"{small_device},memory={whole}")
+    assert "does not fit: " in text and "the cheapest single change that makes it fit: " in text
+    line = next(line for line in text.splitlines() if "cheapest" in line)
+    assert "cpu_offload" in line or "activation_checkpointing" in line or "micro_batch_size" in line
+    text = inspect_text(recipe, world_size=2, device=f"{small_device},memory=1e5")
+    assert "no single change was found that makes it fit" in text
 
 
 def test_inspect_shows_the_step_the_layer_and_the_difference(tmp_path: Path) -> None:

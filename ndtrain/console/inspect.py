@@ -12,8 +12,20 @@ from rich.table import Table
 
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
 from ndtrain.console.units import number, size, span
-from ndtrain.errors import RecipeError
-from ndtrain.estimate import ASSUMPTIONS, KINDS, RESERVED, Device, StepEstimate, estimate_step, find_device
+from ndtrain.errors import PlanError, RecipeError
+from ndtrain.estimate import (
+    ASSUMPTIONS,
+    KINDS,
+    RESERVED,
+    Change,
+    Device,
+    StepEstimate,
+    Suggestion,
+    cheapest_fix,
+    estimate_step,
+    find_device,
+    suggest,
+)
 from ndtrain.mesh import MeshSizes
 from ndtrain.model import meta_model
 from ndtrain.plan import Plan, make_plan
@@ -89,6 +101,7 @@ def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) 
     }
     if device is not None:
         times = step.times(device, ranks_per_node)
+        fix = cheapest_fix(step.recipe, step, device, ranks_per_node) if step.room(device) < 0 else None
         report["roofline"] = {
             "device": device.name,
             "source": device.source,
@@ -102,9 +115,56 @@ def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) 
             "mfu": step.mfu(times.step, device),
             "memory_limit": round(device.memory * (1 - RESERVED)),
             "fits": step.room(device) >= 0,
+            "fix": None if fix is None else _suggestion_report(fix, device),
             "assumptions": list(ASSUMPTIONS),
         }
     return report
+
+
+def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node: int, as_json: bool) -> str:
+    """The fastest meshes for `world_size` ranks of `device` that the plan allows and that fit, as lines of a recipe."""
+    target = find_device(device)
+    recipe, _ = with_checkpoint(recipe)
+    found = suggest(recipe, world_size, target, ranks_per_node)
+    if as_json:
+        return json.dumps([_suggestion_report(one, target) for one in found], indent=2)
+    if not found:
+        raise PlanError(f"no mesh was found on which the recipe fits {world_size} x {target.name}; try more ranks")
+    lines = [f"An estimate for {world_size} x {target.name}, {ranks_per_node} ranks on a node; fastest first"]
+    for place, one in enumerate(found, 1):
+        told = _suggestion_report(one, target)
+        lines += [
+            "",
+            f"# {place}. at most {told['tokens_per_second']:,.0f} tokens/s, MFU {told['mfu']:.1%}, bound by "
+            f"{told['bound']}; {size(told['peak_bytes'])} of {size(target.memory * (1 - RESERVED))}",
+            *_recipe_lines(one.change),
+        ]
+    return "\n".join([*lines, "", *(f"assumed: {line}" for line in ASSUMPTIONS)])
+
+
+def _suggestion_report(one: Suggestion, device: Device) -> dict[str, Any]:
+    return {
+        "set": one.change,
+        "tokens_per_second": one.tokens_per_second,
+        "step_seconds": one.times.step,
+        "mfu": one.step.mfu(one.times.step, device),
+        "bound": one.times.bound,
+        "peak_bytes": one.step.peak_bytes,
+    }
+
+
+def _recipe_lines(change: Change) -> list[str]:
+    """`change` as TOML; axes of size 1 are left out, as a recipe would."""
+    lines, section = [], ""
+    for name, value in change.items():
+        table, _, key = name.partition(".")
+        if table == "mesh" and value == 1 and key != "dp_shard":
+            continue
+        if table != section:
+            lines.append(f"[{table}]")
+            section = table
+        lines.append(f"{key} = {json.dumps(value)}")
+    return lines
 
 
 def _step_text(step: StepEstimate, report: dict[str, Any], device: Device | None, ranks_per_node: int) -> str:
@@ -156,7 +216,18 @@ def _print_times(console: Console, step: StepEstimate, roofline: dict[str, Any],
     say.append(
         f"  fits: {size(room)} of {limit} are left" if room >= 0 else f"  does not fit: {size(-room)} over {limit}"
     )
+    if room < 0:
+        say.append("  no single change was found that makes it fit" if roofline["fix"] is None else _fix_text(roofline))
     say += [f"  assumed: {line}" for line in ASSUMPTIONS]
     say.append(f"  {device.name}: {device.source}")
     for line in say:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _fix_text(roofline: dict[str, Any]) -> str:
+    fix = roofline["fix"]
+    keys = ", ".join(f"{name} = {json.dumps(value)}" for name, value in fix["set"].items())
+    return (
+        f"  the cheapest single change that makes it fit: {keys} ({size(fix['peak_bytes'])}, at most "
+        f"{fix['tokens_per_second']:,.0f} tokens/s)"
+    )

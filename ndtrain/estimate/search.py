@@ -1,0 +1,228 @@
+"""Meshes that fit, fastest first: a quick count orders what the plan may allow, and dry steps decide among the best."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ndtrain.data import micro_batches
+from ndtrain.errors import NdtrainError, PlanError, RecipeError
+from ndtrain.estimate.devices import Device
+from ndtrain.estimate.record import Collective
+from ndtrain.estimate.roofline import OVERLAPPED, RESERVED, Times, seconds
+from ndtrain.estimate.step import StepEstimate, estimate_step
+from ndtrain.mesh import MeshSizes
+from ndtrain.metrics import flops_per_token
+from ndtrain.model import meta_model
+from ndtrain.plan import make_plan
+from ndtrain.recipe import Recipe
+
+SHOWN = 5
+# Dry steps of the best by the quick count, while they take no longer than this together.
+SEARCH_S = 30.0
+TRIES = 3
+
+Change = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Keys of the recipe to set, and what the step is then."""
+
+    change: Change
+    step: StepEstimate
+    times: Times
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.step.tokens_per_second(self.times.step)
+
+
+def changed(recipe: Recipe, change: Change) -> Recipe:
+    """`recipe` with other values of `section.key`s."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in change.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=keys) for name, keys in sections.items()}
+    )
+
+
+def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int) -> list[Suggestion]:
+    """The meshes and settings of `recipe` for `world_size` ranks that fit `device`, fastest first, at most `SHOWN`.
+
+    Nothing that the plan refuses is among them. Empty where none was found that fits.
+    """
+    count = _Count(recipe, device, ranks_per_node)
+    ordered = sorted(
+        (c for c in _candidates(recipe, world_size, ranks_per_node) if count.bytes(c, world_size) < count.limit),
+        key=lambda c: count.seconds(c, world_size),
+    )
+    found: list[Suggestion] = []
+    tries: Counter[tuple[Any, ...]] = Counter()  # of a mesh; enough of them once one fits or the plan refuses it
+    started = time.monotonic()
+    for change in ordered:
+        mesh = tuple(value for key, value in change.items() if key.startswith("mesh."))
+        if tries[mesh] >= TRIES:
+            continue
+        tries[mesh] += 1
+        try:
+            one = _try(recipe, change, world_size, device, ranks_per_node)
+        except (PlanError, RecipeError):
+            tries[mesh] = TRIES
+            continue
+        if one is not None:
+            tries[mesh] = TRIES
+            found.append(one)
+        if time.monotonic() - started > SEARCH_S and found:
+            break
+    return sorted(found, key=lambda s: s.times.step)[:SHOWN]
+
+
+def cheapest_fix(recipe: Recipe, step: StepEstimate, device: Device, ranks_per_node: int) -> Suggestion | None:
+    """The single change with which `recipe` fits that costs the least time; more ranks only where nothing else does."""
+    sizes, train = step.plan.sizes, recipe.train
+    single: list[Change] = (
+        [{"train.activation_checkpointing": "full"}] if train.activation_checkpointing != "full" else []
+    )
+    rows, _ = micro_batches(train.global_batch_size, sizes.batch, train.micro_batch_size)
+    single += [{"train.micro_batch_size": n} for n in (rows // 2, 1) if 0 < n < rows]
+    single += [{"fsdp.reshard_after_forward": True}] if not recipe.fsdp.reshard_after_forward else []
+    single += [{"fsdp.cpu_offload": True}] if not recipe.fsdp.cpu_offload else []
+    found = []
+    for change in single:
+        try:
+            one = _try(recipe, change, sizes.world_size, device, ranks_per_node)
+        except NdtrainError:
+            continue
+        found += [one] if one is not None else []
+    if found:
+        return min(found, key=lambda s: s.times.step)
+    more = 2 * sizes.dp_shard
+    while sizes.dp_replicate * more * sizes.cp <= 4096 and sizes.dp_replicate * more <= train.global_batch_size:
+        change = {"mesh.dp_shard": more}
+        one = _try(recipe, change, sizes.world_size // sizes.dp_shard * more, device, ranks_per_node)
+        if one is not None:
+            return one
+        more *= 2
+    return None
+
+
+def _try(recipe: Recipe, change: Change, world_size: int, device: Device, ranks_per_node: int) -> Suggestion | None:
+    """None where it does not fit."""
+    other = changed(recipe, change)
+    mesh = other.mesh
+    sizes = MeshSizes.resolve(
+        world_size, dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep
+    )
+    step = estimate_step(other, sizes)
+    return Suggestion(change, step, step.times(device, ranks_per_node)) if step.room(device) >= 0 else None
+
+
+def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int) -> Iterator[Change]:
+    batch = recipe.train.global_batch_size
+    experts = _experts(recipe)
+    for tp in _divisors(min(world_size, ranks_per_node)):
+        for cp in _divisors(world_size // tp) if world_size % tp == 0 else ():
+            data = world_size // (tp * cp)
+            if data > batch or cp > 64:
+                continue
+            for replicas in {1, data // max(1, ranks_per_node // (tp * cp))} if data > 1 else {1}:
+                if not replicas or data % replicas:
+                    continue
+                shard = data // replicas
+                spans = {1} | {
+                    ep for ep in _divisors(shard * cp * tp) if experts and ep % tp == 0 and experts % ep == 0
+                }
+                for ep in sorted(spans):
+                    rows = batch // data
+                    for micro in {n for n in (1, 2, 4, 8) if n <= rows}:
+                        for recompute in ("none", "full"):
+                            for reshard in (True, False):
+                                yield {
+                                    "mesh.dp_replicate": replicas,
+                                    "mesh.dp_shard": shard,
+                                    "mesh.cp": cp,
+                                    "mesh.tp": tp,
+                                    "mesh.ep": ep,
+                                    "train.micro_batch_size": micro,
+                                    "train.activation_checkpointing": recompute,
+                                    "fsdp.reshard_after_forward": reshard,
+                                }
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _experts(recipe: Recipe) -> int:
+    text = meta_model(recipe).config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((n for name in names if (n := getattr(text, name, None))), 0)
+
+
+class _Count:
+    """A step's memory and time by formulas: right enough to say what is worth a dry step."""
+
+    def __init__(self, recipe: Recipe, device: Device, ranks_per_node: int):
+        model = meta_model(recipe)
+        text = model.config.get_text_config()
+        self.recipe, self.device, self.ranks_per_node = recipe, device, ranks_per_node
+        self.limit = device.memory * (1 - RESERVED) * 1.1
+        alone = MeshSizes.resolve(1, dp_replicate=1, dp_shard=1, cp=1, tp=1, ep=1)
+        plain = changed(recipe, {"mesh.dp_replicate": 1, "mesh.dp_shard": 1, "mesh.cp": 1, "mesh.tp": 1, "mesh.ep": 1})
+        plan = make_plan(model, alone, plain)
+        self.flops = flops_per_token(plan, text, recipe.data.seq_len)
+        self.numel = plan.numel
+        self.in_experts = sum(p.numel for p in plan.params if ".experts." in p.fqn)
+        self.layers = max(1, len(plan.blocks))
+        self.hidden = getattr(text, "hidden_size", 0) or 1024
+        self.vocabulary = getattr(text, "vocab_size", 0) or 1
+        self.itemsize = 2 if recipe.fsdp.param_dtype != "float32" else 4
+        # What a layer keeps of each token for its backward pass, in elements: the inputs of its products and norms.
+        shapes = [p.shape for p in plan.params if len(p.shape) == 2 and p.unit.startswith(plan.blocks[:1] or "?")]
+        self.kept = 6 * self.hidden + 2 * sum(s[0] for s in shapes)
+
+    def _mesh(self, change: Change) -> tuple[int, int, int, int, int, int]:
+        names = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
+        replicas, shard, cp, tp, ep = (change[f"mesh.{name}"] for name in names)
+        return replicas, shard, cp, tp, ep, shard * cp
+
+    def bytes(self, change: Change, world_size: int) -> float:
+        replicas, _, cp, tp, _, _ = self._mesh(change)
+        tokens = change["train.micro_batch_size"] * self.recipe.data.seq_len / cp
+        states = 16 * self.numel * replicas / world_size
+        layer = self.numel / self.layers / tp
+        whole = self.itemsize * (self.numel / tp if not change["fsdp.reshard_after_forward"] else 2 * layer)
+        each = self.hidden if change["train.activation_checkpointing"] == "full" else self.kept
+        kept = self.itemsize * tokens * each * self.layers / tp
+        head = 6 * self.hidden * self.vocabulary / tp
+        return states + whole + kept + head
+
+    def seconds(self, change: Change, world_size: int) -> float:
+        replicas, shard, cp, tp, ep, fsdp = self._mesh(change)
+        recipe, device = self.recipe, self.device
+        rows, steps = micro_batches(recipe.train.global_batch_size, replicas * shard, change["train.micro_batch_size"])
+        tokens = rows * recipe.data.seq_len / cp
+        again = 4 / 3 if change["train.activation_checkpointing"] == "full" else 1
+        compute = steps * tokens * self.flops * again / tp / device.peak(recipe.fsdp.param_dtype)
+        compute += steps * tokens * self.kept * self.layers * 6 * self.itemsize * again / tp / device.bandwidth
+        weights = (self.numel - self.in_experts * (1 - 1 / ep if ep > 1 else 0)) / (tp if ep == 1 else 1)
+        gathers = (2 if change["fsdp.reshard_after_forward"] else 1) * self.itemsize + 4
+        sent = {"fsdp": steps * self._over(weights * gathers, fsdp, tp)}
+        sent["dp_replicate"] = 2 * self._over(4 * weights / fsdp, replicas, fsdp * tp)
+        moved = steps * tokens * self.hidden * self.layers * self.itemsize
+        sent["tp"] = self._over(8 * moved, tp, 1) if tp > 1 else 0.0
+        sent["cp"] = self._over(8 * moved / tp, cp, tp) if cp > 1 else 0.0
+        sent["ep"] = self._over(8 * moved, ep, 1) if ep > 1 else 0.0
+        hidden = sum(sent[axis] for axis in sent if axis in OVERLAPPED)
+        return compute + max(0.0, hidden - compute) + sum(t for axis, t in sent.items() if axis not in OVERLAPPED)
+
+    def _over(self, size: float, ranks: int, stride: int) -> float:
+        on_node = max(1, min(ranks, self.ranks_per_node // stride))
+        what = Collective("", ranks, "all_gather", int(size))
+        return seconds(what, self.device, on_node=on_node, nodes=-(-ranks // on_node)) if ranks > 1 else 0.0
