@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--moe", action="store_true", help="Fused experts, which only ndtrain takes apart again.")
+    parser.add_argument("--ours", action="store_true", help="Leave out what others have.")
     parser.add_argument("--dir", type=Path, help="Where to write; by default the directory for temporary files.")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -122,6 +123,8 @@ def main() -> None:
             "transformers' consolidation": lambda out: consolidate_distributed_checkpoint(step / "model", out),
             "`dcp_to_torch_save`, `save_pretrained`": lambda out: through_torch(other, step, out),
         }
+        if options.ours:
+            cases = {name: case for name, case in cases.items() if "cp` of" in name or "ndtrain" in name}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
         for _ in range(options.rounds):
             for name, case in cases.items():
