@@ -1,4 +1,4 @@
-"""A converted checkpoint read by CTranslate2, whose Llama is its own: its logits beside those of the model that was saved.
+"""A converted checkpoint read by CTranslate2, whose Llama is its own: its logits beside those of the model saved.
 
     pip install ctranslate2
     OMP_NUM_THREADS=1 python -m tests.other_reader

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ndtrain.console import inspect_text, suggest_text
-from ndtrain.errors import NdtrainError, RecipeError
+from ndtrain.errors import PlanError, RecipeError
 from ndtrain.estimate import StepEstimate, estimate_step, find_device, step, suggest
 from ndtrain.estimate.record import Collective, Record, Work
 from ndtrain.estimate.roofline import members, seconds, times
@@ -130,8 +130,10 @@ def test_micro_batches_between_the_first_and_the_last_are_counted(tmp_path: Path
 def test_what_depends_on_contents_is_not_guessed(tmp_path: Path) -> None:
     config = json.loads((Path(__file__).parent / "matrix" / "configs.json").read_text())["dbrx"]
     recipe = recipe_for(tmp_path, "dbrx", {}, config)
-    with pytest.raises(NdtrainError, match=r"dbrx cannot be run without contents: .*; leave out --dry-run"):
+    with pytest.raises(PlanError, match=r"dbrx cannot be run without contents: .*; leave out --dry-run"):
         estimated(recipe, 1)
+    with pytest.raises(PlanError, match=r"no mesh of 2 x h100 was found .* the last reason: dbrx cannot be run"):
+        suggest(recipe, 2, find_device("h100"), 8)
 
 
 def test_the_roofline_adds_up() -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
 from ndtrain.console.units import number, size, span
-from ndtrain.errors import PlanError, RecipeError
+from ndtrain.errors import RecipeError
 from ndtrain.estimate import (
     ASSUMPTIONS,
     KINDS,
@@ -128,8 +128,6 @@ def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node
     found = suggest(recipe, world_size, target, ranks_per_node)
     if as_json:
         return json.dumps([_suggestion_report(one, target) for one in found], indent=2)
-    if not found:
-        raise PlanError(f"no mesh was found on which the recipe fits {world_size} x {target.name}; try more ranks")
     lines = [f"An estimate for {world_size} x {target.name}, {ranks_per_node} ranks on a node; fastest first"]
     for place, one in enumerate(found, 1):
         told = _suggestion_report(one, target)

@@ -28,7 +28,7 @@ from ndtrain.attention import fix_frequencies
 from ndtrain.context_parallel import kernels
 from ndtrain.context_parallel.visible import Visible
 from ndtrain.data import micro_batches
-from ndtrain.errors import NdtrainError
+from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.estimate import record
 from ndtrain.estimate.record import Record, Recorder
 from ndtrain.mesh import Meshes
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -> Record:
     """What `rank` does in one optimizer step after the first; `model` (on meta) is cut and used up.
 
-    Tokens are spread evenly over experts. Raises `NdtrainError` for a model whose shapes depend on contents.
+    Tokens are spread evenly over experts. Raises `PlanError` for a model whose shapes depend on contents.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -67,7 +67,7 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
             ):
                 run_step(engine, recorder, batches(recipe, plan))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise NdtrainError(
+            raise PlanError(
                 f"{plan.model_type} cannot be run without contents: {error} decides how it goes on; leave out --dry-run"
             ) from error
         return recorder.record

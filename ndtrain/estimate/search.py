@@ -55,7 +55,7 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
 def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int) -> list[Suggestion]:
     """The meshes and settings of `recipe` for `world_size` ranks that fit `device`, fastest first, at most `SHOWN`.
 
-    Nothing that the plan refuses is among them. Empty where none was found that fits.
+    Nothing that the plan refuses is among them. Raises `PlanError` where none was found.
     """
     count = _Count(recipe, device, ranks_per_node)
     ordered = sorted(
@@ -63,6 +63,7 @@ def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int
         key=lambda c: count.seconds(c, world_size),
     )
     found: list[Suggestion] = []
+    reason = "none has room for the weights and what belongs to them"
     tries: Counter[tuple[Any, ...]] = Counter()  # of a mesh; enough of them once one fits or the plan refuses it
     started = time.monotonic()
     for change in ordered:
@@ -72,14 +73,18 @@ def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int
         tries[mesh] += 1
         try:
             one = _try(recipe, change, world_size, device, ranks_per_node)
-        except (PlanError, RecipeError):
-            tries[mesh] = TRIES
+        except (PlanError, RecipeError) as error:
+            tries[mesh], reason = TRIES, str(error)
             continue
-        if one is not None:
+        if one is None:
+            reason = "it does not fit"
+        else:
             tries[mesh] = TRIES
             found.append(one)
         if time.monotonic() - started > SEARCH_S and found:
             break
+    if not found:
+        raise PlanError(f"no mesh of {world_size} x {device.name} was found for this recipe; the last reason: {reason}")
     return sorted(found, key=lambda s: s.times.step)[:SHOWN]
 
 
