@@ -356,7 +356,7 @@ def test_experts_apart_are_no_further_in_bfloat16_than_other_micro_batches(
 
 def sabotaged(recipe_path: str, where: str) -> None:
     """Like `trained`, on a model whose cut block is wrong in the same way on every rank."""
-    from ndtrain.train import trainer as module
+    from ndtrain.train import engine as module
 
     right = module.parallelize
 
