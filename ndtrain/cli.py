@@ -139,7 +139,7 @@ def inspect(
         str | None,
         typer.Option(help="Estimate its time too: a100, h100, h200, b200, mi300x, or figures, e.g. h100,memory=94e9."),
     ] = None,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks that share a node.")] = 8,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks that share a node (8).")] = None,
     suggest: Annotated[
         bool, typer.Option("--suggest", help="Search the meshes that fit --world-size devices of --device.")
     ] = False,
@@ -152,20 +152,21 @@ def inspect(
         raise RecipeError("--diff compares plans; leave out --dry-run and --device")
     if suggest and (world_size is None or device is None):
         raise RecipeError("--suggest needs --world-size and --device")
+    if suggest and (other is not None or dry_run or layer is not None or rank):
+        raise RecipeError("--suggest goes with --world-size, --device, --ranks-per-node and --json only")
+    if ranks_per_node is not None and not (dry_run or device is not None):
+        raise RecipeError("--ranks-per-node needs --dry-run or --device")
     _tell_notes(resolved)
 
-    from ndtrain import console
+    from ndtrain.console.inspect import inspect_text, suggest_text
 
+    together = ranks_per_node or 8
     if suggest:
         assert world_size is not None and device is not None
-        _print(
-            console.suggest_text(
-                resolved, world_size=world_size, device=device, ranks_per_node=ranks_per_node, as_json=as_json
-            )
-        )
+        _print(suggest_text(resolved, world_size=world_size, device=device, ranks_per_node=together, as_json=as_json))
         return
     _print(
-        console.inspect_text(
+        inspect_text(
             resolved,
             world_size=world_size,
             rank=rank,
@@ -174,7 +175,7 @@ def inspect(
             other=other,
             dry_run=dry_run,
             device=device,
-            ranks_per_node=ranks_per_node,
+            ranks_per_node=together,
         )
     )
 

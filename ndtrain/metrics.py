@@ -15,12 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ndtrain.devices import DEVICES
 from ndtrain.errors import RecipeError
 from ndtrain.places import is_local, os_errors
 from ndtrain.plan import Plan
-
-# Dense bf16 FLOP/s by device name, from NVIDIA's datasheets (A100, H100 SXM, H200, B200).
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,15 @@ def flops_per_token(plan: Plan, config: object, seq_len: int) -> float:
     return 6.0 * multiplied + 6.0 * layers * hidden * seq_len
 
 
+def expert_count(config: object) -> int:
+    """The experts of a mixture's layer, by its config; 0 where it has none or does not say."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((n for name in names if (n := getattr(config, name, None))), 0)
+
+
 def _active_experts(config: object) -> float:
     """Share of the experts that a token meets; 1 where the config does not say."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    total = next((n for name in names if (n := getattr(config, name, None))), None)
+    total = expert_count(config)
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None)
     return min(1.0, chosen / total) if total and chosen else 1.0
 
@@ -90,7 +93,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((known.bfloat16 for key, known in DEVICES.items() if key.upper() in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

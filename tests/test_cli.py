@@ -61,6 +61,23 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--suggest"], "--suggest needs --world-size and --device"),
+        (["--suggest", "--world-size", "4", "--device", "h100", "--rank", "1"], "--suggest goes with --world-size,"),
+        (["--suggest", "--world-size", "4", "--device", "h100", "--layer", "*"], "--suggest goes with --world-size,"),
+        (["--diff", QUICKSTART, "--dry-run"], "--diff compares plans; leave out --dry-run and --device"),
+        (["--ranks-per-node", "4"], "--ranks-per-node needs --dry-run or --device"),
+    ],
+)
+def test_options_of_inspect_that_would_do_nothing_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert call(monkeypatch, "inspect", QUICKSTART, *options) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_bad_recipe_is_answered_without_torch(bad: str) -> None:
     code = (
         "import sys, ndtrain.cli\n"

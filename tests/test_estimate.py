@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from ndtrain.console import inspect_text, suggest_text
+from ndtrain.console.inspect import inspect_text, suggest_text
+from ndtrain.devices import find_device
 from ndtrain.errors import PlanError, RecipeError
-from ndtrain.estimate import StepEstimate, estimate_step, find_device, step, suggest
+from ndtrain.estimate import StepEstimate, estimate_step, step, suggest
 from ndtrain.estimate.record import Collective, Record, Work
 from ndtrain.estimate.roofline import members, seconds, times
 from ndtrain.estimate.search import changed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ndtrain.console import inspect_text
+from ndtrain.console.inspect import inspect_text
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import EVEN
 from tests.matrix import balance

@@ -35,7 +35,7 @@ def test_a_new_run_starts_from_the_weights_of_a_run(world: dict[str, Any], tmp_p
     assert [(m["loss"], m["grad_norm"]) for m in result["metrics"]] == [pytest.approx(w, rel=1e-4) for w in want]
     assert [m["step"] for m in result["metrics"]] == [1, 2, 3]
 
-    from ndtrain.console import inspect_text
+    from ndtrain.console.inspect import inspect_text
 
     report = json.loads(inspect_text(load_recipe(second, [f"model.name={run}"]), world_size=2, rank=0, as_json=True))
     assert report["model_type"] == "gemma3_text"

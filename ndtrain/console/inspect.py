@@ -5,32 +5,33 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
 from ndtrain.console.units import number, size, span
+from ndtrain.devices import Device, find_device
 from ndtrain.errors import RecipeError
 from ndtrain.estimate import (
     ASSUMPTIONS,
     KINDS,
     RESERVED,
     Change,
-    Device,
     StepEstimate,
     Suggestion,
     cheapest_fix,
-    estimate_step,
-    find_device,
+    estimate_plan,
     suggest,
 )
-from ndtrain.mesh import MeshSizes
 from ndtrain.model import meta_model
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for, with_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def inspect_text(
@@ -51,13 +52,13 @@ def inspect_text(
     memory, FLOPs and collectives, and `device` their time on it.
     """
     target = find_device(device) if device is not None else None
-    recipe, plan = _planned(recipe, world_size, rank)
+    recipe, plan, model = _planned(recipe, world_size, rank)
     report = plan_report(plan, recipe, rank=rank, layer=layer)
     if other is not None:
-        other, theirs = _planned(other, world_size, rank)
+        other, theirs, _ = _planned(other, world_size, rank)
         there = plan_report(theirs, other, rank=rank, layer=layer)
         return json.dumps({"from": report, "to": there}, indent=2) if as_json else _difference(report, there)
-    step = estimate_step(recipe, plan.sizes, rank=rank) if dry_run or target is not None else None
+    step = estimate_plan(recipe, plan, model, rank=rank) if dry_run or target is not None else None
     if step is not None:
         report["step"] = step_report(step, target, ranks_per_node)
     if as_json:
@@ -66,17 +67,14 @@ def inspect_text(
     return text if step is None else f"{text}\n\n{_step_text(step, report['step'], target, ranks_per_node)}"
 
 
-def _planned(recipe: Recipe, world_size: int | None, rank: int) -> tuple[Recipe, Plan]:
+def _planned(recipe: Recipe, world_size: int | None, rank: int) -> tuple[Recipe, Plan, PreTrainedModel]:
     recipe, _ = with_checkpoint(recipe)
-    sizes = _sizes(recipe, world_size)
+    mesh = recipe.mesh
+    sizes = sizes_for(recipe, world_size or mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp)
     if not 0 <= rank < sizes.world_size:
         raise RecipeError(f"--rank {rank} must be from 0 to {sizes.world_size - 1}")
-    return recipe, make_plan(meta_model(recipe), sizes, recipe)
-
-
-def _sizes(recipe: Recipe, world_size: int | None) -> MeshSizes:
-    mesh = recipe.mesh
-    return sizes_for(recipe, world_size or mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp)
+    model = meta_model(recipe)
+    return recipe, make_plan(model, sizes, recipe), model
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

@@ -169,7 +169,6 @@ def watched(recorder: Recorder) -> Iterator[None]:
     def nothing(group: Any) -> None: ...
 
     head = loss._ChunkedHead.forward
-
     sharding = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def propagated(*args: Any) -> Any:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ndtrain.layout import local_part
 
-aten, c10d = torch.ops.aten, torch.ops.c10d
+aten = torch.ops.aten
 
 # Kinds of memory.
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
@@ -98,9 +98,8 @@ def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
     return 2.0 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
-_FLASH_CPU = aten._scaled_dot_product_flash_attention_for_cpu
 _FORMULAS: dict[Any, Callable[..., float]] = {
-    _FLASH_CPU: _forward_causal,
+    aten._scaled_dot_product_flash_attention_for_cpu: _forward_causal,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward(7),
     aten._scaled_dot_product_flash_attention: _forward_causal,
     aten._scaled_dot_product_flash_attention_backward: _backward(11),
@@ -196,9 +195,6 @@ class Recorder(TorchDispatchMode):
             self._storages[key] = (size, kind)
             self._add(kind, size)
 
-    def kind_of(self, tensor: Tensor) -> str:
-        return self._storages[local_part(tensor).untyped_storage()._cdata][1]
-
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
         """What is allocated inside is of `kind`."""
@@ -216,10 +212,6 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self._paused = before
-
-    def held(self) -> dict[str, int]:
-        """Bytes that are alive, by kind."""
-        return {kind: n for kind, n in self._held.items() if n}
 
     def restart(self) -> None:
         """Forget what was recorded, but not what is alive."""

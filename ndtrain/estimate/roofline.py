@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ndtrain.estimate.devices import Device
+from ndtrain.devices import Device
 from ndtrain.estimate.record import Collective, Record
 from ndtrain.mesh import MeshSizes
 

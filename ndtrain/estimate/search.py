@@ -6,19 +6,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from ndtrain.data import micro_batches
+from ndtrain.devices import Device
 from ndtrain.errors import NdtrainError, PlanError, RecipeError
-from ndtrain.estimate.devices import Device
 from ndtrain.estimate.record import Collective
 from ndtrain.estimate.roofline import OVERLAPPED, RESERVED, Times, seconds
 from ndtrain.estimate.step import StepEstimate, estimate_step
-from ndtrain.mesh import MeshSizes
-from ndtrain.metrics import flops_per_token
+from ndtrain.metrics import expert_count, flops_per_token
 from ndtrain.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
+from ndtrain.train import sizes_for
 
 SHOWN = 5
 # Dry steps of the best by the quick count, while they take no longer than this together.
@@ -26,6 +27,7 @@ SEARCH_S = 30.0
 TRIES = 3
 
 Change = dict[str, Any]
+_AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int
     """
     count = _Count(recipe, device, ranks_per_node)
     ordered = sorted(
-        (c for c in _candidates(recipe, world_size, ranks_per_node) if count.bytes(c, world_size) < count.limit),
+        (
+            c
+            for c in _candidates(recipe, world_size, ranks_per_node, count.experts)
+            if count.bytes(c, world_size) < count.limit
+        ),
         key=lambda c: count.seconds(c, world_size),
     )
     found: list[Suggestion] = []
@@ -120,54 +126,40 @@ def cheapest_fix(recipe: Recipe, step: StepEstimate, device: Device, ranks_per_n
 def _try(recipe: Recipe, change: Change, world_size: int, device: Device, ranks_per_node: int) -> Suggestion | None:
     """None where it does not fit."""
     other = changed(recipe, change)
-    mesh = other.mesh
-    sizes = MeshSizes.resolve(
-        world_size, dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep
-    )
-    step = estimate_step(other, sizes)
+    step = estimate_step(other, sizes_for(other, world_size))
     return Suggestion(change, step, step.times(device, ranks_per_node)) if step.room(device) >= 0 else None
 
 
-def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int) -> Iterator[Change]:
+def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int, experts: int) -> Iterator[Change]:
     batch = recipe.train.global_batch_size
-    experts = _experts(recipe)
+    for sizes in _meshes(world_size, ranks_per_node, experts):
+        mesh = {f"mesh.{axis}": size for axis, size in zip(_AXES, sizes, strict=True)}
+        rows = batch // (sizes[0] * sizes[1])
+        micro = [n for n in (1, 2, 4, 8) if n <= rows]
+        for number, recompute, reshard in product(micro, ("none", "full"), (True, False)):
+            yield mesh | {
+                "train.micro_batch_size": number,
+                "train.activation_checkpointing": recompute,
+                "fsdp.reshard_after_forward": reshard,
+            }
+
+
+def _meshes(world_size: int, ranks_per_node: int, experts: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Sizes of `_AXES`: tp within a node, replicas of whole nodes, ep that divides the experts."""
     for tp in _divisors(min(world_size, ranks_per_node)):
         for cp in _divisors(world_size // tp) if world_size % tp == 0 else ():
             data = world_size // (tp * cp)
-            if data > batch or cp > 64:
-                continue
-            for replicas in {1, data // max(1, ranks_per_node // (tp * cp))} if data > 1 else {1}:
-                if not replicas or data % replicas:
+            for replicas in sorted({1, data // max(1, ranks_per_node // (tp * cp))}):
+                if cp > 64 or not replicas or data % replicas:
                     continue
                 shard = data // replicas
-                spans = {1} | {
-                    ep for ep in _divisors(shard * cp * tp) if experts and ep % tp == 0 and experts % ep == 0
-                }
-                for ep in sorted(spans):
-                    rows = batch // data
-                    for micro in {n for n in (1, 2, 4, 8) if n <= rows}:
-                        for recompute in ("none", "full"):
-                            for reshard in (True, False):
-                                yield {
-                                    "mesh.dp_replicate": replicas,
-                                    "mesh.dp_shard": shard,
-                                    "mesh.cp": cp,
-                                    "mesh.tp": tp,
-                                    "mesh.ep": ep,
-                                    "train.micro_batch_size": micro,
-                                    "train.activation_checkpointing": recompute,
-                                    "fsdp.reshard_after_forward": reshard,
-                                }
+                spans = [ep for ep in _divisors(shard * cp * tp) if experts and not ep % tp and not experts % ep]
+                for ep in sorted({1, *spans}):
+                    yield replicas, shard, cp, tp, ep
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _experts(recipe: Recipe) -> int:
-    text = meta_model(recipe).config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return next((n for name in names if (n := getattr(text, name, None))), 0)
 
 
 class _Count:
@@ -178,11 +170,10 @@ class _Count:
         text = model.config.get_text_config()
         self.recipe, self.device, self.ranks_per_node = recipe, device, ranks_per_node
         self.limit = device.memory * (1 - RESERVED) * 1.1
-        alone = MeshSizes.resolve(1, dp_replicate=1, dp_shard=1, cp=1, tp=1, ep=1)
-        plain = changed(recipe, {"mesh.dp_replicate": 1, "mesh.dp_shard": 1, "mesh.cp": 1, "mesh.tp": 1, "mesh.ep": 1})
-        plan = make_plan(model, alone, plain)
+        alone = changed(recipe, {f"mesh.{axis}": 1 for axis in _AXES})
+        plan = make_plan(model, sizes_for(alone, 1), alone)
         self.flops = flops_per_token(plan, text, recipe.data.seq_len)
-        self.numel = plan.numel
+        self.numel, self.experts = plan.numel, expert_count(text)
         self.in_experts = sum(p.numel for p in plan.params if ".experts." in p.fqn)
         self.layers = max(1, len(plan.blocks))
         self.hidden = getattr(text, "hidden_size", 0) or 1024
@@ -192,13 +183,8 @@ class _Count:
         shapes = [p.shape for p in plan.params if len(p.shape) == 2 and p.unit.startswith(plan.blocks[:1] or "?")]
         self.kept = 6 * self.hidden + 2 * sum(s[0] for s in shapes)
 
-    def _mesh(self, change: Change) -> tuple[int, int, int, int, int, int]:
-        names = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
-        replicas, shard, cp, tp, ep = (change[f"mesh.{name}"] for name in names)
-        return replicas, shard, cp, tp, ep, shard * cp
-
     def bytes(self, change: Change, world_size: int) -> float:
-        replicas, _, cp, tp, _, _ = self._mesh(change)
+        replicas, _, cp, tp, _ = (change[f"mesh.{axis}"] for axis in _AXES)
         tokens = change["train.micro_batch_size"] * self.recipe.data.seq_len / cp
         states = 16 * self.numel * replicas / world_size
         layer = self.numel / self.layers / tp
@@ -209,8 +195,8 @@ class _Count:
         return states + whole + kept + head
 
     def seconds(self, change: Change, world_size: int) -> float:
-        replicas, shard, cp, tp, ep, fsdp = self._mesh(change)
-        recipe, device = self.recipe, self.device
+        replicas, shard, cp, tp, ep = (change[f"mesh.{axis}"] for axis in _AXES)
+        recipe, device, fsdp = self.recipe, self.device, shard * cp
         rows, steps = micro_batches(recipe.train.global_batch_size, replicas * shard, change["train.micro_batch_size"])
         tokens = rows * recipe.data.seq_len / cp
         again = 4 / 3 if change["train.activation_checkpointing"] == "full" else 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from ndtrain.devices import Device
 from ndtrain.errors import NdtrainError
-from ndtrain.estimate.devices import Device
 from ndtrain.estimate.dry import dry_step
 from ndtrain.estimate.record import Record
 from ndtrain.estimate.roofline import RESERVED, Times, members, times
@@ -16,6 +17,9 @@ from ndtrain.metrics import flops_per_token
 from ndtrain.model import meta_model
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,12 @@ class StepEstimate:
 def estimate_step(recipe: Recipe, sizes: MeshSizes, *, rank: int = 0) -> StepEstimate:
     """Dry-run a step of `recipe` on a mesh of `sizes`; raises what `run` would raise, and `dry_step`'s errors."""
     model = meta_model(recipe)
-    plan = make_plan(model, sizes, recipe)
-    length = recipe.data.seq_len
+    return estimate_plan(recipe, make_plan(model, sizes, recipe), model, rank=rank)
+
+
+def estimate_plan(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int = 0) -> StepEstimate:
+    """`estimate_step` of a plan that is made, and its model on meta, which may be used up."""
+    sizes, length = plan.sizes, recipe.data.seq_len
     tokens = recipe.train.global_batch_size * length / sizes.world_size
     model_flops = flops_per_token(plan, model.config.get_text_config(), length) * tokens
     shallow = depths(model, plan)

@@ -34,11 +34,11 @@ DEVICES = {
             "NVIDIA A100 80GB SXM datasheet (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s card per GPU",
         ),
         Device(
-            "h100", 989.4e12, 66.9e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB,
+            "h100", 989e12, 66.9e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB,
             "NVIDIA H100 SXM datasheet (NVLink 900 GB/s both ways); DGX H100: one 400 Gb/s card per GPU",
         ),
         Device(
-            "h200", 989.4e12, 66.9e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB,
+            "h200", 989e12, 66.9e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB,
             "NVIDIA H200 SXM datasheet (NVLink 900 GB/s both ways); DGX H200: one 400 Gb/s card per GPU",
         ),
         Device(
