@@ -143,19 +143,26 @@ def inspect(
     suggest: Annotated[
         bool, typer.Option("--suggest", help="Search the meshes that fit --world-size devices of --device.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all of it, a step too, as a page that needs no network.")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the mesh as a picture.")] = None,
     set_: SetOption = None,
 ) -> None:
     """Print the mesh, the plan, the memory and the cost of a run, without starting it."""
     resolved = _load(recipe, set_)
     other = _load(diff, set_) if diff is not None else None
-    if other is not None and (dry_run or device is not None):
-        raise RecipeError("--diff compares plans; leave out --dry-run and --device")
+    if other is not None and (dry_run or device is not None or html is not None or svg is not None):
+        raise RecipeError("--diff compares plans; leave out --dry-run, --device, --html and --svg")
     if suggest and (world_size is None or device is None):
         raise RecipeError("--suggest needs --world-size and --device")
-    if suggest and (other is not None or dry_run or layer is not None or rank):
+    if suggest and (other is not None or dry_run or layer is not None or rank or html is not None or svg is not None):
         raise RecipeError("--suggest goes with --world-size, --device, --ranks-per-node and --json only")
-    if ranks_per_node is not None and not (dry_run or device is not None):
-        raise RecipeError("--ranks-per-node needs --dry-run or --device")
+    for path in filter(None, (html, svg)):
+        if not path.parent.is_dir():
+            raise RecipeError(f"{path} cannot be written: {path.parent} is not a directory")
+    if html is not None and layer is not None:
+        raise RecipeError("--html shows the whole plan; leave out --layer")
     _tell_notes(resolved)
 
     from ndtrain.console.inspect import inspect_text, suggest_text
@@ -173,11 +180,15 @@ def inspect(
             as_json=as_json,
             layer=layer,
             other=other,
-            dry_run=dry_run,
+            dry_run=dry_run or html is not None,
             device=device,
             ranks_per_node=together,
+            html=html,
+            svg=svg,
         )
     )
+    for written in filter(None, (html, svg)):
+        print(f"ndtrain: wrote {written}", file=sys.stderr)
 
 
 @app.command()

@@ -139,20 +139,27 @@ def _held_intervals(
             raise NdtrainError(f"a tensor with placements {tuple(placements)} is not reduced yet")
         if not placement.is_replicate():
             splits[placement.dim % len(shape)][mesh_dim] = getattr(placement, "split_factor", None)
-    per_dim = []
-    for dim, size in enumerate(shape):
-        held = [(0, size)]
-        for mesh_dim, factor in _split_order(mesh_shape, splits[dim]):
-            length, parts = sum(b - a for a, b in held), []
-            for block in range(factor):
-                start, end = chunk(length, factor, block)
-                low, high = chunk(end - start, mesh_shape[mesh_dim], coordinate[mesh_dim])
-                parts += _cut(held, start + low, start + high)
-            held = []
-            for a, b in parts:
-                if held and held[-1][1] == a:
-                    held[-1] = (held[-1][0], b)
-                else:
-                    held.append((a, b))
-        per_dim.append(held)
-    return per_dim
+    return [held_of_dim(size, mesh_shape, coordinate, splits[dim]) for dim, size in enumerate(shape)]
+
+
+def held_of_dim(
+    size: int, mesh_shape: Sequence[int], coordinate: Sequence[int], splits: Mapping[int, int | None]
+) -> list[tuple[int, int]]:
+    """The intervals [a, b) of a tensor dimension of `size` that the rank at `coordinate` holds, in order.
+
+    `splits` has the mesh dimensions that cut it, with the split factor of a strided shard.
+    """
+    held = [(0, size)]
+    for mesh_dim, factor in _split_order(mesh_shape, splits):
+        length, parts = sum(b - a for a, b in held), []
+        for block in range(factor):
+            start, end = chunk(length, factor, block)
+            low, high = chunk(end - start, mesh_shape[mesh_dim], coordinate[mesh_dim])
+            parts += _cut(held, start + low, start + high)
+        held = []
+        for a, b in parts:
+            if held and held[-1][1] == a:
+                held[-1] = (held[-1][0], b)
+            else:
+                held.append((a, b))
+    return held

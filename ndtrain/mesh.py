@@ -106,6 +106,38 @@ class MeshSizes:
         place["efsdp"], place["ep"] = divmod(rank % (self.fsdp * self.tp), self.ep)
         return place
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes and views along which ranks exchange something, those of one rank left out."""
+        views = ("dp_replicate", "fsdp", "cp", "tp", *(("efsdp", "ep") if self.ep > 1 else ()))
+        return tuple(axis for axis in views if getattr(self, axis) > 1)
+
+    def group(self, axis: str, rank: int) -> range:
+        """The ranks that `rank` exchanges with along an axis or a view; `world` is all."""
+        if axis == "world":
+            return range(self.world_size)
+        inner = {
+            "tp": 1,
+            "cp": self.tp,
+            "dp_shard": self.cp * self.tp,
+            "fsdp": self.tp,
+            "dp_replicate": self.fsdp * self.tp,
+            "loss": self.tp,
+            "batch": self.cp * self.tp,
+            "ep": 1,
+            "efsdp": self.ep,
+        }
+        step = inner[axis]
+        ranks = self.dp_replicate * self.fsdp if axis == "loss" else getattr(self, axis)
+        first = rank - rank // step % ranks * step
+        return range(first, first + ranks * step, step)
+
+    def spread(self, axis: str, rank: int, ranks_per_node: int) -> tuple[int, int]:
+        """(ranks on the node of `rank`, nodes) of its group along `axis`."""
+        group = self.group(axis, rank)
+        here = sum(other // ranks_per_node == rank // ranks_per_node for other in group)
+        return here, -(-len(group) // here)
+
     def describe(self) -> str:
         """The mesh in one line, axes of size 1 left out."""
         named = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]

@@ -67,8 +67,9 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
         (["--suggest"], "--suggest needs --world-size and --device"),
         (["--suggest", "--world-size", "4", "--device", "h100", "--rank", "1"], "--suggest goes with --world-size,"),
         (["--suggest", "--world-size", "4", "--device", "h100", "--layer", "*"], "--suggest goes with --world-size,"),
-        (["--diff", QUICKSTART, "--dry-run"], "--diff compares plans; leave out --dry-run and --device"),
-        (["--ranks-per-node", "4"], "--ranks-per-node needs --dry-run or --device"),
+        (["--diff", QUICKSTART, "--dry-run"], "--diff compares plans; leave out --dry-run, --device"),
+        (["--html", "p.html", "--layer", "*.0"], "--html shows the whole plan; leave out --layer"),
+        (["--svg", "no/such/p.svg"], "no/such/p.svg cannot be written: no/such is not a directory"),
     ],
 )
 def test_options_of_inspect_that_would_do_nothing_are_refused(

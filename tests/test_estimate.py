@@ -13,9 +13,8 @@ from ndtrain.devices import find_device
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.estimate import StepEstimate, estimate_step, step, suggest
 from ndtrain.estimate.record import Collective, Record, Work
-from ndtrain.estimate.roofline import members, seconds, times
+from ndtrain.estimate.roofline import seconds, times
 from ndtrain.estimate.search import changed
-from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe, load_recipe
 from ndtrain.train import sizes_for
 from tests import tiny
@@ -156,17 +155,6 @@ def test_the_roofline_adds_up() -> None:
     far = Collective("fsdp", 4, "all_gather", 4000)
     assert seconds(far, device, on_node=1, nodes=4) == 4000 * 3 / 4 / 5
     assert seconds(Collective("ep", 4, "all_to_all", 400), device, on_node=2, nodes=2) == 400 / 2 / 5
-
-
-def test_members_of_an_axis_are_those_of_the_mesh() -> None:
-    sizes = MeshSizes.resolve(48, dp_replicate=2, dp_shard=3, cp=2, tp=4, ep=8)
-    for axis in ("dp_replicate", "dp_shard", "cp", "tp", "fsdp", "efsdp", "ep"):
-        for rank in (0, 5, 29, 47):
-            own = sizes.coordinate(rank)
-            views = {"fsdp": ("dp_replicate", "tp"), "efsdp": ("dp_replicate", "ep"), "ep": ("dp_replicate", "efsdp")}
-            fixed = views.get(axis) or [a for a in ("dp_replicate", "dp_shard", "cp", "tp") if a != axis]
-            want = [r for r in range(48) if all(sizes.coordinate(r)[a] == own[a] for a in fixed)]
-            assert list(members(sizes, axis, rank)) == want, (axis, rank)
 
 
 def test_devices() -> None:

@@ -206,3 +206,34 @@ def test_device_meshes_group_the_ranks_that_coordinate_names() -> None:
                 assert ranks["efsdp"] == [
                     r for r in range(4) if r % sizes.ep == rank % sizes.ep and r // region == rank // region
                 ], name
+
+
+def test_groups_are_the_ranks_that_share_every_other_place() -> None:
+    sizes = MeshSizes.resolve(48, dp_replicate=2, dp_shard=3, cp=2, tp=4, ep=8)
+    fixed = {
+        "dp_replicate": ("fsdp", "tp"),
+        "dp_shard": ("dp_replicate", "cp", "tp"),
+        "cp": ("dp_replicate", "dp_shard", "tp"),
+        "tp": ("dp_replicate", "fsdp"),
+        "fsdp": ("dp_replicate", "tp"),
+        "efsdp": ("dp_replicate", "ep"),
+        "ep": ("dp_replicate", "efsdp"),
+        "loss": ("tp",),
+        "batch": ("cp", "tp"),
+        "world": (),
+    }
+    for axis, others in fixed.items():
+        for rank in range(48):
+            own = sizes.coordinate(rank)
+            want = [r for r in range(48) if all(sizes.coordinate(r)[a] == own[a] for a in others)]
+            assert list(sizes.group(axis, rank)) == want, (axis, rank)
+    assert sizes.axes == ("dp_replicate", "fsdp", "cp", "tp", "efsdp", "ep")
+    assert MeshSizes(dp_shard=4).axes == ("fsdp",)
+
+
+def test_a_group_is_spread_over_the_nodes_that_its_ranks_are_on() -> None:
+    sizes = MeshSizes(dp_shard=8, tp=4)
+    assert sizes.spread("tp", 5, 8) == (4, 1)
+    assert sizes.spread("fsdp", 5, 8) == (2, 4)
+    assert sizes.spread("fsdp", 5, 4) == (1, 8)
+    assert sizes.spread("tp", 5, 2) == (2, 2)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ndtrain.console.mesh_svg import mesh_svg
+from ndtrain.console.page import page_html
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
 from ndtrain.console.units import number, size, span
 from ndtrain.devices import Device, find_device
@@ -45,26 +48,40 @@ def inspect_text(
     dry_run: bool = False,
     device: str | None = None,
     ranks_per_node: int = 8,
+    html: Path | None = None,
+    svg: Path | None = None,
 ) -> str:
     """The plan of `recipe` for `world_size` ranks, as tables or as JSON; raises what `run` would raise.
 
     `layer` shows only the parameters whose names match; `other` is a recipe to compare with; `dry_run` adds a step's
-    memory, FLOPs and collectives, and `device` their time on it.
+    memory, FLOPs and collectives, and `device` their time on it. `html` and `svg` are files to write the whole as a
+    page, and the mesh as a picture, to.
     """
     target = find_device(device) if device is not None else None
     recipe, plan, model = _planned(recipe, world_size, rank)
-    report = plan_report(plan, recipe, rank=rank, layer=layer)
+    if svg is not None:
+        _write(svg, mesh_svg(plan.sizes, ranks_per_node))
+    report = plan_report(plan, recipe, rank=rank, ranks_per_node=ranks_per_node, layer=layer)
     if other is not None:
         other, theirs, _ = _planned(other, world_size, rank)
-        there = plan_report(theirs, other, rank=rank, layer=layer)
+        there = plan_report(theirs, other, rank=rank, ranks_per_node=ranks_per_node, layer=layer)
         return json.dumps({"from": report, "to": there}, indent=2) if as_json else _difference(report, there)
     step = estimate_plan(recipe, plan, model, rank=rank) if dry_run or target is not None else None
     if step is not None:
         report["step"] = step_report(step, target, ranks_per_node)
+    if html is not None:
+        _write(html, page_html(plan, report, ranks_per_node))
     if as_json:
         return json.dumps(report, indent=2)
     text = plan_text(plan, report, rank)
     return text if step is None else f"{text}\n\n{_step_text(step, report['step'], target, ranks_per_node)}"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _planned(recipe: Recipe, world_size: int | None, rank: int) -> tuple[Recipe, Plan, PreTrainedModel]:

@@ -13,11 +13,14 @@ from rich.table import Table
 
 from ndtrain.console.units import size
 from ndtrain.errors import RecipeError
+from ndtrain.mesh import MeshSizes
 from ndtrain.plan import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
 
-def plan_report(plan: Plan, recipe: Recipe, *, rank: int, layer: str | None = None) -> dict[str, Any]:
+def plan_report(
+    plan: Plan, recipe: Recipe, *, rank: int, ranks_per_node: int, layer: str | None = None
+) -> dict[str, Any]:
     """The plan as JSON-ready data; bytes of one rank and of the largest, for float32 parameters, gradients, AdamW.
 
     `in_host_memory` is the part of a total that cpu_offload keeps off the device, `staging` the buffer in host memory
@@ -44,6 +47,7 @@ def plan_report(plan: Plan, recipe: Recipe, *, rank: int, layer: str | None = No
         "mesh": {**asdict(sizes), "world_size": sizes.world_size, "fsdp": sizes.fsdp, "batch": sizes.batch},
         "rank": rank,
         "coordinate": sizes.coordinate(rank),
+        "groups": [_group_report(sizes, axis, rank, ranks_per_node) for axis in sizes.axes],
         "parameters": plan.numel,
         "tp_coverage": plan.tp_coverage,
         "loss_in_head": plan.head is not None,
@@ -63,6 +67,20 @@ def plan_report(plan: Plan, recipe: Recipe, *, rank: int, layer: str | None = No
     }
 
 
+def _group_report(sizes: MeshSizes, axis: str, rank: int, ranks_per_node: int) -> dict[str, Any]:
+    """The ranks that `rank` exchanges with along `axis`: first, first + step, ..., last; and on how many nodes."""
+    group = sizes.group(axis, rank)
+    _, nodes = sizes.spread(axis, rank, ranks_per_node)
+    return {
+        "axis": axis,
+        "ranks": len(group),
+        "first": group[0],
+        "step": group.step,
+        "last": group[-1],
+        "nodes": nodes,
+    }
+
+
 def _matches(fqn: str, pattern: str) -> bool:
     """Whether `pattern` matches the name or one of its modules."""
     parts = fqn.split(".")
@@ -72,7 +90,7 @@ def _matches(fqn: str, pattern: str) -> bool:
 def plan_lines(report: dict[str, Any]) -> list[str]:
     """The plan as lines that say the same of the same, whatever is around them."""
     lines = [f"mesh: {', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())}"]
-    for unit, name, count, row in _fold(report):
+    for unit, name, count, row in fold(report):
         cut = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
         local = "x".join(map(str, row["local_shape"]))
         held = size(row["local_bytes"] * count)
@@ -98,7 +116,7 @@ def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
     }
 
 
-def _fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
+def fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
     """Rows in order, the same parameter of repeated layers folded into one: (FSDP unit, name in it, how many, row)."""
     policies = {unit["name"]: _policies(unit) for unit in report["units"]}
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -142,11 +160,13 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
     with console.capture() as capture:
         console.print(f"{plan.model_type}: {plan.numel:,} parameters on {plan.sizes.describe()}", markup=False)
         console.print(f"rank {rank} of {plan.sizes.world_size}: {place}", markup=False)
+        for group in report["groups"]:
+            console.print(f"  {_group_text(group)}", markup=False)
         table = Table(box=None, pad_edge=False)
         for column in ("FSDP unit, parameters", "shape", "tp style", "placements", "on this rank", "bytes"):
             table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
         shown = None
-        for unit, name, count, row in _fold(report):
+        for unit, name, count, row in fold(report):
             if unit != shown:
                 table.add_row(unit)
                 shown = unit
@@ -180,6 +200,17 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
         for note in plan.notes:
             console.print(f"note: {note}", markup=False)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _group_text(group: dict[str, Any]) -> str:
+    """Whom a rank exchanges with along an axis, and whether that leaves its node."""
+    first, step, last = group["first"], group["step"], group["last"]
+    if step == 1 or group["ranks"] == 2:
+        ranks = f"{first}{'-' if step == 1 else ', '}{last}"
+    else:
+        ranks = f"{first}, {first + step}, ..., {last}" if group["ranks"] > 3 else f"{first}, {first + step}, {last}"
+    nodes = "on one node" if group["nodes"] == 1 else f"over {group['nodes']} nodes"
+    return f"{group['axis']}: {group['ranks']} ranks {nodes} ({ranks})"
 
 
 def _imbalance_text(plan: Plan) -> str:

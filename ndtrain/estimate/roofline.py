@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from ndtrain.devices import Device
 from ndtrain.estimate.record import Collective, Record
-from ndtrain.mesh import MeshSizes
 
 # What FSDP exchanges while something else is computed.
 OVERLAPPED = ("fsdp", "efsdp", "dp_replicate")
@@ -46,16 +45,6 @@ class Times:
         parts = {"compute": self.by_flops, "memory bandwidth": self.compute - self.by_flops}
         parts |= {f"communication over {axis}": seconds for axis, seconds in self.exposed.items()}
         return max(parts, key=lambda name: parts[name])
-
-
-def members(sizes: MeshSizes, axis: str, rank: int) -> range:
-    """The ranks that `rank` exchanges with along `axis`."""
-    if axis in ("world", "loss"):
-        return range(sizes.world_size)
-    stride = {"tp": 1, "cp": sizes.tp, "dp_shard": sizes.cp * sizes.tp, "fsdp": sizes.tp, "ep": 1, "efsdp": sizes.ep}
-    step = stride.get(axis, sizes.fsdp * sizes.tp)
-    first = rank - sizes.coordinate(rank)[axis] * step
-    return range(first, first + getattr(sizes, axis) * step, step)
 
 
 def seconds(what: Collective, device: Device, *, on_node: int, nodes: int) -> float:

@@ -10,7 +10,7 @@ from ndtrain.devices import Device
 from ndtrain.errors import NdtrainError
 from ndtrain.estimate.dry import dry_step
 from ndtrain.estimate.record import Record
-from ndtrain.estimate.roofline import RESERVED, Times, members, times
+from ndtrain.estimate.roofline import RESERVED, Times, times
 from ndtrain.estimate.shorten import Depths, cut_short, depths, whole_name
 from ndtrain.mesh import MeshSizes
 from ndtrain.metrics import flops_per_token
@@ -96,12 +96,6 @@ class StepEstimate:
         """Bytes that are left of the device's memory; negative where the step does not fit."""
         return device.memory * (1 - RESERVED) - self.peak_bytes
 
-    def nodes(self, axis: str, ranks_per_node: int) -> tuple[int, int]:
-        """(ranks on each node, nodes) of the group of this rank along `axis`."""
-        ranks = members(self.plan.sizes, axis, self.rank)
-        here = sum(r // ranks_per_node == self.rank // ranks_per_node for r in ranks)
-        return here, -(-len(ranks) // here)
-
     def sent(self, ranks_per_node: int) -> list[Sent]:
         kinds = dict.fromkeys((c.axis, c.op, c.ranks) for _, record in self.records for c in record.sent)
 
@@ -117,14 +111,15 @@ class StepEstimate:
         return [
             Sent(
                 axis, op, ranks, amount(axis, op, in_bytes=False), amount(axis, op, in_bytes=True),
-                self.nodes(axis, ranks_per_node)[1],
+                self.plan.sizes.spread(axis, self.rank, ranks_per_node)[1],
             )
             for axis, op, ranks in sorted(kinds)
         ]  # fmt: skip
 
     def times(self, device: Device, ranks_per_node: int) -> Times:
         axes = dict.fromkeys(c.axis for _, record in self.records for c in record.sent)
-        return times(self.total, {axis: self.nodes(axis, ranks_per_node) for axis in axes}, device)
+        spread = {axis: self.plan.sizes.spread(axis, self.rank, ranks_per_node) for axis in axes}
+        return times(self.total, spread, device)
 
     def tokens_per_second(self, seconds: float) -> float:
         """Of all ranks."""
