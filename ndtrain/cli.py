@@ -3,11 +3,13 @@ are imported inside the verbs, and the recipe is read before any of torch.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +115,10 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     Attempt.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
     _tell_notes(resolved)
 
-    from ndtrain import console, train
+    with _uncollected():
+        from transformers import PreTrainedModel  # noqa: F401
+
+        from ndtrain import console, train
 
     train.run(resolved, console.Reporter(), requests)
 
@@ -165,7 +170,10 @@ def inspect(
         raise RecipeError("--html shows the whole plan; leave out --layer")
     _tell_notes(resolved)
 
-    from ndtrain.console.inspect import inspect_text, suggest_text
+    with _uncollected():
+        from transformers import PreTrainedModel  # noqa: F401
+
+        from ndtrain.console.inspect import inspect_text, suggest_text
 
     together = ranks_per_node or 8
     if suggest:
@@ -206,8 +214,9 @@ def convert(
     ] = None,
 ) -> None:
     """Write a checkpoint as the safetensors that from_pretrained reads, or such a directory as a checkpoint."""
-    from ndtrain import console
-    from ndtrain import convert as converter
+    with _uncollected():
+        from ndtrain import console
+        from ndtrain import convert as converter
 
     with console.ByteProgress() as progress:
         notes = converter.convert(
@@ -221,6 +230,20 @@ def convert(
         )
     for note in notes:
         print(f"ndtrain: note: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """What is imported here stays to the end: the garbage collector need not walk it, neither now nor at the exit.
+
+    That is a quarter of the time of `inspect`.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":

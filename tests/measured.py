@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,26 +34,17 @@ def measured(path: str, overrides: list[str]) -> dict[str, Any]:
     """The third step of a run on the ranks of a pool: its peak bytes in torch's allocator, and its collectives."""
     from ndtrain.layout import local_part
     from ndtrain.load import model_tensors
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
-    from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
+    from tests.trainers import trainer_of
 
     _LIBC.mallopt(_M_MMAP_THRESHOLD, 4096)
-    recipe = load_recipe(Path(path), overrides)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes_for(recipe, world), recipe)
-    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
-    trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Silent())
+    trainer = trainer_of(path, overrides)
     trainer.prepare()
     trainer.train_step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer.train_step()
     gc.collect()
     state = [t for values in trainer.optimizer.state.values() for t in values.values()]
-    kept = [*model_tensors(model).values(), *state]
+    kept = [*model_tensors(trainer.model).values(), *state]
     before = _held() - sum(local_part(tensor).untyped_storage().nbytes() for tensor in kept)
     with _Sampled() as sampled:
         trainer.train_step()

@@ -62,19 +62,11 @@ def cell(path: str, saved: str, *, loads: bool) -> dict[str, Any]:
     from ndtrain.checkpoint import optimizer_tensors
     from ndtrain.errors import NdtrainError
     from ndtrain.load import model_tensors
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
-    from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
+    from tests.trainers import trainer_of
 
-    recipe = load_recipe(Path(path), [])
-    rank, world = dist.get_rank(), dist.get_world_size()
-    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
-    model = meta_model(recipe)
+    rank = dist.get_rank()
     try:
-        plan = make_plan(model, sizes_for(recipe, world), recipe)
-        trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Silent())
+        trainer = trainer_of(path)
         trainer.prepare()
         if loads and trainer.step != SAVED_STEP:
             return {"wrong": f"starts at step {trainer.step}"}

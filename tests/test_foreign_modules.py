@@ -133,23 +133,11 @@ def test_every_gradient_and_parameter_is_that_of_one_process(
 
 def run(path: str, stop: int) -> dict[str, Any]:
     """Train on the ranks of a pool up to step `stop`: whole parameters and moments, what was said, extra states."""
-    import torch.distributed as dist
+    from tests.trainers import Said, trainer_of
 
-    from ndtrain.model import meta_model
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
-
-    class Listener(Silent):
-        def info(self, line: str) -> None:
-            said.append(line)
-
-    said: list[str] = []
+    told = Said()
     foreign.Opaque.unpickled = 0
-    recipe, world = load_recipe(Path(path), []), dist.get_world_size()
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes_for(recipe, world), recipe)
-    runtime = Runtime(rank=dist.get_rank(), local_rank=dist.get_rank(), world_size=world, device=torch.device("cpu"))
-    trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Listener())
+    trainer = trainer_of(path, said=told)
     trainer.prepare()
     losses = []
     while trainer.step < stop:
@@ -160,7 +148,7 @@ def run(path: str, stop: int) -> dict[str, Any]:
         "whole": {name: worker.whole(tensor.detach())[0].numpy() for name, tensor in tensors.items()},
         "states": {name: extra_state.from_json(v) for name, v in extra_state.states(trainer.model).items() if v},
         "unpickled": foreign.Opaque.unpickled,
-        "said": [line for line in said if "extra state" in line],
+        "said": [line for line in told.said if "extra state" in line],
     }
 
 

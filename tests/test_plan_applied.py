@@ -17,6 +17,8 @@ from torch.distributed.tensor.placement_types import Shard, _StridedShard
 from ndtrain.mesh import MeshSizes, build_mesh
 from ndtrain.parallelize import parallelize
 from ndtrain.plan import EVEN, Plan
+from tests.plan_truth import compared
+from tests.ranks import get_pool
 from tests.test_plan import plan_for, recipe_for
 
 
@@ -186,3 +188,9 @@ def test_a_dim_is_chosen_that_fills_the_ranks_alike(
     assert found == {over}
     assert plan.imbalance <= EVEN
     assert plan.uneven() == ()
+
+
+@pytest.mark.parametrize("case", ["llama, dp_shard 2 x tp 2", "qwen3_moe, dp_replicate 2 x dp_shard 2, ep 2"])
+def test_inspect_prints_what_ranks_hold(tmp_path: Path, case: str) -> None:
+    ranks, parameters, otherwise = compared(case, tmp_path, get_pool(4))
+    assert otherwise == [] and ranks == 4 and parameters > 20

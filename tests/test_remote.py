@@ -64,30 +64,16 @@ def trained(path: str, env: dict[str, str], overrides: list[str]) -> dict[str, A
     """One run on the ranks of a pool: what it told, and its metrics."""
     import torch.distributed as dist
 
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
-    from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
+    from tests.trainers import Said, trainer_of
 
     os.environ.update(env)
-    told: list[str] = []
-
-    class Recorder(Silent):
-        def info(self, line: str) -> None:
-            told.append(line)
-
-    recipe = load_recipe(Path(path), overrides)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes_for(recipe, world), recipe)
-    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
-    trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Recorder())
+    told = Said()
+    trainer = trainer_of(path, overrides, said=told)
     trainer.prepare()
     trainer.train()
     dist.barrier()
-    lines = (place(recipe.run.dir) / "metrics.jsonl").read_text().splitlines()
-    return {"told": told, "loss": {m["step"]: m["loss"] for m in map(json.loads, lines)}}
+    lines = (place(trainer.recipe.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return {"told": told.said, "loss": {m["step"]: m["loss"] for m in map(json.loads, lines)}}
 
 
 def run(corpus: Path, folder: Path, where: str, env: dict[str, str], *, steps: int, **mesh: int) -> dict[str, Any]:

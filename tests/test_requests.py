@@ -111,23 +111,12 @@ def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
 
 def prepared(path: str) -> Any:
     """A trainer of this rank, not yet prepared, that listens to signals."""
-    import torch
-    import torch.distributed as dist
-
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
     from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
+    from tests.trainers import trainer_of
 
-    recipe = load_recipe(Path(path))
-    model = meta_model(recipe)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    plan = make_plan(model, sizes_for(recipe, world), recipe)
-    runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
-    requests = Requests(Path(recipe.run.dir))
+    requests = Requests(Path(load_recipe(Path(path)).run.dir))
     requests.listen()
-    return Trainer(recipe, plan, model, runtime=runtime, reporter=Silent(), requests=requests)
+    return trainer_of(path, requests=requests)
 
 
 def asked(path: str, how: str) -> str:

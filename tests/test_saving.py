@@ -25,24 +25,14 @@ def told(path: str, failing: list[int], free: int | None = None) -> tuple[list[s
 
     `free` is what the file system says that it has free, true or not.
     """
-    import torch
     import torch.distributed as dist
 
     import ndtrain.checkpoint.tensors as module
     from ndtrain.errors import NdtrainError
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
-    from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
+    from tests.trainers import Said, trainer_of
 
-    recipe = load_recipe(Path(path), [])
-    rank, said, real = dist.get_rank(), [], module._write_file
-    runtime = Runtime(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
-    model = meta_model(recipe)
-    reporter = Silent()
-    reporter.info = said.append  # type: ignore[method-assign]
-    trainer = Trainer(recipe, make_plan(model, sizes_for(recipe, 2), recipe), model, runtime=runtime, reporter=reporter)
+    rank, said, real = dist.get_rank(), Said(), module._write_file
+    trainer = trainer_of(path, said=said)
 
     def full(file: Path, entries: Any) -> Any:
         if rank == 1 and int(file.parent.parent.name.removeprefix(".tmp-step-")) in failing:
@@ -59,7 +49,7 @@ def told(path: str, failing: list[int], free: int | None = None) -> tuple[list[s
             trainer.train()
         except NdtrainError as raised:
             error = str(raised)
-    return said, trainer.step, error
+    return said.said, trainer.step, error
 
 
 def six_steps(folder: Path, checkpoint: dict[str, Any], *, model: dict[str, Any] | None = None) -> Path:

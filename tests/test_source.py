@@ -61,26 +61,11 @@ def test_a_new_run_starts_from_the_weights_of_a_run(world: dict[str, Any], tmp_p
 
 def notes_of_start(path: str, overrides: list[str]) -> list[str]:
     """What a run says before its first step."""
-    import torch
+    from tests.trainers import Said, trainer_of
 
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
-
-    notes: list[str] = []
-
-    class Noted(Silent):
-        def info(self, line: str) -> None:
-            notes.append(line)
-
-    recipe = load_recipe(Path(path), overrides)
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes_for(recipe, 2), recipe)
-    rank = torch.distributed.get_rank()
-    runtime = Runtime(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
-    Trainer(recipe, plan, model, runtime=runtime, reporter=Noted()).prepare()
-    return notes
+    notes = Said()
+    trainer_of(path, overrides, said=notes).prepare()
+    return notes.said
 
 
 def test_a_directory_of_a_model_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -55,18 +55,10 @@ def trained(path: str, overrides: list[str], stop: int | None = None) -> dict[st
     """One run on the ranks of a pool, killed after `stop` steps: its metrics and the sample ids of every step."""
     import torch.distributed as dist
 
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
-    from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
+    from tests.trainers import trainer_of
 
-    recipe = load_recipe(Path(path), overrides)
-    world = dist.get_world_size()
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes_for(recipe, world), recipe)
-    runtime = Runtime(rank=dist.get_rank(), local_rank=dist.get_rank(), world_size=world, device=torch.device("cpu"))
-    trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Silent())
+    trainer = trainer_of(path, overrides)
+    recipe = trainer.recipe
     trainer.prepare()
     first = trainer.cursor
     while trainer.step < (stop or recipe.train.steps):
@@ -272,31 +264,17 @@ def test_what_only_the_model_itself_shows_is_refused(
 
 def shapes_of_norms(path: str) -> tuple[bool, list[tuple[int, ...]], list[str]]:
     """Whether sequence parallelism is on after `prepare`, what norms of a block take in a step, the notes."""
-    from ndtrain.model import meta_model
-    from ndtrain.plan import make_plan
-    from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
-    from ndtrain.train import Silent, Trainer, sizes_for
+    from tests.trainers import Said, trainer_of
 
-    notes: list[str] = []
-
-    class Noted(Silent):
-        def info(self, line: str) -> None:
-            notes.append(line)
-
-    recipe = load_recipe(Path(path))
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes_for(recipe, 2), recipe)
-    rank = torch.distributed.get_rank()
-    runtime = Runtime(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu"))
-    trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Noted())
+    notes = Said()
+    trainer = trainer_of(path, said=notes)
     trainer.prepare()
     shapes: list[tuple[int, ...]] = []
-    for module in trainer.model.get_submodule(plan.blocks[0]).modules():
+    for module in trainer.model.get_submodule(trainer.plan.blocks[0]).modules():
         if "norm" in type(module).__name__.lower():
             module.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     trainer.train_step()
-    return trainer.sequence is not None and trainer.sequence.enabled, shapes, notes
+    return trainer.sequence is not None and trainer.sequence.enabled, shapes, notes.said
 
 
 def test_norms_of_blocks_work_on_a_share_of_the_tokens(world: dict[str, Any], tmp_path: Path) -> None:

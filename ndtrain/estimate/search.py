@@ -136,6 +136,8 @@ def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int, experts: i
         mesh = {f"mesh.{axis}": size for axis, size in zip(_AXES, sizes, strict=True)}
         rows = batch // (sizes[0] * sizes[1])
         micro = [n for n in (1, 2, 4, 8) if n <= rows]
+        if sizes[3] > 1 and not recipe.tp.sequence_parallel:
+            mesh["tp.sequence_parallel"] = True  # what a tp rank keeps and computes is less, what it sends the same
         for number, recompute, reshard in product(micro, ("none", "full"), (True, False)):
             yield mesh | {
                 "train.micro_batch_size": number,

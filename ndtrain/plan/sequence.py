@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -81,30 +83,36 @@ def _region(fqn: str, module: nn.Module, rules: dict[str, str], takes: str) -> R
     columns = {n for n, style in styles.items() if style == "colwise"}
     if len(rows) != 1 or not columns or fqn in rules:
         return whole
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
-    except (OSError, TypeError, SyntaxError):
+    if not _passes(type(module).forward, takes, frozenset(columns), rows[0]):
         return whole
+    return Region(fqn, takes, tuple(f"{fqn}.{n}" for n in sorted(columns)), f"{fqn}.{rows[0]}")
+
+
+@cache
+def _passes(forward: Callable[..., Any], takes: str, columns: frozenset[str], row: str) -> bool:
+    """Whether `forward` hands the argument `takes` to `columns` alone, and returns what `row` gives."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == takes:
             user = parents[node]
             looks = isinstance(user, ast.Attribute) and user.attr in ("shape", "dtype", "device")
             if not looks and not (_calls(user, columns) and isinstance(user, ast.Call) and user.args == [node]):
-                return whole
-    if not _is_returned(tree, parents, rows[0]):
-        return whole
-    return Region(fqn, takes, tuple(f"{fqn}.{n}" for n in sorted(columns)), f"{fqn}.{rows[0]}")
+                return False
+    return _is_returned(tree, parents, row)
 
 
-def _calls(node: ast.AST, names: set[str]) -> bool:
+def _calls(node: ast.AST, names: frozenset[str]) -> bool:
     """Whether `node` is a call of `self.NAME`."""
     return isinstance(node, ast.Call) and ast.unparse(node.func) in {f"self.{name}" for name in names}
 
 
 def _is_returned(tree: ast.AST, parents: dict[ast.AST, ast.AST], name: str) -> bool:
     """Whether what `self.NAME(...)` gives is returned as it is, alone or first of several."""
-    calls = [node for node in ast.walk(tree) if _calls(node, {name})]
+    calls = [node for node in ast.walk(tree) if _calls(node, frozenset([name]))]
     if len(calls) != 1:
         return False
     user = parents[calls[0]]

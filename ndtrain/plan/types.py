@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.distributed.tensor.placement_types import Placement, Replicate
@@ -118,7 +119,7 @@ class Plan:
     def numel(self) -> int:
         return sum(p.numel for p in self.params)
 
-    @property
+    @cached_property
     def on_host(self) -> frozenset[str]:
         """FQNs of the parameters whose shards, gradients and optimizer state are in host memory."""
         offloaded = {unit.name for unit in (*self.units, self.root) if unit.cpu_offload}

@@ -62,9 +62,25 @@ CASES: list[tuple[str, str, dict[str, int], list[str], float, float | None]] = [
 ]
 
 
+def measured(command: list[str]) -> tuple[str, float, float]:
+    """(seconds, or how it failed; seconds; peak MB) of a process."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    took = time.perf_counter() - started
+    failed = f" (exit code {process.returncode})" if process.returncode else ""
+    return f"{took:.1f}{failed}", took, used.ru_maxrss / 1024
+
+
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print("| | model | seconds | limit | memory, MB | limit |\n|---|---|---|---|---|---|")
+    print("| | model | seconds | limit | over the imports | memory, MB | limit |\n|---|---|---|---|---|---|---|")
+    # What every command needs before it has a model: torch and transformers' models.
+    imports = ["-c", "from transformers import PreTrainedModel"]
+    measured(imports)
+    shown, floor, used_mb = measured(imports)
+    print(f"| importing torch and transformers | | {shown} | | 1.00 | {used_mb:.0f} | |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for what, name, mesh, options, seconds, memory in CASES:
             kind, config = SHAPES[name]
@@ -79,14 +95,9 @@ def main() -> None:
                     run={"dir": "run"},
                 )
             )
-            started = time.perf_counter()
-            command = [sys.executable, "-m", "ndtrain", "inspect", str(recipe), *options]
-            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-                _, status, used = os.wait4(process.pid, 0)
-                process.returncode = os.waitstatus_to_exitcode(status)
-            took = time.perf_counter() - started
-            failed = f" (exit code {process.returncode})" if process.returncode else ""
-            row = [what, name, f"{took:.1f}{failed}", f"{seconds:g}", f"{used.ru_maxrss / 1024:.0f}", str(memory or "")]
+            shown, took, used_mb = measured(["-m", "ndtrain", "inspect", str(recipe), *options])
+            ratio = f"{took / floor:.2f}"
+            row = [what, name, shown, f"{seconds:g}", ratio, f"{used_mb:.0f}", str(memory or "")]
             print(f"| {' | '.join(row)} |", flush=True)
 
 
