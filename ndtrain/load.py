@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 
 # Weights travel from rank 0 in pieces of at most this many bytes: all that another rank holds beyond its shards.
 PIECE_BYTES = 64 * 2**20
+# Elements from one NaN to the next in a large tensor whose memory is new.
+MARK_EVERY = 2**16
 
 
 def materialize(model: PreTrainedModel, runtime: Runtime, *, recipe: Recipe, on_host: Collection[str] = ()) -> None:
-    """Give every parameter and buffer memory on the device, filled with NaN, and compute the buffers anew.
+    """Give every parameter and buffer memory on the device, marked with NaN, and compute the buffers anew.
 
     Parameters whose FQN is in `on_host` get it in host memory. Buffers that are not in a checkpoint (rotary
     frequencies) come from the model's own initialization or construction, as they do in one process. Raises `PlanError`
@@ -43,7 +45,7 @@ def materialize(model: PreTrainedModel, runtime: Runtime, *, recipe: Recipe, on_
     model._apply(lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device))
     tie(model)
     saved = set(model.state_dict().keys())
-    unset([*model.parameters(), *model.buffers()])
+    _mark([*model.parameters(), *model.buffers()])
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -66,6 +68,19 @@ def unset(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if tensor.is_floating_point():
             local_part(tensor).fill_(float("nan"))
+
+
+@torch.no_grad()
+def _mark(tensors: Iterable[Tensor]) -> None:
+    """`unset` for new memory, of which it touches little: for the first time that costs as much as to read weights."""
+    for tensor in tensors:
+        local = local_part(tensor)
+        if not tensor.is_floating_point():
+            continue
+        if local.numel() <= 4 * MARK_EVERY or not local.is_contiguous():
+            local.fill_(float("nan"))
+        else:
+            local.view(-1)[::MARK_EVERY] = local.view(-1)[-1] = float("nan")
 
 
 @torch.no_grad()

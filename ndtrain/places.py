@@ -6,16 +6,20 @@ rename and no half-written objects, and what is in them is best asked for in ran
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EACCES
+from errno import EACCES, EINTR, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import Any, cast
 
 from ndtrain.errors import NdtrainError, RecipeError
+
+_FLUSH_S = 0.05
 
 
 def place(text: str) -> Path:
@@ -96,6 +100,47 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give an open local file `size` bytes, and room for them on the disk where its file system can.
+
+    Raises `OSError` where there is none. libc's own, because os.posix_fallocate writes zeros where the system cannot.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is not None and size:
+        failed = fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size))
+        if failed and (number := ctypes.get_errno()) not in (EOPNOTSUPP, ENOSYS, EINTR):
+            raise OSError(number, os.strerror(number))
+    os.ftruncate(descriptor, size)
+
+
+@contextmanager
+def flushing(paths: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Meanwhile what was written to the local files `paths()` goes to the disk.
+
+    Left to pile up in memory it makes the kernel hold the writer, and is waited for at the end. Raises the `OSError`
+    that the disk has told, which it tells only once.
+    """
+    done, failed = threading.Event(), []
+
+    def flush() -> None:
+        try:
+            while not done.wait(_FLUSH_S):
+                for path in paths():
+                    sync(path)
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=flush, name="flush", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def remove_tree(path: Path, *, first: str | None = None) -> None:

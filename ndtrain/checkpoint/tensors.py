@@ -14,6 +14,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ndtrain.checkpoint.manifest import HASH, hasher, is_tensor_file, read_manifest
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
-from ndtrain.places import is_local, read_range, read_ranges
+from ndtrain.places import allocate, flushing, is_local, read_range, read_ranges
 from ndtrain.runtime import rank, together, world_size
 
 _DTYPES = {
@@ -145,10 +146,13 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
             while data:
                 data = data[file.write(data[:_WRITE_BYTES]) :]
 
-        write(memoryview(len(text).to_bytes(8, "little") + text))
-        for _, (tensor, _) in ordered:
-            if tensor.numel():
-                write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        if is_local(path):
+            allocate(file.fileno(), 8 + len(text) + end)
+        with flushing(lambda: [path]) if is_local(path) else nullcontext():
+            write(memoryview(len(text).to_bytes(8, "little") + text))
+            for _, (tensor, _) in ordered:
+                if tensor.numel():
+                    write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         if is_local(path):
             os.fsync(file.fileno())
     return {"size": size, HASH: found.hexdigest()}

@@ -20,6 +20,7 @@ from torch import Tensor
 from ndtrain.convert.stored import DTYPE_NAMES, DTYPES, raw
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.layout import Ints
+from ndtrain.places import allocate
 
 _UNITS = {
     "": 1,
@@ -65,6 +66,7 @@ class ShardWriter:
         self.directory = directory
         self._at: dict[str, tuple[str, int, Target]] = {}
         self._left: dict[str, int] = {}
+        self._begun: set[str] = set()
         self._lock = threading.Lock()
         headers = {}
         for name, keys in files.items():
@@ -77,11 +79,16 @@ class ShardWriter:
             raise NdtrainError(f"{directory.parent}: {needed:,} bytes are needed, {free:,} are free")
         for name, header in headers.items():
             with (directory / name).open("xb") as file:
+                allocate(file.fileno(), len(header) + self._left[name])
                 file.write(header)
-                file.truncate(len(header) + self._left[name])
                 if not self._left[name]:
                     file.flush()
                     os.fsync(file.fileno())
+
+    def unfinished(self) -> list[Path]:
+        """The files that are begun and not yet synced."""
+        with self._lock:
+            return [self.directory / name for name in self._begun if self._left[name]]
 
     def write(self, key: str, start: int, values: Tensor) -> None:
         """The elements of `key` from number `start` on; contiguous, in its dtype."""
@@ -119,6 +126,7 @@ class ShardWriter:
             yield descriptor
             with self._lock:
                 self._left[name] -= count
+                self._begun.add(name)
                 complete = not self._left[name]
             if complete:
                 os.fsync(descriptor)

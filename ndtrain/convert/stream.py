@@ -20,7 +20,7 @@ from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import BLOCK_BYTES, Room, Stored, checkpoint_tensors, read_all, read_rows
 from ndtrain.convert.weights import Group, Rows
 from ndtrain.errors import DamagedError
-from ndtrain.places import is_local
+from ndtrain.places import flushing, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,20 +52,13 @@ class Stream:
     ready: Mapping[str, Tensor]  # small tensors that are in memory already
     progress: Progress | None = None
     _room: Room = field(default_factory=Room)
-    _moved: dict[str, dict[str, list[Rows]]] = field(default_factory=dict)  # by name of the group
-
-    def __post_init__(self) -> None:
-        for group in self.groups:
-            if group.transform is not None and all(_whole_rows(self.source[key]) for key in group.sources):
-                moved = group.moved({key: self.source[key].shape for key in group.sources}, self.model)
-                runs = sum(len(rows) for rows in moved.values()) if moved is not None else 0
-                if moved is not None and self._bytes(group) >= RUN_BYTES * runs:
-                    self._moved[group.name] = moved
+    _rows_moved: dict[str, dict[str, list[Rows]] | None] = field(default_factory=dict)  # by name of the group
 
     def write(self, writer: ShardWriter) -> None:
-        for key, tensor in self.ready.items():
-            writer.write(key, 0, tensor.contiguous())
-        self._run("writing", writer.write, writer.copy if hasattr(os, "copy_file_range") else None)
+        with flushing(writer.unfinished):
+            for key, tensor in self.ready.items():
+                writer.write(key, 0, tensor.contiguous())
+            self._run("writing", writer.write, writer.copy if hasattr(os, "copy_file_range") else None)
 
     def verify(self, directory: Path, names: list[str]) -> None:
         """Read the files back and compare every bit. Raises `DamagedError` naming the first tensor that differs."""
@@ -108,15 +101,26 @@ class Stream:
         width = self._dtype_in_memory(group).itemsize
         return sum(math.prod(self.source[key].shape) for key in group.sources) * width
 
+    def _moved(self, group: Group) -> dict[str, list[Rows]] | None:
+        """The runs of rows that the outputs of a group are made of; None where it has to be converted in memory."""
+        if group.name not in self._rows_moved:
+            moved = None
+            if group.transform is not None and all(_whole_rows(self.source[key]) for key in group.sources):
+                moved = group.moved({key: self.source[key].shape for key in group.sources}, self.model)
+                if moved is not None and self._bytes(group) < RUN_BYTES * sum(map(len, moved.values())):
+                    moved = None
+            self._rows_moved[group.name] = moved
+        return self._rows_moved[group.name]
+
     def _pass(self, group: Group, sink: Sink, copy: Copy | None, stop: threading.Event) -> Iterator[int]:
         """Write one group; yields the bytes written, bit by bit."""
         if group.transform is None:
             source = self.source[group.sources[0]]
             yield from self._rows(source, 0, source.shape[0], group.outputs[0], 0, sink, copy, stop)
             return
-        if group.name in self._moved:
+        if (moved := self._moved(group)) is not None:
             rows = {key: _as_rows(self.source[key]) for key in group.sources}
-            for key, runs in self._moved[group.name].items():
+            for key, runs in moved.items():
                 at = 0
                 for name, low, high in runs if key in self.targets else ():
                     yield from self._rows(rows[name], low, high, key, at, sink, copy, stop)
@@ -196,15 +200,14 @@ class Stream:
     # ---- all of them
 
     def _run(self, what: str, sink: Sink, copy: Copy | None = None) -> None:
-        whole = [g for g in self.groups if g.transform is not None and g.name not in self._moved]
-        heavy = {id(g): 2 * self._bytes(g) for g in whole}
+        heavy = {id(g): 2 * self._bytes(g) for g in self.groups if g.transform is not None}
         budget = _Budget(max(heavy.values(), default=0) + SPARE_BYTES)
         total, stop = sum(target.nbytes for target in self.targets.values()), threading.Event()
         done = [sum(tensor.nbytes for tensor in self.ready.values())]
         lock = threading.Lock()
 
         def one(group: Group) -> None:
-            cost = heavy.get(id(group), 0)
+            cost = heavy.get(id(group), 0) if self._moved(group) is None else 0
             if not stop.is_set() and budget.take(cost, stop):
                 try:
                     for count in self._pass(group, sink, copy, stop):

@@ -1,0 +1,62 @@
+"""Files: room for them, and the way to the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from ndtrain import places
+from ndtrain.places import allocate, flushing
+
+
+def test_what_is_written_goes_to_the_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(places, "sync", synced.append)
+    monkeypatch.setattr(places, "_FLUSH_S", 0.001)
+    begun = [tmp_path / "first"]
+    with flushing(lambda: begun):
+        deadline = time.monotonic() + 30
+        while len(synced) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        begun.append(tmp_path / "second")
+        while tmp_path / "second" not in synced and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert set(synced) == set(begun)
+    told = len(synced)
+    time.sleep(0.02)
+    assert len(synced) == told
+
+
+def test_what_the_disk_tells_meanwhile_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(places, "sync", broken)
+    monkeypatch.setattr(places, "_FLUSH_S", 0.001)
+    with pytest.raises(OSError, match="Input/output error"), flushing(lambda: [tmp_path]):
+        time.sleep(0.1)
+
+
+def test_a_file_gets_its_size_and_room_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("xb") as file:
+        allocate(file.fileno(), 10_000)
+        file.write(b"abc")
+    assert path.read_bytes() == b"abc" + bytes(9_997)
+    with path.open("r+b") as file:
+        allocate(file.fileno(), 0)
+    assert path.stat().st_size == 0
+
+
+@pytest.mark.skipif(
+    not Path("/dev/shm").is_dir(), reason="needs a file system that says at once what it has no room for"
+)
+def test_a_file_that_has_no_room_is_told_before_it_is_written() -> None:
+    whole = os.statvfs("/dev/shm")
+    with tempfile.TemporaryFile(dir="/dev/shm") as file, pytest.raises(OSError, match="No space left on device"):
+        allocate(file.fileno(), 2 * whole.f_blocks * whole.f_frsize)
