@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ndtrain.checkpoint.manifest import HASH, hasher, is_tensor_file, read_manifest
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
-from ndtrain.places import allocate, flushing, is_local, read_range, read_ranges
+from ndtrain.places import allocate, flushing, is_local, read_into, read_range, read_ranges
 from ndtrain.runtime import rank, together, world_size
 
 _DTYPES = {
@@ -281,9 +281,16 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
 
 def _fill(file: Path, wanted: list[_Wanted]) -> None:
     with safe_open(file, framework="pt") as source_file:
-        for key, _, target, source in wanted:
-            # a slice of a 0-dimensional entry cannot be taken
-            target.copy_(source_file.get_slice(key)[source] if source else source_file.get_tensor(key))
+        for key, piece, target, source in wanted:
+            whole_rows = all(part == slice(0, size) for part, size in zip(source[1:], piece.sizes[1:], strict=True))
+            if source and whole_rows and target.device.type == "cpu" and target.is_contiguous():
+                # Straight from the file: pages of a mapped one would have to be met first.
+                row = math.prod(piece.sizes[1:]) * target.element_size()
+                values: Any = target.reshape(-1).view(torch.uint8).numpy()
+                read_into(file, piece.start + source[0].start * row, memoryview(values))
+            else:
+                # a slice of a 0-dimensional entry cannot be taken
+                target.copy_(source_file.get_slice(key)[source] if source else source_file.get_tensor(key))
 
 
 def _fill_from_afar(file: Path, wanted: list[_Wanted]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
-from ndtrain.places import is_local, read_range
+from ndtrain.places import is_local, read_into, read_range
 
 BLOCK_BYTES = 4 * 2**20
 
@@ -142,14 +141,6 @@ def _read(path: Path, start: int, into: memoryview) -> None:
                 raise DamagedError(f"{path} ends before its tensors do")
             into[:] = data
             return
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            while into:
-                count = os.preadv(descriptor, [into], start)
-                if not count:
-                    raise DamagedError(f"{path} ends before its tensors do")
-                start, into = start + count, into[count:]
-        finally:
-            os.close(descriptor)
+        read_into(path, start, into)
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DamagedError(f"{path} cannot be read: {error.strerror}" if error.strerror else str(error)) from error
