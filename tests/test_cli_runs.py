@@ -15,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from ndtrain.console.inspect import inspect_text
+from ndtrain.recipe import load_recipe
 from tests import tiny
 from tests.ranks import RanksFailed, get_pool
 from tests.test_train import MESHES, trained
@@ -97,9 +99,8 @@ def test_every_rank_ends_with_the_exit_code_and_one_line(
 
 
 def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
-    result = ndtrain("inspect", str(recipe), "--world-size", "8", "--set", "mesh.dp_shard=4", "--json", "--rank", "5")
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    planned = load_recipe(recipe, ["mesh.dp_shard=4"])
+    report = json.loads(inspect_text(planned, world_size=8, rank=5, as_json=True))
     total = sum(torch.Size(p["shape"]).numel() for p in report["params"])
     assert report["parameters"] == total
     assert report["bytes"]["rank"]["parameters"] == sum(p["local_bytes"] for p in report["params"])
