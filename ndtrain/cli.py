@@ -163,9 +163,7 @@ def inspect(
         raise RecipeError("--suggest needs --world-size and --device")
     if suggest and (other is not None or dry_run or layer is not None or rank or html is not None or svg is not None):
         raise RecipeError("--suggest goes with --world-size, --device, --ranks-per-node and --json only")
-    for path in filter(None, (html, svg)):
-        if not path.parent.is_dir():
-            raise RecipeError(f"{path} cannot be written: {path.parent} is not a directory")
+    _check_written([file for file in (html, svg) if file is not None], [recipe, *([diff] if diff is not None else [])])
     if html is not None and layer is not None:
         raise RecipeError("--html shows the whole plan; leave out --layer")
     _tell_notes(resolved)
@@ -205,9 +203,11 @@ def convert(
         str,
         typer.Argument(metavar="CHECKPOINT", help="A step-... directory (or URL), or a Hugging Face or DCP directory."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The local directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 5GB or 500MiB.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest file, e.g. 500MiB; 5GB where nothing is said.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read all back and compare before OUT appears.")] = False,
     config: Annotated[
         Path | None, typer.Option(help="Of a DCP directory that another tool wrote: its model's config.json.")
@@ -221,7 +221,7 @@ def convert(
     with console.ByteProgress() as progress:
         notes = converter.convert(
             place(checkpoint),
-            out,
+            place(out),
             dtype=dtype,
             max_shard_size=max_shard_size,
             verify=verify,
@@ -250,6 +250,15 @@ def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
     from ndtrain.recipe import load_recipe
 
     return load_recipe(recipe, overrides or ())
+
+
+def _check_written(files: list[Path], read: list[Path]) -> None:
+    """Raises `RecipeError` where a file cannot be written, or is another of them or one that is read."""
+    for number, file in enumerate(files):
+        if not file.parent.is_dir():
+            raise RecipeError(f"{file} cannot be written: {file.parent} is not a directory")
+        if file.resolve() in [other.resolve() for other in (*files[:number], *read)]:
+            raise RecipeError(f"{file} is named twice; give each file a name of its own")
 
 
 def _tell_notes(recipe: "Recipe") -> None:

@@ -5,6 +5,7 @@ World size = dp_replicate x dp_shard x cp x tp, outermost to innermost; ep is ca
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,10 +134,15 @@ class MeshSizes:
         return range(first, first + ranks * step, step)
 
     def spread(self, axis: str, rank: int, ranks_per_node: int) -> tuple[int, int]:
-        """(ranks on the node of `rank`, nodes) of its group along `axis`."""
-        group = self.group(axis, rank)
-        here = sum(other // ranks_per_node == rank // ranks_per_node for other in group)
-        return here, -(-len(group) // here)
+        """(most ranks on a node, nodes) of the group of `rank` along `axis`."""
+        nodes = Counter(other // ranks_per_node for other in self.group(axis, rank))
+        return max(nodes.values()), len(nodes)
+
+    def spreads(self, axis: str, ranks_per_node: int) -> list[tuple[int, int]]:
+        """`spread` of every kind of group along `axis`, that over the most nodes first."""
+        firsts = {self.group(axis, rank)[0] for rank in range(self.world_size)}
+        found = {self.spread(axis, first, ranks_per_node) for first in firsts}
+        return sorted(found, key=lambda spread: (-spread[1], spread[0]))
 
     def describe(self) -> str:
         """The mesh in one line, axes of size 1 left out."""

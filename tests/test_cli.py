@@ -69,6 +69,8 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
         (["--suggest", "--world-size", "4", "--device", "h100", "--layer", "*"], "--suggest goes with --world-size,"),
         (["--diff", QUICKSTART, "--dry-run"], "--diff compares plans; leave out --dry-run, --device"),
         (["--html", "p.html", "--layer", "*.0"], "--html shows the whole plan; leave out --layer"),
+        (["--svg", "p", "--html", "p"], "p is named twice; give each file a name of its own"),
+        (["--svg", QUICKSTART], "quickstart.toml is named twice"),
         (["--svg", "no/such/p.svg"], "no/such/p.svg cannot be written: no/such is not a directory"),
     ],
 )

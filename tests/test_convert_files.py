@@ -29,6 +29,7 @@ from ndtrain.convert import convert, shards, stream
 from ndtrain.convert.shards import parse_size
 from ndtrain.convert.stored import Piece, stored
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
+from ndtrain.places import place
 from tests.convert_cases import FAMILIES, build, save_checkpoint
 from tests.ranks import get_pool
 
@@ -189,8 +190,37 @@ def test_nothing_is_left_of_what_was_interrupted_or_had_no_room(
         convert(step, tmp_path / "out", progress=interrupt)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 100))
     with pytest.raises(NdtrainError, match="100 are free"):
-        convert(step, tmp_path / "out")
+        convert(step, tmp_path / "deep" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["step"]
+
+
+def test_verification_finds_a_checkpoint_that_was_altered(tmp_path: Path) -> None:
+    step = save_checkpoint(build("llama"), tmp_path / "step")
+    file = next((step / "model").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=f"model/{file.name} was altered"):
+        convert(step, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = save_checkpoint(build("llama"), tmp_path / "step")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    convert(step, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RecipeError, match="is the directory that this runs in"):
+        convert(step, Path())
+    with pytest.raises(RecipeError, match="only a local directory can be written"):
+        convert(step, place("memory://bucket/out"))
+    convert(step, place(f"file://{tmp_path}/named"))
+    assert (tmp_path / "named" / "model.safetensors").is_file() and not list((tmp_path / "here").iterdir())
+    with pytest.raises(RecipeError, match="--max-shard-size is for the way to Hugging Face"):
+        convert(tmp_path / "empty", tmp_path / "back", max_shard_size="10KB")
 
 
 def test_sizes() -> None:

@@ -237,3 +237,8 @@ def test_a_group_is_spread_over_the_nodes_that_its_ranks_are_on() -> None:
     assert sizes.spread("fsdp", 5, 8) == (2, 4)
     assert sizes.spread("fsdp", 5, 4) == (1, 8)
     assert sizes.spread("tp", 5, 2) == (2, 2)
+    assert sizes.spreads("fsdp", 8) == [(2, 4)]
+    # Groups that lie differently: ranks 0-3, 4-7 and 8-11 on nodes of 8.
+    uneven = MeshSizes(dp_shard=3, tp=4)
+    assert uneven.spread("fsdp", 8, 8) == (2, 2) and uneven.spreads("fsdp", 8) == [(2, 2)]
+    assert MeshSizes(dp_shard=3, tp=2).spreads("tp", 3) == [(1, 2), (2, 1)]

@@ -59,8 +59,6 @@ def inspect_text(
     """
     target = find_device(device) if device is not None else None
     recipe, plan, model = _planned(recipe, world_size, rank)
-    if svg is not None:
-        _write(svg, mesh_svg(plan.sizes, ranks_per_node))
     report = plan_report(plan, recipe, rank=rank, ranks_per_node=ranks_per_node, layer=layer)
     if other is not None:
         other, theirs, _ = _planned(other, world_size, rank)
@@ -71,6 +69,8 @@ def inspect_text(
         report["step"] = step_report(step, target, ranks_per_node)
     if html is not None:
         _write(html, page_html(plan, report, ranks_per_node))
+    if svg is not None:
+        _write(svg, mesh_svg(plan.sizes, ranks_per_node))
     if as_json:
         return json.dumps(report, indent=2)
     text = plan_text(plan, report, rank)

@@ -6,7 +6,7 @@ import colorsys
 
 from ndtrain.mesh import MeshSizes
 
-WIDTH = 960
+WIDTH = 890
 COLUMNS = 8  # ranks side by side in a node
 GAP = 2
 PAD = 6
@@ -48,8 +48,9 @@ def mesh_svg(sizes: MeshSizes, ranks_per_node: int) -> str:
 
     lines = [f"{world} {'rank' if world == 1 else 'ranks'}: {sizes.describe()}"]
     for axis in axes:
-        _, over = sizes.spread(axis, 0, ranks_per_node)
-        where = "inside a node" if over == 1 else f"across {over} nodes"
+        over = [nodes for _, nodes in sizes.spreads(axis, ranks_per_node)]
+        up_to = "up to " if over[-1] < over[0] else ""
+        where = "inside a node" if over[0] == 1 else f"across {up_to}{over[0]} nodes"
         same = "; one colour for each place" if axis == inner else ""
         lines.append(f"{axis}: groups of {getattr(sizes, axis)}, {where}{same}")
     top = 20 * len(lines) + PAD

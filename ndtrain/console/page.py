@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from ndtrain.console.mesh_svg import colours, mesh_svg
-from ndtrain.console.plan import fold
+from ndtrain.console.plan import BYTES, fold, remarks
 from ndtrain.layout import held_of_dim
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import ParamPlan, Plan
@@ -21,8 +21,6 @@ def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
     """The page of a whole `plan_report`, with its `step` where it has one."""
     sizes = plan.sizes
     title = f"{plan.model_type} on {sizes.describe()}"
-    held = report["bytes"]["rank"]
-    elements = plan.rank_numel(report["rank"])
     cuts: dict[Cut, int] = {}
     axes = {axis for param in plan.params for axis in param.axes} | set(sizes.axes)
     data = {
@@ -31,12 +29,15 @@ def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
         "mesh": report["mesh"],
         "ranks_per_node": ranks_per_node,
         "rank": report["rank"],
-        "axes": {axis: _axis(sizes, axis, ranks_per_node) for axis in (*sizes.axes, *sorted(axes - set(sizes.axes)))},
+        "axes": {axis: _axis(sizes, axis) for axis in (*sizes.axes, *sorted(axes - set(sizes.axes)))},
         "exchanging": sizes.axes,
-        "bytes_per_element": {kind: held[kind] / max(1, elements) for kind in ("parameters", "gradients", "optimizer")},
+        "bytes_per_element": BYTES,
         "units": _units(plan, report, cuts),
         "cuts": [_places(sizes, cut) for cut in cuts],
-        "notes": report["notes"],
+        "notes": [
+            *(remark.removeprefix("note: ") for remark in remarks(plan)),
+            *(f"tied: {alias} is {source}" for alias, source in plan.tied.items()),
+        ],
         "step": report.get("step"),
     }
     template = files("ndtrain.console").joinpath("page.html").read_text(encoding="utf-8")
@@ -50,11 +51,10 @@ def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
     return template
 
 
-def _axis(sizes: MeshSizes, axis: str, ranks_per_node: int) -> dict[str, Any]:
+def _axis(sizes: MeshSizes, axis: str) -> dict[str, Any]:
     """A rank's place on the axis is rank // step % size."""
     group = sizes.group(axis, 0)
-    _, nodes = sizes.spread(axis, 0, ranks_per_node)
-    return {"step": group.step, "size": len(group), "nodes": nodes, "colours": colours(sizes, axis)}
+    return {"step": group.step, "size": len(group), "colours": colours(sizes, axis)}
 
 
 def _units(plan: Plan, report: dict[str, Any], cuts: dict[Cut, int]) -> list[dict[str, Any]]:

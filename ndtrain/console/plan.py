@@ -17,6 +17,9 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.plan import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
+# Of each element of a rank's share: float32 parameters and gradients, and AdamW's two moments.
+BYTES = {"parameters": 4, "gradients": 4, "optimizer": 8}
+
 
 def plan_report(
     plan: Plan, recipe: Recipe, *, rank: int, ranks_per_node: int, layer: str | None = None
@@ -35,9 +38,10 @@ def plan_report(
 
     def held(numels: dict[str, int]) -> dict[str, int]:
         numel, hosted = sum(numels.values()), sum(n for fqn, n in numels.items() if fqn in plan.on_host)
-        parts = {"parameters": 4 * numel, "gradients": 4 * numel, "optimizer": 8 * numel}
-        staging = 12 * numel if recipe.checkpoint.async_ else 0
-        return {**parts, "total": 16 * numel, "in_host_memory": 16 * hosted, "staging": staging}
+        parts = {kind: each * numel for kind, each in BYTES.items()}
+        staging = (BYTES["parameters"] + BYTES["optimizer"]) * numel if recipe.checkpoint.async_ else 0
+        each = sum(BYTES.values())
+        return {**parts, "total": each * numel, "in_host_memory": each * hosted, "staging": staging}
 
     def of_rank(number: int) -> dict[str, int]:
         return held({p.fqn: p.local_numel(sizes, number) for p in plan.params})
@@ -90,6 +94,7 @@ def _matches(fqn: str, pattern: str) -> bool:
 def plan_lines(report: dict[str, Any]) -> list[str]:
     """The plan as lines that say the same of the same, whatever is around them."""
     lines = [f"mesh: {', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())}"]
+    lines += [_group_text(group) for group in report["groups"]]
     for unit, name, count, row in fold(report):
         cut = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
         local = "x".join(map(str, row["local_shape"]))
@@ -193,13 +198,17 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
                 + (f"; {size(held['staging'])} in host memory for checkpoints" if held["staging"] else ""),
                 markup=False,
             )
-        if plan.imbalance > EVEN:
-            console.print(_imbalance_text(plan), markup=False, soft_wrap=True)
-        if plan.sizes.tp > 1:
-            console.print(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters", markup=False)
-        for note in plan.notes:
-            console.print(f"note: {note}", markup=False)
+        for remark in remarks(plan):
+            console.print(remark, markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What there is to say of the whole."""
+    said = [_imbalance_text(plan)] if plan.imbalance > EVEN else []
+    if plan.sizes.tp > 1:
+        said.append(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters")
+    return [*said, *(f"note: {note}" for note in plan.notes)]
 
 
 def _group_text(group: dict[str, Any]) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ndtrain import extra_state
 from ndtrain.checkpoint import CheckpointStore, check
-from ndtrain.checkpoint.manifest import read_manifest
+from ndtrain.checkpoint.manifest import check_hashes, read_manifest
 from ndtrain.checkpoint.tensors import pieces_of
 from ndtrain.convert.back import copy_beside, is_hub_directory, write_checkpoint
 from ndtrain.convert.foreign import METADATA, foreign_tensors
@@ -36,7 +36,7 @@ def convert(
     out: Path,
     *,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     verify: bool = False,
     config: Path | None = None,
     progress: Progress | None = None,
@@ -48,10 +48,17 @@ def convert(
     file, or a directory that has the tokenizer too) of its model. A Hugging Face directory becomes a checkpoint, in
     float32, for `model.name` to start from.
 
-    `out` appears whole or not at all; with `verify` only after every bit of it was read back. Returns what the user
+    `out` appears whole or not at all; with `verify` only after the hash of every file of the checkpoint was compared
+    and every bit of `out` was read back. Returns what the user
     should know. Raises `RecipeError` for wrong arguments and `DamagedError` for what is not complete.
     """
-    size = parse_size(max_shard_size)
+    size = parse_size(max_shard_size or "5GB")
+    if not is_local(out):
+        raise RecipeError(f"{out}: only a local directory can be written; copy it from there")
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if out == Path.cwd():
+        raise RecipeError(f"{out} is the directory that this runs in; give one inside it")
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f'--dtype "{dtype}" must be one of {", ".join(DTYPES)}')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -61,6 +68,8 @@ def convert(
         foreign = not back and (checkpoint / METADATA).is_file()
     if back and dtype is not None:
         raise RecipeError("--dtype is for the way to Hugging Face; a checkpoint's weights are float32")
+    if back and max_shard_size is not None:
+        raise RecipeError("--max-shard-size is for the way to Hugging Face; a checkpoint's weights are one file")
     if foreign and config is None:
         raise RecipeError(f"{checkpoint} does not say of which model it is; give --config with its config.json")
     if config is not None and (not foreign or not config.exists()):
@@ -73,8 +82,12 @@ def convert(
     if not back and not foreign:
         with _readable(checkpoint):
             source = _step_directory(checkpoint)
-            check(source)
+            manifest = check(source)
+            if verify:
+                files = manifest["files"]
+                check_hashes(source, files, (name for name in files if name.startswith("model/")))
     part = out.with_name(f".{out.name}.part")
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -91,6 +104,9 @@ def convert(
         raise NdtrainError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # what is not empty holds `out`
+            for parent in made:
+                parent.rmdir()
     return notes
 
 

@@ -52,11 +52,10 @@ def seconds(what: Collective, device: Device, *, on_node: int, nodes: int) -> fl
 
     A ring passes every byte but its own part; between nodes each rank's card takes its share (the busbw of nccl-tests).
     """
-    ranks = on_node * nodes
     rounds = 2 if what.op == "all_reduce" else 1
     inside = what.bytes * rounds * (on_node - 1) / on_node / device.intra
     if what.op == "all_to_all":
-        return max(inside, what.bytes * (ranks - on_node) / ranks / device.inter)
+        return max(inside, what.bytes * (what.ranks - on_node) / what.ranks / device.inter)
     return max(inside, what.bytes * rounds * (nodes - 1) / nodes / (on_node * device.inter))
 
 

@@ -118,7 +118,8 @@ class StepEstimate:
 
     def times(self, device: Device, ranks_per_node: int) -> Times:
         axes = dict.fromkeys(c.axis for _, record in self.records for c in record.sent)
-        spread = {axis: self.plan.sizes.spread(axis, self.rank, ranks_per_node) for axis in axes}
+        # All wait for the group that is spread the most.
+        spread = {axis: self.plan.sizes.spreads(axis, ranks_per_node)[0] for axis in axes}
         return times(self.total, spread, device)
 
     def tokens_per_second(self, seconds: float) -> float:
