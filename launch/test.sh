@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that CI checks, stopping at the first failure: bash launch/test.sh [pytest arguments]
+# Everything that CI checks: bash launch/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
@@ -12,6 +12,17 @@ export OMP_NUM_THREADS=1
 
 ruff format --check .
 ruff check .
-mypy ndtrain
 lint-imports
-pytest -q "$@"
+# The types are checked beside the tests, whose ranks wait for one another much of the time; what is said of them comes
+# last, and only where something is wrong.
+types="$(mktemp)"
+mypy ndtrain >"$types" 2>&1 &
+checking=$!
+trap 'kill "$checking" 2>/dev/null || true; rm -f "$types"' EXIT
+result=0
+pytest -q "$@" || result=$?
+if ! wait "$checking"; then
+    cat "$types"
+    result=1
+fi
+exit "$result"
