@@ -78,7 +78,7 @@ def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path:
     assert "resumed from" in second.stdout and "step 5/5" in second.stdout
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
 
-    with pytest.raises(RanksFailed, match="RecipeError: .* already has a checkpoint of step 5"):
+    with pytest.raises(RanksFailed, match=r"RecipeError: .* already has a checkpoint of step 5"):
         get_pool(1).run(trained, str(recipe), ["checkpoint.resume=never", "mesh.tp=1", "mesh.dp_shard=1"], timeout=200)
 
 
