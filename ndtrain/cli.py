@@ -144,12 +144,12 @@ def inspect(
         str | None,
         typer.Option(help="Estimate its time too: a100, h100, h200, b200, mi300x, or figures, e.g. h100,memory=94e9."),
     ] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks that share a node (8).")] = None,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks that share a node.")] = 8,
     suggest: Annotated[
         bool, typer.Option("--suggest", help="Search the meshes that fit --world-size devices of --device.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all of it, a step too, as a page that needs no network.")
+        Path | None, typer.Option(metavar="FILE", help="Write the plan and a step as a page that needs no network.")
     ] = None,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the mesh as a picture.")] = None,
     set_: SetOption = None,
@@ -173,10 +173,11 @@ def inspect(
 
         from ndtrain.console.inspect import inspect_text, suggest_text
 
-    together = ranks_per_node or 8
     if suggest:
         assert world_size is not None and device is not None
-        _print(suggest_text(resolved, world_size=world_size, device=device, ranks_per_node=together, as_json=as_json))
+        _print(
+            suggest_text(resolved, world_size=world_size, device=device, ranks_per_node=ranks_per_node, as_json=as_json)
+        )
         return
     _print(
         inspect_text(
@@ -188,7 +189,7 @@ def inspect(
             other=other,
             dry_run=dry_run or html is not None,
             device=device,
-            ranks_per_node=together,
+            ranks_per_node=ranks_per_node,
             html=html,
             svg=svg,
         )
@@ -234,10 +235,7 @@ def convert(
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """What is imported here stays to the end: the garbage collector need not walk it, neither now nor at the exit.
-
-    That is a quarter of the time of `inspect`.
-    """
+    """What is imported here stays to the end: the garbage collector need not walk it, neither now nor at the exit."""
     gc.disable()
     try:
         yield

@@ -14,7 +14,7 @@ from ndtrain.errors import PlanError, RecipeError
 from ndtrain.estimate import StepEstimate, estimate_step, step, suggest
 from ndtrain.estimate.record import Collective, Record, Work
 from ndtrain.estimate.roofline import seconds, times
-from ndtrain.estimate.search import changed
+from ndtrain.estimate.search import _candidates, changed
 from ndtrain.recipe import Recipe, load_recipe
 from ndtrain.train import sizes_for
 from tests import tiny
@@ -195,6 +195,14 @@ def test_suggestions_fit_and_are_no_slower_than_what_others_would_take(
     assert "mesh.tp" in best.change and all(one.change["mesh.tp"] <= 4 for one in found)  # of 4 key-value heads
 
 
+def test_sequence_parallelism_is_suggested_where_the_recipe_has_it_off(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "llama", {}, {})
+    off = changed(recipe, {"tp.sequence_parallel": False})
+    assert all("tp.sequence_parallel" not in change for change in _candidates(recipe, 4, 4, 0))
+    found = {(change["mesh.tp"] > 1, change.get("tp.sequence_parallel")) for change in _candidates(off, 4, 4, 0)}
+    assert found == {(False, None), (True, True)}
+
+
 def test_what_does_not_fit_is_told_by_how_much_and_what_helps(tmp_path: Path, small_device: str) -> None:
     train = {"global_batch_size": 4, "micro_batch_size": 2}
     recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2}, {"num_hidden_layers": 2}, train=train)
@@ -211,6 +219,7 @@ def test_inspect_shows_the_step_the_layer_and_the_difference(tmp_path: Path) -> 
     recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2, "tp": 2}, {})
     text = inspect_text(recipe, world_size=4, device="h100", layer="*.layers.2", ranks_per_node=2)
     assert "self_attn.q_proj.weight" in text and "embed_tokens" not in text
+    assert "  fsdp: 2 ranks over 2 nodes (0, 2)\n  tp: 2 ranks on one node (0-1)\n" in text
     assert "as MFU counts them" in text and "An estimate for h100, 2 ranks on a node" in text and "fits: " in text
     report = json.loads(inspect_text(recipe, world_size=4, as_json=True, device="h100"))
     assert report["step"]["peak"]["bytes"] == sum(report["step"]["peak"]["kinds"].values())
