@@ -233,5 +233,7 @@ def test_inspect_shows_the_step_the_layer_and_the_difference(tmp_path: Path) -> 
 
     other = recipe_for(tmp_path, "llama", {"dp_shard": 4}, {})
     lines = inspect_text(recipe, world_size=4, other=other, layer="*.norm").splitlines()
+    assert "-tp: 2 ranks on one node (0-1)" in lines
+    assert "-tp: 2 ranks over 2 nodes (0-1)" in inspect_text(recipe, world_size=4, other=other, ranks_per_node=1)
     assert lines[0].startswith("-mesh: ") and sum(line.startswith("+mesh: ") for line in lines) == 1
     assert inspect_text(recipe, world_size=4, other=recipe) == "the plans are the same"
