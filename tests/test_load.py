@@ -196,6 +196,15 @@ def test_bf16_weights_become_exactly_their_float32_values(tmp_path: Path) -> Non
             assert torch.equal(torch.from_numpy(loaded[name]), tensor.float()), name
 
 
+def test_a_tied_weight_that_is_saved_under_its_other_name_is_found(tmp_path: Path) -> None:
+    directory = tiny.save_model("gemma3_text", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    recipes = recipes_of(directory, tmp_path)
+    assert get_pool(4).run(_compare, recipes, str(directory), FSDP) == [[]] * 4
+
+
 def test_every_rank_has_its_own_experts(tmp_path: Path) -> None:
     """Trap: rank 0's experts everywhere. Expert i is the constant i in the file."""
     directory = tiny.save_model("qwen3_moe", tmp_path)

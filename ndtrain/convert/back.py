@@ -14,7 +14,7 @@ import torch
 from ndtrain import extra_state
 from ndtrain.checkpoint import check
 from ndtrain.checkpoint.manifest import write_manifest
-from ndtrain.checkpoint.tensors import listing, pieces_in
+from ndtrain.checkpoint.tensors import listing
 from ndtrain.convert.hub import INDEX, meta_model_of, state_to_store
 from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import Stored, checkpoint_tensors
@@ -22,6 +22,7 @@ from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import DamagedError, PlanError
 from ndtrain.model import kept_in_fp32, tied_keys
+from ndtrain.pieces import pieces_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

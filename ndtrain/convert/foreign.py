@@ -23,8 +23,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ndtrain.convert.stored import DTYPE_NAMES, Piece, Stored, stored
+from ndtrain.convert.stored import Piece, Stored, stored
 from ndtrain.errors import DamagedError
+from ndtrain.pieces import DTYPE_NAMES
 
 METADATA = ".metadata"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")

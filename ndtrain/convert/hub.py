@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ndtrain import extra_state
 from ndtrain.convert.shards import ShardWriter, Target
-from ndtrain.convert.stored import DTYPE_NAMES, Stored
+from ndtrain.convert.stored import Stored
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
 from ndtrain.errors import DamagedError
 from ndtrain.model import kept_in_fp32, tied_keys
+from ndtrain.pieces import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ndtrain.convert.stored import DTYPE_NAMES, DTYPES, raw
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.layout import Ints
+from ndtrain.pieces import DTYPE_NAMES, DTYPES, raw
 from ndtrain.places import allocate
 
 _UNITS = {

@@ -13,17 +13,8 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
+from ndtrain.pieces import BLOCK_BYTES, DTYPES, raw
 from ndtrain.places import is_local, read_into, read_range
-
-BLOCK_BYTES = 4 * 2**20
-
-# safetensors' own order: its files hold the last of these first, then by name.
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Piece(NamedTuple):
@@ -98,12 +89,6 @@ class Room(threading.local):
         if use not in self._held:
             self._held[use] = bytearray(BLOCK_BYTES)
         return torch.frombuffer(self._held[use], dtype=dtype, count=math.prod(shape)).view(shape)
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, sharing memory."""
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(values)
 
 
 def read_rows(source: Stored, low: int, high: int, *, into: Tensor, room: Room) -> None:

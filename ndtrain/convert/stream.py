@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ndtrain.checkpoint.tensors import pieces_in
 from ndtrain.convert.shards import ShardWriter, Target
-from ndtrain.convert.stored import BLOCK_BYTES, Room, Stored, checkpoint_tensors, read_all, read_rows
+from ndtrain.convert.stored import Room, Stored, checkpoint_tensors, read_all, read_rows
 from ndtrain.convert.weights import Group, Rows
 from ndtrain.errors import DamagedError
+from ndtrain.pieces import BLOCK_BYTES, pieces_in
 from ndtrain.places import flushing, is_local
 
 if TYPE_CHECKING:

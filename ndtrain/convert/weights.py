@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,16 +17,14 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
-    WeightConverter,
-    WeightRenaming,
     apply_converters,
     apply_renamings,
     dot_natural_key,
-    rename_source_key,
 )
 
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
+from ndtrain.load.names import kinds, named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +121,7 @@ def to_hub(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[list[Gr
     if not mapping:
         return [Group((key,), (key,), key, (key,), None) for key in state], dict(state)
     reverse = [entry.reverse_transform() for entry in mapping[::-1]]
-    renamings, converters = _kinds(reverse)
+    renamings, converters = kinds(reverse)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     found: list[tuple[str, str, str | None, Any]] = []
     for key in sorted(state, key=dot_natural_key):
@@ -152,19 +150,14 @@ def from_hub(
 
     Raises `DamagedError` where what comes out lacks a tensor or has another shape.
     """
-    renamings, converters = _kinds(get_model_conversion_mapping(model))
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix, all_of_it = model.base_model_prefix, model.state_dict()
+    all_of_it = model.state_dict()
     found: list[tuple[str, str, str | None, Any]] = []
     unused = []
-    for key in sorted(state, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, all_of_it)
-        if name not in all_of_it and key in all_of_it:
-            name, pattern = rename_source_key(key, [], [], prefix, all_of_it)
-        if name not in all_of_it:
-            unused.append(key)
+    for saved in named(model, state, all_of_it, get_model_conversion_mapping(model)):
+        if saved.name in all_of_it:
+            found.append(saved)
         else:
-            found.append((key, name, pattern, by_pattern[pattern] if pattern is not None else None))
+            unused.append(saved.key)
     groups: list[Group] = []
     found_keys: set[str] = set()
     for group in _grouped(found):
@@ -184,8 +177,3 @@ def from_hub(
     if missing:
         raise DamagedError(f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
     return groups, unused
-
-
-def _kinds(mapping: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -1,0 +1,72 @@
+"""Weights into the sharded model: from rank 0, from each rank's own slices of the files, or initialized.
+
+Comes in: a parallelized model on meta. Goes out: the same model on the device, every parameter and buffer set.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ndtrain import extra_state
+from ndtrain.errors import RecipeError
+from ndtrain.load.files import unused, weight_files
+from ndtrain.load.memory import fill_with_noise, materialize, model_tensors, unset
+from ndtrain.load.rank0 import load_rank0
+from ndtrain.load.scratch import initialize
+from ndtrain.load.sharded import load_sharded
+from ndtrain.model import tie
+from ndtrain.plan import Plan
+from ndtrain.recipe import Recipe
+from ndtrain.runtime import Runtime, broadcast_json, on_rank0, together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["fill_with_noise", "load_weights", "materialize", "model_tensors", "unset", "unused"]
+
+
+def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
+    """Fill the materialized `model` as `[model] init` and `[load] mode` say; the same weights on every mesh.
+
+    Returns what the user should know, on rank 0.
+    """
+    notes: list[str] = []
+    if recipe.model.init == "random":
+        initialize(model, plan, recipe=recipe)
+    elif recipe.load.mode == "rank0":
+        load_rank0(model, recipe=recipe, runtime=runtime, notes=notes)
+    else:
+        together(lambda: load_sharded(model, recipe, notes))
+    tie(model)
+    if recipe.model.init != "random":
+        _load_extra(model, recipe, notes)
+    return notes
+
+
+def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
+    """Hand the extra states that the files hold as data to their modules, on every rank the same."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+
+    def read() -> None:
+        with suppress(RecipeError):  # files of another kind, which transformers has read
+            for path in weight_files(recipe):
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    for key in filter(extra_state.is_extra, file.keys()):
+                        tensor = file.get_tensor(key)
+                        with suppress(TypeError):
+                            found[key.removesuffix(extra_state.SUFFIX).rstrip(".")] = (
+                                extra_state.to_json(tensor) if tensor.numel() else None
+                            )
+                        found.setdefault(key.removesuffix(extra_state.SUFFIX).rstrip("."), "bytes")
+
+    on_rank0(read)
+    found = broadcast_json(found)
+    modules = {name for name, _ in model.named_modules()}
+    extra_state.restore(
+        model, {name: state for name, state in found.items() if isinstance(state, dict) and name in modules}
+    )
+    if left_out := [name for name, state in found.items() if state == "bytes" or name not in modules]:
+        notes.append(extra_state.left_out_note(left_out, "not read from the weights"))

@@ -1,0 +1,97 @@
+"""Memory for a model that was built on meta, and what is in it before its weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ndtrain import extra_state
+from ndtrain.errors import PlanError
+from ndtrain.layout import held_boxes, local_part
+from ndtrain.model import built_buffers, tie, tied_keys
+from ndtrain.recipe import Recipe
+from ndtrain.runtime import Runtime, random_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Elements from one NaN to the next in a large tensor whose memory is new.
+MARK_EVERY = 2**16
+
+
+def materialize(model: PreTrainedModel, runtime: Runtime, *, recipe: Recipe, on_host: Collection[str] = ()) -> None:
+    """Give every parameter and buffer memory on the device, marked with NaN, and compute the buffers anew.
+
+    Parameters whose FQN is in `on_host` get it in host memory. Buffers that are not in a checkpoint (rotary
+    frequencies) come from the model's own initialization or construction, as they do in one process. Raises `PlanError`
+    naming a buffer that cannot be made again.
+    """
+    hosted = {param for fqn, param in model.named_parameters() if fqn in on_host}
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device))
+    tie(model)
+    saved = set(model.state_dict().keys())
+    _mark([*model.parameters(), *model.buffers()])
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model.initialize_weights()
+    lost = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point() and bool(buffer.isnan().any())
+    }
+    made = built_buffers(model, lost, recipe) if lost else {}
+    for name, buffer in lost.items():
+        if name not in made or bool(made[name].isnan().any()):
+            raise PlanError(f"buffer {name} is made only when the model is built, too large to be made again")
+        buffer.copy_(made[name])
+
+
+@torch.no_grad()
+def unset(tensors: Iterable[Tensor]) -> None:
+    """Fill with NaN, so that what is never loaded is found."""
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            local_part(tensor).fill_(float("nan"))
+
+
+@torch.no_grad()
+def _mark(tensors: Iterable[Tensor]) -> None:
+    """`unset` for new memory, of which it touches little: for the first time that costs as much as to read weights."""
+    for tensor in tensors:
+        local = local_part(tensor)
+        if not tensor.is_floating_point():
+            continue
+        if local.numel() <= 4 * MARK_EVERY or not local.is_contiguous():
+            local.fill_(float("nan"))
+        else:
+            local.view(-1)[::MARK_EVERY] = local.view(-1)[-1] = float("nan")
+
+
+@torch.no_grad()
+def fill_with_noise(model: PreTrainedModel) -> None:
+    """Give the materialized `model` weights of ordinary size that mean nothing: enough to see what depends on what.
+
+    Parts of one tensor differ, replicas are equal.
+    """
+    for name, tensor in model_tensors(model).items():
+        local = local_part(tensor)
+        torch.manual_seed(random_seed(name, *(box.offsets for box in held_boxes(tensor))))
+        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+            # Sizes and numbers of buckets, by which some models divide.
+            local.fill_(1 if not tensor.is_floating_point() and tensor.dtype != torch.bool else 0)
+        elif tensor.ndim < 2 or not tensor.numel():
+            local.normal_(mean=1.0, std=0.1)
+        else:
+            local.normal_(std=tensor.shape[-1] ** -0.5)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
+    aliases = tied_keys(model)  # type: ignore[arg-type]
+    return {
+        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_state.is_extra(k)
+    }

@@ -1,0 +1,147 @@
+"""Every rank reads its slices of the weights' files.
+
+What is saved as the model has it is read straight into the shards; only what transformers converts, such as experts
+that were saved one by one, goes through its own converting loader (core_model_loading, 5.23).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+
+from ndtrain import extra_state
+from ndtrain.errors import PlanError, RecipeError
+from ndtrain.layout import local_part
+from ndtrain.load.files import check_report, refuse_nan, unreadable, unused, weight_files
+from ndtrain.load.memory import model_tensors
+from ndtrain.load.names import named
+from ndtrain.model import tied_keys
+from ndtrain.pieces import Piece, converts, pieces_in, read_held
+from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
+    """Read this rank's slices of every weight; what the user should know is added to `notes`.
+
+    Raises `DamagedError` for weights that are missing, unreadable, of another shape or NaN, and `PlanError` for those
+    that transformers converts along a dim that this mesh cuts.
+    """
+    try:
+        pieces = {key: piece for path in weight_files(recipe) for key, piece in pieces_in(Path(path)).items()}
+        pieces = {key: piece for key, piece in pieces.items() if not extra_state.is_extra(key)}
+        direct, report = _convert(model, pieces)
+    except (PlanError, RecipeError):
+        raise
+    except Exception as error:
+        raise unreadable(recipe, error) from error
+    wanted = model_tensors(model)
+    missing, mismatched = wanted.keys() - direct.keys(), []
+    if report is not None:
+        missing, mismatched = missing & report.missing_keys, list(report.mismatched_keys)
+        notes += unused(report.unexpected_keys)
+    mismatched += [
+        (name, piece.sizes, tuple(wanted[name].shape))
+        for name, piece in direct.items()
+        if piece.sizes != tuple(wanted[name].shape)
+    ]
+    check_report(missing, mismatched, recipe)
+    refuse_nan({name: tensor for name, tensor in wanted.items() if name not in direct}, recipe)
+    stored = {name: [piece] for name, piece in direct.items()}
+    read_held({name: wanted[name] for name in direct}, stored, recipe.model.name, as_weights=True)
+
+
+def _convert(model: PreTrainedModel, pieces: Mapping[str, Piece]) -> tuple[dict[str, Piece], Any]:
+    """Load what is not saved as the model has it; the other pieces by FQN, and what transformers' loader tells of it.
+
+    Of weights that are tied the one is taken that is saved.
+    """
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    state, aliases = model.state_dict(keep_vars=True), tied_keys(model)
+    mapping = get_model_conversion_mapping(model) or []
+    direct: dict[str, Piece] = {}
+    tied: dict[str, Piece] = {}
+    others = []
+    for saved in named(model, pieces, state, mapping):
+        piece, tensor = pieces[saved.key], state.get(saved.name)
+        if saved.converter is not None or tensor is None or not converts(piece.dtype, tensor.dtype):
+            others.append(saved.key)
+        elif saved.name in aliases:
+            tied.setdefault(aliases[saved.name], piece)
+        else:
+            direct.setdefault(saved.name, piece)
+    if not others:
+        return tied | direct, None
+    params = dict(model.named_parameters())
+    _refuse_stitched(params, others, mapping)
+    files = {file: safe_open(file, framework="pt", device="cpu") for file in {pieces[key].file for key in others}}
+    config = LoadStateDictConfig(
+        device_map={"": next(model.parameters()).device},
+        dtype=torch.float32,
+        weight_mapping=mapping,  # type: ignore[arg-type]
+    )
+    slices = {key: files[pieces[key].file].get_slice(key) for key in others}
+    report, _ = convert_and_load_state_dict_in_model(model, slices, config)
+    _put_back(model, params)
+    return tied | direct, report
+
+
+def _refuse_stitched(params: Mapping[str, nn.Parameter], keys: Iterable[str], mapping: Iterable[Any]) -> None:
+    """Raise `PlanError` where a weight is stitched from saved pieces, or cut into them, along a dim that ranks share.
+
+    transformers' loader takes each rank's part of every piece and stitches those (5.23): right for a packed cut, which
+    takes as much of gate as of up; any other gets rows of other ranks, without an error.
+    """
+    for converter in mapping:
+        # Experts saved one by one are stacked: that loader knows which are this rank's.
+        operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
+        sources = [_as_regex(pattern) for pattern in getattr(converter, "source_patterns", ())]
+        if not operations or not any(source.search(key) for key in keys for source in sources):
+            continue
+        dims = {getattr(operation, "dim", None) for operation in operations}
+        targets = [_as_regex(pattern) for pattern in converter.target_patterns]
+        for fqn, param in params.items():
+            if not isinstance(param, DTensor) or not any(target.search(fqn) for target in targets):
+                continue
+            axes = range(param.device_mesh.ndim)
+            for dim in range(param.ndim) if None in dims else {d % param.ndim for d in dims if d is not None}:
+                cuts = [i for i in axes if _cuts(param.placements[i], dim, param) and param.device_mesh.size(i) > 1]
+                packed = [i for i in cuts if isinstance(param.placements[i], _StridedShard) and i == axes[-1]]
+                if cuts != packed:
+                    raise PlanError(
+                        f'{fqn} is saved in another form along dim {dim}, which this mesh cuts; set load.mode = "rank0"'
+                    )
+
+
+def _as_regex(pattern: str) -> re.Pattern[str]:
+    """A pattern of transformers' weight conversions, in which `*` stands for a number."""
+    return re.compile(pattern.replace("*", r"\d+"))
+
+
+def _cuts(placement: Placement, dim: int, param: Tensor) -> bool:
+    return isinstance(placement, Shard | _StridedShard) and placement.dim % param.ndim == dim
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
+    """Move loaded values into the parameters that FSDP knows: the loader replaces parameter objects."""
+    for name, param in before.items():
+        module, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(module)
+        loaded = owner._parameters[leaf]
+        if loaded is not param and loaded is not None:
+            local_part(param).copy_(local_part(loaded))
+            owner._parameters[leaf] = param
