@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/load_memory.py
 
-Every case runs in processes of its own. The figure is the growth of the rank's RssAnon + RssShmem (private and shared
-memory, without pages of mapped files), sampled every millisecond, over what it was before the weights got memory. The
-growth of VmHWM, which counts the mapped file too and is exact, is printed beside it. Times are set against two
-processes that read half of the file each into memory that is new to them, in the same round.
+Every case runs in processes of its own. Memory is the growth of the rank's RssAnon + RssShmem (private and shared
+memory, without pages of mapped files) over what it was before the weights got memory, sampled every millisecond in a
+round of its own. The growth of VmHWM, which counts the mapped file too and is exact, is printed beside it. Times are
+set against two processes that read half of the file each into memory that is new to them: the median of the ratios of
+the rounds, in which nothing is sampled.
 """
 
 import argparse
@@ -18,7 +19,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -41,15 +45,20 @@ def status() -> dict[str, int]:
 
 
 class Peak:
-    """Growth of memory between entering and leaving."""
+    """Seconds, and where it is watched growth of memory, between entering and leaving."""
+
+    def __init__(self, watch: bool) -> None:
+        self._watched = watch
 
     def __enter__(self) -> "Peak":
+        dist.barrier()  # who starts early would count the wait for the others
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = status()
         self._own, self._all = before["RssAnon"] + before["RssShmem"], before["VmRSS"]
         self._top, self._stop = self._own, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        if self._watched:
+            self._thread.start()
         self._begin = time.perf_counter()
         return self
 
@@ -61,26 +70,25 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._begin
         self._stop.set()
-        self._thread.join()
+        if self._watched:
+            self._thread.join()
         after = status()
         self.own = max(self._top, after["RssAnon"] + after["RssShmem"]) - self._own
         self.all = after["VmHWM"] - self._all
 
 
-def worker(case: str, model_dir: Path, out: Path) -> None:
+def worker(case: str, model_dir: Path, out: Path, *, watch: bool) -> None:
     """One rank of one case; rank 1 writes what it saw."""
     import torch
-    import torch.distributed as dist
     import transformers
 
     from ndtrain.runtime import start
 
     transformers.logging.set_verbosity_error()
     with start() as runtime:
-        dist.barrier()  # gloo's own buffers are there before
         params: list[Any] = []
         if case == "read":
-            with Peak() as peak:
+            with Peak(watch) as peak:
                 for file in sorted(model_dir.glob("*.safetensors")):
                     half = file.stat().st_size // runtime.world_size
                     into = memoryview(bytearray(half))
@@ -113,7 +121,7 @@ def worker(case: str, model_dir: Path, out: Path) -> None:
             model = meta_model(recipe)
             plan = make_plan(model, sizes_for(recipe, runtime.world_size), recipe)
             parallelize(model, plan, build_mesh(plan.sizes, runtime.device.type), recipe=recipe)
-            with Peak() as peak:
+            with Peak(watch) as peak:
                 materialize(model, runtime, recipe=recipe)
                 load_start(model, plan, recipe=recipe, runtime=runtime)
             params = list(model.parameters())
@@ -121,7 +129,7 @@ def worker(case: str, model_dir: Path, out: Path) -> None:
             from transformers.distributed import DistributedConfig
 
             config = DistributedConfig(fsdp_size=runtime.world_size)
-            with Peak() as peak:
+            with Peak(watch) as peak:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     model_dir, dtype=torch.float32, distributed_config=config
                 )
@@ -139,7 +147,7 @@ def worker(case: str, model_dir: Path, out: Path) -> None:
                 fully_shard(layer)
             fully_shard(model)
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            with Peak() as peak:
+            with Peak(watch) as peak:
                 whole: dict[str, Any] = {}
                 if runtime.is_main:
                     whole = transformers.AutoModelForCausalLM.from_pretrained(
@@ -184,42 +192,49 @@ def save_model(path: Path, layers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        case, model_dir, out = options.worker
-        return worker(case, Path(model_dir), Path(out))
-    rows: dict[str, list[dict[str, float]]] = {case: [] for case in options.cases}
+        case, model_dir, out, watch = options.worker
+        return worker(case, Path(model_dir), Path(out), watch=watch == "watch")
+    memory: dict[str, dict[str, float]] = {}
+    seconds: dict[str, list[float]] = {case: [] for case in options.cases}
     with tempfile.TemporaryDirectory() as folder:
         model_dir, out = Path(folder) / "model", Path(folder) / "row.json"
         save_model(model_dir, options.layers)
-        for _ in range(options.rounds):
+        for round_ in range(1 + options.rounds):
             for case in options.cases:
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
                 command += [__file__, "--worker", case, str(model_dir), str(out)]
+                command.append("time" if round_ else "watch")
                 done = subprocess.run(
                     command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ}
                 )
                 if done.returncode:
                     sys.exit(f"{case} failed:\n{done.stderr[-4000:]}")
-                rows[case].append(json.loads(out.read_text()))
-    first = max((seen[0] for seen in rows.values()), key=lambda row: row["shards"])
+                row = json.loads(out.read_text())
+                if round_:
+                    seconds[case].append(row["seconds"])
+                else:
+                    memory[case] = row
+    first = max(memory.values(), key=lambda row: row["shards"])
     limit = first["shards"] + first["largest"] + SLACK
     print(
         f"Shards of rank 1 {first['shards'] / 1e6:.0f} MB, largest tensor {first['largest'] / 1e6:.0f} MB, "
         f"limit (shards + one tensor + {SLACK / 1e6:.0f} MB) {limit / 1e6:.0f} MB.\n"
-        f"Worst of {options.rounds} rounds; time: best.\n"
+        f"Seconds and ratios: medians of {options.rounds} rounds.\n"
     )
-    print("| loader | peak growth, MB | of the limit | with mapped files, MB | seconds | x reading |")
-    print("|---|---|---|---|---|---|")
-    base = min(row["seconds"] for row in rows["read"]) if "read" in rows else float("nan")
-    for case, seen in rows.items():
-        own, mapped = max(r["own"] for r in seen), max(r["all"] for r in seen)
-        seconds = min(r["seconds"] for r in seen)
-        numbers = f"{own / 1e6:.0f} | {own / limit:.2f} | {mapped / 1e6:.0f} | {seconds:.2f} | {seconds / base:.2f}"
-        print(f"| {CASES[case]} | {numbers} |")
+    print("| loader | peak growth, MB | of the limit | with mapped files, MB | seconds | x reading | least / least |")
+    print("|---|---|---|---|---|---|---|")
+    base = seconds.get("read", [float("nan")] * options.rounds)
+    for case, seen in seconds.items():
+        own, mapped = memory[case]["own"], memory[case]["all"]
+        ratios = [value / read for value, read in zip(seen, base, strict=True)]
+        least = min(seen) / min(base)
+        numbers = f"{own / 1e6:.0f} | {own / limit:.2f} | {mapped / 1e6:.0f} | {median(seen):.2f}"
+        print(f"| {CASES[case]} | {numbers} | {median(ratios):.2f} | {least:.2f} |")
 
 
 if __name__ == "__main__":
