@@ -5,8 +5,8 @@
 Every case runs in processes of its own. Memory is the growth of the rank's RssAnon + RssShmem (private and shared
 memory, without pages of mapped files) over what it was before the weights got memory, sampled every millisecond in a
 round of its own. The growth of VmHWM, which counts the mapped file too and is exact, is printed beside it. Times are
-set against two processes that read half of the file each into memory that is new to them: the median of the ratios of
-the rounds, in which nothing is sampled.
+set against two processes that read half of the same files each into memory that is new to them: the median of the
+ratios of the rounds, in which nothing is sampled.
 """
 
 import argparse
@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 CASES = {
     "read": "two processes that read half of the file each",
+    "read-checkpoint": "the same of the checkpoint's files",
     "ndtrain-rank0": 'ndtrain `load.mode = "rank0"`',
     "ndtrain-sharded": 'ndtrain `load.mode = "sharded"`',
     "ndtrain-checkpoint": "ndtrain, from its own checkpoint",
@@ -87,9 +88,10 @@ def worker(case: str, model_dir: Path, out: Path, *, watch: bool) -> None:
     transformers.logging.set_verbosity_error()
     with start() as runtime:
         params: list[Any] = []
-        if case == "read":
+        if case.startswith("read"):
+            folder = model_dir if case == "read" else model_dir / "checkpoint" / "model"
             with Peak(watch) as peak:
-                for file in sorted(model_dir.glob("*.safetensors")):
+                for file in sorted(folder.glob("*.safetensors")):
                     half = file.stat().st_size // runtime.world_size
                     into = memoryview(bytearray(half))
                     with file.open("rb", buffering=0) as stream:
@@ -228,8 +230,8 @@ def main() -> None:
     )
     print("| loader | peak growth, MB | of the limit | with mapped files, MB | seconds | x reading | least / least |")
     print("|---|---|---|---|---|---|---|")
-    base = seconds.get("read", [float("nan")] * options.rounds)
     for case, seen in seconds.items():
+        base = seconds.get(f"read{'-checkpoint' * case.endswith('-checkpoint')}", [float("nan")] * options.rounds)
         own, mapped = memory[case]["own"], memory[case]["all"]
         ratios = [value / read for value, read in zip(seen, base, strict=True)]
         least = min(seen) / min(base)
