@@ -89,7 +89,7 @@ def test_nan_is_refused_in_weights_and_infinities_are_not(tmp_path: Path, dtype:
 def _compare_in_blocks(nbytes: int, *args: object) -> list[str]:
     from tests.test_load import _compare
 
-    with mock.patch("ndtrain.pieces.BLOCK_BYTES", nbytes):
+    with mock.patch.multiple(pieces, BLOCK_BYTES=nbytes, _RUN_BYTES=4 * nbytes):
         return _compare(*args)  # type: ignore[arg-type]
 
 
