@@ -225,7 +225,7 @@ def _read(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool
 
     def read(run: _Part) -> None:
         if not hasattr(rooms, "own"):
-            rooms.own = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+            rooms.own = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=run.target.is_cuda)
         for block in run.blocks(BLOCK_BYTES):
             values = block.target if block.is_direct else rooms.own[: block.nbytes]
             read_into(file, block.start, raw(values))
@@ -251,10 +251,13 @@ def _read_from_afar(file: Path, parts: Iterable[_Part], where: object, *, refuse
             _put(block, torch.frombuffer(bytearray(data), dtype=torch.uint8), where, refuse_nan=refuse_nan)
         batch.clear()
 
+    asked = 0
     for part in parts:
         for block in part.blocks(_REQUEST_BYTES):
-            if sum(other.nbytes for other in batch) + block.nbytes > _READ_BYTES:
+            if asked + block.nbytes > _READ_BYTES:
                 fetch()
+                asked = 0
+            asked += block.nbytes
             batch.append(block)
     fetch()
 
