@@ -187,12 +187,9 @@ def _parts(key: str, tensor: Tensor, pieces: list[Piece], where: object, *, cast
     local, boxes = held(key, tensor)
     if tensor.numel() and not pieces:
         raise DamagedError(f"{where}: {key} is missing")
-    for dim in range(tensor.ndim if pieces else 0):
-        ends = {len(p.sizes) == tensor.ndim and p.offsets[dim] + p.sizes[dim] for p in pieces}
-        if False in ends or max(ends) != tensor.shape[dim]:
-            raise DamagedError(f"{where}: {key} does not have the shape {tuple(tensor.shape)}")
-    if not tensor.ndim and any(piece.sizes for piece in pieces):
-        raise DamagedError(f"{where}: {key} is no scalar")
+    ends = [tuple(o + n for o, n in zip(p.offsets, p.sizes, strict=True)) for p in pieces]
+    if pieces and ({len(e) for e in ends} != {tensor.ndim} or tuple(map(max, *ends, ends[0])) != tuple(tensor.shape)):
+        raise DamagedError(f"{where}: {key} does not have the shape {tuple(tensor.shape)}")
     for piece in pieces:
         if DTYPES.get(piece.dtype) != tensor.dtype and not (cast and converts(piece.dtype, tensor.dtype)):
             raise DamagedError(f"{where}: {key} is {piece.dtype} in {piece.file.name}, not {tensor.dtype}")

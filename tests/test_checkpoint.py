@@ -411,7 +411,7 @@ def test_names_never_leave_the_directory(tmp_path: Path, name: str) -> None:
         ({"other": torch.zeros(2)}, "other is missing"),
         ({"w": torch.zeros(64, 9)}, "shape"),
         ({"w": torch.zeros(64)}, "shape"),
-        ({"w": torch.zeros(())}, "scalar"),
+        ({"w": torch.zeros(())}, "shape"),
         ({"s": torch.zeros(1)}, "shape"),
         ({"w": torch.zeros(64, 8, dtype=torch.bfloat16)}, "F32"),
     ],
