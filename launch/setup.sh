@@ -32,10 +32,12 @@ ndtrain_setup() {
             # Without an NVIDIA GPU this version, so that pip does not fetch gigabytes of CUDA with the newest one.
             if ! "$venv/bin/python" -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "2.13.0")' \
                 2>/dev/null; then
-                "$venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 || return 1
+                "$venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 || return 1
             fi
         fi
-        (cd "$ndtrain_root" && "$venv/bin/pip" install -q --disable-pip-version-check -e '.[dev]') || return 1
+        (cd "$ndtrain_root" && "$venv/bin/pip" install -q --no-compile --disable-pip-version-check -e '.[dev]') || return 1
+        # pip compiles on one core
+        "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
         echo "$wanted" >"$stamp"
     fi
     export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
