@@ -68,7 +68,7 @@ CHOSEN = [
     *("llama", "phi3", "gpt2", "gemma3_text", "gpt_neox", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"),
     *("granitemoe", "qwen3_next"),
 ]
-CHOSEN_MESHES = ["tp2", "cp2-ulysses", "cp2-ring", "ep2", "dp_shard2-tp2"]
+CHOSEN_MESHES = ["cp2-ulysses", "cp2-ring", "ep2", "dp_shard2-tp2"]
 REFUSED = {
     **{(kind, "ep2"): "declares no experts" for kind in ("llama", "phi3", "gpt2", "gemma3_text", "gpt_neox")},
     **{("qwen3_next", mesh): "mixes along the sequence" for mesh in ("cp2-ulysses", "cp2-ring")},
