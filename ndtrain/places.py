@@ -54,17 +54,13 @@ def read_range(path: Path, start: int, stop: int) -> bytes:
     return read_ranges(path, [(start, stop)])[0]
 
 
-def read_into(path: Path, start: int, into: memoryview) -> None:
-    """Fill `into` with the bytes of a local file from `start` on. Raises `OSError`, also where the file ends before."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        while into:
-            count = os.preadv(descriptor, [into], start)
-            if not count:
-                raise OSError(f"{path} ends before its tensors do")
-            start, into = start + count, into[count:]
-    finally:
-        os.close(descriptor)
+def read_into(descriptor: int, start: int, into: memoryview) -> None:
+    """Fill `into` with the bytes of an open local file from `start` on. Raises `OSError`, also where it ends before."""
+    while into:
+        count = os.preadv(descriptor, [into], start)
+        if not count:
+            raise OSError("it ends before its tensors do")
+        start, into = start + count, into[count:]
 
 
 def read_ranges(path: Path, ranges: Iterable[tuple[int, int]]) -> list[bytes]:

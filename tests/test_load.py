@@ -33,7 +33,9 @@ MESHES = {
     "gpt2": FSDP,
     "qwen3_moe": WITH_TP | EP,
     "qwen3_moe_few": {"dp_shard4": MeshSizes(1, 4), "ep2": MeshSizes(1, 4, 1, 1, 2)},
+    "qwen3_moe_six": {"dp_shard4": MeshSizes(1, 4)},  # the last rank has no expert
     "phi3": WITH_TP,
+    "gpt_neox": {"dp_shard2-tp2": MeshSizes(1, 2, 1, 2)},  # saved under another name by a rule of its class
 }
 
 _built: dict[tuple[Any, MeshSizes], Any] = {}

@@ -50,6 +50,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "tie_word_embeddings": False,
     },
+    "qwen3_moe_six": {
+        **DENSE,
+        "hidden_size": 62,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 31,
+        "tie_word_embeddings": False,
+    },
     "qwen3_gqa": {**DENSE, "num_key_value_heads": 2, "tie_word_embeddings": False},
     "llama_two_heads": {**DENSE, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False},
     "llama_dynamic": {
@@ -79,6 +87,7 @@ VARIANTS = {
     "llama_two_heads": "llama",
     "llama_dynamic": "llama",
     "qwen3_moe_few": "qwen3_moe",
+    "qwen3_moe_six": "qwen3_moe",
     "gpt_oss_biased": "gpt_oss",
 }
 

@@ -126,6 +126,7 @@ def _read(path: Path, start: int, into: memoryview) -> None:
                 raise DamagedError(f"{path} ends before its tensors do")
             into[:] = data
             return
-        read_into(path, start, into)
+        with path.open("rb", buffering=0) as file:
+            read_into(file.fileno(), start, into)
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}" if error.strerror else str(error)) from error
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -7,12 +7,14 @@ that were saved one by one, goes through its own converting loader (core_model_l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
@@ -21,7 +23,7 @@ from ndtrain.errors import PlanError, RecipeError
 from ndtrain.layout import local_part
 from ndtrain.load.files import check_report, refuse_nan, unreadable, unused, weight_files
 from ndtrain.load.memory import model_tensors
-from ndtrain.load.names import named
+from ndtrain.load.names import Named, named
 from ndtrain.model import tied_keys
 from ndtrain.pieces import Piece, converts, pieces_in, read_held
 from ndtrain.recipe import Recipe
@@ -47,7 +49,9 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     wanted = model_tensors(model)
     missing, mismatched = wanted.keys() - direct.keys(), []
     if report is not None:
-        missing, mismatched = missing & report.missing_keys, list(report.mismatched_keys)
+        # Of experts that all are other ranks' the loader gives nothing.
+        missing = {name for name in missing & report.missing_keys if local_part(wanted[name]).numel()}
+        mismatched = list(report.mismatched_keys)
         notes += unused(report.unexpected_keys)
     mismatched += [
         (name, piece.sizes, tuple(wanted[name].shape))
@@ -71,14 +75,15 @@ def _convert(model: PreTrainedModel, pieces: Mapping[str, Piece]) -> tuple[dict[
     from transformers.modeling_utils import LoadStateDictConfig
 
     state, aliases = model.state_dict(keep_vars=True), tied_keys(model)
-    mapping = get_model_conversion_mapping(model) or []
+    with _own_classes(model):
+        mapping = get_model_conversion_mapping(model) or []
     direct: dict[str, Piece] = {}
     tied: dict[str, Piece] = {}
-    others = []
+    others: list[Named] = []
     for saved in named(model, pieces, state, mapping):
         piece, tensor = pieces[saved.key], state.get(saved.name)
         if saved.converter is not None or tensor is None or not converts(piece.dtype, tensor.dtype):
-            others.append(saved.key)
+            others.append(saved)
         elif saved.name in aliases:
             tied.setdefault(aliases[saved.name], piece)
         else:
@@ -86,31 +91,42 @@ def _convert(model: PreTrainedModel, pieces: Mapping[str, Piece]) -> tuple[dict[
     if not others:
         return tied | direct, None
     params = dict(model.named_parameters())
-    _refuse_stitched(params, others, mapping)
-    files = {file: safe_open(file, framework="pt", device="cpu") for file in {pieces[key].file for key in others}}
+    _refuse_stitched(params, [saved.converter for saved in others if saved.converter is not None])
+    keys = [saved.key for saved in others]
+    files = {file: safe_open(file, framework="pt", device="cpu") for file in {pieces[key].file for key in keys}}
     config = LoadStateDictConfig(
         device_map={"": next(model.parameters()).device},
         dtype=torch.float32,
         weight_mapping=mapping,  # type: ignore[arg-type]
     )
-    slices = {key: files[pieces[key].file].get_slice(key) for key in others}
+    slices = {key: files[pieces[key].file].get_slice(key) for key in keys}
     report, _ = convert_and_load_state_dict_in_model(model, slices, config)
     _put_back(model, params)
     return tied | direct, report
 
 
-def _refuse_stitched(params: Mapping[str, nn.Parameter], keys: Iterable[str], mapping: Iterable[Any]) -> None:
+@contextmanager
+def _own_classes(model: nn.Module) -> Iterator[None]:
+    """Modules have the classes that FSDP found them with, by whose names transformers keeps its conversions."""
+    wrapped = {module: type(module) for module in model.modules() if isinstance(module, FSDPModule)}
+    for module, given in wrapped.items():
+        module.__class__ = given.__mro__[2]  # after FSDP's own two, as in FSDPModule.__new__ (torch 2.13)
+    try:
+        yield
+    finally:
+        for module, given in wrapped.items():
+            module.__class__ = given
+
+
+def _refuse_stitched(params: Mapping[str, nn.Parameter], converters: Iterable[Any]) -> None:
     """Raise `PlanError` where a weight is stitched from saved pieces, or cut into them, along a dim that ranks share.
 
     transformers' loader takes each rank's part of every piece and stitches those (5.23): right for a packed cut, which
     takes as much of gate as of up; any other gets rows of other ranks, without an error.
     """
-    for converter in mapping:
+    for converter in {id(converter): converter for converter in converters}.values():
         # Experts saved one by one are stacked: that loader knows which are this rank's.
         operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
-        sources = [_as_regex(pattern) for pattern in getattr(converter, "source_patterns", ())]
-        if not operations or not any(source.search(key) for key in keys for source in sources):
-            continue
         dims = {getattr(operation, "dim", None) for operation in operations}
         targets = [_as_regex(pattern) for pattern in converter.target_patterns]
         for fqn, param in params.items():
