@@ -310,7 +310,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         """To the workers, whose own exit codes then tell; torch's launcher would end with its own and kill them."""
         handed_on.append(number)
         workers = _children(os.getpid())
-        if not workers:
+        if not workers and len(handed_on) == 1:  # at a later one they may have ended already, as they were asked to
             raise nothing_to_save(number)
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):

@@ -7,7 +7,7 @@ that were saved one by one, goes through its own converting loader (core_model_l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,10 +38,17 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     Raises `DamagedError` for weights that are missing, unreadable, of another shape or NaN, and `PlanError` for those
     that transformers converts along a dim that this mesh cuts.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    report = None
     try:
         pieces = {key: piece for path in weight_files(recipe) for key, piece in pieces_in(Path(path)).items()}
         pieces = {key: piece for key, piece in pieces.items() if not extra_state.is_extra(key)}
-        direct, report = _convert(model, pieces)
+        with _own_classes(model):
+            mapping = get_model_conversion_mapping(model) or []
+        direct, others = _apart(model, pieces, mapping)
+        if others:
+            report = _load_converted(model, pieces, others, mapping)
     except (PlanError, RecipeError):
         raise
     except Exception as error:
@@ -64,22 +71,14 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     read_held({name: wanted[name] for name in direct}, stored, recipe.model.name, as_weights=True)
 
 
-def _convert(model: PreTrainedModel, pieces: Mapping[str, Piece]) -> tuple[dict[str, Piece], Any]:
-    """Load what is not saved as the model has it; the other pieces by FQN, and what transformers' loader tells of it.
-
-    Of weights that are tied the one is taken that is saved.
-    """
-    from safetensors import safe_open
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
+def _apart(
+    model: PreTrainedModel, pieces: Mapping[str, Piece], mapping: Sequence[Any]
+) -> tuple[dict[str, Piece], list[Named]]:
+    """What is saved as the model has it, by FQN, and the rest. Of tied weights the one is taken that is saved."""
     state, aliases = model.state_dict(keep_vars=True), tied_keys(model)
-    with _own_classes(model):
-        mapping = get_model_conversion_mapping(model) or []
     direct: dict[str, Piece] = {}
     tied: dict[str, Piece] = {}
-    others: list[Named] = []
+    others = []
     for saved in named(model, pieces, state, mapping):
         piece, tensor = pieces[saved.key], state.get(saved.name)
         if saved.converter is not None or tensor is None or not converts(piece.dtype, tensor.dtype):
@@ -88,8 +87,17 @@ def _convert(model: PreTrainedModel, pieces: Mapping[str, Piece]) -> tuple[dict[
             tied.setdefault(aliases[saved.name], piece)
         else:
             direct.setdefault(saved.name, piece)
-    if not others:
-        return tied | direct, None
+    return tied | direct, others
+
+
+def _load_converted(
+    model: PreTrainedModel, pieces: Mapping[str, Piece], others: Sequence[Named], mapping: Sequence[Any]
+) -> Any:
+    """Load what transformers converts, casts or does not know, by its own loader; returns what that tells."""
+    from safetensors import safe_open
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
     params = dict(model.named_parameters())
     _refuse_stitched(params, [saved.converter for saved in others if saved.converter is not None])
     keys = [saved.key for saved in others]
@@ -97,12 +105,12 @@ def _convert(model: PreTrainedModel, pieces: Mapping[str, Piece]) -> tuple[dict[
     config = LoadStateDictConfig(
         device_map={"": next(model.parameters()).device},
         dtype=torch.float32,
-        weight_mapping=mapping,  # type: ignore[arg-type]
+        weight_mapping=list(mapping),
     )
     slices = {key: files[pieces[key].file].get_slice(key) for key in keys}
     report, _ = convert_and_load_state_dict_in_model(model, slices, config)
     _put_back(model, params)
-    return tied | direct, report
+    return report
 
 
 @contextmanager
