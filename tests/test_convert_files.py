@@ -27,8 +27,9 @@ from ndtrain import cli, extra_state
 from ndtrain.checkpoint import check
 from ndtrain.convert import convert, shards, stream
 from ndtrain.convert.shards import parse_size
-from ndtrain.convert.stored import Piece, stored
+from ndtrain.convert.stored import stored
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
+from ndtrain.pieces import Piece
 from ndtrain.places import place
 from tests.convert_cases import FAMILIES, build, save_checkpoint
 from tests.ranks import get_pool
@@ -453,7 +454,7 @@ def test_extra_states_that_are_tensors_are_written(tmp_path: Path, monkeypatch: 
 
 def test_pieces_that_do_not_make_up_a_tensor_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    whole = [Piece(file, 8, (0, 0), (2, 3)), Piece(file, 32, (2, 0), (2, 3))]
+    whole = [Piece(file, (0, 0), (2, 3), "F32", 8), Piece(file, (2, 0), (2, 3), "F32", 32)]
     assert stored("x", (4, 3), torch.float32, whole, tmp_path).nbytes == 48
     for pieces, shape, said in (
         (whole[:1], (4, 3), "x has 6 of 12 values"),

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ndtrain.convert.stored import Piece, Stored, stored
+from ndtrain.convert.stored import Stored, stored
 from ndtrain.errors import DamagedError
-from ndtrain.pieces import DTYPE_NAMES
+from ndtrain.pieces import DTYPE_NAMES, Piece
 
 METADATA = ".metadata"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -175,7 +175,7 @@ def _halves(tensor: Stored, heads: int) -> Stored:
             head, row = divmod(piece.offsets[0] + i, width)
             to = head * width + (row % 2) * (width // 2) + row // 2
             at = piece.start + i * nbytes
-            pieces.append(Piece(piece.file, at, (to, *piece.offsets[1:]), (1, *piece.sizes[1:])))
+            pieces.append(piece._replace(offsets=(to, *piece.offsets[1:]), sizes=(1, *piece.sizes[1:]), start=at))
     return tensor._replace(pieces=tuple(pieces))
 
 
@@ -225,7 +225,7 @@ def _piece(directory: Path, key: str, info: Any, offsets: Any, sizes: Any, dtype
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedError(f"{path}: {key} at {offsets} cannot be read: {said}") from error
-    return Piece(path, info.offset + start, offsets, sizes)
+    return Piece(path, offsets, sizes, DTYPE_NAMES[dtype], info.offset + start)
 
 
 class _Part(io.RawIOBase):

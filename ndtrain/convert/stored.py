@@ -6,24 +6,15 @@ import math
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
-from ndtrain.pieces import BLOCK_BYTES, DTYPES, raw
+from ndtrain.pieces import BLOCK_BYTES, DTYPES, Piece, raw
 from ndtrain.places import is_local, read_into, read_range
-
-
-class Piece(NamedTuple):
-    """A contiguous box of a tensor: row-major bytes from `start` in `file`."""
-
-    file: Path
-    start: int
-    offsets: Ints
-    sizes: Ints
 
 
 class Stored(NamedTuple):
@@ -58,7 +49,7 @@ def stored(key: str, shape: Iterable[int], dtype: torch.dtype, pieces: Iterable[
     return whole
 
 
-def checkpoint_tensors(pieces: Mapping[str, Iterable[Any]], where: Path) -> dict[str, Stored]:
+def checkpoint_tensors(pieces: Mapping[str, Iterable[Piece]], where: Path) -> dict[str, Stored]:
     """The tensors of a directory of safetensors files, from their headers. Raises `DamagedError`."""
     found = {}
     for key, parts in pieces.items():
@@ -69,8 +60,7 @@ def checkpoint_tensors(pieces: Mapping[str, Iterable[Any]], where: Path) -> dict
         if not names <= DTYPES.keys():
             raise DamagedError(f"{where}: {key} is {min(names)}, which ndtrain does not convert")
         ends = zip(*([o + n for o, n in zip(p.offsets, p.sizes, strict=True)] for p in parts), strict=True)
-        at = [Piece(part.file, part.start, tuple(part.offsets), tuple(part.sizes)) for part in parts]
-        found[key] = stored(key, [max(e) for e in ends], DTYPES[names.pop()], at, where)
+        found[key] = stored(key, [max(e) for e in ends], DTYPES[names.pop()], parts, where)
     return found
 
 
