@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -84,6 +85,30 @@ def test_nan_is_refused_in_weights_and_infinities_are_not(tmp_path: Path, dtype:
         pytest.raises(DamagedError, match="here: w has NaN"),
     ):
         read_held({"w": got}, stored, "here", as_weights=True)
+
+
+def _bytes_at(*spans: tuple[float, float]) -> str:
+    """A header of tensors of bytes at these offsets."""
+    return json.dumps(
+        {str(i): {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for i, (a, b) in enumerate(spans)}
+    )
+
+
+DAMAGED = {
+    "overlap": _bytes_at((0, 8), (4, 8)),
+    "gap": _bytes_at((0, 2), (4, 8)),
+    "no whole number": _bytes_at((0, 8)).replace("[0, 8]", "[0.0, 8]"),
+    "backwards": _bytes_at((8, 0)).replace("U8", "F4").replace("-8", "8"),
+    "nested": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_header_that_lays_tensors_out_otherwise_than_one_after_another_is_refused(tmp_path: Path, case: str) -> None:
+    file, header = tmp_path / "w.safetensors", DAMAGED[case].encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(DamagedError, match=r"w\.safetensors: damaged tensor file"):
+        pieces_in(file)
 
 
 def _compare_in_blocks(nbytes: int, *args: object) -> list[str]:

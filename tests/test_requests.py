@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -107,6 +108,32 @@ def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
     assert f" after step {last} of 100000, which is saved; start again to go on\n" in err
     assert checkpoints(run)[-1] == f"step-{last:08d}" and len(checkpoints(run)) == 2
     assert f"saved {run}/checkpoints/step-{last:08d}" in out
+
+
+def test_a_later_signal_that_finds_the_workers_ended_is_none_of_a_run_without_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    seen = [[ended.pid], []]
+    monkeypatch.setattr(cli, "_children", lambda parent: seen.pop(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def launch(*command: str) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, command: launch)
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    try:
+        assert cli._launch(2, []) == 0 and not seen
+        seen = [[]]
+        with pytest.raises(Stopped, match="before a step was trained"):
+            cli._launch(2, [])
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepared(path: str) -> Any:
