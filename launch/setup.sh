@@ -36,7 +36,7 @@ ndtrain_setup() {
             fi
         fi
         (cd "$ndtrain_root" && "$venv/bin/pip" install -q --no-compile --disable-pip-version-check -e '.[dev]') || return 1
-        # pip compiles on one core
+        # pip compiles on one core; some packages hold files that do not compile
         "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
         echo "$wanted" >"$stamp"
     fi
