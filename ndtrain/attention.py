@@ -20,8 +20,14 @@ _CHOICE = re.compile(r"topk|dynamic_mask|self\.(indexer|compressor)\b")
 
 def position_embeddings(model: nn.Module) -> list[nn.Module]:
     """Embeddings that are told positions, or else count them from 0, whatever the model itself is told (BART)."""
-    asked = {"past_key_values_length", "position_ids"}
-    return [m for m in model.modules() if isinstance(m, nn.Embedding) and asked <= _parameters(m.forward).keys()]
+    # Renamed in transformers 5.24
+    offsets = {"past_key_values_length", "cache_length"}
+
+    def counts(module: nn.Module) -> bool:
+        takes = _parameters(module.forward).keys()
+        return isinstance(module, nn.Embedding) and "position_ids" in takes and bool(offsets & takes)
+
+    return [module for module in model.modules() if counts(module)]
 
 
 def positions_from_ids(model: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -157,27 +157,24 @@ class ContextParallel(ABC):
     def _masks_of_whole_sequences(self, model: PreTrainedModel) -> Iterator[None]:
         """Masks see documents and images of whole sequences; the model has only what is of its part.
 
-        These functions of transformers.masking_utils are private (5.23), and some model files import them; every mask
+        These functions of transformers.masking_utils are private (5.24), and some model files import them; every mask
         with documents or images goes through them.
         """
         from transformers import masking_utils
 
-        find, compose = masking_utils.find_packed_sequence_indices, masking_utils.packed_sequence_compatibility_function
+        find, remap = masking_utils.find_packed_sequence_indices, masking_utils.remap_positions_for_packed_sequence
         overlay = masking_utils.blockwise_overlay
 
         def find_whole(position_ids: Tensor) -> Tensor | None:
             return find(self.positions if self.enabled and self.positions is not None else position_ids)
 
-        def compose_whole(
-            mask_function: Callable[..., Any], position_ids: Tensor, packed_sequence_mask: Tensor
-        ) -> Callable[..., Any]:
-            whole = self.positions if self.enabled and self.positions is not None else position_ids
-            return compose(mask_function, whole, packed_sequence_mask)
+        def remap_whole(mask_function: Callable[..., Any], position_ids: Tensor) -> Callable[..., Any]:
+            return remap(mask_function, self.positions if self.enabled and self.positions is not None else position_ids)
 
         def overlay_whole(block_sequence_ids: Tensor) -> Callable[..., Any]:
             return overlay(self.gather(block_sequence_ids) if self.enabled else block_sequence_ids)
 
-        instead = {find: find_whole, compose: compose_whole, overlay: overlay_whole}
+        instead = {find: find_whole, remap: remap_whole, overlay: overlay_whole}
         own = sys.modules[type(model).__module__]
         with ExitStack() as patches:
             for module in (masking_utils, own):
