@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ndtrain
-from ndtrain.attempts import Attempt
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
-from ndtrain.places import place
-from ndtrain.requests import STOP_SIGNALS, Requests, nothing_to_save
-from ndtrain.runtime import under_torchrun
+from ndtrain.runs.process import under_torchrun
+from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.stop_signals import STOP_SIGNALS, Requests, nothing_to_save
+from ndtrain.storage.paths import place
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe

@@ -10,11 +10,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from ndtrain import extra_state
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import _write_file, listing
-from ndtrain.convert.hub import state_to_store
-from ndtrain.model import kept_in_fp32
+from ndtrain.convert.to_hub import state_to_store
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import kept_in_fp32
 from tests import tiny
 
 FAMILIES = (
@@ -71,7 +71,7 @@ def save_checkpoint(
     if config is not None:
         (directory / "config.json").write_text(json.dumps(config))
     if states is not None:
-        (directory / extra_state.FILE).write_text(json.dumps(states))
+        (directory / extra_states.FILE).write_text(json.dumps(states))
     (directory / "train_state.json").write_text(json.dumps({"step": 1}))
     write_manifest(directory, {"model": listing(tensors), "optim": {}}, {})
     return directory

@@ -13,7 +13,7 @@ import pytest
 import ndtrain
 from ndtrain import cli
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
-from ndtrain.requests import STOP_SIGNALS
+from ndtrain.runs.stop_signals import STOP_SIGNALS
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.toml")
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from ndtrain.context_parallel import ContextParallel, Ring, Ulysses, kernels
-from ndtrain.context_parallel.interface import take_attention
-from ndtrain.context_parallel.ring import ring_attention
-from ndtrain.context_parallel.visible import Visible, pieces
 from ndtrain.errors import PlanError
+from ndtrain.parallel.cp import ContextParallel, Ring, Ulysses, kernels
+from ndtrain.parallel.cp.interface import take_attention
+from ndtrain.parallel.cp.ring import ring_attention
+from ndtrain.parallel.cp.visible import Visible, pieces
 from tests.ranks import get_pool
 from tests.tiny import CONFIGS as MODELS
 

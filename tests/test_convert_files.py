@@ -23,14 +23,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ndtrain import cli, extra_state
+from ndtrain import cli
 from ndtrain.checkpoint import check
 from ndtrain.convert import convert, shards, stream
 from ndtrain.convert.shards import parse_size
 from ndtrain.convert.stored import stored
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
-from ndtrain.pieces import Piece
-from ndtrain.places import place
+from ndtrain.hf import extra_states
+from ndtrain.storage.paths import place
+from ndtrain.storage.pieces import Piece
 from tests.convert_cases import FAMILIES, build, save_checkpoint
 from tests.ranks import get_pool
 
@@ -445,7 +446,7 @@ def test_extra_states_that_are_tensors_are_written(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(norm, "set_extra_state", lambda self, state: setattr(self, "kept", state), raising=False)
     model = build("llama")
     model.model.norm.kept = torch.tensor([3.0, 4.0])
-    states = extra_state.states(model)
+    states = extra_states.states(model)
     step = save_checkpoint(model, tmp_path / "step", states=states)
     convert(step, tmp_path / "out", verify=True)
     key = "model.norm._extra_state"

@@ -12,7 +12,7 @@ import torch
 
 from ndtrain.data import GlobalBatches, Order, Samples, TokenCache, build_cache, find_files, labels_count
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
-from ndtrain.model import ByteTokenizer
+from ndtrain.hf.model import ByteTokenizer
 
 
 class Bytes:

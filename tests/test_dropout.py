@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ndtrain.dropout import own_draws
+from ndtrain.parallel.dropout import own_draws
 from tests import tiny
 from tests.ranks import get_pool
 from tests.test_train import ranks_of, trained
@@ -75,7 +75,7 @@ def recorded(path: str) -> dict[str, Any]:
 def replayed(model_dir: Path, recipe_path: Path, attention: list[Tensor], residual: list[Tensor]) -> dict[str, float]:
     """Loss and gradient norm of the first global batch in plain transformers with these masks of the whole batch."""
     from ndtrain import data
-    from ndtrain.model import ByteTokenizer
+    from ndtrain.hf.model import ByteTokenizer
     from ndtrain.recipe import load_recipe
     from ndtrain.train import cache_root
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ndtrain.accelerators import find_device
 from ndtrain.console.inspect import inspect_text, suggest_text
-from ndtrain.devices import find_device
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.estimate import StepEstimate, estimate_step, step, suggest
 from ndtrain.estimate.record import Collective, Record, Work

@@ -15,12 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ndtrain import extra_state
 from ndtrain.checkpoint import optimizer_tensors
 from ndtrain.convert import convert
 from ndtrain.errors import DamagedError, PlanError
+from ndtrain.hf import extra_states
 from ndtrain.mesh import MeshSizes, build_mesh
-from ndtrain.parallelize import parallelize
+from ndtrain.parallel.parallelize import parallelize
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe, load_recipe
 from tests import foreign, tiny
@@ -61,7 +61,7 @@ def recipe_of(path: Path, saved: dict[str, Any], mesh: dict[str, int], **more: A
 
 
 def planned(tmp_path: Path, sizes: MeshSizes) -> tuple[Recipe, Any, Plan]:
-    from ndtrain.model import meta_model
+    from ndtrain.hf.model import meta_model
 
     path = tiny.recipe_file(
         tmp_path / "recipe.toml",
@@ -146,7 +146,7 @@ def run(path: str, stop: int) -> dict[str, Any]:
     return {
         "losses": losses,
         "whole": {name: worker.whole(tensor.detach())[0].numpy() for name, tensor in tensors.items()},
-        "states": {name: extra_state.from_json(v) for name, v in extra_state.states(trainer.model).items() if v},
+        "states": {name: extra_states.from_json(v) for name, v in extra_states.states(trainer.model).items() if v},
         "unpickled": foreign.Opaque.unpickled,
         "said": [line for line in told.said if "extra state" in line],
     }
@@ -169,7 +169,7 @@ def test_a_run_is_saved_resumed_on_another_mesh_and_converted(saved: dict[str, A
     assert empty == {f"model.layers.{i}.mlp.grouped.{name}" for i in (0, 1) for name in ("bias", "unused")}
 
     # what is data is kept for every rank, what is bytes is not and said once
-    states = json.loads((step / extra_state.FILE).read_text())
+    states = json.loads((step / extra_states.FILE).read_text())
     assert set(states) == {f"model.layers.{i}.mlp.grouped" for i in (0, 1)}
     assert {answer["unpickled"] for answer in (*begun, *resumed)} == {0}
     for answer in resumed:
@@ -222,9 +222,9 @@ DATA = {
 
 def test_a_state_of_data_comes_back_as_it_was() -> None:
     model, other = nn.Sequential(Holder(DATA), nn.Linear(2, 2)), nn.Sequential(Holder(None), nn.Linear(2, 2))
-    stored, left_out = extra_state.shared_states(model)
+    stored, left_out = extra_states.shared_states(model)
     assert set(stored) == {"0"} and left_out == []
-    extra_state.restore(other, json.loads(json.dumps(stored)))
+    extra_states.restore(other, json.loads(json.dumps(stored)))
     got = other[0].get_extra_state()
     assert list(got) == list(DATA)
     for key, value in DATA.items():
@@ -240,19 +240,19 @@ def test_a_state_of_data_comes_back_as_it_was() -> None:
     ids=["bytes", "tensor of bytes", "bytes inside", "keys", "object", "meta"],
 )
 def test_a_state_that_is_no_data_is_left_out(state: Any) -> None:
-    assert extra_state.shared_states(nn.Sequential(Holder(state))) == ({}, ["0"])
+    assert extra_states.shared_states(nn.Sequential(Holder(state))) == ({}, ["0"])
 
 
 def test_a_state_without_content_is_no_loss() -> None:
     model = nn.Sequential(Holder(None), Holder(torch.empty(0, dtype=torch.uint8)))
-    assert extra_state.shared_states(model) == ({}, [])
+    assert extra_states.shared_states(model) == ({}, [])
 
 
 def differing() -> tuple[dict[str, Any], list[str]]:
     import torch.distributed as dist
 
     same, other = Holder({"step": 3}), Holder({"rank": dist.get_rank()})
-    return extra_state.shared_states(nn.Sequential(same, other))
+    return extra_states.shared_states(nn.Sequential(same, other))
 
 
 def test_a_state_that_differs_between_ranks_is_left_out() -> None:
@@ -273,4 +273,4 @@ def test_a_state_that_differs_between_ranks_is_left_out() -> None:
 )
 def test_a_damaged_state_is_refused(stored: dict[str, Any]) -> None:
     with pytest.raises(DamagedError, match="extra state of"):
-        extra_state.restore(nn.Sequential(Holder(None), nn.Linear(2, 2)), stored)
+        extra_states.restore(nn.Sequential(Holder(None), nn.Linear(2, 2)), stored)

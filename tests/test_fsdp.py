@@ -13,9 +13,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils._pytree import tree_map
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes, build_mesh
-from ndtrain.model import meta_model
-from ndtrain.parallelize import parallelize
+from ndtrain.parallel.parallelize import parallelize
 from ndtrain.plan import Plan, make_plan
 from tests.ranks import get_pool
 from tests.test_plan import plan_for
@@ -93,8 +93,8 @@ def mixed_reference(
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of a plain loop whose modules compute in `dtypes`, rank by rank."""
     from ndtrain import data
-    from ndtrain.model import ByteTokenizer
-    from ndtrain.optim import learning_rate
+    from ndtrain.engine.optimizers import learning_rate
+    from ndtrain.hf.model import ByteTokenizer
     from ndtrain.recipe import load_recipe
     from ndtrain.train import cache_root
 

@@ -48,13 +48,13 @@ def _loaded(recipe_path: str, sizes: MeshSizes) -> tuple[Any, Any]:
     """A model loaded as training loads it, into memory that held NaN before."""
     import torch.distributed as dist
 
+    from ndtrain.hf.model import meta_model
     from ndtrain.load import load_weights, materialize
     from ndtrain.mesh import build_mesh
-    from ndtrain.model import meta_model
-    from ndtrain.parallelize import parallelize
+    from ndtrain.parallel.parallelize import parallelize
     from ndtrain.plan import make_plan
     from ndtrain.recipe import load_recipe
-    from ndtrain.runtime import Runtime
+    from ndtrain.runs.process import Runtime
 
     recipe = load_recipe(Path(recipe_path))
     model = meta_model(recipe)

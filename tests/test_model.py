@@ -12,10 +12,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ndtrain.attention import fix_frequencies
 from ndtrain.errors import RecipeError
+from ndtrain.hf.attention import fix_frequencies
+from ndtrain.hf.model import HubTokenizer, load_config, meta_model
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import HubTokenizer, load_config, meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe, load_recipe
 from tests import tiny

@@ -17,8 +17,8 @@ from ndtrain.console.inspect import inspect_text
 from ndtrain.console.mesh_svg import mesh_svg
 from ndtrain.console.page import page_html
 from ndtrain.console.plan import plan_report
+from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import meta_model
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import load_recipe
 from ndtrain.train import sizes_for

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ndtrain import pieces
 from ndtrain.errors import DamagedError
-from ndtrain.pieces import Piece, pieces_in, read_held
+from ndtrain.storage import pieces
+from ndtrain.storage.pieces import Piece, pieces_in, read_held
 from tests import tiny
 from tests.ranks import get_pool
 from tests.test_load import EP, WITH_TP, recipe_for

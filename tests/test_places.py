@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ndtrain import places
-from ndtrain.places import allocate, flushing
+from ndtrain.storage import paths as places
+from ndtrain.storage.paths import allocate, flushing
 
 
 def test_what_is_written_goes_to_the_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import meta_model
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe, load_recipe
 from tests import tiny

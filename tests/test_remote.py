@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from ndtrain.checkpoint import CheckpointStore
 from ndtrain.convert import convert
 from ndtrain.errors import RecipeError
-from ndtrain.metrics import require_tensorboard
-from ndtrain.places import is_local, place
+from ndtrain.loggers.metrics import require_tensorboard
 from ndtrain.recipe import load_recipe
-from ndtrain.requests import LOOK_EVERY_S, Requests
+from ndtrain.runs.stop_signals import LOOK_EVERY_S, Requests
+from ndtrain.storage.paths import is_local, place
 from ndtrain.train import with_checkpoint
 from tests import tiny
 from tests.ranks import get_pool
@@ -162,7 +162,7 @@ def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
 
 def test_files_that_ask_for_something_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, now = place("memory://asked"), 100.0
-    monkeypatch.setattr("ndtrain.requests.time.monotonic", lambda: now)
+    monkeypatch.setattr("ndtrain.runs.stop_signals.time.monotonic", lambda: now)
     asked = Requests(run_dir)
     assert asked.seen(files=True) == [0, 0]
     (run_dir / "save").write_bytes(b"")

@@ -19,9 +19,9 @@ from unittest import mock
 import pytest
 
 from ndtrain import cli
-from ndtrain.attempts import Attempt
 from ndtrain.errors import Stopped
-from ndtrain.requests import FILE, STOP_SIGNALS, Requests
+from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.stop_signals import FILE, STOP_SIGNALS, Requests
 from tests import tiny
 from tests.ranks import get_pool
 from tests.test_train import trained

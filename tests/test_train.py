@@ -79,7 +79,7 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
     The steps `without`, counted from 1, change nothing.
     """
     from ndtrain import data
-    from ndtrain.model import ByteTokenizer
+    from ndtrain.hf.model import ByteTokenizer
     from ndtrain.recipe import load_recipe
     from ndtrain.train import cache_root
 
@@ -249,8 +249,8 @@ def trained_unasked(path: str, question: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "question", "kind_of_cp", "words"),
     [
-        ("camembert", "context_parallel.interface.positions_from_ids", "ring", "camembert .* differs from the whole"),
-        ("deepseek_v32", "context_parallel.ulysses.chooses_keys", "ulysses", "deepseek_v32 does not run on cp 2"),
+        ("camembert", "parallel.cp.interface.positions_from_ids", "ring", "camembert .* differs from the whole"),
+        ("deepseek_v32", "parallel.cp.ulysses.chooses_keys", "ulysses", "deepseek_v32 does not run on cp 2"),
         ("doge", "plan.context.chooses_keys", "ring", "DogeAttention changes its attention mask or makes its own"),
     ],
 )
@@ -334,7 +334,7 @@ def test_experts_apart_are_no_further_in_bfloat16_than_other_micro_batches(
 
 def sabotaged(recipe_path: str, where: str) -> None:
     """Like `trained`, on a model whose cut block is wrong in the same way on every rank."""
-    from ndtrain.train import engine as module
+    from ndtrain.engine import engine as module
 
     right = module.parallelize
 
@@ -396,7 +396,7 @@ def poisoned(path: str, at: int, what: str, stop: int | None) -> list[dict[str, 
 
     What is due then waits for a good step; so a run that is to stop there is asked to save.
     """
-    from ndtrain.loss import LossModel
+    from ndtrain.engine.loss import LossModel
 
     backward, calls = LossModel.backward, []
 

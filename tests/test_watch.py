@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ndtrain.train.watch import Place, Watch
+from ndtrain.runs.watch import Place, Watch
 from tests.ranks import get_pool
 from tests.test_requests import ENV, lines_of, make_recipe, wait_for, workers
 
@@ -70,7 +70,7 @@ def ended(folder: str) -> str:
 
     import torch.distributed as dist
 
-    from ndtrain.runtime import process_groups, set_timeouts
+    from ndtrain.runs.process import process_groups, set_timeouts
 
     watch, told = Watch(2.0), io.StringIO()
     watch.start()

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ndtrain.model import meta_model
+from ndtrain.hf.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
-from ndtrain.requests import Requests
-from ndtrain.runtime import Runtime
+from ndtrain.runs.process import Runtime
+from ndtrain.runs.stop_signals import Requests
 from ndtrain.train import Silent, Trainer, sizes_for
 
 

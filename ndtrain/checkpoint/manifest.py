@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from ndtrain.errors import DamagedError, NdtrainError
-from ndtrain.places import is_local, sizes_of, sync
+from ndtrain.storage.paths import is_local, sizes_of, sync
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

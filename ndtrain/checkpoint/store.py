@@ -23,8 +23,8 @@ from ndtrain.checkpoint.manifest import MANIFEST, check_files, check_hashes, is_
 from ndtrain.checkpoint.staging import Staging
 from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, write_files
 from ndtrain.errors import DamagedError, NdtrainError
-from ndtrain.places import is_local, local_copy_to, os_errors, place, remove_tree, sync
-from ndtrain.runtime import WAIT_TIMEOUT, gather_json, of_rank0, on_rank0, rank, together, world_size
+from ndtrain.runs.process import WAIT_TIMEOUT, gather_json, of_rank0, on_rank0, rank, together, world_size
+from ndtrain.storage.paths import is_local, local_copy_to, os_errors, place, remove_tree, sync
 
 _STEP = re.compile(r"step-(\d{8,})")
 # What a checkpoint has beside its tensors, headers included, is less than this and a share of the tensors' bytes.

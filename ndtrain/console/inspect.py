@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ndtrain.accelerators import Device, find_device
 from ndtrain.console.mesh_svg import mesh_svg
 from ndtrain.console.page import page_html
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
 from ndtrain.console.units import number, size, span
-from ndtrain.devices import Device, find_device
 from ndtrain.errors import RecipeError
 from ndtrain.estimate import (
     ASSUMPTIONS,
@@ -28,7 +28,7 @@ from ndtrain.estimate import (
     estimate_plan,
     suggest,
 )
-from ndtrain.model import meta_model
+from ndtrain.hf.model import meta_model
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for, with_checkpoint

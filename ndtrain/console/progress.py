@@ -16,7 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ndtrain.metrics import StepMetrics
+from ndtrain.loggers.metrics import StepMetrics
 
 
 class Reporter:

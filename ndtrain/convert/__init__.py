@@ -12,23 +12,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ndtrain import extra_state
 from ndtrain.checkpoint import CheckpointStore, check
 from ndtrain.checkpoint.manifest import check_hashes, read_manifest
 from ndtrain.checkpoint.tensors import pieces_of
-from ndtrain.convert.back import copy_beside, is_hub_directory, write_checkpoint
-from ndtrain.convert.foreign import METADATA, foreign_tensors
-from ndtrain.convert.hub import match, meta_model_of, state_to_store, write_hub
+from ndtrain.convert.from_dcp import METADATA, foreign_tensors
 from ndtrain.convert.shards import parse_size
 from ndtrain.convert.stored import checkpoint_tensors
 from ndtrain.convert.stream import Progress
+from ndtrain.convert.to_checkpoint import copy_beside, is_hub_directory, write_checkpoint
+from ndtrain.convert.to_hub import match, meta_model_of, state_to_store, write_hub
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
-from ndtrain.model import tied_keys
-from ndtrain.places import is_local, local_copy_of, os_errors, sync
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import tied_keys
+from ndtrain.storage.paths import is_local, local_copy_of, os_errors, sync
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What write_hub makes anew, and what is of the checkpoint alone.
-_OWN = ("config.json", "train_state.json", "manifest.json", extra_state.FILE)
+_OWN = ("config.json", "train_state.json", "manifest.json", extra_states.FILE)
 
 
 def convert(
@@ -125,7 +125,7 @@ def _to_hub(source: Path, part: Path, *, dtype: str | None, **how: Any) -> list[
         model, target = meta_model_of(near, dtype)
         tensors = checkpoint_tensors(pieces_of(source / "model"), source / "model")
         match(state_to_store(model), tensors, source / "model")
-        write_hub(tensors, model, part, dtype=target, states=extra_state.read(near), **how)
+        write_hub(tensors, model, part, dtype=target, states=extra_states.read(near), **how)
         for name in beside:
             if name not in _OWN:
                 shutil.copy2(near / name, part / name)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.layout import Ints
-from ndtrain.pieces import DTYPE_NAMES, DTYPES, raw
-from ndtrain.places import allocate
+from ndtrain.storage.paths import allocate
+from ndtrain.storage.pieces import DTYPE_NAMES, DTYPES, raw
 
 _UNITS = {
     "": 1,

@@ -19,8 +19,8 @@ from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import Room, Stored, checkpoint_tensors, read_all, read_rows
 from ndtrain.convert.weights import Group, Rows
 from ndtrain.errors import DamagedError
-from ndtrain.pieces import BLOCK_BYTES, pieces_in
-from ndtrain.places import flushing, is_local
+from ndtrain.storage.paths import flushing, is_local
+from ndtrain.storage.pieces import BLOCK_BYTES, pieces_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,8 +23,8 @@ from transformers.core_model_loading import (
 )
 
 from ndtrain.errors import DamagedError
+from ndtrain.hf.weight_names import kinds, named
 from ndtrain.layout import Ints
-from ndtrain.load.names import kinds, named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,19 +23,19 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-from ndtrain import loss
-from ndtrain.attention import fix_frequencies
-from ndtrain.context_parallel import kernels
-from ndtrain.context_parallel.visible import Visible
 from ndtrain.data import micro_batches
+from ndtrain.engine import loss
+from ndtrain.engine.engine import Engine
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.estimate import record
 from ndtrain.estimate.record import Record, Recorder
+from ndtrain.hf.attention import fix_frequencies
+from ndtrain.hf.model import tie
 from ndtrain.mesh import Meshes
-from ndtrain.model import tie
+from ndtrain.parallel.cp import kernels
+from ndtrain.parallel.cp.visible import Visible
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.train.engine import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ndtrain.devices import Device
+from ndtrain.accelerators import Device
 from ndtrain.estimate.record import Collective, Record
 
 # What FSDP exchanges while something else is computed.

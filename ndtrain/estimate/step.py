@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ndtrain.devices import Device
+from ndtrain.accelerators import Device
 from ndtrain.errors import NdtrainError
 from ndtrain.estimate.dry import dry_step
 from ndtrain.estimate.record import Record
 from ndtrain.estimate.roofline import RESERVED, Times, times
 from ndtrain.estimate.shorten import Depths, cut_short, depths, whole_name
+from ndtrain.hf.model import meta_model
+from ndtrain.loggers.metrics import flops_per_token
 from ndtrain.mesh import MeshSizes
-from ndtrain.metrics import flops_per_token
-from ndtrain.model import meta_model
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe
 

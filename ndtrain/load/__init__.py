@@ -8,17 +8,17 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ndtrain import extra_state
 from ndtrain.errors import RecipeError
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import tie
 from ndtrain.load.files import unused, weight_files
 from ndtrain.load.memory import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.load.rank0 import load_rank0
 from ndtrain.load.scratch import initialize
 from ndtrain.load.sharded import load_sharded
-from ndtrain.model import tie
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime, broadcast_json, on_rank0, together
+from ndtrain.runs.process import Runtime, broadcast_json, on_rank0, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,19 +54,19 @@ def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> Non
         with suppress(RecipeError):  # files of another kind, which transformers has read
             for path in weight_files(recipe):
                 with safe_open(path, framework="pt", device="cpu") as file:
-                    for key in filter(extra_state.is_extra, file.keys()):
+                    for key in filter(extra_states.is_extra, file.keys()):
                         tensor = file.get_tensor(key)
                         with suppress(TypeError):
-                            found[key.removesuffix(extra_state.SUFFIX).rstrip(".")] = (
-                                extra_state.to_json(tensor) if tensor.numel() else None
+                            found[key.removesuffix(extra_states.SUFFIX).rstrip(".")] = (
+                                extra_states.to_json(tensor) if tensor.numel() else None
                             )
-                        found.setdefault(key.removesuffix(extra_state.SUFFIX).rstrip("."), "bytes")
+                        found.setdefault(key.removesuffix(extra_states.SUFFIX).rstrip("."), "bytes")
 
     on_rank0(read)
     found = broadcast_json(found)
     modules = {name for name, _ in model.named_modules()}
-    extra_state.restore(
+    extra_states.restore(
         model, {name: state for name, state in found.items() if isinstance(state, dict) and name in modules}
     )
     if left_out := [name for name, state in found.items() if state == "bytes" or name not in modules]:
-        notes.append(extra_state.left_out_note(left_out, "not read from the weights"))
+        notes.append(extra_states.left_out_note(left_out, "not read from the weights"))

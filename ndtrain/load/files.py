@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ndtrain import extra_state
 from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.hf import extra_states
 from ndtrain.layout import local_part
-from ndtrain.pieces import has_nan
 from ndtrain.recipe import Recipe
+from ndtrain.storage.pieces import has_nan
 
 
 def weight_files(recipe: Recipe) -> list[str]:
@@ -33,7 +33,7 @@ def weight_files(recipe: Recipe) -> list[str]:
 
 def unused(keys: Iterable[Any]) -> list[str]:
     """What to tell of saved weights that the model does not have."""
-    names = sorted(key for key in map(str, keys) if not extra_state.is_extra(key))
+    names = sorted(key for key in map(str, keys) if not extra_states.is_extra(key))
     return [f"{len(names)} saved weights are not of this model and left out, the first is {names[0]}"] if names else []
 
 
@@ -47,7 +47,7 @@ def unreadable(recipe: Recipe, error: Exception) -> Exception:
 
 
 def check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:
-    missing = [key for key in missing if not extra_state.is_extra(key)]
+    missing = [key for key in missing if not extra_states.is_extra(key)]
     if missing:
         raise DamagedError(
             f'model.name = "{recipe.model.name}" lacks {len(missing)} weights of the model, the first is '

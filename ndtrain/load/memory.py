@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ndtrain import extra_state
 from ndtrain.errors import PlanError
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import built_buffers, tie, tied_keys
 from ndtrain.layout import held_boxes, local_part
-from ndtrain.model import built_buffers, tie, tied_keys
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime, random_seed
+from ndtrain.runs.process import Runtime, random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,5 +93,5 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
     aliases = tied_keys(model)  # type: ignore[arg-type]
     return {
-        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_state.is_extra(k)
+        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_states.is_extra(k)
     }

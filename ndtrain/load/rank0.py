@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ndtrain import extra_state
+from ndtrain.hf import extra_states
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.files import check_report, refuse_nan, unreadable, unused
 from ndtrain.load.memory import model_tensors
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime, on_rank0, together
+from ndtrain.runs.process import Runtime, on_rank0, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
     report: Any
 
     try:
-        with extra_state.withheld(model):
+        with extra_states.withheld(model):
             # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
             whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 str(recipe.model.name),

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ndtrain.errors import PlanError, RecipeError
+from ndtrain.hf.model import meta_model
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.memory import model_tensors
-from ndtrain.model import meta_model
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import random_seed
+from ndtrain.runs.process import random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

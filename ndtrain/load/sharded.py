@@ -18,15 +18,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from ndtrain import extra_state
 from ndtrain.errors import PlanError, RecipeError
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import tied_keys
+from ndtrain.hf.weight_names import Named, named
 from ndtrain.layout import local_part
 from ndtrain.load.files import check_report, refuse_nan, unreadable, unused, weight_files
 from ndtrain.load.memory import model_tensors
-from ndtrain.load.names import Named, named
-from ndtrain.model import tied_keys
-from ndtrain.pieces import Piece, converts, pieces_in, read_held
 from ndtrain.recipe import Recipe
+from ndtrain.storage.pieces import Piece, converts, pieces_in, read_held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     report = None
     try:
         pieces = {key: piece for path in weight_files(recipe) for key, piece in pieces_in(Path(path)).items()}
-        pieces = {key: piece for key, piece in pieces.items() if not extra_state.is_extra(key)}
+        pieces = {key: piece for key, piece in pieces.items() if not extra_states.is_extra(key)}
         with _own_classes(model):
             mapping = get_model_conversion_mapping(model) or []
         direct, others = _apart(model, pieces, mapping)

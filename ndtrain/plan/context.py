@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.attention import chooses_keys
 from ndtrain.errors import PlanError
+from ndtrain.hf.attention import chooses_keys
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.refuse import dropouts
 from ndtrain.recipe import Recipe

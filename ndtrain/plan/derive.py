@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ndtrain.model import tied_keys
+from ndtrain.hf.model import tied_keys
 from ndtrain.plan.units import embeddings, is_within
 
 if TYPE_CHECKING:

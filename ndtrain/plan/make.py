@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.model import tied_keys
 from ndtrain.layout import fsdp_over, local_shape
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import tied_keys
 from ndtrain.plan import context, expert, manual, refuse, sequence, tensor
 from ndtrain.plan import units as fsdp
 from ndtrain.plan.types import EVEN, ParamPlan, Plan

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ndtrain import router
-from ndtrain.attention import (
+from ndtrain.errors import PlanError
+from ndtrain.hf import routers
+from ndtrain.hf.attention import (
     position_embeddings,
     positions_from_ids,
     takes_positions,
     uses_interface,
     varying_frequencies,
 )
-from ndtrain.errors import PlanError
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.units import embeddings
 from ndtrain.recipe import Recipe
@@ -32,8 +32,8 @@ _MIXING = re.compile(
 
 def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     what = model.config.model_type
-    if router.wanted(model):
-        router.check(model)
+    if routers.wanted(model):
+        routers.check(model)
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
         raise PlanError(f"{what} is quantized; ndtrain trains full-precision weights only")
     forward = inspect.signature(type(model).forward).parameters
@@ -118,9 +118,9 @@ def check_dropout(model: PreTrainedModel) -> None:
 
 def check_router(model: PreTrainedModel, summed: tuple[str, ...]) -> None:
     """Refuse routers whose gradients are summed over tp: every rank has that of the auxiliary loss whole."""
-    if not router.wanted(model):
+    if not routers.wanted(model):
         return
-    for name in router.router_names(model):
+    for name in routers.router_names(model):
         if part := next((fqn for fqn in summed if fqn.startswith(f"{name}.")), None):
             raise PlanError(
                 f"{model.config.model_type} sums the gradients of {part} over tp, which would count its auxiliary loss "

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.model import tied_keys
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import tied_keys
 from ndtrain.plan import derive
 from ndtrain.plan.override import overridden
 from ndtrain.plan.units import is_within

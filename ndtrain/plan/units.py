@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ndtrain.model import kept_in_fp32
+from ndtrain.hf.model import kept_in_fp32
 from ndtrain.plan.types import Unit
 from ndtrain.recipe import Recipe
 

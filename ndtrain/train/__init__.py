@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import signal
 
-from ndtrain import runtime as runtime_module
-from ndtrain.attempts import Attempt
 from ndtrain.errors import RecipeError, Stopped
+from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
-from ndtrain.requests import Requests, nothing_to_save
+from ndtrain.runs import process as runtime_module
+from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.stop_signals import Requests, nothing_to_save
+from ndtrain.runs.watch import lost_peer
 from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.source import with_checkpoint
 from ndtrain.train.trainer import Trainer
-from ndtrain.train.watch import lost_peer
 
 __all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "with_checkpoint"]
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ndtrain import runtime as runtime_module
 from ndtrain.data import GlobalBatches, Order, Samples, TokenCache, build_cache, find_files
 from ndtrain.errors import RecipeError
+from ndtrain.hf.model import ByteTokenizer, HubTokenizer, load_tokenizer
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import ByteTokenizer, HubTokenizer, load_tokenizer
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime
+from ndtrain.runs import process as runtime_module
+from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ndtrain.metrics import StepMetrics
+from ndtrain.loggers.metrics import StepMetrics
 
 
 class Reporter(Protocol):

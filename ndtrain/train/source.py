@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ndtrain import extra_state
 from ndtrain.checkpoint import CheckpointStore, check, load_tensors
 from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.hf import extra_states
 from ndtrain.load import load_weights, model_tensors, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runtime import Runtime, on_rank0
+from ndtrain.runs.process import Runtime, on_rank0
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,5 +54,5 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
     on_rank0(whole)
     wanted = model_tensors(model)
     load_tensors(directory / "model", wanted)
-    extra_state.restore(model, extra_state.read(directory))
+    extra_states.restore(model, extra_states.read(directory))
     return unused(read_manifest(directory)["tensors"]["model"].keys() - wanted.keys())

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import ndtrain
-from ndtrain import extra_state
 from ndtrain.errors import DamagedError, RecipeError
-from ndtrain.model import ByteTokenizer, HubTokenizer
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import ByteTokenizer, HubTokenizer
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ def save_extras(
     directory: Path,
     model: PreTrainedModel,
     tokenizer: ByteTokenizer | HubTokenizer,
-    extra_states: Mapping[str, Any] | None = None,
+    states: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config, generation config, tokenizer and what modules keep of their own beside the tensors."""
-    if extra_states:
-        (directory / extra_state.FILE).write_text(json.dumps(extra_states))
+    if states:
+        (directory / extra_states.FILE).write_text(json.dumps(states))
     cast("PreTrainedConfig", model.export_config).save_pretrained(directory)
     if model.can_generate():
         # A generation config that its own library would refuse to save must not lose the checkpoint.

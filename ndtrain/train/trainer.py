@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.distributed as dist
 
-from ndtrain import extra_state
-from ndtrain import runtime as runtime_module
-from ndtrain.attempts import Attempt
-from ndtrain.attention import fix_frequencies
 from ndtrain.checkpoint import load_tensors, optimizer_tensors, read_state, restore_optimizer
 from ndtrain.data import GlobalBatches, labels_count
+from ndtrain.engine.engine import Engine
+from ndtrain.engine.optimizers import learning_rate
 from ndtrain.errors import NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.hf import extra_states
+from ndtrain.hf.attention import fix_frequencies
+from ndtrain.hf.routers import sequence_count
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
-from ndtrain.metrics import (
+from ndtrain.loggers.metrics import (
     JsonLines,
     Sink,
     StepMetrics,
@@ -34,29 +35,28 @@ from ndtrain.metrics import (
     peak_memory_bytes,
     require_tensorboard,
 )
-from ndtrain.optim import learning_rate
-from ndtrain.places import is_local, open_to_write, os_errors, place
 from ndtrain.plan import Plan
-from ndtrain.recipe import Recipe, to_toml
-from ndtrain.requests import Requests, nothing_to_save, words
-from ndtrain.router import sequence_count
-from ndtrain.runtime import Runtime, random_seed
-from ndtrain.train import inputs
-from ndtrain.train.engine import Engine
-from ndtrain.train.proof import (
+from ndtrain.proof.checks import (
     check_dropout,
     check_masks,
     check_same_batch,
     check_tensor_parallel,
     try_sequence_parallel,
 )
+from ndtrain.proof.reference import Twins
+from ndtrain.recipe import Recipe, to_toml
+from ndtrain.runs import process as runtime_module
+from ndtrain.runs.process import Runtime, random_seed
+from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.stop_signals import Requests, nothing_to_save, words
+from ndtrain.runs.watch import Watch
+from ndtrain.storage.paths import is_local, open_to_write, os_errors, place
+from ndtrain.train import inputs
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
 from ndtrain.train.skips import Skips, refuse_not_finite
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state, save_extras, versions
-from ndtrain.train.twin import Twins
-from ndtrain.train.watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -132,7 +132,7 @@ class Trainer(Engine):
                 self.reporter.info(f"note: {note}")
         else:
             load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
-            extra_state.restore(self.model, extra_state.read(found))
+            extra_states.restore(self.model, extra_states.read(found))
         if not checked and not self._prove(twins):
             raise PlanError(f"{self.plan.model_type}: the logits or gradients of its weights are not finite")
         self.finish()
@@ -152,7 +152,7 @@ class Trainer(Engine):
 
     def _prove(self, twins: Twins | None) -> bool:
         """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
-        with extra_state.kept(self.model):
+        with extra_states.kept(self.model):
             if self.sequence is not None and self.sequence.enabled:
                 try_sequence_parallel(self, self.sequence)
             known = check_masks(self) and (twins is None or check_tensor_parallel(self, twins))
@@ -364,10 +364,10 @@ class Trainer(Engine):
         self.saving.settle(wait=True)
         if self.saving.step == self.step:
             return
-        states, left_out = extra_state.shared_states(self.model)
+        states, left_out = extra_states.shared_states(self.model)
         if left_out and not self.told:
             self.told = True
-            self.reporter.info(f"note: {extra_state.left_out_note(left_out, 'not saved; after a resume')}")
+            self.reporter.info(f"note: {extra_states.left_out_note(left_out, 'not saved; after a resume')}")
         self.saving.begin(
             self.step,
             model=model_tensors(self.model),

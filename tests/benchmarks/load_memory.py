@@ -83,7 +83,7 @@ def worker(case: str, model_dir: Path, out: Path, *, watch: bool) -> None:
     import torch
     import transformers
 
-    from ndtrain.runtime import start
+    from ndtrain.runs.process import start
 
     transformers.logging.set_verbosity_error()
     with start() as runtime:
@@ -99,10 +99,10 @@ def worker(case: str, model_dir: Path, out: Path, *, watch: bool) -> None:
                         while into:
                             into = into[stream.readinto(into) :]
         elif case.startswith("ndtrain"):
+            from ndtrain.hf.model import meta_model
             from ndtrain.load import materialize
             from ndtrain.mesh import build_mesh
-            from ndtrain.model import meta_model
-            from ndtrain.parallelize import parallelize
+            from ndtrain.parallel.parallelize import parallelize
             from ndtrain.plan import make_plan
             from ndtrain.recipe import load_recipe
             from ndtrain.train import sizes_for

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ndtrain.context_parallel import kernels, ring, ulysses
-from ndtrain.context_parallel.visible import Visible
+from ndtrain.parallel.cp import kernels, ring, ulysses
+from ndtrain.parallel.cp.visible import Visible
 from tests.ranks import RankPool
 
 

@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ndtrain.checkpoint import CheckpointStore  # noqa: E402
+from ndtrain.hf.model import meta_model  # noqa: E402
 from ndtrain.layout import local_part  # noqa: E402
-from ndtrain.model import meta_model  # noqa: E402
 from ndtrain.plan import make_plan  # noqa: E402
 from ndtrain.recipe import load_recipe  # noqa: E402
-from ndtrain.runtime import Runtime, start  # noqa: E402
+from ndtrain.runs.process import Runtime, start  # noqa: E402
 from ndtrain.train import Silent, Trainer, sizes_for  # noqa: E402
 from tests.benchmarks.step_vs_trainer import save_model, write_corpus  # noqa: E402
 from tests.tiny import recipe_text  # noqa: E402

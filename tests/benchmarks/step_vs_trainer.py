@@ -24,10 +24,10 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ndtrain.model import meta_model  # noqa: E402
+from ndtrain.hf.model import meta_model  # noqa: E402
 from ndtrain.plan import make_plan  # noqa: E402
 from ndtrain.recipe import load_recipe  # noqa: E402
-from ndtrain.runtime import Runtime, start  # noqa: E402
+from ndtrain.runs.process import Runtime, start  # noqa: E402
 from ndtrain.train import Silent, Trainer, sizes_for  # noqa: E402
 from tests.tiny import recipe_text  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ndtrain.devices import find_device
+from ndtrain.accelerators import find_device
 from ndtrain.errors import NdtrainError
 from ndtrain.estimate import estimate_step, suggest
 from ndtrain.estimate.search import changed

@@ -15,8 +15,8 @@ from typing import Any
 import transformers
 
 from ndtrain.errors import PlanError, RecipeError
+from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
-from ndtrain.model import meta_model
 from ndtrain.plan import EVEN, Plan, make_plan
 from ndtrain.recipe import load_recipe
 from tests import tiny

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
 
-from ndtrain.loss import IGNORE
+from ndtrain.engine.loss import IGNORE
 from tests.matrix import worker
 from tests.matrix.results import Results, build_all, outcome, parser
 from tests.matrix.worker import OPTIM, ROWS, STEPS

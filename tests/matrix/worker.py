@@ -16,15 +16,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ndtrain.engine import engine
+from ndtrain.engine.loss import IGNORE
 from ndtrain.errors import NdtrainError, PlanError
+from ndtrain.hf.model import meta_model
 from ndtrain.layout import held_boxes, local_part
-from ndtrain.loss import IGNORE
 from ndtrain.mesh import Meshes, MeshSizes, build_mesh
-from ndtrain.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
-from ndtrain.runtime import Runtime
-from ndtrain.train import Silent, Trainer, engine, sizes_for
+from ndtrain.runs.process import Runtime
+from ndtrain.train import Silent, Trainer, sizes_for
 from tests.tiny import recipe_text
 
 # 30 tokens are padded to 32 by ring attention, which cuts a sequence into 4.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from ndtrain.loss import LossModel
+from ndtrain.engine.loss import LossModel
+from ndtrain.engine.optimizers import build_optimizer, clip_grad_norm, sum_over_tp
+from ndtrain.hf.routers import Sequences, sequence_ids
 from ndtrain.mesh import Meshes, build_mesh
-from ndtrain.optim import build_optimizer, clip_grad_norm, sum_over_tp
-from ndtrain.parallelize import parallelize
+from ndtrain.parallel.parallelize import parallelize
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.router import Sequences, sequence_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

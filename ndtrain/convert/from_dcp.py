@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ndtrain.convert.stored import Stored, stored
 from ndtrain.errors import DamagedError
-from ndtrain.pieces import DTYPE_NAMES, Piece
+from ndtrain.storage.pieces import DTYPE_NAMES, Piece
 
 METADATA = ".metadata"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")

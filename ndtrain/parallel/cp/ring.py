@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ndtrain.context_parallel import kernels, visible
-from ndtrain.context_parallel.interface import ContextParallel
-from ndtrain.context_parallel.kernels import Kernel
-from ndtrain.context_parallel.visible import Visible
 from ndtrain.errors import PlanError
+from ndtrain.parallel.cp import kernels, visible
+from ndtrain.parallel.cp.interface import ContextParallel
+from ndtrain.parallel.cp.kernels import Kernel
+from ndtrain.parallel.cp.visible import Visible
 
 
 def pass_on(buffer: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:

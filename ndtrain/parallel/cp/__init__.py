@@ -5,9 +5,9 @@ round the ranks (`ring`). Everything else in a causal LM works token by token an
 proves that for the model at hand before its weights are read.
 """
 
-from ndtrain.context_parallel.interface import ContextParallel
-from ndtrain.context_parallel.ring import Ring
-from ndtrain.context_parallel.ulysses import Ulysses
+from ndtrain.parallel.cp.interface import ContextParallel
+from ndtrain.parallel.cp.ring import Ring
+from ndtrain.parallel.cp.ulysses import Ulysses
 
 KINDS: dict[str, type[ContextParallel]] = {"ulysses": Ulysses, "ring": Ring}
 

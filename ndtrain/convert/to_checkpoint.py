@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ndtrain import extra_state
 from ndtrain.checkpoint import check
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import listing
-from ndtrain.convert.hub import INDEX, meta_model_of, state_to_store
 from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import Stored, checkpoint_tensors
 from ndtrain.convert.stream import Progress, Stream
+from ndtrain.convert.to_hub import INDEX, meta_model_of, state_to_store
 from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import DamagedError, PlanError
-from ndtrain.model import kept_in_fp32, tied_keys
-from ndtrain.pieces import pieces_in
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import kept_in_fp32, tied_keys
+from ndtrain.storage.pieces import pieces_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
         raise PlanError(
             f"{directory}: {quantized[0]} is {source[quantized[0]].dtype}; only unquantized weights convert"
         )
-    unread = {key for key in source if extra_state.is_extra(key)}
+    unread = {key for key in source if extra_states.is_extra(key)}
     wanted = state_to_store(model)
     state = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in source.items() if k not in unread}
     # a scalar is stored as one row

@@ -14,14 +14,14 @@ import transformers
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from ndtrain import extra_state
 from ndtrain.convert.shards import ShardWriter, Target
 from ndtrain.convert.stored import Stored
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
 from ndtrain.errors import DamagedError
-from ndtrain.model import kept_in_fp32, tied_keys
-from ndtrain.pieces import DTYPE_NAMES
+from ndtrain.hf import extra_states
+from ndtrain.hf.model import kept_in_fp32, tied_keys
+from ndtrain.storage.pieces import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,7 +50,7 @@ def meta_model_of(config_at: Path, dtype: str | None) -> tuple[PreTrainedModel, 
 def state_to_store(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a checkpoint of `model` holds: every parameter and persistent buffer once."""
     aliases = tied_keys(model)
-    return {k: v for k, v in model.state_dict().items() if k not in aliases and not extra_state.is_extra(k)}
+    return {k: v for k, v in model.state_dict().items() if k not in aliases and not extra_states.is_extra(k)}
 
 
 def match(state: Mapping[str, Tensor], source: Mapping[str, Stored], where: Path) -> None:
@@ -88,14 +88,14 @@ def write_hub(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not (kept is not None and kept.search(name)):
             tensor.data = tensor.data.to(dtype)
-    extra_state.restore(model, states)
+    extra_states.restore(model, states)
     _write_config(model, out)
 
     left_out = {*tied_keys(model), *(model._keys_to_ignore_on_save or ())}
     # transformers can save a state that is one tensor, and no other
     whole = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor) and k not in left_out}
-    ready = {k: v for k, v in whole.items() if extra_state.is_extra(k) and not v.is_meta}
-    state = {k: v for k, v in whole.items() if not extra_state.is_extra(k) or k in ready}
+    ready = {k: v for k, v in whole.items() if extra_states.is_extra(k) and not v.is_meta}
+    state = {k: v for k, v in whole.items() if not extra_states.is_extra(k) or k in ready}
     groups, saved = to_hub(model, state)
     by_name = {group.outputs[0]: ready[group.sources[0]] for group in groups if group.sources[0] in ready}
 

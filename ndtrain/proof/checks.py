@@ -14,14 +14,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
-from ndtrain.dropout import DropoutCheck
+from ndtrain.engine.optimizers import sum_over_tp
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.layout import local_part
 from ndtrain.mesh import Meshes
-from ndtrain.optim import sum_over_tp
+from ndtrain.parallel.dropout import DropoutCheck
+from ndtrain.parallel.sequence import SequenceParallel
 from ndtrain.plan.refuse import dropouts
-from ndtrain.sequence_parallel import SequenceParallel
-from ndtrain.train.twin import Twins, distance
+from ndtrain.proof.reference import Twins, distance
 
 if TYPE_CHECKING:
     from ndtrain.train.trainer import Trainer

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ndtrain.context_parallel.interface import own_attention, take_attention
+from ndtrain.parallel.cp.interface import own_attention, take_attention
 from ndtrain.plan import Plan
-from ndtrain.runtime import random_seed
+from ndtrain.runs.process import random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError
-from ndtrain.runtime import broadcast_json, of_rank0, world_size
+from ndtrain.runs.process import broadcast_json, of_rank0, world_size
 
 SUFFIX, FILE = "_extra_state", "extra_state.json"
 _BYTES = (torch.uint8, torch.int8)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from ndtrain.runtime import STEP_TIMEOUT, process_groups, rank, set_timeouts, together, world_size
+from ndtrain.runs.process import STEP_TIMEOUT, process_groups, rank, set_timeouts, together, world_size
 
 # How often a rank tells where it is; ten times within the limit at least, and at most 1,000 ranks each second.
 INTERVAL_S = 2.0

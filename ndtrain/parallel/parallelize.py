@@ -8,14 +8,14 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-from ndtrain.context_parallel import KINDS, ContextParallel
-from ndtrain.dropout import drop_by_rank
-from ndtrain.expert_parallel import apply_expert_parallelism
 from ndtrain.mesh import Meshes
+from ndtrain.parallel.cp import KINDS, ContextParallel
+from ndtrain.parallel.dropout import drop_by_rank
+from ndtrain.parallel.ep import apply_expert_parallelism
+from ndtrain.parallel.sequence import SequenceParallel
+from ndtrain.parallel.tp import apply_tensor_parallelism
 from ndtrain.plan import ParamPlan, Plan, Unit, refuse
 from ndtrain.recipe import Recipe
-from ndtrain.sequence_parallel import SequenceParallel
-from ndtrain.tensor_parallel import apply_tensor_parallelism
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

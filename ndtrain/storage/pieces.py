@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
-from ndtrain.places import is_local, read_into, read_range, read_ranges
+from ndtrain.storage.paths import is_local, read_into, read_range, read_ranges
 
 # safetensors' own order: its files hold the last of these first, then by name.
 DTYPES = {

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ndtrain.attention import chooses_keys
-from ndtrain.context_parallel.interface import ContextParallel, own_attention
 from ndtrain.errors import PlanError
+from ndtrain.hf.attention import chooses_keys
+from ndtrain.parallel.cp.interface import ContextParallel, own_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
-from ndtrain.devices import DEVICES
+from ndtrain.accelerators import DEVICES
 from ndtrain.errors import RecipeError
-from ndtrain.places import is_local, os_errors
 from ndtrain.plan import Plan
+from ndtrain.storage.paths import is_local, os_errors
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from ndtrain.errors import Stopped
-from ndtrain.places import is_local, os_errors
+from ndtrain.storage.paths import is_local, os_errors
 
 # What SLURM (USR1, where it is asked to), Kubernetes and torchrun (TERM) send before they kill.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ndtrain.attention import position_embeddings, positions_from_ids, takes_positions
 from ndtrain.errors import PlanError
+from ndtrain.hf.attention import position_embeddings, positions_from_ids, takes_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ndtrain.hf.routers import RouterLoss, Sequences, wanted
 from ndtrain.layout import chunk
 from ndtrain.plan import Plan
-from ndtrain.router import RouterLoss, Sequences, wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from transformers.distributed import tensor_parallel as styles
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.model import tie
 from ndtrain.mesh import Meshes
-from ndtrain.model import tie
 from ndtrain.plan import Plan
 from ndtrain.plan.tensor import CUTTING
 

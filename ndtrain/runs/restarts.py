@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ndtrain.errors import Stopped
-from ndtrain.places import replace_text
+from ndtrain.storage.paths import replace_text
 
 FILE = ".launch.json"
 
