@@ -8,25 +8,26 @@ import os
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import ndtrain
-from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.errors import NdtrainError, RecipeError, Stopped
 from ndtrain.runs.process import under_torchrun
 from ndtrain.runs.restarts import Attempt
-from ndtrain.runs.stop_signals import STOP_SIGNALS, Requests, nothing_to_save
+from ndtrain.runs.stop_signals import Requests
 from ndtrain.storage.paths import place
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
+from ndtrain.runs.launcher import launch_workers, local_world_size
 
 # How long another rank than 0 waits to be ended after an error: rank 0 may still be importing torch.
 LEAVE_AFTER_S = 10.0
+
 
 app = typer.Typer(
     name="ndtrain",
@@ -37,7 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML recipe.")]
+
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.steps=10. Repeatable."),
@@ -108,10 +112,10 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     requests = Requests(run_dir)
     requests.listen()  # before torch is imported, which takes its time
     if not under_torchrun():
-        ranks = _local_world_size(resolved)
+        ranks = local_world_size(resolved)
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
-            raise typer.Exit(_launch(ranks, ["run", *arguments, "--", str(recipe)]))
+            raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
     Attempt.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
     _tell_notes(resolved)
 
@@ -267,86 +271,3 @@ def _tell_notes(recipe: "Recipe") -> None:
 
 def _print(text: str) -> None:
     print(text, flush=True)  # flushed here, so that a broken pipe is met where it is handled
-
-
-def _local_world_size(recipe: "Recipe") -> int:
-    """Ranks that the mesh asks for on this machine; `dp_shard = -1` takes its GPUs, or is 1 without any."""
-    mesh = recipe.mesh
-    others = mesh.dp_replicate * mesh.cp * mesh.tp
-    if mesh.dp_shard > 0:
-        return others * mesh.dp_shard
-    import torch
-
-    return others * max(1, torch.cuda.device_count() // others)
-
-
-def _launch(ranks: int, arguments: list[str]) -> int:
-    """Start `ranks` local workers with torch's elastic launcher; returns the exit code they ended with."""
-    import logging
-
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # The workers say themselves what went wrong; the launcher's banner would bury it.
-    logging.disable(logging.ERROR)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="127.0.0.1",  # the host's own name need not resolve
-        max_restarts=0,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
-    )
-    launch: Any = elastic_launch(config, sys.executable)
-    handed_on: list[int] = []
-
-    def hand_on(number: int, frame: Any) -> None:
-        """To the workers, whose own exit codes then tell; torch's launcher would end with its own and kill them."""
-        handed_on.append(number)
-        workers = _children(os.getpid())
-        if not workers and len(handed_on) == 1:  # at a later one they may have ended already, as they were asked to
-            raise nothing_to_save(number)
-        for worker in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, number)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nor may it break the save
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, hand_on)
-    try:
-        launch("-m", "ndtrain", *arguments)
-    except ChildFailedError as error:
-        code = _exit_code([(failure.timestamp, failure.exitcode) for failure in error.failures.values()])
-        if code in [128 + number for number in handed_on]:
-            raise nothing_to_save(handed_on[0]) from None  # it met workers that did not listen yet
-        return code
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
-
-
-def _children(parent: int) -> list[int]:
-    """Process ids of the children of process `parent` (Linux)."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # The name in parentheses may hold spaces; after it come the state and the parent.
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-    return found
-
-
-def _exit_code(failures: list[tuple[int, int]]) -> int:
-    """The exit code that tells most among `(time, exit code)` of the workers that failed.
-
-    A worker that names its reason comes before one that died because its peers were gone, or was asked to stop for it.
-    """
-    named = {error.exit_code for error in (RecipeError, PlanError, DamagedError)}
-    _, code = min(failures, key=lambda failure: (failure[1] not in named, failure[0]))
-    return code if code >= 0 else 128 - code

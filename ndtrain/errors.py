@@ -34,3 +34,10 @@ class Stopped(NdtrainError):
     """The run was stopped on request, after saving; resuming goes on from there."""
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
+    # The text of a KeyError or a ZeroDivisionError alone says nothing.
+    return said if said and type(error).__module__ != "builtins" else f"{type(error).__name__}: {said}"

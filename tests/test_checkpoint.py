@@ -32,7 +32,7 @@ from ndtrain.checkpoint import (
 from ndtrain.checkpoint.tensors import files_of, write_files
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_boxes
-from ndtrain.runs.process import together
+from ndtrain.runs.messages import together
 from tests.ranks import RanksFailed, get_pool
 from tests.tiny import forged
 

@@ -12,6 +12,7 @@ import pytest
 
 import ndtrain
 from ndtrain import cli
+from ndtrain.runs import launcher
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
 from ndtrain.runs.stop_signals import STOP_SIGNALS
 
@@ -174,7 +175,7 @@ def test_a_larger_mesh_starts_its_workers(monkeypatch: pytest.MonkeyPatch, train
         launched.append((ranks, arguments))
         return 4
 
-    monkeypatch.setattr(cli, "_launch", launch)
+    monkeypatch.setattr(cli, "launch_workers", launch)
     assert call(monkeypatch, "run", QUICKSTART, "--set", "run.dir=x") == 4
     assert launched == [(4, ["run", "--set", "run.dir=x", "--", QUICKSTART])]
     assert train == []
@@ -196,7 +197,7 @@ def test_the_launcher_ends_with_its_workers_exit_code(tmp_path: Path) -> None:
     )
     code = (
         f"import sys; sys.path.insert(0, {str(Path(cli.__file__).parent.parent)!r})\n"
-        "from ndtrain import cli; sys.exit(cli._launch(2, ['run', 'x']))"
+        "from ndtrain.runs import launcher; sys.exit(launcher.launch_workers(2, ['run', 'x']))"
     )
     for status in (0, 3):
         (tmp_path / "told").unlink(missing_ok=True)
@@ -206,11 +207,11 @@ def test_the_launcher_ends_with_its_workers_exit_code(tmp_path: Path) -> None:
 
 
 def test_a_named_exit_code_is_told_before_a_crash_of_the_peers() -> None:
-    assert cli._exit_code([(1, 1), (2, 4)]) == 4
-    assert cli._exit_code([(2, 5), (1, 1)]) == 1
-    assert cli._exit_code([(1, -9)]) == 137
-    assert cli._exit_code([(1, 75), (2, -15)]) == 75
-    assert cli._exit_code([(2, 75), (1, 1)]) == 1  # stopped because another had failed
+    assert launcher.exit_code_of([(1, 1), (2, 4)]) == 4
+    assert launcher.exit_code_of([(2, 5), (1, 1)]) == 1
+    assert launcher.exit_code_of([(1, -9)]) == 137
+    assert launcher.exit_code_of([(1, 75), (2, -15)]) == 75
+    assert launcher.exit_code_of([(2, 75), (1, 1)]) == 1  # stopped because another had failed
 
 
 def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

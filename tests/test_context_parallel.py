@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.attention_functions import take_attention
 from ndtrain.parallel.cp import ContextParallel, Ring, Ulysses, kernels
-from ndtrain.parallel.cp.interface import take_attention
 from ndtrain.parallel.cp.ring import ring_attention
 from ndtrain.parallel.cp.visible import Visible, pieces
 from tests.ranks import get_pool

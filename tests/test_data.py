@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from ndtrain.data import GlobalBatches, Order, Samples, TokenCache, build_cache, find_files, labels_count
+from ndtrain.data.batches import GlobalBatches, labels_count
+from ndtrain.data.cache import TokenCache, build_cache
+from ndtrain.data.files import find_files
+from ndtrain.data.order import Order
+from ndtrain.data.samples import Samples
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
-from ndtrain.hf.model import ByteTokenizer
+from ndtrain.hf.tokenizer import ByteTokenizer
 
 
 class Bytes:

@@ -75,7 +75,7 @@ def recorded(path: str) -> dict[str, Any]:
 def replayed(model_dir: Path, recipe_path: Path, attention: list[Tensor], residual: list[Tensor]) -> dict[str, float]:
     """Loss and gradient norm of the first global batch in plain transformers with these masks of the whole batch."""
     from ndtrain import data
-    from ndtrain.hf.model import ByteTokenizer
+    from ndtrain.hf.tokenizer import ByteTokenizer
     from ndtrain.recipe import load_recipe
     from ndtrain.train import cache_root
 

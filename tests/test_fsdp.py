@@ -93,8 +93,8 @@ def mixed_reference(
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of a plain loop whose modules compute in `dtypes`, rank by rank."""
     from ndtrain import data
-    from ndtrain.engine.optimizers import learning_rate
-    from ndtrain.hf.model import ByteTokenizer
+    from ndtrain.engine.schedule import learning_rate
+    from ndtrain.hf.tokenizer import ByteTokenizer
     from ndtrain.recipe import load_recipe
     from ndtrain.train import cache_root
 

@@ -13,8 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ndtrain.errors import RecipeError
-from ndtrain.hf.attention import fix_frequencies
-from ndtrain.hf.model import HubTokenizer, load_config, meta_model
+from ndtrain.hf.config import load_config
+from ndtrain.hf.model import meta_model
+from ndtrain.hf.positions import fix_frequencies
+from ndtrain.hf.tokenizer import HubTokenizer
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe, load_recipe

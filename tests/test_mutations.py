@@ -178,7 +178,7 @@ def test_300_spoiled_recipes_give_300_clean_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(cli, "_launch", lambda *_: pytest.fail("a spoiled recipe was accepted"))
+    monkeypatch.setattr(cli, "launch_workers", lambda *_: pytest.fail("a spoiled recipe was accepted"))
     count = 0
     for name, content in spoiled_recipes():
         path = tmp_path / "r.toml"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ndtrain.engine.optimizers import learning_rate
+from ndtrain.engine.schedule import learning_rate
 from ndtrain.recipe import load_recipe
 from tests import tiny
 

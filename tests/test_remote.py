@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ndtrain.checkpoint import CheckpointStore
 from ndtrain.convert import convert
 from ndtrain.errors import RecipeError
-from ndtrain.loggers.metrics import require_tensorboard
+from ndtrain.loggers.tensorboard import require_tensorboard
 from ndtrain.recipe import load_recipe
 from ndtrain.runs.stop_signals import LOOK_EVERY_S, Requests
 from ndtrain.storage.paths import is_local, place

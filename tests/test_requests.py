@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from ndtrain import cli
+from ndtrain.runs import launcher as launchers
 from ndtrain.errors import Stopped
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import FILE, STOP_SIGNALS, Requests
@@ -57,7 +57,7 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str] | None = No
 def workers(launcher: int) -> dict[int, int]:
     """{rank: process id} of a launcher's workers that run."""
     found = {}
-    for pid in cli._children(launcher):
+    for pid in launchers.children(launcher):
         with contextlib.suppress(OSError, KeyError):  # one that has ended has no variables any more
             text = Path(f"/proc/{pid}/environ").read_text()
             found[int(dict(v.split("=", 1) for v in text.split("\0") if "=" in v)["RANK"])] = pid
@@ -92,7 +92,7 @@ def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
         (run / "save").touch()
         wait_for(lambda: not (run / "save").exists(), process)
         assert len(checkpoints(run)) == 1
-        (launcher,) = cli._children(process.pid)
+        (launcher,) = launchers.children(process.pid)
         process.send_signal(signal.SIGUSR1)
         wait_for(lambda: ignores_interrupts(launcher), process)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # none of them breaks the save
@@ -116,7 +116,7 @@ def test_a_later_signal_that_finds_the_workers_ended_is_none_of_a_run_without_a_
     ended = subprocess.Popen(["true"])
     ended.wait()
     seen = [[ended.pid], []]
-    monkeypatch.setattr(cli, "_children", lambda parent: seen.pop(0))
+    monkeypatch.setattr(launchers, "children", lambda parent: seen.pop(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def launch(*command: str) -> None:
@@ -126,10 +126,10 @@ def test_a_later_signal_that_finds_the_workers_ended_is_none_of_a_run_without_a_
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, command: launch)
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
     try:
-        assert cli._launch(2, []) == 0 and not seen
+        assert launchers.launch_workers(2, []) == 0 and not seen
         seen = [[]]
         with pytest.raises(Stopped, match="before a step was trained"):
-            cli._launch(2, [])
+            launchers.launch_workers(2, [])
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in before.items():

@@ -47,7 +47,7 @@ def test_loss_and_every_gradient_are_those_of_plain_transformers(models: dict[st
 def first_step(model_dir: Path, recipe_path: Path) -> dict[str, float]:
     """Loss, auxiliary loss and gradient norm of the recipe's first global batch, by plain transformers."""
     from ndtrain import data
-    from ndtrain.hf.model import ByteTokenizer
+    from ndtrain.hf.tokenizer import ByteTokenizer
     from ndtrain.recipe import load_recipe
     from ndtrain.train import cache_root
 

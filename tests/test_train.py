@@ -79,7 +79,7 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
     The steps `without`, counted from 1, change nothing.
     """
     from ndtrain import data
-    from ndtrain.hf.model import ByteTokenizer
+    from ndtrain.hf.tokenizer import ByteTokenizer
     from ndtrain.recipe import load_recipe
     from ndtrain.train import cache_root
 

@@ -70,7 +70,7 @@ def ended(folder: str) -> str:
 
     import torch.distributed as dist
 
-    from ndtrain.runs.process import process_groups, set_timeouts
+    from ndtrain.runs.limits import process_groups, set_timeouts
 
     watch, told = Watch(2.0), io.StringIO()
     watch.start()

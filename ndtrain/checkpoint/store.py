@@ -23,7 +23,9 @@ from ndtrain.checkpoint.manifest import MANIFEST, check_files, check_hashes, is_
 from ndtrain.checkpoint.staging import Staging
 from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, write_files
 from ndtrain.errors import DamagedError, NdtrainError
-from ndtrain.runs.process import WAIT_TIMEOUT, gather_json, of_rank0, on_rank0, rank, together, world_size
+from ndtrain.runs.limits import WAIT_TIMEOUT
+from ndtrain.runs.messages import gather_json, of_rank0, on_rank0, together
+from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.paths import is_local, local_copy_to, os_errors, place, remove_tree, sync
 
 _STEP = re.compile(r"step-(\d{8,})")

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from ndtrain.checkpoint.manifest import HASH, hasher, is_tensor_file, read_manifest
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Ints
-from ndtrain.runs.process import rank, together, world_size
+from ndtrain.runs.messages import together
+from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.paths import allocate, flushing, is_local
 from ndtrain.storage.pieces import DTYPE_NAMES, Piece, held, pieces_in, read_held
 

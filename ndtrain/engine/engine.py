@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from ndtrain.engine.gradients import clip_grad_norm, sum_over_tp
 from ndtrain.engine.loss import LossModel
-from ndtrain.engine.optimizers import build_optimizer, clip_grad_norm, sum_over_tp
+from ndtrain.engine.optimizers import build_optimizer
 from ndtrain.hf.routers import Sequences, sequence_ids
 from ndtrain.mesh import Meshes, build_mesh
 from ndtrain.parallel.parallelize import parallelize

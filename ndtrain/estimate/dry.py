@@ -23,14 +23,14 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-from ndtrain.data import micro_batches
+from ndtrain.data.batches import micro_batches
 from ndtrain.engine import loss
 from ndtrain.engine.engine import Engine
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.estimate import record
 from ndtrain.estimate.record import Record, Recorder
-from ndtrain.hf.attention import fix_frequencies
 from ndtrain.hf.model import tie
+from ndtrain.hf.positions import fix_frequencies
 from ndtrain.mesh import Meshes
 from ndtrain.parallel.cp import kernels
 from ndtrain.parallel.cp.visible import Visible

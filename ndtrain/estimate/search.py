@@ -10,13 +10,13 @@ from itertools import product
 from typing import Any
 
 from ndtrain.accelerators import Device
-from ndtrain.data import micro_batches
+from ndtrain.data.batches import micro_batches
+from ndtrain.engine.flops import expert_count, flops_per_token
 from ndtrain.errors import NdtrainError, PlanError, RecipeError
 from ndtrain.estimate.record import Collective
 from ndtrain.estimate.roofline import OVERLAPPED, RESERVED, Times, seconds
 from ndtrain.estimate.step import StepEstimate, estimate_step
 from ndtrain.hf.model import meta_model
-from ndtrain.loggers.metrics import expert_count, flops_per_token
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for

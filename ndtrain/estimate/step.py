@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ndtrain.accelerators import Device
+from ndtrain.engine.flops import flops_per_token
 from ndtrain.errors import NdtrainError
 from ndtrain.estimate.dry import dry_step
 from ndtrain.estimate.record import Record
 from ndtrain.estimate.roofline import RESERVED, Times, times
 from ndtrain.estimate.shorten import Depths, cut_short, depths, whole_name
 from ndtrain.hf.model import meta_model
-from ndtrain.loggers.metrics import flops_per_token
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe

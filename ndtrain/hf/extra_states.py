@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError
-from ndtrain.runs.process import broadcast_json, of_rank0, world_size
+from ndtrain.runs.messages import broadcast_json, of_rank0
+from ndtrain.runs.process import world_size
 
 SUFFIX, FILE = "_extra_state", "extra_state.json"
 _BYTES = (torch.uint8, torch.int8)

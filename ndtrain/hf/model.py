@@ -1,18 +1,12 @@
-"""Recipe to Hugging Face config, to a model on the meta device; and the tokenizer."""
+"""Config to a model on the meta device: shapes and names, no memory."""
 
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
-import os
 import re
-import sys
-from collections.abc import Collection, Iterable
-from pathlib import Path
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
@@ -22,71 +16,9 @@ from ndtrain.errors import RecipeError
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# transformers reports plan and loading details as warnings; ndtrain's own plan says what matters of them.
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-
-def load_config(recipe: Recipe) -> PreTrainedConfig:
-    """The model's config with the recipe's overrides. Raises `RecipeError` where it cannot be found or made."""
-    section = recipe.model
-    overrides = copy.deepcopy(dict(section.config))
-    what = f'model.type = "{section.type}"' if section.type else f'model.name = "{section.name}"'
-    try:
-        if section.type is not None:
-            base = transformers.AutoConfig.for_model(section.type)
-        else:
-            base = transformers.AutoConfig.from_pretrained(
-                str(section.name), trust_remote_code=section.trust_remote_code
-            )
-    except Exception as error:
-        raise RecipeError(f"{what} gives no config: {_first_line(error)}") from error
-    _check_keys(base, overrides)
-    if not overrides:
-        return base
-    try:
-        if section.type is not None:
-            return transformers.AutoConfig.for_model(section.type, **overrides)
-        return type(base).from_dict(_overridden(base, overrides))
-    except Exception as error:
-        raise RecipeError(f"[model.config] over {what} gives no config: {_first_line(error)}") from error
-
-
-# Older spellings that transformers still takes for a part of `rope_parameters`.
-_OLD_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-
-
-def _check_keys(base: PreTrainedConfig, overrides: dict[str, Any]) -> None:
-    known = {*base.to_dict(), *base.attribute_map, *_OLD_KEYS}
-    for key in overrides:
-        if key not in known and not _reads(base, key):
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise RecipeError(f'[model.config] has no key "{key}" for model type "{base.model_type}"{hint}')
-
-
-def _reads(config: PreTrainedConfig, key: str) -> bool:
-    """Whether the model's source has the word `key`: some keys have no default and are asked for by name."""
-    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if kind is None:
-        return False
-    source = inspect.getsource(sys.modules[kind.__module__])
-    return re.search(rf"\b{re.escape(key)}\b", source) is not None
-
-
-def _overridden(base: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The saved form of `base` with `overrides`: tables are merged, and a shallower model keeps its first layers."""
-    values = base.to_dict()
-    for key, value in overrides.items():
-        key = base.attribute_map.get(key, key)
-        old = values.get(key)
-        values[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-    layers, kinds = values.get("num_hidden_layers"), values.get("layer_types")
-    if isinstance(layers, int) and isinstance(kinds, list) and "layer_types" not in overrides:
-        values["layer_types"] = kinds[:layers]
-    return values
+    from transformers import PreTrainedConfig, PreTrainedModel
+from ndtrain.errors import first_line
+from ndtrain.hf.config import load_config
 
 
 def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTrainedModel:
@@ -110,12 +42,12 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
             )
     except Exception as error:
         if "attention implementation" in str(error) or "attn_implementation" in str(error):
-            reason = _first_line(error).split(". ")[0]
+            reason = first_line(error).split(". ")[0]
             raise RecipeError(
                 f'model.attn = "{recipe.model.attn}" does not work for {config.model_type}: {reason}; '
                 'set model.attn = "eager"'
             ) from error
-        raise RecipeError(f'a "{config.model_type}" model cannot be built: {_first_line(error)}') from error
+        raise RecipeError(f'a "{config.model_type}" model cannot be built: {first_line(error)}') from error
     if not model.get_input_embeddings().weight.numel():  # type: ignore[union-attr,operator]
         raise RecipeError(f'a "{config.model_type}" model of this config has no weights: a size in it is 0')
     model.export_config = copy.deepcopy(config)
@@ -174,96 +106,7 @@ def tie(model: PreTrainedModel) -> None:
         setattr(model.get_submodule(module), name, model.get_parameter(source))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
-    # The text of a KeyError or a ZeroDivisionError alone says nothing.
-    return said if said and type(error).__module__ != "builtins" else f"{type(error).__name__}: {said}"
+# transformers reports plan and loading details as warnings; ndtrain's own plan says what matters of them.
+transformers.logging.set_verbosity_error()
 
-
-class ByteTokenizer:
-    """Ids 0 to 255 are the bytes, 256 begins and 257 ends a document, 258 pads."""
-
-    key = "bytes-1"
-    vocab_size = 259
-    bos_id: int | None = 256
-    eos_id = 257
-    pad_id = 258
-
-    def encode_bytes(self, raw: bytes) -> np.ndarray:
-        """`[n]` uint16 ids of a document, without the begin and end marks."""
-        return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Write a tokenizer that `AutoTokenizer` loads and that gives the same ids."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-        # Byte-level BPE without a merge is the identity on bytes; its alphabet names each byte by a printable letter.
-        letters = _byte_letters()
-        vocab = {letter: byte for byte, letter in enumerate(letters)}
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|bos|>", "<|eos|>", "<|pad|>")])
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
-        ).save_pretrained(directory)
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for every byte value."""
-    printable = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
-    spare = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
-
-
-class HubTokenizer:
-    """Any tokenizer of transformers, seen as ids of whole documents."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str):
-        self.inner = tokenizer
-        self.key = key
-        self.vocab_size = len(tokenizer)
-        eos = tokenizer.eos_token_id
-        if eos is None:
-            raise RecipeError("data.tokenizer has no end-of-text token, which separates documents; choose another")
-        self.eos_id: int = eos
-        # What the tokenizer does counts, not what its attributes say.
-        first = tokenizer.encode("a")[:1]
-        self.bos_id: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
-        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-
-    def encode_bytes(self, raw: bytes) -> np.ndarray:
-        """`[n]` int64 ids of a document, without the begin and end marks."""
-        ids: Iterable[int] = self.inner.encode(raw.decode("utf-8", errors="replace"), add_special_tokens=False)
-        return np.asarray(list(ids), dtype=np.int64)
-
-    def save_pretrained(self, directory: Path) -> None:
-        self.inner.save_pretrained(directory)
-
-
-def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
-    """The recipe's tokenizer. Raises `RecipeError` where it cannot be found."""
-    name = recipe.data.tokenizer or recipe.model.name
-    if name == "bytes":
-        return ByteTokenizer()
-    # Tokenizing happens in one process; the library's warning about forks would only confuse.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        inner = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
-    except Exception as error:
-        raise RecipeError(f'data.tokenizer = "{name}" cannot be loaded: {_first_line(error)}') from error
-    return HubTokenizer(inner, key=_tokenizer_key(inner))
-
-
-def _tokenizer_key(tokenizer: Any) -> str:
-    """Identity of what a tokenizer does: its class and a digest of its vocabulary and rules."""
-    import hashlib
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return f"{type(tokenizer).__name__}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+transformers.utils.logging.disable_progress_bar()

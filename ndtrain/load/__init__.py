@@ -18,7 +18,8 @@ from ndtrain.load.scratch import initialize
 from ndtrain.load.sharded import load_sharded
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.process import Runtime, broadcast_json, on_rank0, together
+from ndtrain.runs.messages import broadcast_json, on_rank0, together
+from ndtrain.runs.process import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

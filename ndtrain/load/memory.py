@@ -13,7 +13,8 @@ from ndtrain.hf import extra_states
 from ndtrain.hf.model import built_buffers, tie, tied_keys
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.recipe import Recipe
-from ndtrain.runs.process import Runtime, random_seed
+from ndtrain.runs.process import Runtime
+from ndtrain.runs.seeds import random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,8 @@ from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.files import check_report, refuse_nan, unreadable, unused
 from ndtrain.load.memory import model_tensors
 from ndtrain.recipe import Recipe
-from ndtrain.runs.process import Runtime, on_rank0, together
+from ndtrain.runs.messages import on_rank0, together
+from ndtrain.runs.process import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

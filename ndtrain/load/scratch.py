@@ -14,7 +14,7 @@ from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.memory import model_tensors
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.process import random_seed
+from ndtrain.runs.seeds import random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

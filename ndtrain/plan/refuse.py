@@ -11,13 +11,8 @@ from torch import nn
 
 from ndtrain.errors import PlanError
 from ndtrain.hf import routers
-from ndtrain.hf.attention import (
-    position_embeddings,
-    positions_from_ids,
-    takes_positions,
-    uses_interface,
-    varying_frequencies,
-)
+from ndtrain.hf.attention import uses_interface
+from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions, varying_frequencies
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.units import embeddings
 from ndtrain.recipe import Recipe

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from ndtrain.runs.process import STEP_TIMEOUT, process_groups, rank, set_timeouts, together, world_size
+from ndtrain.runs.limits import STEP_TIMEOUT, process_groups, set_timeouts
+from ndtrain.runs.messages import together
+from ndtrain.runs.process import rank, world_size
 
 # How often a rank tells where it is; ten times within the limit at least, and at most 1,000 ranks each second.
 INTERVAL_S = 2.0

@@ -9,7 +9,8 @@ from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs import process as runtime_module
+from ndtrain.runs.messages import broadcast_json, together
+from ndtrain.runs.process import env_world_size, start
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import Requests, nothing_to_save
 from ndtrain.runs.watch import lost_peer
@@ -27,10 +28,10 @@ def run(recipe: Recipe, reporter: Reporter, requests: Requests) -> None:
     `requests` is what the process is asked meanwhile; it listens already.
     """
     recipe, notes = with_checkpoint(recipe)
-    sizes = sizes_for(recipe, runtime_module.env_world_size() or 1)
+    sizes = sizes_for(recipe, env_world_size() or 1)
     model = meta_model(recipe)
     plan = make_plan(model, sizes, recipe)
-    with runtime_module.start() as runtime:
+    with start() as runtime:
         own = reporter if runtime.is_main else Silent()
         trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, requests=requests)
         for note in notes:
@@ -62,7 +63,7 @@ def run(recipe: Recipe, reporter: Reporter, requests: Requests) -> None:
 
 def _same_everywhere(recipe: Recipe) -> None:
     """Refuse ranks that found different checkpoints of a run that is still going on."""
-    taken = runtime_module.broadcast_json(recipe.model.name)
+    taken = broadcast_json(recipe.model.name)
 
     def check() -> None:
         if recipe.model.name != taken:
@@ -70,7 +71,7 @@ def _same_everywhere(recipe: Recipe) -> None:
                 f"model.name is {recipe.model.name} on one rank and {taken} on another; name one step's directory"
             )
 
-    runtime_module.together(check)
+    together(check)
 
 
 def sizes_for(recipe: Recipe, world_size: int) -> MeshSizes:

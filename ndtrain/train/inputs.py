@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ndtrain.data import GlobalBatches, Order, Samples, TokenCache, build_cache, find_files
+from ndtrain.data.batches import GlobalBatches
+from ndtrain.data.cache import TokenCache, build_cache
+from ndtrain.data.files import find_files
+from ndtrain.data.order import Order
+from ndtrain.data.samples import Samples
 from ndtrain.errors import RecipeError
-from ndtrain.hf.model import ByteTokenizer, HubTokenizer, load_tokenizer
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
-from ndtrain.runs import process as runtime_module
+from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter
 
@@ -49,7 +53,7 @@ def open_batches(
             progress = lambda done, total: reporter.progress("tokenizing", done, total)  # noqa: E731
         where.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))
 
-    runtime_module.rank0_first(runtime, build)
+    rank0_first(runtime, build)
     # The other ranks find the cache by its key; the digests of the files are remembered beside it.
     caches: list[TokenCache] = []
 
@@ -58,7 +62,7 @@ def open_batches(
             build()
         caches.append(TokenCache.open(where[0]))
 
-    runtime_module.together(open_cache)
+    together(open_cache)
     samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
     return GlobalBatches(
         samples,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_part
-from ndtrain.runs.process import together
+from ndtrain.runs.messages import together
 
 
 @dataclass

@@ -12,7 +12,8 @@ from ndtrain.hf import extra_states
 from ndtrain.load import load_weights, model_tensors, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.process import Runtime, on_rank0
+from ndtrain.runs.messages import on_rank0
+from ndtrain.runs.process import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ import transformers
 import ndtrain
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf import extra_states
-from ndtrain.hf.model import ByteTokenizer, HubTokenizer
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:

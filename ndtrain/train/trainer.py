@@ -15,39 +15,33 @@ import torch
 import torch.distributed as dist
 
 from ndtrain.checkpoint import load_tensors, optimizer_tensors, read_state, restore_optimizer
-from ndtrain.data import GlobalBatches, labels_count
+from ndtrain.data.batches import GlobalBatches, labels_count
 from ndtrain.engine.engine import Engine
-from ndtrain.engine.optimizers import learning_rate
+from ndtrain.engine.flops import flops_per_token
+from ndtrain.engine.schedule import learning_rate
 from ndtrain.errors import NdtrainError, PlanError, RecipeError, Stopped
 from ndtrain.hf import extra_states
-from ndtrain.hf.attention import fix_frequencies
+from ndtrain.hf.positions import fix_frequencies
 from ndtrain.hf.routers import sequence_count
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
-from ndtrain.loggers.metrics import (
-    JsonLines,
-    Sink,
-    StepMetrics,
-    TensorBoard,
-    UploadedLines,
-    flops_per_token,
-    now,
-    peak_flops,
-    peak_memory_bytes,
-    require_tensorboard,
-)
+from ndtrain.loggers.device import peak_flops, peak_memory_bytes
+from ndtrain.loggers.json_lines import JsonLines, UploadedLines
+from ndtrain.loggers.logger import Sink
+from ndtrain.loggers.metrics import StepMetrics, now
+from ndtrain.loggers.tensorboard import TensorBoard, require_tensorboard
 from ndtrain.plan import Plan
-from ndtrain.proof.checks import (
-    check_dropout,
-    check_masks,
-    check_same_batch,
-    check_tensor_parallel,
-    try_sequence_parallel,
-)
+from ndtrain.proof.batch import check_same_batch
+from ndtrain.proof.dropout import check_dropout
+from ndtrain.proof.masks import check_masks
 from ndtrain.proof.reference import Twins
+from ndtrain.proof.sequence import try_sequence_parallel
+from ndtrain.proof.tensor import check_tensor_parallel
 from ndtrain.recipe import Recipe, to_toml
-from ndtrain.runs import process as runtime_module
-from ndtrain.runs.process import Runtime, random_seed
+from ndtrain.runs.limits import WAIT_TIMEOUT, process_groups, set_timeouts
+from ndtrain.runs.messages import of_rank0, on_rank0
+from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Requests, nothing_to_save, words
 from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import is_local, open_to_write, os_errors, place
@@ -94,15 +88,15 @@ class Trainer(Engine):
     def prepare(self) -> None:
         """Tokenize, shard, load or resume. Every refusal comes before the first weight is read."""
         recipe, runtime = self.recipe, self.runtime
-        runtime_module.on_rank0(self._open_run_dir)
+        on_rank0(self._open_run_dir)
         if recipe.log.tensorboard:
             require_tensorboard(self.run_dir)
         self._open_tokenizer()
-        runtime_module.on_rank0(self._try_extras)
+        on_rank0(self._try_extras)
         self.batches = self._open_data()
         attempt = Attempt.of_process(self.run_dir)
-        newest = runtime_module.of_rank0(self.saving.store.newest_step)
-        resume = runtime_module.of_rank0(lambda: attempt.resume(recipe.checkpoint.resume, newest))
+        newest = of_rank0(self.saving.store.newest_step)
+        resume = of_rank0(lambda: attempt.resume(recipe.checkpoint.resume, newest))
         found, messages = self.saving.store.find(resume, verify=recipe.checkpoint.verify)
         for message in messages:
             self.reporter.info(message)
@@ -112,7 +106,7 @@ class Trainer(Engine):
             config = cast("PreTrainedConfig", self.model.export_config)
             for note in check_state(state, found, recipe, data=self.batches.fingerprint, config=config):
                 self.reporter.info(f"note: {note}")
-        runtime_module.on_rank0(lambda: attempt.begin(state["step"] if state is not None else -1))
+        on_rank0(lambda: attempt.begin(state["step"] if state is not None else -1))
         self.reporter.info(self._arithmetic())
         for note in self.plan.notes:
             self.reporter.info(f"note: {note}")
@@ -121,7 +115,7 @@ class Trainer(Engine):
         # Whole blocks to compare with: they are copied before the model is cut.
         twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
         self.cut(runtime.device.type)
-        runtime_module.set_timeouts(runtime_module.WAIT_TIMEOUT, runtime_module.process_groups())
+        set_timeouts(WAIT_TIMEOUT, process_groups())
         materialize(self.model, runtime, recipe=recipe, on_host=self.plan.on_host)
         fix_frequencies(self.model, recipe.data.seq_len)
         fill_with_noise(self.model)

@@ -1,9 +1,8 @@
-"""What both kinds of context parallelism share: registration with transformers, the cut of a batch, whole positions."""
+"""What both kinds of context parallelism share: the cut of a batch, whole positions, masks of whole sequences."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,14 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ndtrain.errors import PlanError
-from ndtrain.hf.attention import position_embeddings, positions_from_ids, takes_positions
+from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+from ndtrain.hf.attention_functions import own_attention, take_attention
 
 IGNORE = -100
-_names = itertools.count()
 
 
 class ContextParallel(ABC):
@@ -183,43 +181,3 @@ class ContextParallel(ABC):
                         setattr(module, function.__name__, whole)
                         patches.callback(setattr, module, function.__name__, function)
             yield
-
-
-class _Name(str):
-    """The name of a function that wraps another, and for models that ask which they have, equal to that one's."""
-
-    instead_of: str | None = None
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) or self.instead_of == other
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-
-def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Have every module of `model` that takes the model's attention function take `attention`, with masks by `mask`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    base = model.config._attn_implementation
-    name = _Name(f"{base}_ndtrain_{next(_names)}")  # models look for "flash" in it
-    name.instead_of = base
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == base:
-            config._attn_implementation = name  # type: ignore[union-attr]
-
-
-def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function that `module` would have taken: eager attention is each model file's own."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[name]
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if own is None:
-        raise PlanError(f"{type(module).__name__} has no attention function of its own; set mesh.cp = 1")
-    return own

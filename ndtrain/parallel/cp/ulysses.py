@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 
 from ndtrain.errors import PlanError
 from ndtrain.hf.attention import chooses_keys
-from ndtrain.parallel.cp.interface import ContextParallel, own_attention
+from ndtrain.hf.attention_functions import own_attention
+from ndtrain.parallel.cp.interface import ContextParallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,25 @@
+"""Tokenize, pack, mask, order: the same global batches on every mesh.
+
+files -> TokenCache (tokens on disk, memory-mapped) -> Samples (rows of fixed length) -> Order (the endless stream of
+sample ids) -> GlobalBatches (the rows of one batch rank). The position in the data is one number, the cursor: how many
+samples the whole run has consumed. It knows nothing of ranks, so it survives a new mesh.
+"""
+
+from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches
+from ndtrain.data.cache import TokenCache, Tokenizer, build_cache
+from ndtrain.data.files import find_files
+from ndtrain.data.order import Order
+from ndtrain.data.samples import IGNORE, Samples
+
+__all__ = [
+    "IGNORE",
+    "GlobalBatches",
+    "Order",
+    "Samples",
+    "TokenCache",
+    "Tokenizer",
+    "build_cache",
+    "find_files",
+    "labels_count",
+    "micro_batches",
+]

@@ -1,0 +1,73 @@
+"""The rows of one batch rank."""
+
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
+
+import numpy as np
+import torch
+
+from ndtrain.data.order import Order
+from ndtrain.data.samples import IGNORE, IntArray, Samples
+
+
+def micro_batches(global_batch_size: int, batch_ranks: int, most: int) -> tuple[int, int]:
+    """(rows of a micro batch, at most `most`; forwards per optimizer step), the same on every rank."""
+    rows = min(most, -(-global_batch_size // batch_ranks))
+    return rows, -(-global_batch_size // (batch_ranks * rows))
+
+
+@dataclass
+class GlobalBatches:
+    """One batch rank's micro batches of each global batch.
+
+    Row k of the global batch goes to micro step k // (R * m), batch rank k // m % R, place k % m (R batch
+    ranks, m rows). Places past the last row hold fillers with no target, so every rank runs the same number
+    of equally shaped forwards. The global batch is the same rows in the same order for every R and m.
+    """
+
+    samples: Samples
+    order: Order
+    _: KW_ONLY
+    global_batch_size: int
+    micro_batch_size: int  # at most this; less where a rank's share of the global batch is smaller
+    batch_rank: int
+    batch_ranks: int
+    micro_steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.order.n_samples != len(self.samples) or not 0 <= self.batch_rank < self.batch_ranks:
+            raise ValueError(f"{self.order.n_samples=}, {len(self.samples)=}, {self.batch_rank=}")
+        self.micro_batch_size, self.micro_steps = micro_batches(
+            self.global_batch_size, self.batch_ranks, self.micro_batch_size
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data and its order; a cursor means the same only where this is the same."""
+        data, order = self.samples, self.order
+        return (
+            f"{data.cache.key} seq_len={data.seq_len} packing={data.packing} samples={len(data)} "
+            f"seed={order.seed} shuffle={order.shuffle}"
+        )
+
+    def sample_ids(self, cursor: int) -> IntArray:
+        """The ids [G] of the whole global batch at the cursor; the next batch is at cursor + G."""
+        return self.order.sample_ids(cursor, self.global_batch_size)
+
+    def load(self, cursor: int) -> list[dict[str, torch.Tensor]]:
+        """This rank's micro batches in order, each input_ids, labels, position_ids: int64 [m, S]."""
+        ids, micro = self.sample_ids(cursor), self.micro_batch_size
+        batches = []
+        for step in range(self.micro_steps):
+            first = (step * self.batch_ranks + self.batch_rank) * micro
+            places = range(first, first + micro)
+            rows = [self.samples[int(ids[place if place < len(ids) else 0])] for place in places]
+            for filler in rows[max(0, len(ids) - first) :]:
+                filler["labels"].fill(IGNORE)
+            batches.append({name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
+        return batches
+
+
+def labels_count(batches: Iterable[dict[str, torch.Tensor]]) -> int:
+    """The number of targets in these micro batches (this rank's only; sum it over the batch ranks)."""
+    return sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)

@@ -1,0 +1,179 @@
+"""Tokens on disk, memory-mapped: written once for the same files and tokenizer."""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ndtrain.data.files import CACHE_FILES, documents_of, is_jsonl, reading, stamp_of
+from ndtrain.data.samples import IntArray
+from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
+
+FORMAT_VERSION = 1
+
+
+_MEMO_NAME = ".digests.json"
+
+
+Meta = dict[str, int | str]
+
+
+Progress = Callable[[int, int], None] | None
+
+
+class Tokenizer(Protocol):
+    """What the cache needs of a tokenizer. `key` names its behaviour: another behaviour, another key."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int: ...
+
+    def encode_bytes(self, raw: bytes) -> npt.NDArray[Any]:
+        """The ids [n] of one document, without bos and eos."""
+
+
+def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
+    """Each file's content digest; remembered by (path, size, mtime) so that a start need not read it all.
+
+    A file written in the last two seconds is not remembered: it can change again within one clock tick.
+    """
+    memo_path = cache_dir / _MEMO_NAME
+    try:
+        memo = dict(json.loads(memo_path.read_text()))
+    except (OSError, ValueError, TypeError):
+        memo = {}
+    out, learned = [], False
+    for file in files:
+        name, stamp = os.path.abspath(file), stamp_of(file)
+        known = memo.get(name)
+        if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
+            out.append(known[-1])
+            continue
+        with reading(file), file.open("rb") as content:
+            out.append(hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=20)).hexdigest())
+        if abs(time.time_ns() - stamp[1]) > 2e9 and stamp_of(file) == stamp:
+            memo[name], learned = [*stamp, out[-1]], True
+    if learned:
+        handle, temporary = tempfile.mkstemp(prefix=_MEMO_NAME, dir=cache_dir)
+        with os.fdopen(handle, "w") as memo_file:
+            json.dump(memo, memo_file)
+        os.replace(temporary, memo_path)
+    return out
+
+
+def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None) -> Path:
+    """The directory of the cache of these files' tokens; tokenizes only when it is not there yet.
+
+    A document is stored as [bos?] + its tokens + [eos]; empty ones are skipped. One document at a time is in
+    memory. Ranks and runs may race: each writes its own directory and the first rename wins.
+    `progress(done, total)` counts bytes of the input, after each document.
+    """
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        stamps = [stamp_of(file) for file in files]
+        digests = _digests(files, cache_dir)
+        identity = [FORMAT_VERSION, tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id]
+        kinds = [[is_jsonl(file), digest] for file, digest in zip(files, digests, strict=True)]
+        key = hashlib.blake2b(json.dumps([identity, kinds]).encode(), digest_size=16).hexdigest()
+        final = cache_dir / key
+        if final.exists():
+            return final
+        with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=cache_dir, ignore_cleanup_errors=True) as tmp:
+            work = Path(tmp)
+            meta = _write_tokens(files, tokenizer, folder=work, progress=progress)
+            for file, stamp in zip(files, stamps, strict=True):
+                if stamp_of(file) != stamp:
+                    raise DamagedError(f"{file} changed while it was being tokenized; start again")
+            (work / "meta.json").write_text(json.dumps({"version": FORMAT_VERSION, "key": key, **meta}))
+            for part in CACHE_FILES:
+                with (work / part).open("rb") as written:
+                    os.fsync(written.fileno())
+            work.chmod(0o755)
+            try:
+                os.rename(work, final)
+            except OSError:
+                if not final.is_dir():  # else another process was first: its cache has the same content
+                    raise
+        return final
+    except OSError as error:
+        kind = RecipeError if error.errno in MENDABLE else NdtrainError
+        raise kind(f"cannot write the token cache in {cache_dir} ($NDTRAIN_CACHE): {error.strerror}") from error
+
+
+def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, progress: Progress) -> Meta:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    head = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int64)
+    total, most = sum(stamp_of(file)[0] for file in files), tokenizer.vocab_size - 1
+    tokens = documents = done = 0
+    with (folder / "tokens.bin").open("wb") as token_file, (folder / "docs.bin").open("wb") as doc_file:
+        doc_file.write(struct.pack("=q", 0))
+        for file in files:
+            for raw, read in documents_of(file):
+                ids = tokenizer.encode_bytes(raw) if raw else np.empty(0, np.int64)
+                if ids.size:
+                    row = np.concatenate([head, ids, [tokenizer.eos_id]]).astype(np.int64)
+                    if row.min() < 0 or row.max() > most:
+                        raise RecipeError(f"{file}: ids {row.min()} to {row.max()}, expected 0 to {most}")
+                    token_file.write(row.astype(dtype).tobytes())
+                    tokens, documents = tokens + row.size, documents + 1
+                    doc_file.write(struct.pack("=q", tokens))
+                done += read
+                if progress:
+                    progress(done, total)
+        if not documents:
+            raise RecipeError(f"data.path: no text in {len(files)} file(s), the first is {files[0]}")
+    return {"dtype": dtype.name, "tokens": tokens, "documents": documents}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCache:
+    """Memory-mapped tokens [n_tokens] (uint16 or uint32) and document bounds [n_docs + 1] (int64)."""
+
+    key: str
+    tokens: npt.NDArray[Any]
+    docs: IntArray
+
+    @classmethod
+    def open(cls, path: Path) -> "TokenCache":
+        """Opens what `build_cache` returned; refuses one that is truncated or altered."""
+
+        def damaged(file: str, why: str) -> DamagedError:
+            return DamagedError(f"{path / file}: {why}; delete the directory {path} to have it built again")
+
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            version, key, dtype = meta["version"], str(meta["key"]), np.dtype(meta["dtype"])
+            counts = {"tokens.bin": int(meta["tokens"]), "docs.bin": int(meta["documents"]) + 1}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged("meta.json", f"cannot be read ({error})") from error
+        if version != FORMAT_VERSION or dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
+            raise damaged("meta.json", f"version {version} with {dtype} is not one this program writes")
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, width in (("tokens.bin", dtype), ("docs.bin", np.dtype(np.int64))):
+            try:
+                size, wanted = (path / name).stat().st_size, counts[name] * width.itemsize
+                if size != wanted:
+                    raise damaged(name, f"has {size} bytes where meta.json means {wanted}")
+                arrays[name] = np.memmap(path / name, dtype=width, mode="r").view(np.ndarray)
+            except (OSError, ValueError) as error:
+                raise damaged(name, f"cannot be read ({error})") from error
+        docs = arrays["docs.bin"]
+        if docs[0] != 0 or docs[-1] != counts["tokens.bin"] or (docs[1:] - docs[:-1] < 2).any():
+            raise damaged("docs.bin", "its document starts do not fit the tokens")
+        return cls(key=key, tokens=arrays["tokens.bin"], docs=docs)

@@ -1,0 +1,60 @@
+"""Gradients over all ranks and meshes: completed over tp, their norm, and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Replicate
+
+
+def sum_over_tp(model: nn.Module, fqns: Iterable[str], group: dist.ProcessGroup) -> None:
+    """Add up the gradients of replicated parameters of which every tp rank has only its own heads' part.
+
+    Once per step, after the last micro batch, in one all-reduce.
+    """
+    grads = [model.get_parameter(fqn).grad for fqn in fqns]
+    given = [g for g in grads if g is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in given]
+    if not local:
+        return
+    # Gradients in host memory are summed on the device, where the group's collectives are.
+    device = given[0].device_mesh.device_type if isinstance(given[0], DTensor) else local[0].device
+    flat = torch.cat([g.reshape(-1).to(device) for g in local])
+    dist.all_reduce(flat, group=group)
+    for grad, total in zip(local, flat.split([g.numel() for g in local]), strict=True):
+        grad.copy_(total.view_as(grad))
+
+
+def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """2-norm of all gradients, over all ranks and meshes; gradients are scaled in place to at most `max_norm`.
+
+    Returns the norm before scaling, a float32 scalar equal on every rank. Replicas count once: a gradient's square is
+    summed only over the mesh axes that shard it.
+    """
+    groups: dict[tuple[DeviceMesh, tuple[bool, ...], torch.device], list[Tensor]] = {}
+    for param in params:
+        if param.grad is not None:
+            grad = param.grad
+            assert isinstance(grad, DTensor)
+            cut = tuple(not isinstance(p, Replicate) for p in grad.placements)
+            local = grad.to_local()
+            groups.setdefault((grad.device_mesh, cut, local.device), []).append(local)
+    squares: list[Tensor] = []
+    for (mesh, cut, _), grads in groups.items():
+        square = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
+        # Of gradients in host memory too: the groups' collectives are the device's.
+        square = square.to(mesh.device_type)
+        for axis, is_cut in enumerate(cut):
+            if is_cut and mesh.size(axis) > 1:
+                dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
+    norm = torch.stack(squares).sum().sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for (_, _, device), grads in groups.items():
+        torch._foreach_mul_(grads, scale.to(device))
+    return norm

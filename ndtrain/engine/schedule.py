@@ -1,0 +1,32 @@
+"""Learning rate over the steps."""
+
+from __future__ import annotations
+
+import math
+
+from ndtrain.recipe import Recipe
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of `step`, counted from 0.
+
+    Warm-up rises linearly and reaches `optim.lr` at step `warmup_steps - 1`; cosine and linear then fall to
+    `min_lr_ratio * lr` at `train.steps`; wsd (warmup, stable, decay: arXiv:2404.06395) stays and falls linearly over
+    the last `decay_steps`.
+    """
+    section, steps, lr = recipe.schedule, recipe.train.steps, recipe.optim.lr
+    if step < section.warmup_steps:
+        return lr * (step + 1) / section.warmup_steps
+    low = section.min_lr_ratio
+    done = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
+    if section.kind == "constant":
+        share = 1.0
+    elif section.kind == "linear":
+        share = low + (1 - low) * (1 - done)
+    elif section.kind == "cosine":
+        share = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        decay = section.decay_steps or min(max(1, steps // 10), steps - section.warmup_steps)
+        left = min(1.0, (steps - step) / max(1, decay))
+        share = low + (1 - low) * left
+    return lr * share

@@ -1,0 +1,78 @@
+"""Recipe to Hugging Face config."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from ndtrain.errors import RecipeError, first_line
+from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def load_config(recipe: Recipe) -> PreTrainedConfig:
+    """The model's config with the recipe's overrides. Raises `RecipeError` where it cannot be found or made."""
+    section = recipe.model
+    overrides = copy.deepcopy(dict(section.config))
+    what = f'model.type = "{section.type}"' if section.type else f'model.name = "{section.name}"'
+    try:
+        if section.type is not None:
+            base = transformers.AutoConfig.for_model(section.type)
+        else:
+            base = transformers.AutoConfig.from_pretrained(
+                str(section.name), trust_remote_code=section.trust_remote_code
+            )
+    except Exception as error:
+        raise RecipeError(f"{what} gives no config: {first_line(error)}") from error
+    _check_keys(base, overrides)
+    if not overrides:
+        return base
+    try:
+        if section.type is not None:
+            return transformers.AutoConfig.for_model(section.type, **overrides)
+        return type(base).from_dict(_overridden(base, overrides))
+    except Exception as error:
+        raise RecipeError(f"[model.config] over {what} gives no config: {first_line(error)}") from error
+
+
+# Older spellings that transformers still takes for a part of `rope_parameters`.
+_OLD_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+def _check_keys(base: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    known = {*base.to_dict(), *base.attribute_map, *_OLD_KEYS}
+    for key in overrides:
+        if key not in known and not _reads(base, key):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise RecipeError(f'[model.config] has no key "{key}" for model type "{base.model_type}"{hint}')
+
+
+def _reads(config: PreTrainedConfig, key: str) -> bool:
+    """Whether the model's source has the word `key`: some keys have no default and are asked for by name."""
+    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is None:
+        return False
+    source = inspect.getsource(sys.modules[kind.__module__])
+    return re.search(rf"\b{re.escape(key)}\b", source) is not None
+
+
+def _overridden(base: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The saved form of `base` with `overrides`: tables are merged, and a shallower model keeps its first layers."""
+    values = base.to_dict()
+    for key, value in overrides.items():
+        key = base.attribute_map.get(key, key)
+        old = values.get(key)
+        values[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    layers, kinds = values.get("num_hidden_layers"), values.get("layer_types")
+    if isinstance(layers, int) and isinstance(kinds, list) and "layer_types" not in overrides:
+        values["layer_types"] = kinds[:layers]
+    return values

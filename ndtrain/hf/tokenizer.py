@@ -1,0 +1,106 @@
+"""The tokenizers that a recipe can name, seen as ids of whole documents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import transformers
+
+from ndtrain.errors import RecipeError
+from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from ndtrain.errors import first_line
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes, 256 begins and 257 ends a document, 258 pads."""
+
+    key = "bytes-1"
+    vocab_size = 259
+    bos_id: int | None = 256
+    eos_id = 257
+    pad_id = 258
+
+    def encode_bytes(self, raw: bytes) -> np.ndarray:
+        """`[n]` uint16 ids of a document, without the begin and end marks."""
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write a tokenizer that `AutoTokenizer` loads and that gives the same ids."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        # Byte-level BPE without a merge is the identity on bytes; its alphabet names each byte by a printable letter.
+        letters = _byte_letters()
+        vocab = {letter: byte for byte, letter in enumerate(letters)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|bos|>", "<|eos|>", "<|pad|>")])
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
+        ).save_pretrained(directory)
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable letter for every byte value."""
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+class HubTokenizer:
+    """Any tokenizer of transformers, seen as ids of whole documents."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str):
+        self.inner = tokenizer
+        self.key = key
+        self.vocab_size = len(tokenizer)
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise RecipeError("data.tokenizer has no end-of-text token, which separates documents; choose another")
+        self.eos_id: int = eos
+        # What the tokenizer does counts, not what its attributes say.
+        first = tokenizer.encode("a")[:1]
+        self.bos_id: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+
+    def encode_bytes(self, raw: bytes) -> np.ndarray:
+        """`[n]` int64 ids of a document, without the begin and end marks."""
+        ids: Iterable[int] = self.inner.encode(raw.decode("utf-8", errors="replace"), add_special_tokens=False)
+        return np.asarray(list(ids), dtype=np.int64)
+
+    def save_pretrained(self, directory: Path) -> None:
+        self.inner.save_pretrained(directory)
+
+
+def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
+    """The recipe's tokenizer. Raises `RecipeError` where it cannot be found."""
+    name = recipe.data.tokenizer or recipe.model.name
+    if name == "bytes":
+        return ByteTokenizer()
+    # Tokenizing happens in one process; the library's warning about forks would only confuse.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        inner = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
+    except Exception as error:
+        raise RecipeError(f'data.tokenizer = "{name}" cannot be loaded: {first_line(error)}') from error
+    return HubTokenizer(inner, key=_tokenizer_key(inner))
+
+
+def _tokenizer_key(tokenizer: Any) -> str:
+    """Identity of what a tokenizer does: its class and a digest of its vocabulary and rules."""
+    import hashlib
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return f"{type(tokenizer).__name__}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

@@ -1,0 +1,56 @@
+"""Steps as lines of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ndtrain.loggers.metrics import StepMetrics
+from ndtrain.storage.paths import os_errors
+
+
+class JsonLines:
+    """Appends one step a line to metrics.jsonl; a step trained again after a crash is simply appended again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+            # A line cut short by a crash must not swallow the next one.
+            with path.open("ab") as file:
+                file.write(b"\n")
+
+    def write(self, metrics: StepMetrics) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics.as_dict(), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+class UploadedLines:
+    """metrics.jsonl in an object store, where nothing is appended: the whole file is written now and then."""
+
+    EVERY_S = 30.0
+
+    def __init__(self, path: Path):
+        self.path = path
+        with os_errors(path):
+            self._lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._uploaded = time.monotonic()
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._lines.append(json.dumps(metrics.as_dict(), allow_nan=False))
+        if time.monotonic() - self._uploaded > self.EVERY_S:
+            with suppress(OSError):  # a store that is away for a while has them the next time
+                self._upload()
+
+    def close(self) -> None:
+        self._upload()
+
+    def _upload(self) -> None:
+        self._uploaded = time.monotonic()
+        with os_errors(self.path):
+            self.path.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")

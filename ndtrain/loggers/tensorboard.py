@@ -1,0 +1,36 @@
+"""Steps as TensorBoard scalars."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ndtrain.errors import RecipeError
+from ndtrain.loggers.metrics import StepMetrics
+from ndtrain.storage.paths import is_local
+
+
+def require_tensorboard(run_dir: Path) -> None:
+    """Raise `RecipeError` where the extra is not installed, or its files could not be written."""
+    if not is_local(run_dir):
+        raise RecipeError(f'log.tensorboard = true needs a local run.dir, and it is "{run_dir}"')
+    if importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("log.tensorboard = true needs the extra: pip install 'ndtrain[tensorboard]'")
+
+
+class TensorBoard:
+    """Writes each step's numbers as TensorBoard scalars."""
+
+    def __init__(self, directory: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, metrics: StepMetrics) -> None:
+        for name, value in metrics.as_dict().items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,78 @@
+"""Proof of dropout under tp: no two ranks drop elements of a cut activation by the same numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    pass
+from typing import TYPE_CHECKING
+
+from ndtrain.errors import PlanError
+from ndtrain.parallel.dropout import generator_of
+from ndtrain.plan.refuse import dropouts
+from ndtrain.proof.noise import one_row, reshard
+
+
+class DropoutCheck(TorchFunctionMode):
+    """Inside, looks at every dropout of the tp ranks of `group`, which all run the same code.
+
+    `wrong` becomes true where the ranks drop elements of a cut activation by numbers that they share, or elements of
+    one that they all hold whole by numbers of their own.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        super().__init__()
+        self.group, self.wrong = group, False
+        self._generator = generator_of(device)
+        self._shared = self._generator.initial_seed()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._drops(func, args, kwargs):
+            own = self._generator.initial_seed() != self._shared
+            self.wrong |= own != self._differs(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _drops(func: Any, args: Any, kwargs: Any) -> bool:
+        if func is F.scaled_dot_product_attention:
+            return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+        if func is F.dropout:
+            return bool(kwargs["training"] and kwargs["p"])
+        return func is torch.dropout and all(args[1:])
+
+    def _differs(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is another one on each rank."""
+        size = torch.tensor([tensor.numel(), -tensor.numel()], device=tensor.device)
+        dist.all_reduce(size, op=dist.ReduceOp.MAX, group=self.group)
+        if int(size[0]) != -int(size[1]):
+            return True
+        low, high = tensor.detach().float().clone(), tensor.detach().float().clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
+        # What all hold was reduced to the same bits on each.
+        return bool((high - low).max() > 1e-4 * torch.maximum(high.abs(), low.abs()).max())
+
+
+def check_dropout(trainer: Trainer) -> None:
+    """Raise `PlanError` if elements of a cut activation are dropped by random numbers that all tp ranks share."""
+    torch.manual_seed(0)
+    with DropoutCheck(trainer.meshes.tp.get_group(), trainer.runtime.device) as dropout, torch.no_grad():
+        one_row(trainer)
+    reshard(trainer)
+    wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=trainer.runtime.device)
+    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+    if wrong:
+        keys = ", ".join(f"model.config.{key}" for key in dropouts(trainer.model)) or "not a key of its config"
+        raise PlanError(
+            f"{trainer.plan.model_type} under mesh.tp = {trainer.sizes.tp} drops elements of an activation that tp "
+            f"cuts, where every rank would drop the same ones; set the dropout that does it to 0.0 ({keys}), or "
+            "mesh.tp = 1"
+        )

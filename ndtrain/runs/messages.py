@@ -1,0 +1,121 @@
+"""What the ranks tell each other outside the step: errors, values and waiting. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+from ndtrain.runs.limits import WAIT_TIMEOUT
+from ndtrain.runs.process import Runtime, rank, world_size
+
+# Room for the message with which a rank tells the others why it failed.
+MESSAGE_BYTES = 4000
+
+
+def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the others wait without a deadline, then on one rank of every node that needs it.
+
+    `work` must be idempotent and cheap when its result is already there: it runs on local rank 0 of every node after
+    rank 0 is done, so that nodes without a shared file system get their own copy. An error of one rank is raised on
+    every rank.
+    """
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    try:
+        together(work if runtime.rank == 0 else None, group)
+        together(work if runtime.local_rank == 0 and runtime.rank != 0 else None, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def on_rank0(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+    """Run `work` on rank 0 alone; its error is raised on every rank."""
+    together(work if rank() == 0 else None, group)
+
+
+def of_rank0(work: Callable[[], Any]) -> Any:
+    """What `work` gives on rank 0, a JSON value, on every rank; its error is raised on every rank."""
+    found: list[Any] = []
+    on_rank0(lambda: found.append(work()))
+    return broadcast_json(found)[0]
+
+
+def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None = None) -> None:
+    """Run `work` on every rank that has any; where one failed, all raise. Also a barrier.
+
+    A rank that left alone would leave the others in the next collective. An `NdtrainError` keeps its class and with it
+    its exit code; a failure of the file system becomes an `NdtrainError`. What the failing rank alone knows is raised
+    there as it is, and as an `NdtrainError` with its message elsewhere. The message travels as bytes, never pickled.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from ndtrain import errors
+
+    failure: BaseException | None = None
+    try:
+        if work is not None:
+            work()
+    except OSError as error:
+        failure = errors.NdtrainError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+    except BaseException as error:
+        failure = error
+    if world_size() == 1:
+        if failure is not None:
+            raise failure
+        return
+    kinds = [errors.NdtrainError, errors.RecipeError, errors.PlanError, errors.DamagedError, errors.Stopped]
+    kind = next((i for i, k in enumerate(kinds) if type(failure) is k), 0)
+    words = str(failure) if isinstance(failure, errors.NdtrainError) else f"{type(failure).__name__}: {failure}"
+    # Every rank refuses a recipe or a plan for one reason: whose rank does not matter.
+    where = "" if kinds[kind] in (errors.RecipeError, errors.PlanError) else f"rank {rank()}: "
+    text = b"" if failure is None else f"{where}{words}".encode()[:MESSAGE_BYTES]
+    mine = torch.zeros(MESSAGE_BYTES + 1, dtype=torch.uint8)
+    mine[0] = kind
+    mine[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine, group=group)
+    if failure is not None and not isinstance(failure, errors.NdtrainError):
+        raise failure
+    for theirs in everyone:
+        if message := bytes(theirs[1:].tolist()).rstrip(b"\0").decode(errors="replace"):
+            raise kinds[int(theirs[0])](message) from failure
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's JSON value on every rank; as bytes, since `broadcast_object_list` unpickles."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    data = json.dumps(value).encode() if rank() == 0 else b""
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, 0)
+    payload = torch.zeros(int(length), dtype=torch.uint8)
+    if rank() == 0:
+        payload = torch.tensor(list(data), dtype=torch.uint8)
+    dist.broadcast(payload, 0)
+    return json.loads(bytes(payload.tolist()))
+
+
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's JSON value on every rank, in their order; as bytes."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    mine = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in lengths]
+    dist.all_gather(everyone, mine, group=group)
+    return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(everyone, lengths, strict=True)]
