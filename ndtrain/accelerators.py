@@ -1,10 +1,18 @@
-"""What accelerators can do: peaks from their makers' datasheets. Bandwidths are those of one direction."""
+"""What accelerators can do: peaks from their makers' datasheets; and what this process uses of its own.
+
+Bandwidths are those of one direction. torch is imported inside the functions.
+"""
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from ndtrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
 
 GB = 1e9
 
@@ -85,3 +93,22 @@ def find_device(text: str) -> Device:
         raise RecipeError(f"--device {text}: {', '.join(missing)} missing; begin with a name to take it from there")
     source = f"{source}; {', '.join(given)} given" if given and base is not None else source
     return Device(name=name, source=source, **values)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of `device` in FLOP/s, or None where it is not known."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((known.bfloat16 for key, known in DEVICES.items() if key.upper() in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory held so far: the allocator's on CUDA, the resident set of the process on CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

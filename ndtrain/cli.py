@@ -17,9 +17,9 @@ import typer
 import ndtrain
 from ndtrain.errors import NdtrainError, RecipeError, Stopped
 from ndtrain.runs.process import under_torchrun
-from ndtrain.runs.restarts import Attempt
-from ndtrain.runs.stop_signals import Requests
-from ndtrain.storage.paths import place
+from ndtrain.runs.restarts import Restarts
+from ndtrain.runs.stop_signals import StopSignals
+from ndtrain.storage.paths import to_path
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
@@ -108,15 +108,15 @@ def _root(
 def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Train: under torchrun as one of its workers, otherwise with a local worker for each rank."""
     resolved = _load(recipe, set_)
-    run_dir = place(resolved.run.dir)
-    requests = Requests(run_dir)
-    requests.listen()  # before torch is imported, which takes its time
+    run_dir = to_path(resolved.run.dir)
+    stop_signals = StopSignals(run_dir)
+    stop_signals.listen()  # before torch is imported, which takes its time
     if not under_torchrun():
         ranks = local_world_size(resolved)
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
-    Attempt.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
+    Restarts.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
     _tell_notes(resolved)
 
     with _uncollected():
@@ -124,7 +124,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
         from ndtrain import console, train
 
-    train.run(resolved, console.Reporter(), requests)
+    train.run(resolved, console.Reporter(), stop_signals)
 
 
 @app.command()
@@ -225,8 +225,8 @@ def convert(
 
     with console.ByteProgress() as progress:
         notes = converter.convert(
-            place(checkpoint),
-            place(out),
+            to_path(checkpoint),
+            to_path(out),
             dtype=dtype,
             max_shard_size=max_shard_size,
             verify=verify,

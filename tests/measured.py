@@ -43,8 +43,8 @@ def measured(path: str, overrides: list[str]) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer.train_step()
     gc.collect()
-    state = [t for values in trainer.optimizer.state.values() for t in values.values()]
-    kept = [*model_tensors(trainer.model).values(), *state]
+    state = [t for values in trainer.engine.optimizer.state.values() for t in values.values()]
+    kept = [*model_tensors(trainer.engine.model).values(), *state]
     before = _held() - sum(local_part(tensor).untyped_storage().nbytes() for tensor in kept)
     with _Sampled() as sampled:
         trainer.train_step()

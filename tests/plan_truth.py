@@ -50,7 +50,7 @@ def held(path: str) -> dict[str, Any]:
     trainer.train_step()
     params: dict[str, Any] = {}
     total = {"parameters": 0, "optimizer": 0}
-    for fqn, param in trainer.model.named_parameters():
+    for fqn, param in trainer.engine.model.named_parameters():
         assert isinstance(param, DTensor)
         local = local_part(param)
         params[fqn] = {
@@ -62,7 +62,7 @@ def held(path: str) -> dict[str, Any]:
         }
         total["parameters"] += params[fqn]["local_bytes"]
         for name in ("exp_avg", "exp_avg_sq"):
-            moment = local_part(trainer.optimizer.state[param][name])
+            moment = local_part(trainer.engine.optimizer.state[param][name])
             total["optimizer"] += moment.numel() * moment.element_size()
     return {"params": params, "total": total}
 

@@ -59,7 +59,6 @@ SAVED_STEP = 2
 
 def cell(path: str, saved: str, *, loads: bool) -> dict[str, Any]:
     """Train to `SAVED_STEP` and save, or load what was saved; then one more step. What is wrong, or None."""
-    from ndtrain.checkpoint import optimizer_tensors
     from ndtrain.errors import NdtrainError
     from ndtrain.load import model_tensors
     from tests.trainers import trainer_of
@@ -74,8 +73,8 @@ def cell(path: str, saved: str, *, loads: bool) -> dict[str, Any]:
             trainer.train_step()
         state: dict[str, Tensor] = {}
         for part, group in (
-            ("model", model_tensors(trainer.model)),
-            ("optim", optimizer_tensors(trainer.model, trainer.optimizer)),
+            ("model", model_tensors(trainer.engine.model)),
+            ("optim", trainer.engine.optimizer_tensors()),
         ):
             for key, tensor in group.items():
                 state[f"{part}.{key}"], spread = whole(tensor.detach())

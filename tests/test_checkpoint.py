@@ -25,11 +25,10 @@ from ndtrain.checkpoint import (
     CheckpointStore,
     check,
     load_tensors,
-    optimizer_tensors,
     read_state,
-    restore_optimizer,
 )
 from ndtrain.checkpoint.tensors import files_of, write_files
+from ndtrain.engine.optimizers import OPTIMIZERS, set_step, state_tensors
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_boxes
 from ndtrain.runs.messages import together
@@ -587,6 +586,15 @@ class Tied(nn.Module):
         hidden = self.norm(x)
         out: Tensor = self.head(hidden).sum() + self.few(hidden).square().sum()
         return out
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return state_tensors(model, optimizer, OPTIMIZERS["adamw"])
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, *, step: int) -> None:
+    load_tensors(directory, optimizer_tensors(model, optimizer), all_of_it=True)
+    set_step(model, optimizer, step)
 
 
 def make(size: int | None) -> tuple[nn.Module, torch.optim.Optimizer]:

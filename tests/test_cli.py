@@ -12,8 +12,8 @@ import pytest
 
 import ndtrain
 from ndtrain import cli
-from ndtrain.runs import launcher
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.runs import launcher
 from ndtrain.runs.stop_signals import STOP_SIGNALS
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.toml")

@@ -30,7 +30,7 @@ from ndtrain.convert.shards import parse_size
 from ndtrain.convert.stored import stored
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.hf import extra_states
-from ndtrain.storage.paths import place
+from ndtrain.storage.paths import to_path
 from ndtrain.storage.pieces import Piece
 from tests.convert_cases import FAMILIES, build, save_checkpoint
 from tests.ranks import get_pool
@@ -218,8 +218,8 @@ def test_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RecipeError, match="is the directory that this runs in"):
         convert(step, Path())
     with pytest.raises(RecipeError, match="only a local directory can be written"):
-        convert(step, place("memory://bucket/out"))
-    convert(step, place(f"file://{tmp_path}/named"))
+        convert(step, to_path("memory://bucket/out"))
+    convert(step, to_path(f"file://{tmp_path}/named"))
     assert (tmp_path / "named" / "model.safetensors").is_file() and not list((tmp_path / "here").iterdir())
     with pytest.raises(RecipeError, match="--max-shard-size is for the way to Hugging Face"):
         convert(tmp_path / "empty", tmp_path / "back", max_shard_size="10KB")

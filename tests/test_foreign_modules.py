@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from ndtrain.parallel.parallelize import parallelize
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ndtrain.checkpoint import optimizer_tensors
 from ndtrain.convert import convert
 from ndtrain.errors import DamagedError, PlanError
 from ndtrain.hf import extra_states
 from ndtrain.mesh import MeshSizes, build_mesh
-from ndtrain.parallel.parallelize import parallelize
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe, load_recipe
 from tests import foreign, tiny
@@ -142,11 +141,13 @@ def run(path: str, stop: int) -> dict[str, Any]:
     losses = []
     while trainer.step < stop:
         losses.append(trainer.train_step().loss)
-    tensors = dict(trainer.model.named_parameters()) | optimizer_tensors(trainer.model, trainer.optimizer)
+    tensors = dict(trainer.engine.model.named_parameters()) | trainer.engine.optimizer_tensors()
     return {
         "losses": losses,
         "whole": {name: worker.whole(tensor.detach())[0].numpy() for name, tensor in tensors.items()},
-        "states": {name: extra_states.from_json(v) for name, v in extra_states.states(trainer.model).items() if v},
+        "states": {
+            name: extra_states.from_json(v) for name, v in extra_states.states(trainer.engine.model).items() if v
+        },
         "unpickled": foreign.Opaque.unpickled,
         "said": [line for line in told.said if "extra state" in line],
     }

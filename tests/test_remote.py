@@ -20,8 +20,8 @@ from ndtrain.convert import convert
 from ndtrain.errors import RecipeError
 from ndtrain.loggers.tensorboard import require_tensorboard
 from ndtrain.recipe import load_recipe
-from ndtrain.runs.stop_signals import LOOK_EVERY_S, Requests
-from ndtrain.storage.paths import is_local, place
+from ndtrain.runs.stop_signals import LOOK_EVERY_S, StopSignals
+from ndtrain.storage.paths import is_local, to_path
 from ndtrain.train import with_checkpoint
 from tests import tiny
 from tests.ranks import get_pool
@@ -72,7 +72,7 @@ def trained(path: str, env: dict[str, str], overrides: list[str]) -> dict[str, A
     trainer.prepare()
     trainer.train()
     dist.barrier()
-    lines = (place(trainer.recipe.run.dir) / "metrics.jsonl").read_text().splitlines()
+    lines = (to_path(trainer.recipe.run.dir) / "metrics.jsonl").read_text().splitlines()
     return {"told": told.said, "loss": {m["step"]: m["loss"] for m in map(json.loads, lines)}}
 
 
@@ -98,7 +98,7 @@ def steps_in(root: Path) -> list[str]:
 
 def test_a_run_in_an_object_store_is_that_of_a_directory(env: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     url = f"s3://{BUCKET}/run"
-    root = place(url)
+    root = to_path(url)
     near = run(corpus, tmp_path, str(tmp_path / "run"), env, steps=6, dp_shard=2)
     run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
     assert steps_in(root) == ["step-00000002", "step-00000004"]
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_that_was_never_complete_rem
 ) -> None:
     url = f"s3://{BUCKET}/damaged"
     run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
-    store = CheckpointStore(place(url), keep=2)
+    store = CheckpointStore(to_path(url), keep=2)
     newest = store.path(4)
     for damage, (name, said) in DAMAGES.items():
         content = (newest / name).read_bytes()
@@ -147,10 +147,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_that_was_never_complete_rem
     assert store.find(f"{url}/checkpoints/step-00000002", verify=True) == (store.path(2), [])
     (newest / "manifest.json").unlink()
     assert store.find("auto", verify=True) == (store.path(2), [])
-    assert steps_in(place(url)) == ["step-00000002"]
+    assert steps_in(to_path(url)) == ["step-00000002"]
     again = run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
     assert any(line.startswith(f"resumed from {url}/checkpoints/step-00000002") for line in again["told"])
-    assert steps_in(place(url)) == ["step-00000002", "step-00000004"]
+    assert steps_in(to_path(url)) == ["step-00000002", "step-00000004"]
 
 
 def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
@@ -161,9 +161,9 @@ def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
 
 
 def test_files_that_ask_for_something_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir, now = place("memory://asked"), 100.0
+    run_dir, now = to_path("memory://asked"), 100.0
     monkeypatch.setattr("ndtrain.runs.stop_signals.time.monotonic", lambda: now)
-    asked = Requests(run_dir)
+    asked = StopSignals(run_dir)
     assert asked.seen(files=True) == [0, 0]
     (run_dir / "save").write_bytes(b"")
     assert asked.seen(files=True) == [0, 0]
@@ -177,13 +177,13 @@ def test_files_that_ask_for_something_are_looked_for_now_and_then(monkeypatch: p
 
 def test_what_does_not_work_at_a_url_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"needs a local run\.dir"):
-        require_tensorboard(place("memory://run"))
+        require_tensorboard(to_path("memory://run"))
     recipe = tiny.recipe_file(
         tmp_path / "recipe.toml", model={"name": "s3://bucket/run"}, corpus=tmp_path, run_dir=tmp_path / "run"
     )
     with pytest.raises(RecipeError, match="a run starts from a local directory or the hub"):
         with_checkpoint(load_recipe(recipe))
-    hub = place("memory://hub")
+    hub = to_path("memory://hub")
     for name in ("model.safetensors", "config.json"):
         (hub / name).write_bytes(b"")
     with pytest.raises(RecipeError, match="only ndtrain's own checkpoints convert from a URL"):
@@ -191,9 +191,9 @@ def test_what_does_not_work_at_a_url_is_refused(tmp_path: Path) -> None:
 
 
 def test_urls_are_paths_and_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert place(str(tmp_path)) == place(f"file://{tmp_path}") == tmp_path and is_local(place("runs/a"))
+    assert to_path(str(tmp_path)) == to_path(f"file://{tmp_path}") == tmp_path and is_local(to_path("runs/a"))
     with pytest.raises(RecipeError, match="nosuch://x cannot be used"):
-        place("nosuch://x")
+        to_path("nosuch://x")
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(RecipeError, match=r"pip install 'ndtrain\[remote\]'"):
-        place("s3://bucket/x")
+        to_path("s3://bucket/x")

@@ -18,10 +18,10 @@ from unittest import mock
 
 import pytest
 
-from ndtrain.runs import launcher as launchers
 from ndtrain.errors import Stopped
-from ndtrain.runs.restarts import Attempt
-from ndtrain.runs.stop_signals import FILE, STOP_SIGNALS, Requests
+from ndtrain.runs import launcher as launchers
+from ndtrain.runs.restarts import Restarts
+from ndtrain.runs.stop_signals import FILE, STOP_SIGNALS, StopSignals
 from tests import tiny
 from tests.ranks import get_pool
 from tests.test_train import trained
@@ -141,9 +141,9 @@ def prepared(path: str) -> Any:
     from ndtrain.recipe import load_recipe
     from tests.trainers import trainer_of
 
-    requests = Requests(Path(load_recipe(Path(path)).run.dir))
-    requests.listen()
-    return trainer_of(path, requests=requests)
+    stop_signals = StopSignals(Path(load_recipe(Path(path)).run.dir))
+    stop_signals.listen()
+    return trainer_of(path, stop_signals=stop_signals)
 
 
 def asked(path: str, how: str) -> str:
@@ -167,14 +167,14 @@ def asked(path: str, how: str) -> str:
             with mock.patch("ndtrain.train.inputs.build_cache", build):
                 trainer.prepare()
         trainer.prepare()
-        backward = trainer.loss_model.backward
+        backward = trainer.engine.loss_model.backward
 
         def asking(*args: Any, **kwargs: Any) -> Any:
             if trainer.step == 1:
                 ask()
             return backward(*args, **kwargs)
 
-        trainer.loss_model.backward = asking
+        trainer.engine.loss_model.backward = asking
         trainer.train()
     except Stopped as stopped:
         return str(stopped)
@@ -200,25 +200,25 @@ def test_every_rank_stops_at_one_step(tmp_path: Path, how: str, words: str) -> N
 
 
 def test_what_cannot_be_removed_is_asked_once(tmp_path: Path) -> None:
-    requests = Requests(tmp_path)
+    stop_signals = StopSignals(tmp_path)
     (tmp_path / "save").mkdir()
-    assert requests.seen(files=True) == [0, 0]  # a directory is no request
+    assert stop_signals.seen(files=True) == [0, 0]  # a directory is no request
     (tmp_path / "stop").touch()
-    assert requests.seen(files=True) == [FILE, 0] and requests.seen(files=False) == [0, 0]
+    assert stop_signals.seen(files=True) == [FILE, 0] and stop_signals.seen(files=False) == [0, 0]
     with mock.patch.object(Path, "unlink", side_effect=PermissionError):
-        assert requests.answered() == [str(tmp_path / "stop")]
-    assert requests.seen(files=True) == [0, 0]
+        assert stop_signals.answered() == [str(tmp_path / "stop")]
+    assert stop_signals.seen(files=True) == [0, 0]
 
 
 def test_a_launch_that_was_stopped_is_not_trained_on_by_its_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def attempt(number: int, *, port: int = 1, own_store: bool = True) -> Attempt:
+    def attempt(number: int, *, port: int = 1, own_store: bool = True) -> Restarts:
         variables = {"USE_AGENT_STORE": own_store, "RUN_ID": "job 7", "RESTART_COUNT": number, "MAX_RESTARTS": 3}
         for name, value in variables.items():
             monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
         monkeypatch.setenv("MASTER_PORT", str(port))
-        return Attempt.of_process(tmp_path)
+        return Restarts.of_process(tmp_path)
 
     for own_store in (True, False):
         attempt(0, own_store=own_store).open(is_main=True)
@@ -245,7 +245,7 @@ def test_a_launch_that_was_stopped_is_not_trained_on_by_its_restarts(
 def test_a_restart_resumes_from_what_its_own_launch_has_saved(
     tmp_path: Path, began: int, newest: int | None, asked: str, taken: str
 ) -> None:
-    first, second = Attempt(tmp_path, "a", True, 1), Attempt(tmp_path, "a", False, 1)
+    first, second = Restarts(tmp_path, "a", True, 1), Restarts(tmp_path, "a", False, 1)
     assert second.resume(asked, newest) == asked  # where the first was refused
     first.begin(began)
     assert first.resume(asked, newest) == asked

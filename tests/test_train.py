@@ -270,11 +270,11 @@ def shapes_of_norms(path: str) -> tuple[bool, list[tuple[int, ...]], list[str]]:
     trainer = trainer_of(path, said=notes)
     trainer.prepare()
     shapes: list[tuple[int, ...]] = []
-    for module in trainer.model.get_submodule(trainer.plan.blocks[0]).modules():
+    for module in trainer.engine.model.get_submodule(trainer.plan.blocks[0]).modules():
         if "norm" in type(module).__name__.lower():
             module.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     trainer.train_step()
-    return trainer.sequence is not None and trainer.sequence.enabled, shapes, notes.said
+    return trainer.engine.sequence is not None and trainer.engine.sequence.enabled, shapes, notes.said
 
 
 def test_norms_of_blocks_work_on_a_share_of_the_tokens(world: dict[str, Any], tmp_path: Path) -> None:

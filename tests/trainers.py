@@ -12,7 +12,7 @@ from ndtrain.hf.model import meta_model
 from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
 from ndtrain.runs.process import Runtime
-from ndtrain.runs.stop_signals import Requests
+from ndtrain.runs.stop_signals import StopSignals
 from ndtrain.train import Silent, Trainer, sizes_for
 
 
@@ -27,7 +27,7 @@ class Said(Silent):
 
 
 def trainer_of(
-    path: str, overrides: Sequence[str] = (), *, said: Said | None = None, requests: Requests | None = None
+    path: str, overrides: Sequence[str] = (), *, said: Said | None = None, stop_signals: StopSignals | None = None
 ) -> Trainer:
     """A trainer of this rank for the recipe at `path`, not yet prepared."""
     recipe = load_recipe(Path(path), overrides)
@@ -35,4 +35,4 @@ def trainer_of(
     model = meta_model(recipe)
     plan = make_plan(model, sizes_for(recipe, world), recipe)
     runtime = Runtime(rank=rank, local_rank=rank, world_size=world, device=torch.device("cpu"))
-    return Trainer(recipe, plan, model, runtime=runtime, reporter=said or Silent(), requests=requests)
+    return Trainer(recipe, plan, model, runtime=runtime, reporter=said or Silent(), stop_signals=stop_signals)

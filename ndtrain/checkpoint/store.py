@@ -26,7 +26,7 @@ from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.runs.limits import WAIT_TIMEOUT
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0, together
 from ndtrain.runs.process import rank, world_size
-from ndtrain.storage.paths import is_local, local_copy_to, os_errors, place, remove_tree, sync
+from ndtrain.storage.paths import is_local, local_copy_to, os_errors, remove_tree, sync, to_path
 
 _STEP = re.compile(r"step-(\d{8,})")
 # What a checkpoint has beside its tensors, headers included, is less than this and a share of the tensors' bytes.
@@ -310,7 +310,7 @@ class CheckpointStore:
         if str(resume) == "never":
             return None, []
         if str(resume) != "auto":
-            directory = place(str(resume))
+            directory = to_path(str(resume))
 
             def named() -> None:
                 if not directory.is_dir():

@@ -6,8 +6,9 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 import torch
 
+from ndtrain.data.cache import IntArray
 from ndtrain.data.order import Order
-from ndtrain.data.samples import IGNORE, IntArray, Samples
+from ndtrain.data.samples import IGNORE, Samples
 
 
 def micro_batches(global_batch_size: int, batch_ranks: int, most: int) -> tuple[int, int]:

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ndtrain.data.files import CACHE_FILES, documents_of, is_jsonl, reading, stamp_of
-from ndtrain.data.samples import IntArray
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
 
 FORMAT_VERSION = 1
@@ -24,6 +23,7 @@ FORMAT_VERSION = 1
 _MEMO_NAME = ".digests.json"
 
 
+IntArray = npt.NDArray[np.int64]
 Meta = dict[str, int | str]
 
 

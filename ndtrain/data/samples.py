@@ -1,14 +1,10 @@
 """Rows of fixed length from the documents of a token cache."""
 
 import numpy as np
-import numpy.typing as npt
 
-from ndtrain.data.cache import TokenCache
+from ndtrain.data.cache import IntArray, TokenCache
 
 IGNORE = -100
-
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Samples:

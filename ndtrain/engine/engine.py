@@ -4,18 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from ndtrain.checkpoint import load_tensors
 from ndtrain.engine.gradients import clip_grad_norm, sum_over_tp
 from ndtrain.engine.loss import LossModel
-from ndtrain.engine.optimizers import build_optimizer
+from ndtrain.engine.optimizers import OPTIMIZERS, build_optimizer, set_step, state_tensors
+from ndtrain.engine.schedule import learning_rate
+from ndtrain.hf.model import vocabulary
 from ndtrain.hf.routers import Sequences, sequence_ids
 from ndtrain.mesh import Meshes, build_mesh
-from ndtrain.parallel.parallelize import parallelize
+from ndtrain.parallel import parallelize
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 
@@ -32,13 +37,14 @@ class Engine:
     loss_model: LossModel
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel):
-        self.recipe, self.plan, self.model = recipe, plan, model
+    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, device: torch.device):
+        self.recipe, self.plan, self.model, self.device = recipe, plan, model, device
         self.sizes = plan.sizes
+        self.vocabulary = vocabulary(model)
 
-    def cut(self, device_type: str) -> None:
+    def cut(self) -> None:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
-        self.meshes = build_mesh(self.sizes, device_type)
+        self.meshes = build_mesh(self.sizes, self.device.type)
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
 
     def finish(self) -> None:
@@ -52,6 +58,8 @@ class Engine:
             tp_group=self.meshes.tp.get_group(),
             cp_group=self.meshes.dense["cp"].get_group() if self.context is not None else None,
         )
+
+    # ---- one step
 
     def shape(self, batch: Batch) -> Batch:
         """The micro batch as the model takes it: this rank's part of each sequence."""
@@ -92,6 +100,19 @@ class Engine:
             sum_over_tp(self.model, summed, self.meshes.tp.get_group())
         return clip_grad_norm(self.model.parameters(), self.recipe.optim.max_grad_norm)
 
+    def update(self, step: int, *, skip: bool = False) -> float:
+        """The optimizer's update of `step` (from 0), left out where `skip` says so; returns its learning rate.
+
+        The gradients are gone afterwards.
+        """
+        lr = learning_rate(self.recipe, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if not skip:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return lr
+
     def _sequences(self, batch: Batch, total: int) -> Sequences | None:
         """What a router's auxiliary loss must know of the micro batch; None where there is no such loss."""
         if self.loss_model.router is None:
@@ -99,3 +120,17 @@ class Engine:
         # Split as labels are, so that padding belongs to no sequence.
         ids = self.shape({**batch, "labels": sequence_ids(batch["labels"])})["labels"]
         return Sequences(ids, rows=len(batch["labels"]), total=total)
+
+    # ---- the optimizer's state
+
+    def optimizer_tensors(self) -> Mapping[str, Tensor]:
+        """The optimizer's state as named tensors, sharded."""
+        return state_tensors(self.model, self.optimizer, OPTIMIZERS[self.recipe.optim.name])
+
+    def restore_optimizer(self, directory: Path, *, updates: int) -> None:
+        """Load the optimizer's state from a tensor directory, after so many updates; collective.
+
+        Gradients need not be there, and do no harm. Raises `DamagedError` as `load_tensors`.
+        """
+        load_tensors(directory, self.optimizer_tensors(), all_of_it=True)
+        set_step(self.model, self.optimizer, updates)

@@ -1,29 +1,96 @@
-"""Optimizers for sharded parameters."""
+"""The optimizers that a recipe can name, on sharded parameters, and their state as named tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ndtrain.errors import NdtrainError
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
 
+Groups = list[dict[str, Any]]
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with one parameter group per device mesh and device: a fused kernel cannot mix DTensors of two."""
-    groups: dict[tuple[DeviceMesh, torch.device], list[nn.Parameter]] = {}
-    for param in model.parameters():
-        if param.requires_grad:
-            assert isinstance(param, DTensor)
-            groups.setdefault((param.device_mesh, local_part(param).device), []).append(param)
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer: how it is built from parameter groups, and the tensors that it keeps for each parameter.
+
+    `state` has for the name of each tensor what makes it, sharded as it is to be, for a parameter that has none yet.
+    The count of updates, `step`, is the run's and no tensor of the optimizer's.
+    """
+
+    build: Callable[[Groups, Recipe], torch.optim.Optimizer]
+    state: Mapping[str, Callable[[Tensor], Tensor]]
+
+
+def _as_parameter(param: Tensor) -> Tensor:
+    return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     section = recipe.optim
     return torch.optim.AdamW(
-        [{"params": params} for params in groups.values()],
+        groups,
         lr=section.lr,
         betas=(section.betas[0], section.betas[1]),
         eps=section.eps,
         weight_decay=section.weight_decay,
         fused=True,
     )
+
+
+# Names of `optim.name`
+OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, {"exp_avg": _as_parameter, "exp_avg_sq": _as_parameter})}
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer, with one parameter group per device mesh and device.
+
+    A fused or foreach kernel cannot mix DTensors of two meshes.
+    """
+    groups: dict[tuple[DeviceMesh, torch.device], list[nn.Parameter]] = {}
+    for param in model.parameters():
+        if param.requires_grad:
+            assert isinstance(param, DTensor)
+            groups.setdefault((param.device_mesh, local_part(param).device), []).append(param)
+    return OPTIMIZERS[recipe.optim.name].build([{"params": params} for params in groups.values()], recipe)
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind) -> dict[str, Tensor]:
+    """The optimizer's tensors as {"<tensor>.<FQN>": …}, sharded as `kind` says; tied parameters once.
+
+    What is missing (of a fresh optimizer, of a parameter never used) is made. Raises `NdtrainError` if a trainable
+    parameter has no group.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    tensors: dict[str, Tensor] = {}
+    for fqn, param in _trainable(model):
+        if id(param) not in groups:
+            raise NdtrainError(f"{fqn} is trainable, but the optimizer does not have it")
+        state, group = optimizer.state[param], groups[id(param)]
+        if "step" not in state:
+            on_device = group.get("fused") or group.get("capturable")
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device=param.device if on_device else "cpu")
+        for name, make in kind.state.items():
+            if name not in state:
+                state[name] = make(param)
+            tensors[f"{name}.{fqn}"] = state[name]
+    return tensors
+
+
+def set_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set every parameter's count of updates, after its state was loaded."""
+    for _, param in _trainable(model):
+        state = optimizer.state[param]
+        state["step"] = torch.full_like(state["step"], step, dtype=torch.float32)
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(fqn, param) for fqn, param in model.named_parameters() if param.requires_grad]

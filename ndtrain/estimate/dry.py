@@ -52,10 +52,10 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
         raise NdtrainError("a dry step starts a process group of its own")
     dist.init_process_group("fake", rank=rank, world_size=plan.sizes.world_size, store=FakeStore())
     try:
-        import torch.distributed._tools.fake_collectives  # noqa: F401  gives the collectives shapes
+        import torch.distributed._tools.fake_collectives
 
-        engine = Engine(recipe, plan, model)
-        engine.cut("cpu")
+        engine = Engine(recipe, plan, model, device=torch.device("cpu"))
+        engine.cut()
         fix_frequencies(model, None)
         recorder = Recorder(axes(engine.meshes))
         try:
@@ -104,8 +104,7 @@ def run_step(engine: Engine, recorder: Recorder, loaded: list[dict[str, Tensor]]
     engine.gradients(loaded[:3], count=rows * engine.recipe.data.seq_len, rows=rows, done=done)
     recorder.stage = ("update", "")
     engine.clip()
-    engine.optimizer.step()
-    engine.optimizer.zero_grad(set_to_none=True)
+    engine.update(0)
 
 
 def batches(recipe: Recipe, plan: Plan) -> list[dict[str, Tensor]]:

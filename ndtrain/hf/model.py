@@ -88,6 +88,11 @@ class _SmallInMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens `model` has embeddings of."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type,union-attr]
+
+
 def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
     """Matches the FQNs that stay in float32 when the model is used in `dtype`; None where there are none."""
     plan = model._get_dtype_plan(dtype)

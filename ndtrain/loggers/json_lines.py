@@ -7,8 +7,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ndtrain.loggers.logger import Logger
 from ndtrain.loggers.metrics import StepMetrics
-from ndtrain.storage.paths import os_errors
+from ndtrain.storage.paths import is_local, os_errors
 
 
 class JsonLines:
@@ -54,3 +55,8 @@ class UploadedLines:
         self._uploaded = time.monotonic()
         with os_errors(self.path):
             self.path.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
+
+
+def json_lines(path: Path) -> Logger:
+    """The logger for `path`, in a directory or in an object store."""
+    return JsonLines(path) if is_local(path) else UploadedLines(path)

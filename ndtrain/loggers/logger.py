@@ -7,7 +7,7 @@ from typing import Protocol
 from ndtrain.loggers.metrics import StepMetrics
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """Where steps are written, by rank 0."""
 
     def write(self, metrics: StepMetrics) -> None: ...

@@ -1,0 +1,79 @@
+"""Apply a `Plan` to a model on meta: one transform after another, in the order of `TRANSFORMS`. They decide nothing.
+
+What comes later is one file and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ndtrain.mesh import Meshes
+from ndtrain.parallel.cp import ContextParallel, apply_context_parallelism
+from ndtrain.parallel.dropout import drop_by_rank
+from ndtrain.parallel.ep import apply_expert_parallelism
+from ndtrain.parallel.fsdp import apply_fsdp
+from ndtrain.parallel.recompute import apply_recomputation
+from ndtrain.parallel.sequence import SequenceParallel, apply_sequence_parallelism
+from ndtrain.parallel.tp import apply_tensor_parallelism
+from ndtrain.plan import Plan
+from ndtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["TRANSFORMS", "ContextParallel", "SequenceParallel", "Splits", "Transform", "parallelize", "transforms_of"]
+
+
+class Transform(NamedTuple):
+    """A change to the model: what it is called, when the plan asks for it, and how it is made."""
+
+    name: str
+    wanted: Callable[[Plan, Recipe], bool]
+    apply: Callable[[PreTrainedModel, Plan, Meshes], Any]
+
+
+class Splits(NamedTuple):
+    """What splits batches along the sequence over cp, and activations over tp."""
+
+    context: ContextParallel | None
+    sequence: SequenceParallel | None
+
+
+TRANSFORMS = (
+    # Its hooks gather before those of the layers inside look at what they are given, so they are set first.
+    Transform(
+        "sequence parallelism",
+        lambda plan, recipe: plan.sequence is not None,
+        apply_sequence_parallelism,
+    ),
+    Transform("tensor parallelism", lambda plan, recipe: bool(plan.tp_rules), apply_tensor_parallelism),
+    Transform("expert parallelism", lambda plan, recipe: bool(plan.ep_rules), apply_expert_parallelism),
+    Transform(
+        "recomputation",
+        lambda plan, recipe: recipe.train.activation_checkpointing == "full",
+        apply_recomputation,
+    ),
+    Transform(
+        "context parallelism",
+        lambda plan, recipe: plan.cp is not None,
+        apply_context_parallelism,
+    ),
+    Transform(
+        "dropout by tp rank",
+        lambda plan, recipe: plan.drops_by_rank,
+        drop_by_rank,
+    ),
+    Transform("fsdp", lambda plan, recipe: True, apply_fsdp),
+)
+
+
+def transforms_of(plan: Plan, recipe: Recipe) -> tuple[Transform, ...]:
+    """The transforms that this plan asks for, in the order in which they are applied."""
+    return tuple(transform for transform in TRANSFORMS if transform.wanted(plan, recipe))
+
+
+def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> Splits:
+    """Turn `model` (on meta) into the sharded model that `plan` describes, in place."""
+    made = {transform.name: transform.apply(model, plan, meshes) for transform in transforms_of(plan, recipe)}
+    return Splits(made.get("context parallelism"), made.get("sequence parallelism"))

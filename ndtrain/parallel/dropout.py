@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ndtrain.hf.attention_functions import own_attention, take_attention
+from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.runs.seeds import random_seed
 
@@ -42,13 +43,14 @@ def own_draws(device: torch.device, rank: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-def drop_by_rank(model: PreTrainedModel, plan: Plan, rank: int) -> None:
+def drop_by_rank(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
     """Have the attention of `model` draw numbers of this tp rank alone where the rank has heads of its own.
 
     Where projections are gathered, every rank has all heads and must drop the same.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+    rank = meshes.tp.get_local_rank()
     base = str(model.config._attn_implementation)
     cut = {model.get_submodule(name.rpartition(".")[0]) for name, style in plan.tp_rules.items() if style == "colwise"}
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ndtrain.mesh import Meshes
+from ndtrain.plan import Plan
 from ndtrain.plan.sequence import Region, SequencePlan
 
 if TYPE_CHECKING:
@@ -165,6 +167,12 @@ class SequenceParallel:
             return _Sum.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
 
         return lambda module, args, output: _first_of(output, given)
+
+
+def apply_sequence_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> SequenceParallel:
+    """Cut the residual stream of `model` (on meta) over the tp axis, in place."""
+    assert plan.sequence is not None
+    return SequenceParallel(model, plan.sequence, meshes.tp.get_group())
 
 
 def _replace(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:

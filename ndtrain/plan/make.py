@@ -102,6 +102,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         tp_summed=summed,
         sequence=along_sequence,
         cp=cp,
+        drops_by_rank=sizes.tp > 1 and bool(refuse.dropouts(model)),
         head=head,
         notes=tuple(notes),
     )

@@ -112,6 +112,7 @@ class Plan:
     tp_summed: tuple[str, ...]
     sequence: SequencePlan | None
     cp: str | None  # "ulysses" or "ring" where cp > 1
+    drops_by_rank: bool  # whether attention drops elements by numbers of each tp rank's own
     head: str | None
     notes: tuple[str, ...]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
+from ndtrain.engine import Engine
 from ndtrain.errors import PlanError
 from ndtrain.parallel.dropout import generator_of
 from ndtrain.plan.refuse import dropouts
@@ -61,18 +58,18 @@ class DropoutCheck(TorchFunctionMode):
         return bool((high - low).max() > 1e-4 * torch.maximum(high.abs(), low.abs()).max())
 
 
-def check_dropout(trainer: Trainer) -> None:
+def check_dropout(engine: Engine) -> None:
     """Raise `PlanError` if elements of a cut activation are dropped by random numbers that all tp ranks share."""
     torch.manual_seed(0)
-    with DropoutCheck(trainer.meshes.tp.get_group(), trainer.runtime.device) as dropout, torch.no_grad():
-        one_row(trainer)
-    reshard(trainer)
-    wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=trainer.runtime.device)
+    with DropoutCheck(engine.meshes.tp.get_group(), engine.device) as dropout, torch.no_grad():
+        one_row(engine)
+    reshard(engine)
+    wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=engine.device)
     dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
     if wrong:
-        keys = ", ".join(f"model.config.{key}" for key in dropouts(trainer.model)) or "not a key of its config"
+        keys = ", ".join(f"model.config.{key}" for key in dropouts(engine.model)) or "not a key of its config"
         raise PlanError(
-            f"{trainer.plan.model_type} under mesh.tp = {trainer.sizes.tp} drops elements of an activation that tp "
+            f"{engine.plan.model_type} under mesh.tp = {engine.sizes.tp} drops elements of an activation that tp "
             f"cuts, where every rank would drop the same ones; set the dropout that does it to 0.0 ({keys}), or "
             "mesh.tp = 1"
         )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 
+from ndtrain.data import micro_batches
+from ndtrain.engine import Engine
 from ndtrain.errors import PlanError
-
-if TYPE_CHECKING:
-    from ndtrain.train.trainer import Trainer
 from ndtrain.proof.noise import does_not_run, probe, tokens
 
 
-def check_masks(trainer: Trainer) -> bool:
+def check_masks(engine: Engine) -> bool:
     """Raise `PlanError` if logits depend on later tokens, or on the document packed before theirs.
 
     Returns False if these weights give no finite logits, so that nothing can be said.
@@ -23,37 +20,39 @@ def check_masks(trainer: Trainer) -> bool:
     where it must not matter. The logits are then equal to the bit, but for experts: the shapes of their products
     depend on the routing.
     """
-    half = max(1, min(16, trainer.recipe.data.seq_len // 2))
-    device, packed = trainer.runtime.device, trainer.recipe.data.packing
-    row = tokens(trainer, 2 * half)
-    other = tokens(trainer, 4 * half)[2 * half :]
+    half = max(1, min(16, engine.recipe.data.seq_len // 2))
+    device, packed = engine.device, engine.recipe.data.packing
+    row = tokens(engine, 2 * half)
+    other = tokens(engine, 4 * half)[2 * half :]
     # Attention kernels for one row and for several can differ.
-    more = [row] if trainer.batches.micro_batch_size > 1 else []
+    train = engine.recipe.train
+    rows, _ = micro_batches(train.global_batch_size, engine.sizes.batch, train.micro_batch_size)
+    more = [row] if rows > 1 else []
     positions = torch.arange(half, device=device).repeat(2) if packed else torch.arange(2 * half, device=device)
     try:
-        plain = probe(trainer, [row, *more], positions)
+        plain = probe(engine, [row, *more], positions)
     except (RuntimeError, AssertionError, IndexError) as error:
-        if trainer.sizes.cp == trainer.sizes.tp == 1 and trainer.recipe.fsdp.mode == "auto":
+        if engine.sizes.cp == engine.sizes.tp == 1 and engine.recipe.fsdp.mode == "auto":
             raise
-        raise does_not_run(trainer, error) from error
-    later = probe(trainer, [torch.cat([row[:half], other[half:]]), *more], positions)
+        raise does_not_run(engine, error) from error
+    later = probe(engine, [torch.cat([row[:half], other[half:]]), *more], positions)
     zero = plain.new_zeros(())
     moved = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]
     if packed:
-        before = probe(trainer, [torch.cat([other[:half], row[half:]]), *(other for _ in more)], positions)
+        before = probe(engine, [torch.cat([other[:half], row[half:]]), *(other for _ in more)], positions)
         moved[1] = (plain[0, half:] - before[0, half:]).abs().max()
-    if trainer.context is not None:
-        with trainer.context.off():
-            moved[2] = (plain - probe(trainer, [row, *more], positions)).abs().max()
+    if engine.context is not None:
+        with engine.context.off():
+            moved[2] = (plain - probe(engine, [row, *more], positions)).abs().max()
     leaks = torch.stack([*moved, zero]) / plain.abs().max()
     leaks[-1] = float(not leaks.isfinite().all())
     # One decision for all ranks, so that none goes on alone.
     dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
     if leaks[-1]:
         return False
-    routed = any("experts" in p.fqn for p in trainer.plan.params) and trainer.plan.low_precision
+    routed = any("experts" in p.fqn for p in engine.plan.params) and engine.plan.low_precision
     limit = 2e-2 if routed else 1e-4
-    what = trainer.plan.model_type
+    what = engine.plan.model_type
     if not float(leaks[0]) < limit:
         raise PlanError(
             f"{what}: tokens see later tokens (logits move by {float(leaks[0]):.1e}); "
@@ -63,9 +62,9 @@ def check_masks(trainer: Trainer) -> bool:
         raise PlanError(
             f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); set data.packing = false"
         )
-    if not float(leaks[2]) < (5e-2 if trainer.plan.low_precision else 1e-3):
+    if not float(leaks[2]) < (5e-2 if engine.plan.low_precision else 1e-3):
         raise PlanError(
-            f"{what} under mesh.cp = {trainer.sizes.cp} differs from the whole sequence (logits by "
+            f"{what} under mesh.cp = {engine.sizes.cp} differs from the whole sequence (logits by "
             f"{float(leaks[2]):.1e}): it mixes tokens outside its attention, or counts positions its own way; "
             "set mesh.cp = 1"
         )

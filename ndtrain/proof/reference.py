@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST = 4e9
 
 
-class Twins:
+class ReferenceBlocks:
     """One block of each kind, whole: copied before the model is cut, compared with the cut one after it has run."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan):
@@ -71,14 +71,14 @@ class Twins:
             # A block that runs several times has the gradients of all its calls.
             if call.count != 1 or not call.learns():
                 continue
-            block, twin = model.get_submodule(name), self.blocks[name]
-            self._fill(name, twin.train(block.training), block, call.outputs[0].device)
+            block, reference = model.get_submodule(name), self.blocks[name]
+            self._fill(name, reference.train(block.training), block, call.outputs[0].device)
             args, kwargs = tree_map(_leaf, call.inputs)
-            outputs = _floats(twin(*args, **kwargs))
+            outputs = _floats(reference(*args, **kwargs))
             for ours, alone in zip(call.outputs, outputs, strict=True):
                 yield f"what {name} gives", distance(ours, alone)
             if call.shares:
-                twin.to("meta")
+                reference.to("meta")
                 continue
             of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
             torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
@@ -88,22 +88,22 @@ class Twins:
             ]
             for n, param in block.named_parameters():
                 grad = None if param.grad is None else whole(param.grad) / copies
-                pairs.append((f"the gradient of {name}.{n}", grad, twin.get_parameter(n).grad))
+                pairs.append((f"the gradient of {name}.{n}", grad, reference.get_parameter(n).grad))
             both = [(what, ours, alone) for what, ours, alone in pairs if ours is not None and alone is not None]
             # What is zero in exact arithmetic differs by the rounding of what it is made of.
             rounding = 5e-2 if self.low_precision else 1e-4
             floor = rounding * max(float(alone.float().norm()) for _, _, alone in both)
             for what, ours, alone in both:
                 yield what, distance(ours, alone, floor)
-            twin.to("meta")
+            reference.to("meta")
 
-    def _fill(self, name: str, twin: nn.Module, block: nn.Module, device: torch.device) -> None:
+    def _fill(self, name: str, reference: nn.Module, block: nn.Module, device: torch.device) -> None:
         """Give the copy of block `name` its weights."""
-        twin.to_empty(device=device)
+        reference.to_empty(device=device)
         for n, buffer in block.named_buffers():
-            twin.get_buffer(n).copy_(buffer)
+            reference.get_buffer(n).copy_(buffer)
         for n, param in block.named_parameters():
-            own = twin.get_parameter(n)
+            own = reference.get_parameter(n)
             own.data, own.grad = whole(param.detach()).to(self.dtypes[f"{name}.{n}"]), None
 
 

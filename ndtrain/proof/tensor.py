@@ -4,44 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
+from ndtrain.engine import Engine
 from ndtrain.engine.gradients import sum_over_tp
 from ndtrain.errors import PlanError
 from ndtrain.layout import local_part
 from ndtrain.plan.refuse import dropouts
-from ndtrain.proof.reference import Twins
-
-if TYPE_CHECKING:
-    from ndtrain.train.trainer import Trainer
 from ndtrain.proof.noise import does_not_run, learn
+from ndtrain.proof.reference import ReferenceBlocks
 
 
-def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
+def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
     """Raise `PlanError` if a cut block does not give or learn what the whole one does, or the tp ranks do not agree.
 
     Where they do not agree on the gradient of a parameter that each holds whole, each sees a part of what it does, as
     of attention sinks among cut heads, and their sum would be missing. Returns False if these weights give no finite
     gradients, so that nothing can be said.
     """
-    plan, model = trainer.plan, trainer.model
+    plan, model = engine.plan, engine.model
     model.train(not dropouts(model))
     with ExitStack() as whole_sequences:
-        for split in (trainer.context, trainer.sequence):
+        for split in (engine.context, engine.sequence):
             if split is not None:
                 whole_sequences.enter_context(split.off())
         try:
-            with twins.watching(model):
-                learn(trainer)
-            spreads = dict(_replica_spreads(trainer))
-            sum_over_tp(model, plan.tp_summed, trainer.meshes.tp.get_group())
-            differences = dict(twins.differences(model, copies=plan.sizes.world_size // plan.sizes.tp))
+            with references.watching(model):
+                learn(engine)
+            spreads = dict(_replica_spreads(engine))
+            sum_over_tp(model, plan.tp_summed, engine.meshes.tp.get_group())
+            differences = dict(references.differences(model, copies=plan.sizes.world_size // plan.sizes.tp))
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise does_not_run(trainer, error) from error
+            raise does_not_run(engine, error) from error
     model.zero_grad(set_to_none=True)
     model.train()
     whole = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
@@ -64,14 +61,14 @@ def check_tensor_parallel(trainer: Trainer, twins: Twins) -> bool:
     return True
 
 
-def _replica_spreads(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+def _replica_spreads(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """How far the tp ranks are apart in the gradients of what each holds whole, relative to their size."""
-    plan, group = trainer.plan, trainer.meshes.tp.get_group()
+    plan, group = engine.plan, engine.meshes.tp.get_group()
     held = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
     # Gradients in host memory are compared on the device, where the groups' collectives are.
     grads = {
-        name: local_part(param.grad).to(trainer.runtime.device, torch.float32, copy=True)
-        for name, param in trainer.model.named_parameters()
+        name: local_part(param.grad).to(engine.device, torch.float32, copy=True)
+        for name, param in engine.model.named_parameters()
         if name in held - set(plan.tp_summed) and param.grad is not None
     }
     lows = {name: grad.clone() for name, grad in grads.items()}

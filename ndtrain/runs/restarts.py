@@ -20,7 +20,7 @@ FILE = ".launch.json"
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Restarts:
     """One attempt of `launch`, which makes up to `restarts` more; `first` where it is known to be the first."""
 
     run_dir: Path
@@ -29,7 +29,7 @@ class Attempt:
     restarts: int
 
     @classmethod
-    def of_process(cls, run_dir: Path) -> Attempt:
+    def of_process(cls, run_dir: Path) -> Restarts:
         """As torchrun's variables say; outside it there is one attempt."""
         of = os.environ.get
         # The port of the launcher's own store is another with each launch. Elsewhere the count has to tell; it does not

@@ -19,7 +19,7 @@ FILE = 1
 LOOK_EVERY_S = 10.0
 
 
-class Requests:
+class StopSignals:
     """What this process was asked: only remembered here, so that all ranks act on it at the same step.
 
     Before the first step there is nothing to save, and a signal ends the run at once by `Stopped`.
@@ -82,7 +82,7 @@ class Requests:
 
 
 def words(stop: int) -> str:
-    """Who asked, of a number that `Requests.seen` gave."""
+    """Who asked, of a number that `StopSignals.seen` gave."""
     return "the file `stop`" if stop == FILE else signal.Signals(stop).name
 
 

@@ -22,7 +22,7 @@ from ndtrain.errors import NdtrainError, RecipeError
 _FLUSH_S = 0.05
 
 
-def place(text: str) -> Path:
+def to_path(text: str) -> Path:
     """The path that `text` names. Raises `RecipeError` for a URL that cannot be used here."""
     if "://" not in text:
         return Path(text)

@@ -11,8 +11,8 @@ from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import broadcast_json, together
 from ndtrain.runs.process import env_world_size, start
-from ndtrain.runs.restarts import Attempt
-from ndtrain.runs.stop_signals import Requests, nothing_to_save
+from ndtrain.runs.restarts import Restarts
+from ndtrain.runs.stop_signals import StopSignals, nothing_to_save
 from ndtrain.runs.watch import lost_peer
 from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
@@ -22,10 +22,10 @@ from ndtrain.train.trainer import Trainer
 __all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "with_checkpoint"]
 
 
-def run(recipe: Recipe, reporter: Reporter, requests: Requests) -> None:
+def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
     """Train as `recipe` says, on the ranks that torchrun started (or on one). Raises `NdtrainError`s.
 
-    `requests` is what the process is asked meanwhile; it listens already.
+    `stop_signals` is what the process is asked meanwhile; it listens already.
     """
     recipe, notes = with_checkpoint(recipe)
     sizes = sizes_for(recipe, env_world_size() or 1)
@@ -33,7 +33,7 @@ def run(recipe: Recipe, reporter: Reporter, requests: Requests) -> None:
     plan = make_plan(model, sizes, recipe)
     with start() as runtime:
         own = reporter if runtime.is_main else Silent()
-        trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, requests=requests)
+        trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, stop_signals=stop_signals)
         for note in notes:
             own.info(f"note: {note}")
         first: int | None = None
@@ -45,13 +45,13 @@ def run(recipe: Recipe, reporter: Reporter, requests: Requests) -> None:
             trainer.train()
         except Stopped:
             # By SIGTERM torchrun ends workers that it means to start again; asked to end itself, it does not.
-            if runtime.is_main and (trainer.asked[0] or requests.signal) != signal.SIGTERM:
-                Attempt.of_process(trainer.run_dir).stopped()
+            if runtime.is_main and (trainer.asked[0] or stop_signals.signal) != signal.SIGTERM:
+                Restarts.of_process(trainer.run_dir).stopped()
             raise
         except RuntimeError as error:
             # Another rank took the signal while this one waited for it.
-            if requests.signal and first in (None, trainer.step):
-                raise nothing_to_save(requests.signal) from error
+            if stop_signals.signal and first in (None, trainer.step):
+                raise nothing_to_save(stop_signals.signal) from error
             if trainer.watch.on and lost_peer(error):
                 own.close()
                 trainer.watch.end(f"a collective failed ({' '.join(str(error).split())[:200]})")

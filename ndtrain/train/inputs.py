@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.cache import TokenCache, build_cache
@@ -20,20 +19,16 @@ from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def open_tokenizer(recipe: Recipe, model: PreTrainedModel) -> tuple[ByteTokenizer | HubTokenizer, int]:
-    """The recipe's tokenizer and how many tokens the model knows. Raises `RecipeError` where it has more."""
+def open_tokenizer(recipe: Recipe, known: int) -> ByteTokenizer | HubTokenizer:
+    """The recipe's tokenizer. Raises `RecipeError` where it has more tokens than the `known` of the model."""
     tokenizer = load_tokenizer(recipe)
-    known = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type,union-attr]
     if tokenizer.vocab_size > known:
         raise RecipeError(
             f"data.tokenizer has {tokenizer.vocab_size} tokens, but the model only {known}; "
             f"set model.config.vocab_size = {tokenizer.vocab_size} or choose the model's tokenizer"
         )
-    return tokenizer, known
+    return tokenizer
 
 
 def open_batches(

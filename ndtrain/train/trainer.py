@@ -1,63 +1,51 @@
-"""One run on one rank: sharded model, batches, steps, checkpoints."""
+"""One run on one rank: what it is made of, and its loop."""
 
 from __future__ import annotations
 
 import gc
-import math
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 
-from ndtrain.checkpoint import load_tensors, optimizer_tensors, read_state, restore_optimizer
-from ndtrain.data.batches import GlobalBatches, labels_count
-from ndtrain.engine.engine import Engine
-from ndtrain.engine.flops import flops_per_token
-from ndtrain.engine.schedule import learning_rate
-from ndtrain.errors import NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.accelerators import peak_memory_bytes
+from ndtrain.data import GlobalBatches
+from ndtrain.engine import Batch, Engine
+from ndtrain.errors import NdtrainError, Stopped
 from ndtrain.hf import extra_states
-from ndtrain.hf.positions import fix_frequencies
-from ndtrain.hf.routers import sequence_count
-from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
-from ndtrain.loggers.device import peak_flops, peak_memory_bytes
-from ndtrain.loggers.json_lines import JsonLines, UploadedLines
-from ndtrain.loggers.logger import Sink
-from ndtrain.loggers.metrics import StepMetrics, now
-from ndtrain.loggers.tensorboard import TensorBoard, require_tensorboard
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.load import model_tensors
+from ndtrain.loggers import Logger, StepMetrics, check_loggers, open_loggers
 from ndtrain.plan import Plan
-from ndtrain.proof.batch import check_same_batch
-from ndtrain.proof.dropout import check_dropout
-from ndtrain.proof.masks import check_masks
-from ndtrain.proof.reference import Twins
-from ndtrain.proof.sequence import try_sequence_parallel
-from ndtrain.proof.tensor import check_tensor_parallel
+from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
-from ndtrain.runs.limits import WAIT_TIMEOUT, process_groups, set_timeouts
-from ndtrain.runs.messages import of_rank0, on_rank0
+from ndtrain.runs.messages import on_rank0
 from ndtrain.runs.process import Runtime
-from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.seeds import random_seed
-from ndtrain.runs.stop_signals import Requests, nothing_to_save, words
+from ndtrain.runs.stop_signals import StopSignals, nothing_to_save, words
 from ndtrain.runs.watch import Watch
-from ndtrain.storage.paths import is_local, open_to_write, os_errors, place
-from ndtrain.train import inputs
+from ndtrain.storage.paths import to_path
+from ndtrain.train.inputs import open_batches, open_tokenizer
+from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
 from ndtrain.train.skips import Skips, refuse_not_finite
-from ndtrain.train.source import load_start
-from ndtrain.train.state import check_run_dir, check_state, save_extras, versions
+from ndtrain.train.start import Resumed, build, find_resumed, open_run_dir, try_extras
+from ndtrain.train.state import save_extras, versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
-class Trainer(Engine):
+class Trainer:
     """One run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
+
+    tokenizer: ByteTokenizer | HubTokenizer
+    batches: GlobalBatches
+    _measure: Measure
 
     def __init__(
         self,
@@ -67,12 +55,13 @@ class Trainer(Engine):
         *,
         runtime: Runtime,
         reporter: Reporter,
-        requests: Requests | None = None,
+        stop_signals: StopSignals | None = None,
     ):
-        super().__init__(recipe, plan, model)
+        self.recipe, self.plan, self.sizes = recipe, plan, plan.sizes
+        self.engine = Engine(recipe, plan, model, device=runtime.device)
         self.runtime, self.reporter = runtime, reporter
-        self.run_dir = place(recipe.run.dir)
-        self.requests = requests or Requests(self.run_dir)
+        self.run_dir = to_path(recipe.run.dir)
+        self.stop_signals = stop_signals or StopSignals(self.run_dir)
         self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter)
         self.step = 0
@@ -80,104 +69,42 @@ class Trainer(Engine):
         self.due = False  # a checkpoint, once the steps are finite again
         self.skips = Skips(recipe.train.max_bad_steps)
         self.watch = Watch(recipe.run.step_timeout_s)
-        self.same_batch = False  # whether tp and cp ranks are known to read the same
-        self.told = False  # of extra states that are not saved
+        self.loggers: list[Logger] = []
+        self._same_batch = False  # whether tp and cp ranks are known to read the same
+        self._told_left_out = False  # of extra states that are not saved
 
     # ---- before the first step
 
     def prepare(self) -> None:
         """Tokenize, shard, load or resume. Every refusal comes before the first weight is read."""
-        recipe, runtime = self.recipe, self.runtime
-        on_rank0(self._open_run_dir)
-        if recipe.log.tensorboard:
-            require_tensorboard(self.run_dir)
-        self._open_tokenizer()
-        on_rank0(self._try_extras)
-        self.batches = self._open_data()
-        attempt = Attempt.of_process(self.run_dir)
-        newest = of_rank0(self.saving.store.newest_step)
-        resume = of_rank0(lambda: attempt.resume(recipe.checkpoint.resume, newest))
-        found, messages = self.saving.store.find(resume, verify=recipe.checkpoint.verify)
-        for message in messages:
-            self.reporter.info(message)
-        state = read_state(found) if found is not None else None
-        check_run_dir(self.run_dir, newest, state, resume)
-        if state is not None and found is not None:
-            config = cast("PreTrainedConfig", self.model.export_config)
-            for note in check_state(state, found, recipe, data=self.batches.fingerprint, config=config):
-                self.reporter.info(f"note: {note}")
-        on_rank0(lambda: attempt.begin(state["step"] if state is not None else -1))
-        self.reporter.info(self._arithmetic())
+        recipe, reporter = self.recipe, self.reporter
+        on_rank0(lambda: open_run_dir(self.run_dir))
+        check_loggers(recipe, self.run_dir)
+        self.open_inputs()
+        resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, data=self.batches.fingerprint)
+        reporter.info(self._arithmetic())
         for note in self.plan.notes:
-            self.reporter.info(f"note: {note}")
-
-        self.flops_per_token = flops_per_token(self.plan, self.model.config.get_text_config(), recipe.data.seq_len)
-        # Whole blocks to compare with: they are copied before the model is cut.
-        twins = Twins(self.model, self.plan) if self.sizes.tp > 1 else None
-        self.cut(runtime.device.type)
-        set_timeouts(WAIT_TIMEOUT, process_groups())
-        materialize(self.model, runtime, recipe=recipe, on_host=self.plan.on_host)
-        fix_frequencies(self.model, recipe.data.seq_len)
-        fill_with_noise(self.model)
-        checked = self._prove(twins)
-        unset(model_tensors(self.model).values())
-        if found is None:
-            for note in load_start(self.model, self.plan, recipe=recipe, runtime=runtime):
-                self.reporter.info(f"note: {note}")
-        else:
-            load_tensors(found / "model", model_tensors(self.model), all_of_it=True)
-            extra_states.restore(self.model, extra_states.read(found))
-        if not checked and not self._prove(twins):
-            raise PlanError(f"{self.plan.model_type}: the logits or gradients of its weights are not finite")
-        self.finish()
-        if state is not None and found is not None:
-            self.step, self.cursor = state["step"], state["samples"]
-            self.saving.step = self.step
-            self.skips.restore(state, found)
-            updates = self.step - self.skips.total
-            restore_optimizer(self.model, self.optimizer, found / "optim", step=updates)
-            self.reporter.info(f"resumed from {found} (step {self.step}, sample {self.cursor})")
-        if runtime.is_main:
+            reporter.info(f"note: {note}")
+        build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
+        if resumed is not None:
+            self._go_on_from(resumed)
+        self._measure = Measure(self.engine, ranks=self.runtime.world_size)
+        if self.runtime.is_main:
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-            lines = JsonLines if is_local(self.run_dir) else UploadedLines
-            self.sinks: list[Sink] = [lines(self.run_dir / "metrics.jsonl")]
-            if recipe.log.tensorboard:
-                self.sinks.append(TensorBoard(self.run_dir / "tensorboard"))
+            self.loggers = open_loggers(recipe, self.run_dir)
 
-    def _prove(self, twins: Twins | None) -> bool:
-        """Whether the model does on this mesh what it does alone; False if these weights cannot tell."""
-        with extra_states.kept(self.model):
-            if self.sequence is not None and self.sequence.enabled:
-                try_sequence_parallel(self, self.sequence)
-            known = check_masks(self) and (twins is None or check_tensor_parallel(self, twins))
-            if known and self.sizes.tp > 1:
-                check_dropout(self)
-        return known
+    def open_inputs(self) -> None:
+        """Open the tokenizer and this rank's batches; collective."""
+        self.tokenizer = open_tokenizer(self.recipe, self.engine.vocabulary)
+        on_rank0(lambda: try_extras(self.engine.model, self.tokenizer))
+        self.batches = open_batches(self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter)
 
-    def _open_run_dir(self) -> None:
-        try:
-            with os_errors(self.run_dir):
-                open_to_write(self.run_dir)
-        except OSError as error:
-            why = error.strerror or error
-            raise RecipeError(f'run.dir = "{self.run_dir}" cannot be used: {why}; choose another') from error
-
-    def _try_extras(self) -> None:
-        """Write config and tokenizer once for nothing: what cannot be saved must not be trained first."""
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                save_extras(Path(folder), self.model, self.tokenizer)
-        except OSError:
-            raise
-        except Exception as error:
-            line = " ".join(str(error).split())
-            raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
-
-    def _open_tokenizer(self) -> None:
-        self.tokenizer, self.vocab_size = inputs.open_tokenizer(self.recipe, self.model)
-
-    def _open_data(self) -> GlobalBatches:
-        return inputs.open_batches(self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter)
+    def _go_on_from(self, resumed: Resumed) -> None:
+        self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
+        self.saving.step = self.step
+        self.skips.restore(resumed.state, resumed.directory)
+        self.engine.restore_optimizer(resumed.directory / "optim", updates=self.step - self.skips.total)
+        self.reporter.info(f"resumed from {resumed.directory} (step {self.step}, sample {self.cursor})")
 
     def _arithmetic(self) -> str:
         train, micro = self.recipe.train, self.batches.micro_steps
@@ -192,11 +119,11 @@ class Trainer(Engine):
 
     def train(self) -> None:
         """Train to `train.steps`, saving every `checkpoint.every` steps and at the end."""
-        recipe = self.recipe
-        if self.step >= recipe.train.steps:
+        steps = self.recipe.train.steps
+        if self.step >= steps:
             if self.runtime.is_main and self.saving.step is not None:
                 self.saving.store.prune(self.saving.step)  # which the end of the last save may have missed
-            self.reporter.info(f"nothing to do: step {self.step} of {recipe.train.steps} is already trained")
+            self.reporter.info(f"nothing to do: step {self.step} of {steps} is already trained")
             return
         gc.collect()
         gc.freeze()
@@ -204,13 +131,13 @@ class Trainer(Engine):
             self._listen()
             started, first = time.perf_counter(), self.train_step()
             last = first
-            while self.step < recipe.train.steps:
+            while self.step < steps:
                 last = self.train_step()
-            self._close_sinks()
+            self._close_loggers()
         except NdtrainError:
             with suppress(NdtrainError):
-                self._close_sinks()
-            # What is being written is whole, and no less worth.
+                self._close_loggers()
+            # The save in flight is of an earlier, good step: let it finish.
             with suppress(NdtrainError):
                 self.saving.store.settle()
             raise
@@ -219,58 +146,93 @@ class Trainer(Engine):
             f"in {time.perf_counter() - started:.0f} s"
         )
 
-    def _close_sinks(self) -> None:
+    def train_step(self) -> StepMetrics:
+        """One optimizer step, logged, and its checkpoint where one is due or asked for.
+
+        Raises `Stopped` after saving where any rank was asked to stop.
+        """
+        self.saving.settle(wait=False)
+        metrics = self.optimize()
+        self._log(metrics)
+        self._save_where_due()
+        return metrics
+
+    def optimize(self) -> StepMetrics:
+        """One optimizer step: data, forward and backward, clip, update. Collective."""
+        engine, measure = self.engine, self._measure
+        started = time.perf_counter()
+        self.watch.beat(self.step + 1)
+        batches = self._load()
+        targets = count_targets(batches, engine)
+        self._seed()
+        sums = engine.gradients(batches, count=targets.tokens, rows=targets.rows, done=self._beat)
+        norm = engine.clip()
+        losses = measure.reduce(sums, norm, targets)
+        # From sums that are the same on every rank, and so is the decision.
+        self.skips.count(skipped=not losses.finite)
+        lr = engine.update(self.step, skip=bool(self.skips.in_row))
+        peak, *self.asked = self._agree(peak_memory_bytes(engine.device))
+        self.step += 1
+        self.cursor += self.recipe.train.global_batch_size
+        seconds = time.perf_counter() - started
+        return measure.metrics(
+            losses, targets, step=self.step, lr=lr, seconds=seconds, peak=peak, skipped=self.skips.total
+        )
+
+    def _load(self) -> list[Batch]:
+        batches = [
+            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()}
+            for batch in self.batches.load(self.cursor)
+        ]
+        if not self._same_batch:
+            check_same_batch(batches[0], self.engine.meshes)
+            self._same_batch = True
+        return batches
+
+    def _seed(self) -> None:
+        """Keyed by step and coordinate: a resumed run draws the same dropout on any mesh with these batch and cp."""
+        coordinate = self.sizes.coordinate(self.runtime.rank)
+        torch.manual_seed(random_seed(self.recipe.train.seed, self.step, coordinate["batch"], coordinate["cp"]))
+
+    def _beat(self) -> None:
+        self.watch.beat(self.step + 1)
+
+    # ---- what a step is followed by
+
+    def _log(self, metrics: StepMetrics) -> None:
         try:
-            for sink in self.sinks if self.runtime.is_main else ():
-                sink.close()
+            for logger in self.loggers:
+                logger.write(metrics)
+        except OSError as error:
+            raise self._not_logged(error) from error
+        steps, every = self.recipe.train.steps, self.recipe.log.every
+        self.reporter.step(metrics, steps=steps, show=self.step == steps or self.step % every == 0)
+        if self.skips.in_row:
+            self.reporter.info(
+                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped, no weight changed "
+                f"({self.skips.in_row} in a row, {self.skips.limit} end the run; {self.skips.total} in all)"
+            )
+        self.skips.refuse_more(self.step, metrics.loss, metrics.grad_norm)
+
+    def _close_loggers(self) -> None:
+        try:
+            for logger in self.loggers:
+                logger.close()
         except OSError as error:
             raise self._not_logged(error) from error
 
     def _not_logged(self, error: OSError) -> NdtrainError:
         return NdtrainError(f"step {self.step} was trained but not logged: {error}")
 
-    def _listen(self) -> None:
-        """From here on requests wait for the end of a step; what was asked before ends the run."""
-        self.requests.training = True
-        self.asked = self._agree(0)[1:]
-        if self.asked[0]:
-            self._answer()
-            raise nothing_to_save(self.asked[0])
-
-    def _agree(self, number: int) -> list[int]:
-        """[the largest `number` of all ranks, stop, save]: what any rank was asked, on every rank."""
-        own = [number, *self.requests.seen(files=self.runtime.is_main)]
-        shared = torch.tensor(own, dtype=torch.int64, device=self.runtime.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return cast("list[int]", shared.tolist())
-
-    def _answer(self) -> None:
-        if self.runtime.is_main:
-            for path in self.requests.answered():
-                self.reporter.info(f"note: {path} cannot be removed; it is not looked at again")
-
-    def train_step(self) -> StepMetrics:
-        """One optimizer step, told and logged, and its checkpoint where one is due or asked for.
-
-        Raises `Stopped` after saving where any rank was asked to stop.
-        """
-        recipe = self.recipe
-        self.saving.settle(wait=False)
-        metrics = self._train_step()
-        if self.runtime.is_main:
-            try:
-                for sink in self.sinks:
-                    sink.write(metrics)
-            except OSError as error:
-                raise self._not_logged(error) from error
-        last = self.step == recipe.train.steps
-        self.reporter.step(metrics, steps=recipe.train.steps, show=last or self.step % recipe.log.every == 0)
-        self._tell_skip(metrics)
-        self.due = self.due or bool(recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0)
+    def _save_where_due(self) -> None:
+        """Save where a checkpoint is due or asked for; raises `Stopped` afterwards where a stop was asked for."""
+        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        last = self.step == steps
+        self.due = self.due or bool(every and self.step % every == 0)
         # While steps are skipped the weights may be at fault: what is due waits for the next good step.
         if last or any(self.asked) or (self.due and not self.skips.in_row):
             with self.watch.saving():
-                refuse_not_finite(model_tensors(self.model), step=self.step)
+                refuse_not_finite(model_tensors(self.engine.model), step=self.step)
                 self.save()
                 self.saving.settle(wait=last or any(self.asked))
             self.due = False
@@ -281,91 +243,22 @@ class Trainer(Engine):
             why = f"stopped by {stop}" if stop else "the last"
             raise NdtrainError(f"step {self.step}, {why}, was trained but not saved; the warning above says why")
         if stop:
-            raise Stopped(
-                f"stopped by {stop} after step {self.step} of {recipe.train.steps}, which is saved; "
-                "start again to go on"
-            )
-        return metrics
-
-    def _tell_skip(self, metrics: StepMetrics) -> None:
-        if self.skips.in_row:
-            self.reporter.info(
-                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped, no weight changed "
-                f"({self.skips.in_row} in a row, {self.skips.limit} end the run; {self.skips.total} in all)"
-            )
-        self.skips.refuse_more(self.step, metrics.loss, metrics.grad_norm)
-
-    def _train_step(self) -> StepMetrics:
-        recipe, meshes, device = self.recipe, self.meshes, self.runtime.device
-        started = time.perf_counter()
-        self.watch.beat(self.step + 1)
-        batches = [
-            {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            for batch in self.batches.load(self.cursor)
-        ]
-        if not self.same_batch:
-            check_same_batch(batches[0], meshes)
-            self.same_batch = True
-        loss_group = meshes.loss.get_group()
-        routed = self.loss_model.router is not None
-        own = [labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
-        counts = torch.tensor(own, dtype=torch.int64, device=device)
-        dist.all_reduce(counts, group=loss_group)
-        count, rows = (n // self.sizes.cp for n in counts.tolist())  # cp ranks have the same rows
-        # Keyed by step and place: a resumed run draws the same dropout on any mesh with the same batch and cp ranks.
-        place = self.sizes.coordinate(self.runtime.rank)
-        torch.manual_seed(random_seed(recipe.train.seed, self.step, place["batch"], place["cp"]))
-
-        total = self.gradients(batches, count=count, rows=rows, done=lambda: self.watch.beat(self.step + 1))
-        norm = self.clip()
-        # tp ranks have the same loss. Sums over all ranks are the same on each, and so is the decision that follows.
-        sums = torch.cat([total / self.sizes.tp, norm.isfinite().logical_not().to(total)[None]])
-        dist.all_reduce(sums)
-        loss_sum, aux_sum, ranks_not_finite = sums.tolist()
-        loss, aux_loss, grad_norm = loss_sum / max(1, count), aux_sum / max(1, rows), float(norm)
-        self.skips.count(skipped=bool(ranks_not_finite) or not math.isfinite(loss + aux_loss))
-        lr = learning_rate(recipe, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if not self.skips.in_row:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-        peak, *self.asked = self._agree(peak_memory_bytes(device))
-        seconds = time.perf_counter() - started
-        self.step += 1
-        self.cursor += recipe.train.global_batch_size
-        speed = count / seconds
-        per_rank = speed / self.runtime.world_size
-        flops = peak_flops(device)
-        return StepMetrics(
-            step=self.step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens=count,
-            tokens_per_second=speed,
-            step_seconds=seconds,
-            mfu=per_rank * self.flops_per_token / flops if flops else None,
-            peak_memory_bytes=peak,
-            time=now(),
-            aux_loss=aux_loss if routed else None,
-            skipped=self.skips.total,
-        )
+            raise Stopped(f"stopped by {stop} after step {self.step} of {steps}, which is saved; start again to go on")
 
     def save(self) -> None:
         """Write and publish the checkpoint of the current step, or begin to, unless it is there."""
         self.saving.settle(wait=True)
         if self.saving.step == self.step:
             return
-        states, left_out = extra_states.shared_states(self.model)
-        if left_out and not self.told:
-            self.told = True
+        engine = self.engine
+        states, left_out = extra_states.shared_states(engine.model)
+        if left_out and not self._told_left_out:
+            self._told_left_out = True
             self.reporter.info(f"note: {extra_states.left_out_note(left_out, 'not saved; after a resume')}")
         self.saving.begin(
             self.step,
-            model=model_tensors(self.model),
-            optim=optimizer_tensors(self.model, self.optimizer),
+            model=model_tensors(engine.model),
+            optim=engine.optimizer_tensors(),
             state={
                 "step": self.step,
                 "samples": self.cursor,
@@ -376,5 +269,27 @@ class Trainer(Engine):
                 "schedule": self.recipe.schedule.model_dump(),
                 "versions": versions(),
             },
-            extra_files=lambda directory: save_extras(directory, self.model, self.tokenizer, states),
+            extra_files=lambda directory: save_extras(directory, engine.model, self.tokenizer, states),
         )
+
+    # ---- stop signals
+
+    def _listen(self) -> None:
+        """From here on what is asked waits for the end of a step; what was asked before ends the run."""
+        self.stop_signals.training = True
+        self.asked = self._agree(0)[1:]
+        if self.asked[0]:
+            self._answer()
+            raise nothing_to_save(self.asked[0])
+
+    def _agree(self, number: int) -> list[int]:
+        """[the largest `number` of all ranks, stop, save]: what any rank was asked, on every rank."""
+        own = [number, *self.stop_signals.seen(files=self.runtime.is_main)]
+        shared = torch.tensor(own, dtype=torch.int64, device=self.engine.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return cast("list[int]", shared.tolist())
+
+    def _answer(self) -> None:
+        if self.runtime.is_main:
+            for path in self.stop_signals.answered():
+                self.reporter.info(f"note: {path} cannot be removed; it is not looked at again")

@@ -126,7 +126,7 @@ class Alternate(transformers.TrainerCallback):
             return
         self._lap(self.theirs_s, self.theirs_cpu)
         for _ in range(self.steps):
-            self.ours._train_step()
+            self.ours.optimize()
         self._lap(self.ours_s, self.ours_cpu)
 
 

@@ -197,15 +197,12 @@ def whole(tensor: Tensor) -> tuple[Tensor, float]:
 class MatrixTrainer(Trainer):
     vocab: int
 
-    def _open_tokenizer(self) -> None:
-        self.vocab_size = self.vocab
-
-    def _open_data(self) -> Any:
-        place = self.sizes.coordinate(self.runtime.rank)["batch"]
-        return Batches(self.vocab, micro=self.recipe.train.micro_batch_size, rank=place, ranks=self.sizes.batch)
-
-    def _try_extras(self) -> None:
-        pass
+    def open_inputs(self) -> None:
+        self.engine.vocabulary = self.vocab
+        rank = self.sizes.coordinate(self.runtime.rank)["batch"]
+        self.batches = Batches(  # type: ignore[assignment]
+            self.vocab, micro=self.recipe.train.micro_batch_size, rank=rank, ranks=self.sizes.batch
+        )
 
     def save(self) -> None:
         self.saving.step = self.step
@@ -251,7 +248,7 @@ def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> 
 
     def seen(*args: Any, **kwargs: Any) -> Any:
         if not grads:
-            grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+            grads.update({n: p.grad.clone() for n, p in trainer.engine.model.named_parameters() if p.grad is not None})
         return clip(*args, **kwargs)
 
     engine.clip_grad_norm, engine.build_mesh = seen, meshes_of  # type: ignore[assignment]
@@ -260,8 +257,8 @@ def _cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> 
         steps = [trainer.train_step() for _ in range(STEPS)]
     finally:
         engine.clip_grad_norm, engine.build_mesh = clip, build_mesh
-    found = compare(path, trainer.model, steps, grads)
-    return found | {"sequence_parallel": trainer.sequence is not None and trainer.sequence.enabled}
+    found = compare(path, trainer.engine.model, steps, grads)
+    return found | {"sequence_parallel": trainer.engine.sequence is not None and trainer.engine.sequence.enabled}
 
 
 def compare(path: Path, model: Any, steps: list[Any], grads: dict[str, Tensor]) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from ndtrain.storage import paths as places
+from ndtrain.storage import paths
 from ndtrain.storage.paths import allocate, flushing
 
 
 def test_what_is_written_goes_to_the_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(places, "sync", synced.append)
-    monkeypatch.setattr(places, "_FLUSH_S", 0.001)
+    monkeypatch.setattr(paths, "sync", synced.append)
+    monkeypatch.setattr(paths, "_FLUSH_S", 0.001)
     begun = [tmp_path / "first"]
     with flushing(lambda: begun):
         deadline = time.monotonic() + 30
@@ -36,8 +36,8 @@ def test_what_the_disk_tells_meanwhile_is_raised(tmp_path: Path, monkeypatch: py
     def broken(path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(places, "sync", broken)
-    monkeypatch.setattr(places, "_FLUSH_S", 0.001)
+    monkeypatch.setattr(paths, "sync", broken)
+    monkeypatch.setattr(paths, "_FLUSH_S", 0.001)
     with pytest.raises(OSError, match="Input/output error"), flushing(lambda: [tmp_path]):
         time.sleep(0.1)
 

@@ -1,0 +1,58 @@
+"""FSDP2: every unit of the plan sharded over its mesh, also on a mesh of one rank: one path serves all meshes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor.placement_types import Placement, Shard
+
+from ndtrain.mesh import Meshes
+from ndtrain.plan import ParamPlan, Plan, Unit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def apply_fsdp(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
+    """Shard the parameters of `model` (on meta), in place; gradients are then summed, never averaged."""
+    for parameter in model.parameters():
+        if not parameter.numel():
+            # Nothing to train, and FSDP's reduce-scatter takes no empty gradient (torch <= 2.13).
+            parameter.requires_grad_(False)
+    planned = {param.fqn: _fsdp_dim(param) for param in plan.params}
+    dims = {param: planned[fqn] for fqn, param in model.named_parameters()}
+    for unit in (*plan.units, plan.root):
+        modules = [model.get_submodule(name) for name in unit.modules]
+        mesh = meshes.efsdp if unit.experts else meshes.fsdp
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=mesh,
+            reshard_after_forward=unit.reshard,
+            shard_placement_fn=dims.__getitem__,
+            mp_policy=_mixed_precision(unit),
+            # Only memory that a device copies from needs pinning.
+            offload_policy=CPUOffloadPolicy(mesh.device_type != "cpu") if unit.cpu_offload else OffloadPolicy(),
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the global count of target tokens. gloo has no PREMUL_SUM, hence the forced plain
+            # sum (torch <= 2.13).
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _mixed_precision(unit: Unit) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(
+        param_dtype=getattr(torch, unit.param_dtype),
+        reduce_dtype=getattr(torch, unit.reduce_dtype),
+        output_dtype=getattr(torch, unit.output_dtype) if unit.output_dtype else None,
+        cast_forward_inputs=unit.cast_inputs,
+    )
+
+
+def _fsdp_dim(param: ParamPlan) -> Shard:
+    """Return what `fully_shard` is told: the dim alone, it knows itself what tp or ep have cut before."""
+    over: Placement = next(p for a, p in zip(param.axes, param.placements, strict=True) if a in ("fsdp", "efsdp"))
+    return Shard(over.dim)  # type: ignore[attr-defined]

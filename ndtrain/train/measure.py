@@ -1,0 +1,84 @@
+"""What a step was: its targets, its losses over all ranks, and its speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ndtrain.accelerators import peak_flops
+from ndtrain.data import labels_count
+from ndtrain.engine import Batch, Engine
+from ndtrain.engine.flops import flops_per_token
+from ndtrain.hf.routers import sequence_count
+from ndtrain.loggers import StepMetrics, now
+
+
+class Targets(NamedTuple):
+    """Of the global batch: its target tokens, and its sequences where a router's auxiliary loss counts them."""
+
+    tokens: int
+    rows: int
+
+
+class Losses(NamedTuple):
+    """Of the global batch, the same on every rank. `finite` says whether they and every rank's gradients are."""
+
+    loss: float
+    aux_loss: float
+    grad_norm: float
+    finite: bool
+
+
+def count_targets(batches: Sequence[Batch], engine: Engine) -> Targets:
+    """What the global batch has, of which `batches` are this rank's micro batches; collective."""
+    routed = engine.loss_model.router is not None
+    own = [labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
+    counts = torch.tensor(own, dtype=torch.int64, device=engine.device)
+    dist.all_reduce(counts, group=engine.meshes.loss.get_group())
+    tokens, rows = (n // engine.sizes.cp for n in counts.tolist())  # cp ranks have the same rows
+    return Targets(tokens, rows)
+
+
+class Measure:
+    """Makes the metrics of the steps of one engine on so many ranks."""
+
+    def __init__(self, engine: Engine, *, ranks: int):
+        self.engine, self.ranks = engine, ranks
+        config = engine.model.config.get_text_config()
+        self._flops_per_token = flops_per_token(engine.plan, config, engine.recipe.data.seq_len)
+        self._peak_flops = peak_flops(engine.device)
+
+    def reduce(self, sums: Tensor, norm: Tensor, targets: Targets) -> Losses:
+        """The means over the global batch from each rank's `Engine.gradients` and `Engine.clip`; collective."""
+        # tp ranks have the same loss.
+        shared = torch.cat([sums / self.engine.sizes.tp, norm.isfinite().logical_not().to(sums)[None]])
+        dist.all_reduce(shared)
+        loss_sum, aux_sum, ranks_not_finite = shared.tolist()
+        loss, aux_loss = loss_sum / max(1, targets.tokens), aux_sum / max(1, targets.rows)
+        return Losses(loss, aux_loss, float(norm), not ranks_not_finite and math.isfinite(loss + aux_loss))
+
+    def metrics(
+        self, losses: Losses, targets: Targets, *, step: int, lr: float, seconds: float, peak: int, skipped: int
+    ) -> StepMetrics:
+        """The line of a step that took `seconds`."""
+        speed = targets.tokens / seconds
+        mfu = speed / self.ranks * self._flops_per_token / self._peak_flops if self._peak_flops else None
+        return StepMetrics(
+            step=step,
+            loss=losses.loss,
+            grad_norm=losses.grad_norm,
+            lr=lr,
+            tokens=targets.tokens,
+            tokens_per_second=speed,
+            step_seconds=seconds,
+            mfu=mfu,
+            peak_memory_bytes=peak,
+            time=now(),
+            aux_loss=losses.aux_loss if self.engine.loss_model.router is not None else None,
+            skipped=skipped,
+        )

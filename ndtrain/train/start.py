@@ -1,0 +1,110 @@
+"""What a run does before its first step: its directory, what it goes on from, and an engine with weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from ndtrain import proof
+from ndtrain.checkpoint import CheckpointStore, load_tensors, read_state
+from ndtrain.engine import Engine
+from ndtrain.errors import PlanError, RecipeError
+from ndtrain.hf import extra_states
+from ndtrain.hf.positions import fix_frequencies
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
+from ndtrain.runs.limits import WAIT_TIMEOUT, process_groups, set_timeouts
+from ndtrain.runs.messages import of_rank0, on_rank0
+from ndtrain.runs.process import Runtime
+from ndtrain.runs.restarts import Restarts
+from ndtrain.storage.paths import open_to_write, os_errors
+from ndtrain.train.report import Reporter
+from ndtrain.train.source import load_start
+from ndtrain.train.state import check_run_dir, check_state, save_extras
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that a run goes on from, and its train_state.json."""
+
+    directory: Path
+    state: Mapping[str, Any]
+
+
+def open_run_dir(run_dir: Path) -> None:
+    """Make the run directory where there is none. Raises `RecipeError` where nothing can be written in it."""
+    try:
+        with os_errors(run_dir):
+            open_to_write(run_dir)
+    except OSError as error:
+        raise RecipeError(f'run.dir = "{run_dir}" cannot be used: {error.strerror or error}; choose another') from error
+
+
+def try_extras(model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) -> None:
+    """Write config and tokenizer once for nothing: what cannot be saved must not be trained first."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_extras(Path(folder), model, tokenizer)
+    except OSError:
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split())
+        raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
+
+
+def find_resumed(
+    store: CheckpointStore, run_dir: Path, engine: Engine, reporter: Reporter, *, data: str
+) -> Resumed | None:
+    """The checkpoint to go on from, None for a new run. Collective.
+
+    It is checked against the recipe and against `data`, the fingerprint of the batches.
+    """
+    recipe = engine.recipe
+    restarts = Restarts.of_process(run_dir)
+    newest = of_rank0(store.newest_step)
+    resume = of_rank0(lambda: restarts.resume(recipe.checkpoint.resume, newest))
+    found, messages = store.find(resume, verify=recipe.checkpoint.verify)
+    for message in messages:
+        reporter.info(message)
+    resumed = Resumed(found, read_state(found)) if found is not None else None
+    check_run_dir(run_dir, newest, resumed.state if resumed is not None else None, resume)
+    if resumed is not None:
+        config = cast("PreTrainedConfig", engine.model.export_config)
+        for note in check_state(resumed.state, resumed.directory, recipe, data=data, config=config):
+            reporter.info(f"note: {note}")
+    on_rank0(lambda: restarts.begin(resumed.state["step"] if resumed is not None else -1))
+    return resumed
+
+
+def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:
+    """Cut the engine's model, prove on noise that it is right, and only then give it its weights. Collective."""
+    recipe, model = engine.recipe, engine.model
+    # Whole blocks to compare with: they are copied before the model is cut.
+    references = proof.ReferenceBlocks(model, engine.plan) if engine.sizes.tp > 1 else None
+    engine.cut()
+    set_timeouts(WAIT_TIMEOUT, process_groups())
+    materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
+    fix_frequencies(model, recipe.data.seq_len)
+    fill_with_noise(model)
+    known = _prove(engine, references, reporter)
+    unset(model_tensors(model).values())
+    if resumed is None:
+        for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
+            reporter.info(f"note: {note}")
+    else:
+        load_tensors(resumed.directory / "model", model_tensors(model), all_of_it=True)
+        extra_states.restore(model, extra_states.read(resumed.directory))
+    if not known and not _prove(engine, references, reporter):
+        raise PlanError(f"{engine.plan.model_type}: the logits or gradients of its weights are not finite")
+    engine.finish()
+
+
+def _prove(engine: Engine, references: proof.ReferenceBlocks | None, reporter: Reporter) -> bool:
+    found = proof.prove(engine, references)
+    for note in found.notes:
+        reporter.info(f"note: {note}")
+    return found.known
