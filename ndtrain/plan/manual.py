@@ -13,7 +13,7 @@ from ndtrain.errors import PlanError
 from ndtrain.plan.types import Unit
 from ndtrain.plan.units import embeddings, joined, kept_in_float32, kept_owners, root
 from ndtrain.recipe import Recipe
-from ndtrain.recipe.rules import dotted
+from ndtrain.recipe.problems import dotted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ndtrain.recipe.rules import Path, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.problems import Path, Problem, RulesBroken, dotted, show
 
 # (section, alias) -> key of the same section.
 ALIASES: dict[tuple[str, str], str] = {

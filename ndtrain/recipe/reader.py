@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from ndtrain.errors import RecipeError
 from ndtrain.recipe.aliases import ALIASES, canonical
-from ndtrain.recipe.rules import Path, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.problems import Path, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.rules import contradictions, not_yet
 from ndtrain.recipe.schema import Recipe
 
 MAX_PROBLEMS = 5
@@ -67,8 +68,10 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
         except ValidationError as error:
             problems = list(_problems(error, document))
         else:
-            recipe._notes = tuple(notes)
-            return recipe
+            problems = [*contradictions(recipe), *not_yet(recipe)]
+            if not problems:
+                recipe._notes = tuple(notes)
+                return recipe
 
     def last_if_missing(problem: Problem) -> tuple[bool, int]:
         # A misspelt key makes another one missing; the cause comes first.

@@ -1,35 +1,12 @@
-"""What the keys of a recipe may not say together, and what they may not say yet.
-
-A rule that is broken is a `(path, sentence)` pair: the path of the key to point at, and a sentence about it.
-"""
+"""What the keys of a recipe may not say together, and what they may not say yet."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ndtrain.recipe.schema import Recipe
-
-Path = tuple[str, ...]
-Problem = tuple[Path, str]
-
-
-class RulesBroken(ValueError):
-    """Sections that are each well formed break these rules."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(sentence for _, sentence in problems))
-        self.problems = problems
-
-
-# The keys of a policy in [fsdp.modules] and the values each may have.
-MODULE_POLICY: dict[str, tuple[Any, ...]] = {
-    "policy": ("free_full_weight", "keep_full_weight"),
-    "cpu_offload": (True, False),
-    "mixed_precision": (True, False, "float32", "bfloat16"),
-}
+from ndtrain.recipe.problems import Path, Problem, dotted, show
+from ndtrain.recipe.schema import Recipe
 
 # Path -> values that work today, and why the others do not.
 NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
@@ -138,39 +115,6 @@ def _fsdp(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def module_policies(modules: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The table of each pattern of [fsdp.modules]; a name or an array of names is short for one.
-
-    Raises `RulesBroken` for what is no policy.
-    """
-    problems: list[Problem] = []
-    tables: dict[str, dict[str, Any]] = {}
-    for pattern, given in modules.items():
-        at: Path = ("fsdp", "modules", pattern)
-        table: dict[str, Any] = dict(given) if isinstance(given, dict) else {}
-        for name in () if isinstance(given, dict) else given if isinstance(given, list) else [given]:
-            key, value = ("policy", name) if name in MODULE_POLICY["policy"] else (name, True)
-            if not isinstance(name, str) or key not in MODULE_POLICY or name == "policy":
-                names = ", ".join([*map(show, MODULE_POLICY["policy"]), '"cpu_offload" and "mixed_precision"'])
-                problems.append((at, f"{dotted(at)} = {show(given)}: {show(name)} is no policy; there are {names}"))
-            elif table.setdefault(key, value) != value:
-                problems.append((at, f"{dotted(at)} = {show(given)} both frees and keeps the full weight; keep one"))
-        if not pattern:
-            problems.append((at, "[fsdp.modules] has an empty pattern; name a module"))
-        for key, value in table.items():
-            allowed = MODULE_POLICY.get(key, ())
-            if not allowed:
-                known = ", ".join(MODULE_POLICY)
-                problems.append(((*at, key), f"{dotted(at)} has no key {show(key)}; its keys are {known}"))
-            elif not any(type(value) is type(option) and value == option for option in allowed):
-                words = ", ".join(map(show, allowed))
-                problems.append(((*at, key), f"{dotted((*at, key))} = {show(value)} must be one of {words}"))
-        tables[pattern] = table
-    if problems:
-        raise RulesBroken(problems)
-    return tables
-
-
 def not_yet(recipe: Recipe) -> Iterator[Problem]:
     """Yield what `recipe` asks for that this version cannot do: refused, never ignored."""
     values = recipe.model_dump(by_alias=True)
@@ -178,16 +122,3 @@ def not_yet(recipe: Recipe) -> Iterator[Problem]:
         value = values[path[0]][path[1]]
         if value not in works:
             yield path, f"{dotted(path)} = {show(value)} is not available in this version: {why}"
-
-
-def dotted(path: Path) -> str:
-    """`("tp", "plan", "a.b")` as TOML spells it: `tp.plan."a.b"`."""
-    return ".".join(
-        key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else show(key) for key in path
-    )
-
-
-def show(value: Any) -> str:
-    """A value as TOML spells it, on one line and cut to a length that a message can bear."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from ndtrain.recipe import rules
+from ndtrain.recipe.policies import module_policies
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Text = Annotated[str, Field(min_length=1)]
@@ -90,7 +90,7 @@ class FsdpSection(Section):
     @field_validator("modules", mode="before", json_schema_input_type=_Modules)
     @classmethod
     def _tables(cls, modules: Any) -> Any:
-        return rules.module_policies(modules) if isinstance(modules, dict) else modules
+        return module_policies(modules) if isinstance(modules, dict) else modules
 
 
 class TpSection(Section):
@@ -230,10 +230,3 @@ class Recipe(Section):
     def notes(self) -> tuple[str, ...]:
         """Sentences about aliases that were accepted, for the user to see once. Not part of the schema."""
         return self._notes
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "Recipe":
-        problems = [*rules.contradictions(self), *rules.not_yet(self)]
-        if problems:
-            raise rules.RulesBroken(problems)
-        return self
