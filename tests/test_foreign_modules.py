@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ndtrain.parallel.parallelize import parallelize
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +19,7 @@ from ndtrain.convert import convert
 from ndtrain.errors import DamagedError, PlanError
 from ndtrain.hf import extra_states
 from ndtrain.mesh import MeshSizes, build_mesh
+from ndtrain.parallel import parallelize
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe, load_recipe
 from tests import foreign, tiny

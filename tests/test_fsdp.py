@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from ndtrain.errors import PlanError
 from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes, build_mesh
-from ndtrain.parallel.parallelize import parallelize
+from ndtrain.parallel import parallelize
 from ndtrain.plan import Plan, make_plan
 from tests.ranks import get_pool
 from tests.test_plan import plan_for

@@ -51,7 +51,7 @@ def _loaded(recipe_path: str, sizes: MeshSizes) -> tuple[Any, Any]:
     from ndtrain.hf.model import meta_model
     from ndtrain.load import load_weights, materialize
     from ndtrain.mesh import build_mesh
-    from ndtrain.parallel.parallelize import parallelize
+    from ndtrain.parallel import parallelize
     from ndtrain.plan import make_plan
     from ndtrain.recipe import load_recipe
     from ndtrain.runs.process import Runtime

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ndtrain.mesh import MeshSizes, build_mesh
-from ndtrain.parallel.parallelize import parallelize
+from ndtrain.parallel import parallelize
 from ndtrain.plan import EVEN, Plan
 from tests.plan_truth import compared
 from tests.ranks import get_pool

@@ -109,9 +109,3 @@ def tie(model: PreTrainedModel) -> None:
     for alias, source in tied_keys(model).items():
         module, _, name = alias.rpartition(".")
         setattr(model.get_submodule(module), name, model.get_parameter(source))
-
-
-# transformers reports plan and loading details as warnings; ndtrain's own plan says what matters of them.
-transformers.logging.set_verbosity_error()
-
-transformers.utils.logging.disable_progress_bar()

@@ -102,7 +102,7 @@ def worker(case: str, model_dir: Path, out: Path, *, watch: bool) -> None:
             from ndtrain.hf.model import meta_model
             from ndtrain.load import materialize
             from ndtrain.mesh import build_mesh
-            from ndtrain.parallel.parallelize import parallelize
+            from ndtrain.parallel import parallelize
             from ndtrain.plan import make_plan
             from ndtrain.recipe import load_recipe
             from ndtrain.train import sizes_for
