@@ -16,6 +16,7 @@ import typer
 
 import ndtrain
 from ndtrain.errors import NdtrainError, RecipeError, Stopped
+from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import under_torchrun
 from ndtrain.runs.restarts import Restarts
 from ndtrain.runs.stop_signals import StopSignals
@@ -23,7 +24,6 @@ from ndtrain.storage.paths import to_path
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
-from ndtrain.runs.launcher import launch_workers, local_world_size
 
 # How long another rank than 0 waits to be ended after an error: rank 0 may still be importing torch.
 LEAVE_AFTER_S = 10.0

@@ -12,13 +12,12 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from ndtrain.errors import RecipeError
+from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.config import load_config
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-from ndtrain.errors import first_line
-from ndtrain.hf.config import load_config
 
 
 def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTrainedModel:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import transformers
 
-from ndtrain.errors import RecipeError
+from ndtrain.errors import RecipeError, first_line
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from ndtrain.errors import first_line
 
 
 class ByteTokenizer:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch.distributed as dist
 from ndtrain.runs.limits import WAIT_TIMEOUT
 from ndtrain.runs.process import Runtime, rank, world_size
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # Room for the message with which a rank tells the others why it failed.
 MESSAGE_BYTES = 4000

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
 from ndtrain.runs.limits import STEP_TIMEOUT, WAIT_TIMEOUT, process_groups, set_timeouts
 from ndtrain.runs.rendezvous import launcher_store
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ndtrain.runs.limits import STEP_TIMEOUT
+
 if TYPE_CHECKING:
     pass
-from ndtrain.runs.limits import STEP_TIMEOUT
 
 CONNECT_TIMEOUT = timedelta(minutes=2)
 

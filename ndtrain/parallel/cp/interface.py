@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ndtrain.hf.attention_functions import own_attention, take_attention
 from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from ndtrain.hf.attention_functions import own_attention, take_attention
 
 IGNORE = -100
 
