@@ -18,7 +18,7 @@ import ndtrain
 from ndtrain.errors import NdtrainError, RecipeError, Stopped
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import under_torchrun
-from ndtrain.runs.restarts import Restarts
+from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals
 from ndtrain.storage.paths import to_path
 
@@ -116,7 +116,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
-    Restarts.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
+    Attempt.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
     _tell_notes(resolved)
 
     with _uncollected():

@@ -1,4 +1,4 @@
-"""A rank that is stopped or dead ends the run within the limit, and is named."""
+"""A stopped or dead rank ends the run within the limit and is named."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ndtrain.runs.watch import Place, Watch
+from ndtrain.runs.watch import Progress, Watch
 from tests.ranks import get_pool
-from tests.test_requests import ENV, lines_of, make_recipe, wait_for, workers
+from tests.test_stop_signals import ENV, lines_of, make_recipe, wait_for, workers
 
 
 def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(tmp_path: Path) -> None:
@@ -37,33 +37,32 @@ def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(tmp_path: Pat
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     last = lines_of(run)[-1]["step"]
-    said = f"nothing has moved for {limit} s (run.step_timeout_s); rank 1 is stopped, dead or cut off."
-    assert any(f"ndtrain: error: step {n}: {said}" in err for n in (last + 1, last + 2)), err
+    message = f"no progress for {limit} s (run.step_timeout_s); rank 1 is stopped, dead or cut off."
+    assert any(f"ndtrain: error: step {n}: {message}" in err for n in (last + 1, last + 2)), err
     assert process.returncode not in (0, 75) and took < 3 * limit, (process.returncode, took)
 
 
 def test_the_rank_that_is_behind_is_named() -> None:
-    class Told(Watch):
-        rounds = 0
+    class ThreeRanks(Watch):
+        reads = 0
+        rank_2_writes = True
 
-        def _places(self) -> list[Place]:
-            self.rounds += 1
+        def _read_progress(self) -> list[Progress]:
+            self.reads += 1
             return [
-                Place(self.rounds, 7, 20),
-                Place(self.rounds, 6, 18),
-                Place(self.rounds if self.silent else 1, 7, 20),
+                Progress(self.reads, 7, 20),
+                Progress(self.reads, 6, 18),
+                Progress(self.reads if self.rank_2_writes else 1, 7, 20),
             ]
 
-        silent = True
-
-    watch = Told(0.01)
+    watch = ThreeRanks(0.01)
     assert watch._blame() == "rank 1 is behind, at step 6"
-    watch.silent = False
+    watch.rank_2_writes = False
     assert watch._blame() == "rank 2 is stopped, dead or cut off"
 
 
-def ended(folder: str) -> str:
-    """What this rank says where the last of four tells nothing more and the others find that it is gone."""
+def printed(folder: str) -> str:
+    """Return what this rank prints when the last of four ranks writes nothing more and the others see it is gone."""
     import io
     from datetime import timedelta
     from unittest import mock
@@ -72,7 +71,7 @@ def ended(folder: str) -> str:
 
     from ndtrain.runs.limits import process_groups, set_timeouts
 
-    watch, told = Watch(2.0), io.StringIO()
+    watch, output = Watch(2.0), io.StringIO()
     watch.start()
     watch.beat(5)
     dist.barrier()
@@ -81,17 +80,17 @@ def ended(folder: str) -> str:
             watch.stop()
         else:
             time.sleep(0.3 * dist.get_rank())
-            said, left = mock.patch("sys.stderr", told), mock.patch("os._exit", side_effect=SystemExit)
-            with said, left, pytest.raises(SystemExit):
+            stderr, exits = mock.patch("sys.stderr", output), mock.patch("os._exit", side_effect=SystemExit)
+            with stderr, exits, pytest.raises(SystemExit):
                 watch.end("a collective failed")
         dist.barrier()
     finally:
         watch.stop()
         set_timeouts(timedelta(seconds=300), process_groups())
-    return told.getvalue()
+    return output.getvalue()
 
 
-def test_one_rank_speaks_and_blames_none_that_ends_too(tmp_path: Path) -> None:
-    said = [text for text in get_pool(4).run(ended, str(tmp_path)) if text]
-    assert len(said) == 1, said
-    assert "step 5: a collective failed; rank 3 is stopped, dead or cut off. The run ends" in said[0]
+def test_one_rank_reports_and_does_not_blame_ranks_that_end_too(tmp_path: Path) -> None:
+    reports = [text for text in get_pool(4).run(printed, str(tmp_path)) if text]
+    assert len(reports) == 1, reports
+    assert "step 5: a collective failed; rank 3 is stopped, dead or cut off. The run ends" in reports[0]

@@ -1,4 +1,4 @@
-"""How long the ranks wait for one another, phase by phase."""
+"""Timeouts of the ranks' collectives in each phase of a run."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# Tokenizing or reading a large model may keep the other ranks waiting for hours; finding each other may not.
+# One rank may tokenize or read a large model for hours while the others wait.
 WAIT_TIMEOUT = timedelta(days=30)
 
-
+# The ranks must find each other within this time.
 STEP_TIMEOUT = timedelta(minutes=30)
 
 
 def process_groups() -> list[dist.ProcessGroup]:
-    """Every process group that this rank is in (private in torch 2.13)."""
+    """Return every process group that this rank is in (private API in torch 2.13)."""
     import torch.distributed as dist
 
     return list(dist.distributed_c10d._world.pg_map)
 
 
 def set_timeouts(timeout: timedelta, groups: list[dist.ProcessGroup]) -> None:
-    """The longest wait of `groups` from their next collective on (private in torch 2.13)."""
+    """Set the timeout of `groups` from their next collective on (private API in torch 2.13)."""
     import torch.distributed as dist
 
     for group in groups:

@@ -1,4 +1,4 @@
-"""What the ranks tell each other outside the step: errors, values and waiting. Nothing is pickled."""
+"""Exchange errors and JSON values between ranks outside the training step. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ndtrain.runs.process import Runtime, rank, world_size
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# Room for the message with which a rank tells the others why it failed.
+# The longest error message that a rank sends to the others.
 MESSAGE_BYTES = 4000
 
 
 def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
     """Run `work` on rank 0 while the others wait without a deadline, then on one rank of every node that needs it.
 
-    `work` must be idempotent and cheap when its result is already there: it runs on local rank 0 of every node after
+    `work` must be idempotent and cheap when its result exists: it runs on local rank 0 of every node after
     rank 0 is done, so that nodes without a shared file system get their own copy. An error of one rank is raised on
     every rank.
     """
@@ -39,18 +39,18 @@ def on_rank0(work: Callable[[], object], group: dist.ProcessGroup | None = None)
 
 
 def of_rank0(work: Callable[[], Any]) -> Any:
-    """What `work` gives on rank 0, a JSON value, on every rank; its error is raised on every rank."""
+    """Run `work` on rank 0 and return its JSON value on every rank; its error is raised on every rank."""
     found: list[Any] = []
     on_rank0(lambda: found.append(work()))
     return broadcast_json(found)[0]
 
 
 def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None = None) -> None:
-    """Run `work` on every rank that has any; where one failed, all raise. Also a barrier.
+    """Run `work` on every rank that passes it; if it fails on one, all ranks raise. Also a barrier.
 
-    A rank that left alone would leave the others in the next collective. An `NdtrainError` keeps its class and with it
-    its exit code; a failure of the file system becomes an `NdtrainError`. What the failing rank alone knows is raised
-    there as it is, and as an `NdtrainError` with its message elsewhere. The message travels as bytes, never pickled.
+    A rank that raised alone would leave the others waiting in the next collective. An `NdtrainError` keeps its class,
+    and so its exit code, on all ranks; an `OSError` becomes an `NdtrainError`. Any other error is raised as it is on
+    the rank that failed, and as an `NdtrainError` with its message on the others. The message is sent as bytes.
     """
     import torch
     import torch.distributed as dist
@@ -72,10 +72,10 @@ def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None 
         return
     kinds = [errors.NdtrainError, errors.RecipeError, errors.PlanError, errors.DamagedError, errors.Stopped]
     kind = next((i for i, k in enumerate(kinds) if type(failure) is k), 0)
-    words = str(failure) if isinstance(failure, errors.NdtrainError) else f"{type(failure).__name__}: {failure}"
-    # Every rank refuses a recipe or a plan for one reason: whose rank does not matter.
-    where = "" if kinds[kind] in (errors.RecipeError, errors.PlanError) else f"rank {rank()}: "
-    text = b"" if failure is None else f"{where}{words}".encode()[:MESSAGE_BYTES]
+    reason = str(failure) if isinstance(failure, errors.NdtrainError) else f"{type(failure).__name__}: {failure}"
+    # A recipe or plan error is the same on every rank, so the rank is not named.
+    prefix = "" if kinds[kind] in (errors.RecipeError, errors.PlanError) else f"rank {rank()}: "
+    text = b"" if failure is None else f"{prefix}{reason}".encode()[:MESSAGE_BYTES]
     mine = torch.zeros(MESSAGE_BYTES + 1, dtype=torch.uint8)
     mine[0] = kind
     mine[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.uint8)
@@ -89,7 +89,7 @@ def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None 
 
 
 def broadcast_json(value: Any) -> Any:
-    """Rank 0's JSON value on every rank; as bytes, since `broadcast_object_list` unpickles."""
+    """Return rank 0's JSON value on every rank; sent as bytes, since `broadcast_object_list` unpickles."""
     import torch
     import torch.distributed as dist
 
@@ -106,7 +106,7 @@ def broadcast_json(value: Any) -> Any:
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's JSON value on every rank, in their order; as bytes."""
+    """Return every rank's JSON value, in rank order, on every rank; sent as bytes."""
     import torch
     import torch.distributed as dist
 

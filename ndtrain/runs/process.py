@@ -1,4 +1,4 @@
-"""Process group, rank and device: decided here and nowhere else. torch is imported inside the functions."""
+"""Set up this process's process group, rank and device. torch is imported inside the functions."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Runtime:
 
 
 def env_world_size() -> int | None:
-    """World size given by torchrun, or None outside it."""
+    """Return the world size that torchrun gave, or None outside torchrun."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun (or what sets the same variables) started this process."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextmanager
 def start() -> Iterator[Runtime]:
-    """Join the process group that torchrun describes (or one of a single rank) and leave it at the end."""
+    """Join the process group that torchrun describes, or one of a single rank, and leave it at the end."""
     import torch
     import torch.distributed as dist
 
@@ -52,7 +52,7 @@ def start() -> Iterator[Runtime]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # gloo beside NCCL carries the collectives on host tensors: checkpoints, waiting, the recipe's checks.
+        # Collectives on host tensors use gloo: checkpoints, barriers, the recipe's checks.
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
@@ -67,14 +67,14 @@ def start() -> Iterator[Runtime]:
 
 
 def rank() -> int:
-    """This process's rank, 0 without a process group."""
+    """Return this process's rank, 0 without a process group."""
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of ranks, 1 without a process group."""
+    """Return the number of ranks, 1 without a process group."""
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,4 +1,4 @@
-"""How the ranks of one attempt find each other through the launcher's store."""
+"""Connect the ranks of one launch attempt through the launcher's store."""
 
 from __future__ import annotations
 
@@ -6,44 +6,43 @@ import os
 import time
 import uuid
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ndtrain.runs.limits import STEP_TIMEOUT
-
-if TYPE_CHECKING:
-    pass
 
 CONNECT_TIMEOUT = timedelta(minutes=2)
 
 
 def launcher_store(rank: int, world_size: int) -> Any:
-    """The store through which the ranks find each other; of this attempt alone.
+    """Return the store through which the ranks find each other, with a prefix that only this attempt uses.
 
-    torchrun's store outlives the workers that it starts again (torch 2.13), and what the last ones left there,
-    addresses of processes that are gone, would be taken for these ones'. Counts of restarts do not tell attempts apart:
-    they differ between nodes. So rank 0 answers each rank by the name that it chose for itself this time. Raises
-    `NdtrainError` where a rank does not come.
+    torchrun's store outlives the workers that it restarts (torch 2.13), so it still holds the addresses of processes
+    that are gone. Restart counts cannot tell attempts apart, since they differ between nodes. So each rank writes a
+    fresh random name and waits until rank 0 answers that name with its own, which becomes the prefix. Raises
+    `NdtrainError` if the store does not answer or a rank does not arrive.
     """
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     from ndtrain.errors import NdtrainError
 
-    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # The launcher's store is there before its workers are: where it does not answer, the launcher has died.
-    timeout = CONNECT_TIMEOUT if of_launcher else STEP_TIMEOUT
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # The launcher starts its store before its workers: if it does not answer, the launcher has died.
+    timeout = CONNECT_TIMEOUT if agent_store else STEP_TIMEOUT
     try:
         store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
     except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise NdtrainError(f"nothing answers at {where} within {timeout}, where the ranks are to meet") from error
-    if not of_launcher:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise NdtrainError(
+            f"no rendezvous server answered at {address} within {_minutes(timeout)} (MASTER_ADDR, MASTER_PORT)"
+        ) from error
+    if not agent_store:
         return store
     store.set_timeout(STEP_TIMEOUT)
     own = uuid.uuid4().hex
     store.set(f"ndtrain/hello/{rank}", own)
     attempt, answered = own, dict.fromkeys(range(world_size), "")
-    end = time.monotonic() + STEP_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + STEP_TIMEOUT.total_seconds()
     while True:
         if rank == 0:
             for number, name in enumerate(store.multi_get([f"ndtrain/hello/{n}" for n in range(world_size)])):
@@ -57,7 +56,14 @@ def launcher_store(rank: int, world_size: int) -> Any:
                 break
         if rank == 0 and store.check([f"ndtrain/{own}/here/{n}" for n in range(1, world_size)]):
             break
-        if time.monotonic() > end:
-            raise NdtrainError(f"the {world_size} ranks have not found each other in {STEP_TIMEOUT}")
+        if time.monotonic() > deadline:
+            raise NdtrainError(
+                f"the {world_size} ranks did not find each other within {_minutes(STEP_TIMEOUT)}; check that the "
+                "workers of every node are running"
+            )
         time.sleep(0.02)
     return dist.PrefixStore(f"ndtrain/{attempt}", store)
+
+
+def _minutes(duration: timedelta) -> str:
+    return f"{duration.total_seconds() / 60:g} minutes"

@@ -1,7 +1,7 @@
-"""What the attempts of one launch tell each other: torchrun starts the workers again where one has failed.
+"""Pass information between the attempts of one launch: torchrun restarts the workers when one has failed.
 
-RUN_DIR/.launch.json says which launch this is, at which step it began and whether it was stopped on request. It is
-there only where torchrun may restart (`--max-restarts`).
+RUN_DIR/.launch.json holds which launch this is, the step at which it began and whether it was stopped on request. It is
+written only where torchrun may restart (`--max-restarts`).
 """
 
 from __future__ import annotations
@@ -20,63 +20,73 @@ FILE = ".launch.json"
 
 
 @dataclass(frozen=True)
-class Restarts:
-    """One attempt of `launch`, which makes up to `restarts` more; `first` where it is known to be the first."""
+class Attempt:
+    """One start of the workers within a launch that torchrun may restart.
+
+    `launch` identifies the launch, `known_first` is True if this attempt is certainly its first, and `max_restarts` is
+    torchrun's `--max-restarts`.
+    """
 
     run_dir: Path
     launch: str
-    first: bool
-    restarts: int
+    known_first: bool
+    max_restarts: int
 
     @classmethod
-    def of_process(cls, run_dir: Path) -> Restarts:
-        """As torchrun's variables say; outside it there is one attempt."""
-        of = os.environ.get
-        # The port of the launcher's own store is another with each launch. Elsewhere the count has to tell; it does not
-        # always: a node whose workers did not fail themselves counts no restart.
-        own_store = of("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        launch = f"{of('TORCHELASTIC_RUN_ID', '')} {of('MASTER_ADDR', '')}:{of('MASTER_PORT', '')}"
-        first = not own_store and of("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        return cls(run_dir, launch, first, int(of("TORCHELASTIC_MAX_RESTARTS", "0")))
+    def of_process(cls, run_dir: Path) -> Attempt:
+        """Return the attempt that torchrun's variables describe; outside torchrun a launch has one attempt."""
+        variable = os.environ.get
+        # Each launch has another port for the launcher's own store. Without that store only the restart count can tell,
+        # and not always: a node whose workers did not fail themselves counts no restart.
+        agent_store = variable("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        launch = f"{variable('TORCHELASTIC_RUN_ID', '')} {variable('MASTER_ADDR', '')}:{variable('MASTER_PORT', '')}"
+        known_first = not agent_store and variable("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        return cls(run_dir, launch, known_first, int(variable("TORCHELASTIC_MAX_RESTARTS", "0")))
 
-    def _before(self) -> dict[str, Any] | None:
-        """What earlier attempts of this launch have written."""
-        if self.first:
+    def _read(self) -> dict[str, Any] | None:
+        """Return what earlier attempts of this launch wrote, or None."""
+        if self.known_first:
             return None
         try:
-            said = json.loads((self.run_dir / FILE).read_text())
+            record = json.loads((self.run_dir / FILE).read_text())
         except (OSError, ValueError):
             return None
-        known = isinstance(said, dict) and said.get("launch") == self.launch and type(said.get("step")) is int
-        return said if known else None
+        valid = isinstance(record, dict) and record.get("launch") == self.launch and type(record.get("step")) is int
+        return record if valid else None
 
-    def _write(self, **said: Any) -> None:
-        if self.restarts:
-            replace_text(self.run_dir / FILE, json.dumps({"launch": self.launch, **said}))
+    def _write(self, **fields: Any) -> None:
+        if self.max_restarts:
+            replace_text(self.run_dir / FILE, json.dumps({"launch": self.launch, **fields}))
 
     def open(self, *, is_main: bool) -> None:
-        """Forget other launches, whose names may be the same. Raises `Stopped` where this one is stopped already.
+        """Remove the record of other launches, which may have the same name. Raises `Stopped` if this one was stopped.
 
-        torchrun restarts workers that have ended with 75 as it does those that have failed.
+        torchrun restarts workers that ended with exit code 75 like those that failed.
         """
-        before = self._before()
-        if before is None and is_main:
+        earlier = self._read()
+        if earlier is None and is_main:
             with suppress(OSError):
                 (self.run_dir / FILE).unlink()
-        if before is not None and before.get("stopped"):
-            raise Stopped("stopped on request in an earlier attempt of this launch")
+        if earlier is not None and earlier.get("stopped"):
+            raise Stopped("this launch was stopped on request before its workers were restarted; start a new launch")
 
-    def resume(self, asked: str, newest: int | None) -> str:
-        """What to resume from: "auto" once this launch has a checkpoint of its own, whatever the recipe begins with."""
-        before = self._before()
-        return "auto" if before is not None and newest is not None and newest > before["step"] else asked
+    def resume_from(self, requested: str, newest: int | None) -> str:
+        """Return what to resume from: "auto" once this launch has saved a checkpoint, else the `requested` value.
 
-    def begin(self, step: int) -> None:
-        """Rank 0: this launch has found nothing wrong with the run directory and begins at `step`, -1 for anew."""
-        if self._before() is None:
+        `newest` is the step of the newest checkpoint in the run directory.
+        """
+        earlier = self._read()
+        return "auto" if earlier is not None and newest is not None and newest > earlier["step"] else requested
+
+    def record_begin(self, step: int) -> None:
+        """Record the step at which this launch begins, -1 for a new run, unless an earlier attempt did.
+
+        For rank 0, once the run directory is known to be usable.
+        """
+        if self._read() is None:
             self._write(step=step)
 
-    def stopped(self) -> None:
-        """Rank 0: the launch is stopped, and its further attempts have nothing to do."""
+    def record_stop(self) -> None:
+        """Record that the launch was stopped, so that later attempts end at once. For rank 0."""
         with suppress(OSError):
             self._write(step=-1, stopped=True)

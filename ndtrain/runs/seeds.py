@@ -1,15 +1,11 @@
-"""Seeds that follow from what they are for."""
+"""Derive random seeds from what they are used for."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def random_seed(*parts: object) -> int:
-    """A seed in [0, 2^63) from `parts`, the same in every process."""
+    """Return a seed in [0, 2^63) that depends on `parts` alone, the same in every process."""
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

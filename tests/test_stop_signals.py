@@ -1,4 +1,4 @@
-"""A run saves and stops when it is asked to, at the same step on every rank, and says so by its exit code."""
+"""A run saves and stops on request, at the same step on every rank, and with its own exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 
 from ndtrain.errors import Stopped
 from ndtrain.runs import launcher as launchers
-from ndtrain.runs.restarts import Restarts
+from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import FILE, STOP_SIGNALS, StopSignals
 from tests import tiny
 from tests.ranks import get_pool
@@ -55,7 +55,7 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str] | None = No
 
 
 def workers(launcher: int) -> dict[int, int]:
-    """{rank: process id} of a launcher's workers that run."""
+    """Return {rank: process id} of a launcher's running workers."""
     found = {}
     for pid in launchers.children(launcher):
         with contextlib.suppress(OSError, KeyError):  # one that has ended has no variables any more
@@ -74,7 +74,7 @@ def ignores_interrupts(pid: int) -> bool:
     return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
 
 
-# As a batch script of SLURM does: the signal ends the first wait.
+# Like a SLURM batch script: the signal ends the first wait.
 SCRIPT = """
 "$@" & run=$!
 trap 'kill -USR1 $run' USR1
@@ -105,14 +105,12 @@ def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
     last = lines_of(run)[-1]["step"]
     assert process.returncode == 75, err
     assert "ndtrain: stopped by SIGUSR1" in err and err.count("\n") == 1, err
-    assert f" after step {last} of 100000, which is saved; start again to go on\n" in err
+    assert f" after step {last} of 100000, which is saved; start again to continue\n" in err
     assert checkpoints(run)[-1] == f"step-{last:08d}" and len(checkpoints(run)) == 2
     assert f"saved {run}/checkpoints/step-{last:08d}" in out
 
 
-def test_a_later_signal_that_finds_the_workers_ended_is_none_of_a_run_without_a_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_second_signal_after_the_workers_ended_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     seen = [[ended.pid], []]
@@ -128,7 +126,7 @@ def test_a_later_signal_that_finds_the_workers_ended_is_none_of_a_run_without_a_
     try:
         assert launchers.launch_workers(2, []) == 0 and not seen
         seen = [[]]
-        with pytest.raises(Stopped, match="before a step was trained"):
+        with pytest.raises(Stopped, match="before the first step"):
             launchers.launch_workers(2, [])
     finally:
         logging.disable(logging.NOTSET)
@@ -137,7 +135,7 @@ def test_a_later_signal_that_finds_the_workers_ended_is_none_of_a_run_without_a_
 
 
 def prepared(path: str) -> Any:
-    """A trainer of this rank, not yet prepared, that listens to signals."""
+    """Return a trainer of this rank, not yet prepared, that handles signals."""
     from ndtrain.recipe import load_recipe
     from tests.trainers import trainer_of
 
@@ -146,8 +144,8 @@ def prepared(path: str) -> Any:
     return trainer_of(path, stop_signals=stop_signals)
 
 
-def asked(path: str, how: str) -> str:
-    """What ends the run of this rank after it was asked to stop in the middle of its second step."""
+def stop_message(path: str, how: str) -> str:
+    """Return the message with which this rank ends after it was asked to stop during its second step."""
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
     trainer = prepared(path)
 
@@ -160,7 +158,7 @@ def asked(path: str, how: str) -> str:
     def build(*args: Any, **kwargs: Any) -> Any:
         if trainer.runtime.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("never comes here")
+        raise AssertionError("not reached")
 
     try:
         if how == "tokenizing":
@@ -185,55 +183,53 @@ def asked(path: str, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("how", "message"),
     [
-        ("file", "stopped by the file `stop` after step 2 of 5, which is saved; start again to go on"),
-        ("signal on one rank", "stopped by SIGUSR1 after step 2 of 5, which is saved; start again to go on"),
-        ("tokenizing", "stopped by SIGTERM before a step was trained; there is nothing to save"),
+        ("file", "stopped by the file `stop` after step 2 of 5, which is saved; start again to continue"),
+        ("signal on one rank", "stopped by SIGUSR1 after step 2 of 5, which is saved; start again to continue"),
+        ("tokenizing", "stopped by SIGTERM before the first step, so there is nothing to save"),
     ],
 )
-def test_every_rank_stops_at_one_step(tmp_path: Path, how: str, words: str) -> None:
-    said = get_pool(2).run(asked, str(make_recipe(tmp_path, steps=5)), how)
-    assert all(line.removeprefix("rank 0: ") == words for line in said), said
+def test_every_rank_stops_at_the_same_step(tmp_path: Path, how: str, message: str) -> None:
+    messages = get_pool(2).run(stop_message, str(make_recipe(tmp_path, steps=5)), how)
+    assert all(line.removeprefix("rank 0: ") == message for line in messages), messages
     assert checkpoints(tmp_path / "run") == ([] if how == "tokenizing" else ["step-00000002"])
     assert not (tmp_path / "run" / "stop").exists()
 
 
-def test_what_cannot_be_removed_is_asked_once(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_removed_counts_once(tmp_path: Path) -> None:
     stop_signals = StopSignals(tmp_path)
     (tmp_path / "save").mkdir()
     assert stop_signals.seen(files=True) == [0, 0]  # a directory is no request
     (tmp_path / "stop").touch()
     assert stop_signals.seen(files=True) == [FILE, 0] and stop_signals.seen(files=False) == [0, 0]
     with mock.patch.object(Path, "unlink", side_effect=PermissionError):
-        assert stop_signals.answered() == [str(tmp_path / "stop")]
+        assert stop_signals.remove_files() == [str(tmp_path / "stop")]
     assert stop_signals.seen(files=True) == [0, 0]
 
 
-def test_a_launch_that_was_stopped_is_not_trained_on_by_its_restarts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def attempt(number: int, *, port: int = 1, own_store: bool = True) -> Restarts:
-        variables = {"USE_AGENT_STORE": own_store, "RUN_ID": "job 7", "RESTART_COUNT": number, "MAX_RESTARTS": 3}
+def test_restarts_of_a_stopped_launch_do_not_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attempt(number: int, *, port: int = 1, agent_store: bool = True) -> Attempt:
+        variables = {"USE_AGENT_STORE": agent_store, "RUN_ID": "job 7", "RESTART_COUNT": number, "MAX_RESTARTS": 3}
         for name, value in variables.items():
             monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
         monkeypatch.setenv("MASTER_PORT", str(port))
-        return Restarts.of_process(tmp_path)
+        return Attempt.of_process(tmp_path)
 
-    for own_store in (True, False):
-        attempt(0, own_store=own_store).open(is_main=True)
-        attempt(0, own_store=own_store).begin(-1)
-        attempt(1, own_store=own_store).open(is_main=True)
-        attempt(1, own_store=own_store).stopped()
-        with pytest.raises(Stopped, match="stopped on request in an earlier attempt"):
-            attempt(2, own_store=own_store).open(is_main=False)
+    for agent_store in (True, False):
+        attempt(0, agent_store=agent_store).open(is_main=True)
+        attempt(0, agent_store=agent_store).record_begin(-1)
+        attempt(1, agent_store=agent_store).open(is_main=True)
+        attempt(1, agent_store=agent_store).record_stop()
+        with pytest.raises(Stopped, match="this launch was stopped on request"):
+            attempt(2, agent_store=agent_store).open(is_main=False)
     attempt(2, port=2).open(is_main=False)
-    attempt(0, own_store=False).open(is_main=True)  # a later launch of the same name
-    attempt(1, own_store=False).open(is_main=True)
+    attempt(0, agent_store=False).open(is_main=True)  # a later launch of the same name
+    attempt(1, agent_store=False).open(is_main=True)
 
 
 @pytest.mark.parametrize(
-    ("began", "newest", "asked", "taken"),
+    ("began", "newest", "requested", "used"),
     [
         (-1, 30, "never", "auto"),
         (-1, None, "never", "never"),
@@ -242,17 +238,17 @@ def test_a_launch_that_was_stopped_is_not_trained_on_by_its_restarts(
         (100, 150, "other/step-00000100", "auto"),
     ],
 )
-def test_a_restart_resumes_from_what_its_own_launch_has_saved(
-    tmp_path: Path, began: int, newest: int | None, asked: str, taken: str
+def test_a_restart_resumes_from_a_checkpoint_of_its_own_launch(
+    tmp_path: Path, began: int, newest: int | None, requested: str, used: str
 ) -> None:
-    first, second = Restarts(tmp_path, "a", True, 1), Restarts(tmp_path, "a", False, 1)
-    assert second.resume(asked, newest) == asked  # where the first was refused
-    first.begin(began)
-    assert first.resume(asked, newest) == asked
-    assert second.resume(asked, newest) == taken
+    first, second = Attempt(tmp_path, "a", True, 1), Attempt(tmp_path, "a", False, 1)
+    assert second.resume_from(requested, newest) == requested  # if the first attempt was refused
+    first.record_begin(began)
+    assert first.resume_from(requested, newest) == requested
+    assert second.resume_from(requested, newest) == used
 
 
-def test_a_lost_node_leaves_a_run_on_fewer_ranks_with_the_losses_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_after_a_lost_node_fewer_ranks_continue_with_the_same_losses(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
     sections = {"checkpoint": {"every": 5, "resume": "never"}}
@@ -267,7 +263,7 @@ def test_a_lost_node_leaves_a_run_on_fewer_ranks_with_the_losses_of_an_undisturb
     training = ["-m", "ndtrain", "run", str(recipe), "--set", "run.step_timeout_s=10"]
     nodes = []
     try:
-        for is_host in (1, 0):  # of the rendezvous, which must outlive the lost node
+        for is_host in (1, 0):  # the rendezvous must outlive the lost node
             rendezvous = ["--local-addr", "127.0.0.1", "--rdzv-conf", f"is_host={is_host},{timeouts}"]
             node = subprocess.Popen(
                 [*command, *rendezvous, *training], env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -287,6 +283,9 @@ def test_a_lost_node_leaves_a_run_on_fewer_ranks_with_the_losses_of_an_undisturb
     assert "resumed from" in out and "(1 x cpu)" in out and "step 40/40" in out, out + err
     ours = {line["step"]: line for line in lines_of(run)}
     for line in undisturbed:
-        for key, near in {"loss": 1e-4, "grad_norm": 1e-2}.items():  # roundings of another order grow step by step
+        for key, near in {
+            "loss": 1e-4,
+            "grad_norm": 1e-2,
+        }.items():  # another order of summation; rounding differences grow step by step
             assert ours[line["step"]][key] == pytest.approx(line[key], rel=near), line["step"]
     assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
