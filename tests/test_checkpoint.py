@@ -40,7 +40,7 @@ MESHES = {"dp4": (4, 1), "tp4": (1, 4), "dp2tp2": (2, 2), "hsdp": (2, 2)}
 
 
 def save_tensors(directory: Path, tensors: dict[str, Any]) -> None:
-    """Every tensor once, each rank its part; collective."""
+    """Write every tensor once, each rank its part; collective."""
     together(lambda: write_files(directory, files_of(tensors)))
 
 
@@ -49,7 +49,7 @@ def strided(dim: int, factor: int) -> Any:
 
 
 def gather(shape: Any, mesh: Any, coordinate: Any, placements: Any, local: Tensor, out: Tensor) -> int:
-    """Puts a local tensor into a global one by its boxes; returns how many values it put."""
+    """Copy a local tensor into a global one by its boxes; return the number of values copied."""
     boxes = local_boxes(shape, mesh, coordinate, placements)
     for box in boxes:
         there = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
@@ -81,7 +81,7 @@ def layouts_as_torch() -> int:
     return count
 
 
-def test_local_boxes_are_what_torch_distributes() -> None:
+def test_local_boxes_match_torch_distribute_tensor() -> None:
     assert min(get_pool(4).run(layouts_as_torch)) > 300
 
 
@@ -114,7 +114,7 @@ def layouts_as_fsdp() -> list[str]:
     return seen
 
 
-def test_local_boxes_are_what_fsdp_over_tp_holds() -> None:
+def test_local_boxes_match_fsdp_over_tp() -> None:
     seen = get_pool(4).run(layouts_as_fsdp)[0]
     assert len(seen) > 25
     assert sum("S" in s for s in seen) == len(seen)
@@ -138,7 +138,7 @@ def test_local_boxes_of_packed_and_fsdp() -> None:
 
 
 def build(name: str, *, fill: bool) -> dict[str, Tensor]:
-    """Tensors of every kind on a mesh; the values depend on the key alone. Includes what FSDP makes."""
+    """Return tensors of every kind, FSDP's included, on a mesh; the values depend on the key alone."""
     mesh = init_device_mesh("cpu", MESHES[name], mesh_dim_names=("dp", "tp"))
     hsdp = name == "hsdp"
     dp0, dp1 = (R, R) if hsdp else (Shard(0), Shard(1))
@@ -235,7 +235,7 @@ def load_plain_dcp(directory: Path, tensors: dict[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with warnings.catch_warnings(action="ignore"):  # of torch, about the group that this process has not
+    with warnings.catch_warnings(action="ignore"):  # torch warns that this process has no group
         load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
 
 
@@ -296,7 +296,7 @@ def test_save_find_read_and_keep(tmp_path: Path) -> None:
     load_tensors(paths[-1] / "model", got)
     assert all(torch.equal(got[key], value) for key, value in tensors_of(3).items())
     assert not list(tmp_path.rglob("*evil*"))
-    save_step(tmp_path, 1, keep=1)  # gone back: the later ones are not the reason to lose this one
+    save_step(tmp_path, 1, keep=1)  # resumed from an older step: this one is kept although there are later ones
     assert store.path(1).is_dir()
 
 
@@ -307,21 +307,23 @@ FILES = [TENSOR_FILE, TENSOR_FILE.replace("model", "optim"), "train_state.json",
 
 
 def damages(kind: str, content: bytes) -> Iterator[bytes | None]:
-    """`content` as it may be found later; None where the file is gone."""
-    places = random.Random(1)
+    """Yield damaged forms of `content`; None stands for a missing file."""
+    rng = random.Random(1)
     if kind == "delete":
         yield None
     for _ in range(20 if kind == "truncate" else 0):
-        yield content[: places.randrange(len(content))]
+        yield content[: rng.randrange(len(content))]
     for _ in range(200 if kind == "flip" else 0):
-        place = places.randrange(len(content))
-        flipped = bytes([content[place] ^ 1 << places.randrange(8)])
-        yield content[:place] + flipped + content[place + 1 :]
+        offset = rng.randrange(len(content))
+        flipped = bytes([content[offset] ^ 1 << rng.randrange(8)])
+        yield content[:offset] + flipped + content[offset + 1 :]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(("kind", "verify"), [("delete", False), ("truncate", False), ("flip", True)])
-def test_damage_is_refused_and_the_one_before_taken(tmp_path: Path, name: str, kind: str, verify: bool) -> None:
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
+    tmp_path: Path, name: str, kind: str, verify: bool
+) -> None:
     before, last = save_step(tmp_path, 1), save_step(tmp_path, 2)
     store, content = CheckpointStore(tmp_path, keep=2), (last / name).read_bytes()
     for damaged in damages(kind, content):
@@ -330,14 +332,14 @@ def test_damage_is_refused_and_the_one_before_taken(tmp_path: Path, name: str, k
             (last / name).write_bytes(damaged)
         found, (message,) = store.find("auto", verify=verify)
         assert found == before
-        assert str(last) in message and f"going back to {before}" in message
-        # A header that is altered may rather name the tensor.
+        assert str(last) in message and f"resuming from {before} instead" in message
+        # For an altered header the message may name the tensor instead.
         assert kind == "flip" or name in message
         (last / name).write_bytes(content)
     assert store.find("auto", verify=True) == (last, [])
 
 
-def test_a_damaged_checkpoint_asked_for_by_name_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_given_by_path_is_refused(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1)
     (path / TENSOR_FILE).write_bytes((path / TENSOR_FILE).read_bytes()[:-1] + b"\1")
     store = CheckpointStore(tmp_path, keep=2)
@@ -346,12 +348,12 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_refused(tmp_path: Path) -> No
         store.find(path, verify=True)
 
 
-def test_without_a_whole_checkpoint_nothing_is_taken(tmp_path: Path) -> None:
+def test_resume_is_refused_if_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     (save_step(tmp_path, 1) / "config.json").unlink()
     store = CheckpointStore(tmp_path, keep=2)
-    with pytest.raises(DamagedError, match="no checkpoint is whole"):
+    with pytest.raises(DamagedError, match=r"every checkpoint in .* is damaged"):
         store.find("auto")
-    with pytest.raises(DamagedError, match="no such checkpoint"):
+    with pytest.raises(DamagedError, match='nowhere" is not a directory'):
         store.find(tmp_path / "nowhere")
 
 
@@ -366,25 +368,25 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["tensors"]["model"].pop("w"), "holds w, which its manifest does not have"),
+        (lambda m: m["tensors"]["model"].pop("w"), "holds w, which its manifest does not list"),
         (lambda m: m["tensors"]["model"].update(x={"shape": [2], "dtype": "F32"}), "x has 0 of 2 values"),
         (lambda m: m["tensors"]["model"]["w"].update(shape=[65, 8]), "w has 512 of 520 values"),
-        (lambda m: m["tensors"]["model"]["w"].update(shape=[8, 64]), r"w is not the F32 of shape \(8, 64\)"),
-        (lambda m: m["tensors"]["model"]["w"].update(dtype="BF16"), "w is not the BF16"),
+        (lambda m: m["tensors"]["model"]["w"].update(shape=[8, 64]), r"lists w as F32 of shape \(8, 64\)"),
+        (lambda m: m["tensors"]["model"]["w"].update(dtype="BF16"), "lists w as BF16"),
         (lambda m: m["tensors"].update({"../model": {}}), "part '../model'"),
         (lambda m: m["files"].pop("train_state.json"), "train_state.json is missing"),
         (lambda m: m.update(version=99), "format version 99"),
         (lambda m: m.update(files=[]), "damaged"),
     ],
 )
-def test_a_manifest_that_says_something_else_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_a_manifest_that_does_not_match_the_files_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     path = save_step(tmp_path, 1)
     forged(path, change)
     with pytest.raises(DamagedError, match=message):
         check(path)
 
 
-def test_truncation_names_the_bytes(tmp_path: Path) -> None:
+def test_a_truncated_file_is_named_with_its_bytes(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1)
     size = (path / TENSOR_FILE).stat().st_size
     (path / TENSOR_FILE).write_bytes((path / TENSOR_FILE).read_bytes()[:1024])
@@ -395,7 +397,7 @@ def test_truncation_names_the_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "model/../../evil", "", ".hidden", "a//b", "a\n"])
-def test_names_never_leave_the_directory(tmp_path: Path, name: str) -> None:
+def test_file_names_outside_the_checkpoint_are_refused(tmp_path: Path, name: str) -> None:
     path = save_step(tmp_path, 1)
     forged(path, lambda manifest: manifest["files"].update({name: {"size": 1}}))
     with pytest.raises(DamagedError, match="file name"):
@@ -415,7 +417,7 @@ def test_names_never_leave_the_directory(tmp_path: Path, name: str) -> None:
         ({"w": torch.zeros(64, 8, dtype=torch.bfloat16)}, "F32"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path: Path, wanted: dict[str, Tensor], message: str) -> None:
+def test_a_tensor_of_another_shape_or_dtype_is_refused(tmp_path: Path, wanted: dict[str, Tensor], message: str) -> None:
     save_tensors(tmp_path, tensors_of(1))
     with pytest.raises(DamagedError, match=message):
         load_tensors(tmp_path, wanted)
@@ -428,7 +430,7 @@ def test_garbage_headers_are_refused(tmp_path: Path, garbage: bytes) -> None:
         load_tensors(tmp_path, {"a": torch.zeros(1)})
 
 
-def test_a_gap_is_refused(tmp_path: Path) -> None:
+def test_a_missing_piece_is_refused(tmp_path: Path) -> None:
     get_pool(2).run(save_two, tmp_path)
     (tmp_path / "00000-of-00002.1.safetensors").unlink()
     with pytest.raises(DamagedError, match="of 12 values"):
@@ -480,7 +482,7 @@ def failing_rank(run: Path) -> str:
 
 
 def in_the_background(run: Path, fails: bool) -> str:
-    """Weights change while a slow writer saves them; the one before stays until this one is whole."""
+    """Weights change while a slow writer saves them; the older checkpoint stays until the new one is complete."""
     mesh = init_device_mesh("cpu", (2,))
     store = CheckpointStore(run, keep=1, background=True)
     weights = {"w": distribute_tensor(torch.ones(8, 4), mesh, (Shard(0),), src_data_rank=None)}
@@ -517,29 +519,29 @@ def in_the_background(run: Path, fails: bool) -> str:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path: Path, fails: bool) -> None:
+def test_a_background_save_has_the_weights_of_its_start(tmp_path: Path, fails: bool) -> None:
     for message in get_pool(2).run(in_the_background, tmp_path, fails):
-        assert ("rank 1: OSError: [Errno 28]" in message and "older checkpoints stay" in message) is fails
+        assert ("rank 1: OSError: [Errno 28]" in message and "older checkpoints are kept" in message) is fails
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
     old = save_step(tmp_path, 1)
     with (
         mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=1_048_576)),
-        pytest.raises(NdtrainError, match=r"needs 1,05\d,\d\d\d bytes, 1,048,576 are free"),
+        pytest.raises(NdtrainError, match=r"needs 1,05\d,\d\d\d bytes, but only 1,048,576 are free"),
     ):
         save_step(tmp_path, 2)
     assert [p.name for p in old.parent.iterdir()] == [old.name]
 
 
-def test_a_failing_rank_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+def test_a_failing_rank_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     for message in get_pool(4).run(failing_rank, tmp_path):
         assert "rank 2" in message
         assert "No space left on device" in message
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, GeneratorExit])
-def test_a_failure_in_publishing_leaves_no_partial(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_failure_in_publishing_leaves_no_partial_checkpoint(tmp_path: Path, error: type[BaseException]) -> None:
     old = save_step(tmp_path, 1)
     store = CheckpointStore(tmp_path, keep=2)
 
@@ -554,7 +556,7 @@ def test_a_failure_in_publishing_leaves_no_partial(tmp_path: Path, error: type[B
         check(old)
 
 
-def test_what_a_crash_leaves(tmp_path: Path) -> None:
+def test_leftovers_of_a_crash_are_removed_or_restored(tmp_path: Path) -> None:
     old = save_step(tmp_path, 1)
     store = CheckpointStore(tmp_path, keep=2)
     shutil.copytree(old, store.root / ".tmp-step-00000002")
@@ -629,7 +631,7 @@ def optimizer_round(directory: Path, size: int | None) -> None:
         assert state["step"].dtype == torch.float32
 
 
-def test_optimizer_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+def test_a_restored_optimizer_continues_like_an_uninterrupted_one(tmp_path: Path) -> None:
     optimizer_round(tmp_path / "one", None)
     get_pool(4).run(optimizer_round, tmp_path / "four", 4)
     one, four = make(None), make(None)

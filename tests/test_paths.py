@@ -1,4 +1,4 @@
-"""Files: room for them, and the way to the disk."""
+"""Files get their disk space at once and are flushed while they are written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ndtrain.storage import paths
 from ndtrain.storage.paths import allocate, flushing
 
 
-def test_what_is_written_goes_to_the_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_flushed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(paths, "sync", synced.append)
     monkeypatch.setattr(paths, "_FLUSH_S", 0.001)
@@ -27,12 +27,12 @@ def test_what_is_written_goes_to_the_disk_meanwhile(tmp_path: Path, monkeypatch:
         while tmp_path / "second" not in synced and time.monotonic() < deadline:
             time.sleep(0.001)
     assert set(synced) == set(begun)
-    told = len(synced)
+    count = len(synced)
     time.sleep(0.02)
-    assert len(synced) == told
+    assert len(synced) == count
 
 
-def test_what_the_disk_tells_meanwhile_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_while_flushing_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
@@ -42,7 +42,7 @@ def test_what_the_disk_tells_meanwhile_is_raised(tmp_path: Path, monkeypatch: py
         time.sleep(0.1)
 
 
-def test_a_file_gets_its_size_and_room_at_once(tmp_path: Path) -> None:
+def test_allocate_sets_the_size_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("xb") as file:
         allocate(file.fileno(), 10_000)
@@ -53,10 +53,8 @@ def test_a_file_gets_its_size_and_room_at_once(tmp_path: Path) -> None:
     assert path.stat().st_size == 0
 
 
-@pytest.mark.skipif(
-    not Path("/dev/shm").is_dir(), reason="needs a file system that says at once what it has no room for"
-)
-def test_a_file_that_has_no_room_is_told_before_it_is_written() -> None:
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system that reserves space")
+def test_allocate_raises_if_the_disk_is_too_small() -> None:
     whole = os.statvfs("/dev/shm")
     with tempfile.TemporaryFile(dir="/dev/shm") as file, pytest.raises(OSError, match="No space left on device"):
         allocate(file.fileno(), 2 * whole.f_blocks * whole.f_frsize)

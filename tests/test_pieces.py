@@ -1,4 +1,4 @@
-"""What a rank holds is read from files in blocks, whatever the pieces, the shapes and the dtypes."""
+"""A rank reads its part of each tensor from files in blocks, for all pieces, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = [(), (0,), (0, 3), (1,), (7,), (3, 5), (5, 1), (4, 3, 6), (2, 3, 1, 4)]
 
 @pytest.mark.parametrize("block", [4, 8, 24, 100, 2**22])
 def test_blocks_of_any_size_read_the_same_values(tmp_path: Path, block: int) -> None:
-    """Every array is stored whole, and in a piece for each half of each dim: rows, columns, corners."""
+    """Each tensor is stored whole, and also in pieces that are halves along every dim."""
     tensors = {str(shape): torch.randn(shape) for shape in SHAPES}
     stored: dict[str, list[Piece]] = {}
     for key, tensor in tensors.items():
@@ -88,7 +88,7 @@ def test_nan_is_refused_in_weights_and_infinities_are_not(tmp_path: Path, dtype:
 
 
 def _bytes_at(*spans: tuple[float, float]) -> str:
-    """A header of tensors of bytes at these offsets."""
+    """Return a header of byte tensors at these offsets."""
     return json.dumps(
         {str(i): {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for i, (a, b) in enumerate(spans)}
     )
@@ -104,7 +104,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_header_that_lays_tensors_out_otherwise_than_one_after_another_is_refused(tmp_path: Path, case: str) -> None:
+def test_a_header_whose_tensors_overlap_or_have_gaps_is_refused(tmp_path: Path, case: str) -> None:
     file, header = tmp_path / "w.safetensors", DAMAGED[case].encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(DamagedError, match=r"w\.safetensors: damaged tensor file"):
@@ -114,13 +114,13 @@ def test_a_header_that_lays_tensors_out_otherwise_than_one_after_another_is_refu
 def _compare_in_blocks(nbytes: int, *args: object) -> list[str]:
     from tests.test_load import _compare
 
-    with mock.patch.multiple(pieces, BLOCK_BYTES=nbytes, _RUN_BYTES=4 * nbytes):
+    with mock.patch.multiple(pieces, BLOCK_BYTES=nbytes, _THREAD_BYTES=4 * nbytes):
         return _compare(*args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
 def test_a_model_read_in_small_blocks_has_the_same_bits(tmp_path: Path, kind: str) -> None:
-    """Slices along each dim, of weights with two dims and experts with three, in blocks of less than a row."""
+    """Slices along each dim of weights with two dims, and of experts with three, in blocks smaller than a row."""
     directory = tiny.save_model(kind, tmp_path)
     recipe = {"sharded": recipe_for(tmp_path / "r.toml", mode="sharded", name=str(directory), attn="eager")}
     name = "dp_shard2-tp2-ep4" if kind == "gpt_oss" else "dp_shard2-tp2"

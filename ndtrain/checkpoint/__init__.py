@@ -1,4 +1,4 @@
-"""Checkpoints: tensors of any sharding as safetensors, published whole or not at all. Nothing is pickled."""
+"""Save and load checkpoints: tensors of any sharding as safetensors, published complete or not at all. No pickle."""
 
 from ndtrain.checkpoint.store import CheckpointStore, check, read_state
 from ndtrain.checkpoint.tensors import load_tensors

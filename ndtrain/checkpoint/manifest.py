@@ -1,4 +1,4 @@
-"""manifest.json: every file of a checkpoint with its size and hash, and the shape and dtype of every tensor."""
+"""Write and check manifest.json: size and hash of every file of a checkpoint, shape and dtype of every tensor."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MANIFEST = "manifest.json"
 HASH = "xxh3_128"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _CHUNK_BYTES = 1 << 24
-# The manifest has its own hash, taken with this in its place.
+# The manifest holds its own hash, computed with this text in its place.
 _NO_HASH = "0" * 32
 
 
 def hasher() -> Any:
-    """What every file is hashed with: fast, for what breaks by itself; it is no proof against an attacker."""
+    """Return a new hash object for a file: fast, and meant for accidental damage, not for attacks."""
     return xxhash.xxh3_128()
 
 
@@ -42,13 +42,13 @@ def _digest(path: Path) -> str:
 def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[str, Any]) -> None:
     """Sync what rank 0 wrote and write manifest.json last.
 
-    `tensors` is each part's listing of keys; `written` has the size and the hash of every file that is synced, as its
-    writer knows them. Raises `NdtrainError` for a file that is not as it was written.
+    `tensors` is {part: `listing`}; `written` holds size and hash of every file that its writer already synced. Raises
+    `NdtrainError` for a file whose size is not the written one.
     """
     files: dict[str, Any] = {}
     for name, size in sorted(sizes_of(directory).items()):
         if not _FILE.fullmatch(name):
-            raise NdtrainError(f"{directory}: no checkpoint file can have the name {name!r}")
+            raise NdtrainError(f"{directory}: a checkpoint file cannot be named {name!r}")
         if name not in written:
             files[name] = {"size": size, HASH: _digest(directory / name)}
             sync(directory / name)
@@ -57,7 +57,7 @@ def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[st
         else:
             raise NdtrainError(f"{directory / name} has {size:,} of {written[name]['size']:,} bytes")
     if missing := sorted(written.keys() - files.keys()):
-        raise NdtrainError(f"{directory / missing[0]} was written, but is not there")
+        raise NdtrainError(f"{directory / missing[0]} was written, but has disappeared")
     body = {HASH: _NO_HASH, "version": FORMAT_VERSION, "files": files, "tensors": tensors}
     text = json.dumps(body, indent=1).encode()
     manifest = directory / MANIFEST
@@ -69,25 +69,25 @@ def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[st
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, its file names checked never to leave the directory. DamagedError."""
+    """Return the manifest, whose file names never leave the directory. Raises `DamagedError`."""
     try:
         text = (directory / MANIFEST).read_bytes()
         manifest: dict[str, Any] = json.loads(text)
         if manifest["version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {manifest['version']}, this ndtrain reads {FORMAT_VERSION}")
+            raise ValueError(f"format version {manifest['version']}, but this ndtrain reads {FORMAT_VERSION}")
         if _digest_of(text.replace(manifest[HASH].encode(), _NO_HASH.encode(), 1)) != manifest[HASH]:
-            raise ValueError("it was altered")
+            raise ValueError("its hash does not match")
         for name, entry in manifest["files"].items():
             if not _FILE.fullmatch(name):
-                raise ValueError(f"file name {name!r}")
+                raise ValueError(f"bad file name {name!r}")
             if type(entry["size"]) is not int or not isinstance(entry[HASH], str):
-                raise ValueError(f"entry of {name}")
+                raise ValueError(f"bad entry of {name}")
         for part, keys in manifest["tensors"].items():
             if not _FILE.fullmatch(part):
-                raise ValueError(f"part {part!r}")
+                raise ValueError(f"bad part {part!r}")
             for key, entry in keys.items():
                 if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in entry["shape"]):
-                    raise ValueError(f"entry of {key}")
+                    raise ValueError(f"bad entry of {key}")
     except FileNotFoundError as error:
         raise DamagedError(f"{directory}: manifest.json is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -100,9 +100,10 @@ def is_tensor_file(name: str) -> bool:
 
 
 def check_files(directory: Path) -> dict[str, Any]:
-    """The manifest. Raises DamagedError, naming the file, unless every file of it is there.
+    """Return the manifest of `directory` after checking its files.
 
-    All by size, and by hash those that hold no tensors.
+    Raises `DamagedError`, naming the file, if one is missing or has another size, or, for a file without tensors,
+    another hash.
     """
     manifest = read_manifest(directory)
     files, sizes = manifest["files"], sizes_of(directory)
@@ -116,7 +117,7 @@ def check_files(directory: Path) -> dict[str, Any]:
 
 
 def check_hashes(directory: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises DamagedError unless these files hold what was written."""
+    """Raise `DamagedError` if the hash of one of these files differs from `files`, the manifest's."""
     for name in names:
         try:
             found = _digest(directory / name)

@@ -1,7 +1,7 @@
-"""The checkpoints of a run: published as a whole, pruned, found again.
+"""Publish, prune and find the checkpoints of a run.
 
-On a file system a checkpoint gets its name when it is complete. In an object store, which cannot rename, it is one as
-soon as it has its manifest, which is written last and removed first.
+On a file system a directory gets its checkpoint name once it is complete. In an object store, which cannot rename, a
+directory counts as a checkpoint while it has a manifest, which is written last and removed first.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.paths import is_local, local_copy_to, os_errors, remove_tree, sync, to_path
 
 _STEP = re.compile(r"step-(\d{8,})")
-# What a checkpoint has beside its tensors, headers included, is less than this and a share of the tensors' bytes.
+# Everything in a checkpoint but its tensors' values takes less than this many bytes plus this share of theirs.
 _SPARE_BYTES, _SPARE_SHARE = 1 << 20, 0.01
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """train_state.json. DamagedError."""
+    """Return the content of train_state.json. Raises `DamagedError`."""
     try:
         state = json.loads((directory / "train_state.json").read_text())
     except (OSError, ValueError) as error:
         raise DamagedError(f"{directory}: train_state.json cannot be read ({error})") from error
     if not isinstance(state, dict):
-        raise DamagedError(f"{directory}: train_state.json holds no object")
+        raise DamagedError(f"{directory}: train_state.json is not a JSON object")
     return state
 
 
 def check(directory: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises DamagedError, naming the file or the tensor.
+    """Return the manifest of a complete checkpoint. Raises `DamagedError`, naming the file or the tensor.
 
-    Every file has its size, the headers of tensor files say where every value of every tensor is, and all other files
-    have their hash. `check_hashes` reads the tensors too.
+    Checks the size of every file, that the headers of tensor files cover every value of every tensor, and the hash of
+    all other files. `check_hashes` also reads the tensors.
     """
     manifest = check_files(directory)
     for part, listed in manifest["tensors"].items():
@@ -58,7 +58,7 @@ def check(directory: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Job:
-    """What one checkpoint is made of."""
+    """The content of one checkpoint."""
 
     step: int
     files: Mapping[str, Files]
@@ -68,7 +68,7 @@ class _Job:
 
 
 class _Background:
-    """A job that a thread of its own writes."""
+    """Run `write` in a thread of its own and hold its outcome."""
 
     def __init__(self, write: Callable[[], Path]) -> None:
         self.path: Path | None = None
@@ -80,7 +80,7 @@ class _Background:
             except BaseException as error:
                 self.error = error
 
-        # A daemon: a rank that fails elsewhere must not wait here for one that is gone.
+        # A daemon, so that a rank that fails elsewhere does not wait here for one that is gone.
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -89,6 +89,7 @@ class _Background:
         return self._thread.is_alive()
 
     def result(self) -> Path:
+        """Wait for the thread; return its path or raise its error."""
         self._thread.join()
         if self.error is not None:
             raise self.error
@@ -97,15 +98,15 @@ class _Background:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, on a file system that all ranks share.
+    """Save and find the checkpoints of one run, on a file system that all ranks share.
 
-    With `background` a save returns as soon as this rank's part is copied to host memory; `settle` then gives its
-    outcome. At most one save is in flight.
+    With `background` a save returns once this rank's part is copied to host memory, and `settle` gives its outcome. At
+    most one save is in flight.
     """
 
     def __init__(self, run_dir: Path, *, keep: int, background: bool = False) -> None:
         if keep < 1:
-            raise ValueError(f"keep is {keep}, it has to be at least 1")
+            raise ValueError(f"keep must be at least 1, not {keep}")
         self.root = run_dir / "checkpoints"
         self.keep, self.background = keep, background
         self.local = is_local(run_dir)
@@ -125,7 +126,7 @@ class CheckpointStore:
         return [(n, p) for n, p in self._directories() if self.local or (p / MANIFEST).exists()]
 
     def _clean(self) -> None:
-        """Removes what a crash left; rank 0. A replaced checkpoint whose successor never came is put back."""
+        """Remove what a crash left, and put back a checkpoint whose replacement was never published; for rank 0."""
         if not self.local:
             for _, path in self._directories():
                 if not (path / MANIFEST).exists():
@@ -152,13 +153,13 @@ class CheckpointStore:
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None] | None = None,
     ) -> Path | None:
-        """Writes the checkpoint beside, then renames it: the final name is complete or absent; collective.
+        """Write the checkpoint to a temporary directory, rename it and return its path; collective.
 
-        `state` is JSON; `extra_files(directory)` runs on rank 0 alone. Then all but the `keep` newest up to
-        this step are removed; later ones, which a resume has gone back behind, stay. Where any rank fails,
-        all raise NdtrainError with its message, nothing is left of this checkpoint, and the older ones stay.
+        `state` is JSON; `extra_files(directory)` writes more files, on rank 0 alone. Then all but the `keep` newest up
+        to this step are removed; later ones, left by a run that was resumed from an older step, stay. If any rank
+        fails, all raise `NdtrainError` with its message, nothing is left of this checkpoint, and older ones stay.
 
-        In the background only the copies are made here, and None is returned; the rest is `settle`'s.
+        With `background` only the copies are made here and None is returned; `settle` returns or raises the rest.
         """
         groups = {"model": model, "optim": optim}
         job = _Job(
@@ -173,24 +174,24 @@ class CheckpointStore:
         if self._flight is not None:
             raise RuntimeError("a save is in flight; settle it first")
         if self._group is None and world_size() > 1:
-            # Its own, for collectives of training go on meanwhile. A slow file system is no reason to give up.
+            # A group of its own, since training's collectives go on meanwhile, and without a deadline for slow disks.
             self._group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-        job = replace(job, files=self._staging.hold(job.files))
+        job = replace(job, files=self._staging.copy(job.files))
         self._flight = _Background(lambda: self._write(job, self._group))
         return None
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save in the background is still to be settled; the same on every rank."""
+        """Whether a background save still has to be settled; the same on every rank."""
         return self._flight is not None
 
     @property
     def written(self) -> bool:
-        """Whether `settle` would not wait on this rank."""
+        """Whether `settle` would return at once on this rank."""
         return self._flight is None or not self._flight.running
 
     def settle(self) -> Path | None:
-        """Waits for the save in flight: its checkpoint, None without one. Raises what `save` would have raised."""
+        """Wait for the save in flight and return its path, None without one. Raises what `save` would have raised."""
         flight, self._flight = self._flight, None
         return flight.result() if flight is not None else None
 
@@ -209,7 +210,7 @@ class CheckpointStore:
             tensors = sum(mine for mine in everyone)
             needed, free = tensors + int(_SPARE_SHARE * tensors) + _SPARE_BYTES, shutil.disk_usage(self.root).free
             if free < needed:
-                raise NdtrainError(f"it needs {needed:,} bytes, {free:,} are free")
+                raise NdtrainError(f"it needs {needed:,} bytes, but only {free:,} are free")
             for part in job.files:
                 (work / part).mkdir(parents=True)
 
@@ -220,14 +221,14 @@ class CheckpointStore:
         def publish() -> None:
             (work / "train_state.json").write_text(json.dumps(job.state, indent=1))
             if job.extra_files is not None:
-                with local_copy_to(work) as beside:
-                    job.extra_files(beside)
+                with local_copy_to(work) as folder:
+                    job.extra_files(folder)
             write_manifest(work, dict(job.listed), {name: entry for mine in files for name, entry in mine.items()})
             check(work)
             if not self.local:
                 return
             if final.exists():
-                # os.rename cannot replace a directory; aside, the old one can be put back after a crash
+                # os.rename cannot replace a directory; under this name `_clean` can put the old one back after a crash
                 final.rename(self.root / f".old-{final.name}")
             work.rename(final)
             sync(self.root)
@@ -235,30 +236,30 @@ class CheckpointStore:
         try:
             sizes = [piece.nbytes for part in job.files.values() for f in part.values() for piece, _ in f.values()]
             everyone = gather_json(sum(sizes), group)
-            on_rank0(self._there(prepare), group)
-            together(self._there(write), group)
+            on_rank0(self._as_os_errors(prepare), group)
+            together(self._as_os_errors(write), group)
             files = gather_json(written, group)
-            on_rank0(self._there(publish), group)
+            on_rank0(self._as_os_errors(publish), group)
         except BaseException as error:
-            # every rank is here, or was interrupted by its user: on_rank0 and together have made them agree
+            # on_rank0 and together raise on all ranks, so every rank is here, unless its user interrupted it
             if rank() == 0:
                 with contextlib.suppress(OSError):
-                    self._there(self._undo)(work)
+                    self._as_os_errors(self._undo)(work)
             if isinstance(error, NdtrainError):
-                raise type(error)(f"{final} was not written, older checkpoints stay: {error}") from error
+                raise type(error)(f"{final} was not written, older checkpoints are kept: {error}") from error
             raise
         if rank() == 0:
             self.prune(job.step)
         return final
 
-    def _there(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`work` at this store, its failures as `OSError`s."""
+    def _as_os_errors(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `work` with the errors of an object store raised as `OSError`."""
 
-        def done(*args: Any) -> Any:
+        def wrapped(*args: Any) -> Any:
             with os_errors(self.root):
                 return work(*args)
 
-        return done
+        return wrapped
 
     def _undo(self, work: Path) -> None:
         remove_tree(work, first=MANIFEST)
@@ -267,29 +268,29 @@ class CheckpointStore:
     def _prune(self, newest: int) -> None:
         for old in [path for number, path in self._steps() if number <= newest][: -self.keep]:
             if self.local:
-                # renamed first, so that a half removed one is never taken for a checkpoint
+                # renamed first, so that a partly removed directory is never taken for a checkpoint
                 old.rename(self.root / f".del-{old.name}")
             else:
                 remove_tree(old, first=MANIFEST)
         self._clean()
 
     def prune(self, newest: int) -> None:
-        """Remove what is beyond `keep` of the checkpoints up to step `newest`, which is whole; for rank 0.
+        """Keep the `keep` newest checkpoints up to step `newest`, which is complete, and remove older ones; for rank 0.
 
-        What cannot be removed stays: room not freed is no reason to fail.
+        One that cannot be removed stays: disk space that is not freed is no reason to fail.
         """
         with contextlib.suppress(OSError):
-            self._there(self._prune)(newest)
+            self._as_os_errors(self._prune)(newest)
 
     # ---- finding
 
     def newest_step(self) -> int | None:
-        """Number of the newest published step, whole or not; None where there is none."""
+        """Return the newest published step, damaged or not; None if there is none."""
         steps = self._steps()
         return steps[-1][0] if steps else None
 
     def newest_valid(self) -> tuple[Path | None, list[tuple[Path, str]]]:
-        """The newest whole checkpoint by `check`, and (path, reason) of newer ones that are not; for rank 0."""
+        """Return the newest checkpoint that passes `check`, and (path, reason) of newer, damaged ones; for rank 0."""
         refused: list[tuple[Path, str]] = []
         for _, path in reversed(self._steps()):
             try:
@@ -301,43 +302,47 @@ class CheckpointStore:
         return None, refused
 
     def find(self, resume: str | Path, *, verify: bool = False) -> tuple[Path | None, list[str]]:
-        """The checkpoint to resume from, and messages for the user; collective, rank 0 decides.
+        """Return the checkpoint to resume from, and messages for the user; collective, rank 0 decides.
 
-        `resume` is "never", "auto" (the newest whole one; none where there are no checkpoints) or a checkpoint's path;
-        with `verify` the ranks read every file and compare its hash. DamagedError on all ranks where the named one, or
-        every one, is damaged.
+        `resume` is "never", "auto" (the newest undamaged one; None if there are no checkpoints) or a checkpoint's path.
+        With `verify` the ranks read every file and compare its hash. Raises `DamagedError` on all ranks if the given
+        checkpoint, or every one, is damaged.
         """
         if str(resume) == "never":
             return None, []
         if str(resume) != "auto":
             directory = to_path(str(resume))
 
-            def named() -> None:
+            def require_directory() -> None:
                 if not directory.is_dir():
-                    raise DamagedError(f"{resume}: there is no such checkpoint")
+                    raise DamagedError(
+                        f'checkpoint.resume = "{resume}" is not a directory; give a checkpoint, "auto" or "never"'
+                    )
 
-            on_rank0(self._there(named))
+            on_rank0(self._as_os_errors(require_directory))
             self._check(directory, verify=verify)
             return directory, []
-        on_rank0(self._there(self._clean))
+        on_rank0(self._as_os_errors(self._clean))
         refused: list[str] = []
-        for name in of_rank0(self._there(lambda: [path.name for _, path in reversed(self._steps())])):
+        for name in of_rank0(self._as_os_errors(lambda: [path.name for _, path in reversed(self._steps())])):
             directory = self.root / name
             try:
                 self._check(directory, verify=verify)
             except DamagedError as error:
                 refused.append(str(error))
             else:
-                return directory, [f"{reason}; going back to {directory}" for reason in refused]
+                return directory, [f"{reason}; resuming from {directory} instead" for reason in refused]
         if refused:
-            raise DamagedError(f"no checkpoint is whole: {refused[0]}")
+            raise DamagedError(
+                f"every checkpoint in {self.root} is damaged; move them away to train anew. The newest: {refused[0]}"
+            )
         return None, []
 
     def _check(self, directory: Path, *, verify: bool) -> None:
-        """`check` on rank 0; with `verify` all ranks hash a share of the tensor files each. Collective."""
+        """Run `check` on rank 0; with `verify` each rank also hashes a share of the tensor files. Collective."""
         if not verify:
-            on_rank0(self._there(lambda: check(directory)))
+            on_rank0(self._as_os_errors(lambda: check(directory)))
         else:
-            files = of_rank0(self._there(lambda: check(directory)["files"]))
+            files = of_rank0(self._as_os_errors(lambda: check(directory)["files"]))
             names = sorted(name for name in files if is_tensor_file(name))
-            together(self._there(lambda: check_hashes(directory, files, names[rank() :: world_size()])))
+            together(self._as_os_errors(lambda: check_hashes(directory, files, names[rank() :: world_size()])))

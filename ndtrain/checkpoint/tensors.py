@@ -1,10 +1,10 @@
-"""Tensors of any sharding in a directory of safetensors files, read back on any mesh.
+"""Write tensors of any sharding to a directory of safetensors files, and read them back on any mesh.
 
 A tensor directory holds files `00002-of-00004.safetensors` (rank 2 of 4). A tensor whose local part is not one
 contiguous box of the global tensor (packed weights under TP) is stored as one piece for each box; a safetensors file
-has one entry for each key, so a rank's further pieces of a key are in `00002-of-00004.1.safetensors` and so on. Where a
-piece lies is in the header under `DCP_SHARDING_INFO`, as torch's `HuggingFaceStorageWriter` has it (torch 2.13), so
-that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads these directories.
+has one entry for each key, so a rank's further pieces of a key are in `00002-of-00004.1.safetensors` and so on. A
+piece's offsets are in the header under `DCP_SHARDING_INFO`, as torch's `HuggingFaceStorageWriter` writes them (torch
+2.13), so that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads these directories.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ndtrain.layout import Ints
 from ndtrain.runs.messages import together
 from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.paths import allocate, flushing, is_local
-from ndtrain.storage.pieces import DTYPE_NAMES, Piece, held, pieces_in, read_held
+from ndtrain.storage.pieces import DTYPE_NAMES, Piece, local_and_boxes, pieces_in, read_held
 
 _WRITE_BYTES = 1 << 26
 
-# File name -> key -> (this rank's piece, where it begins in the whole tensor)
+# File name -> key -> (this rank's piece, its offsets in the global tensor)
 Files = Mapping[str, Mapping[str, tuple[Tensor, Ints]]]
 
 
@@ -40,10 +40,10 @@ Files = Mapping[str, Mapping[str, tuple[Tensor, Ints]]]
 
 
 def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys that this rank writes. Every rank computes the same choice, without talking.
+    """Return the keys that this rank writes. All ranks compute the same choice, without communication.
 
-    Of R replicas of a tensor the one with the fewest bytes so far writes it, counted for each way of
-    replicating.
+    Of a tensor's R replicas the one with the fewest bytes so far writes it; bytes are counted separately for each way
+    of replicating.
     """
     loads: dict[Any, list[int]] = {}
     mine = []
@@ -67,13 +67,14 @@ def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def files_of(tensors: Mapping[str, Tensor]) -> Files:
-    """What this rank writes of `tensors`, by file name; every rank calls it with the same keys, in any order.
+    """Return the pieces of `tensors` that this rank writes; every rank calls it with the same keys, in any order.
 
-    DTensors on any mesh and placements but Partial; other tensors are rank 0's. The entries share memory with them.
+    Takes DTensors on any mesh with any placements but Partial; other tensors are written by rank 0. The pieces share
+    memory with the tensors.
     """
     files: dict[str, dict[str, tuple[Tensor, Ints]]] = defaultdict(dict)
     for key in _owned(tensors):
-        local, boxes = held(key, tensors[key])
+        local, boxes = local_and_boxes(key, tensors[key])
         for k, box in enumerate(boxes):
             name = f"{rank():05d}-of-{world_size():05d}{f'.{k}' if k else ''}.safetensors"
             files[name][key] = (local[box.local].detach(), box.offsets)
@@ -81,15 +82,15 @@ def files_of(tensors: Mapping[str, Tensor]) -> Files:
 
 
 def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[str, Any]:
-    """One safetensors file of key -> (tensor, global offsets), synced; its size and hash.
+    """Write and sync a safetensors file of {key: (tensor, global offsets)}; return its size and hash.
 
-    One tensor at a time is on the CPU.
+    Copies one tensor at a time to the CPU.
     """
     sharding = {key: {"saved_offsets": list(offsets)} for key, (_, offsets) in entries.items()}
     info = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
     header: dict[str, Any] = {"__metadata__": info}
     end = 0
-    # safetensors wants the widest items first, so that all stay aligned
+    # safetensors stores the widest dtypes first, so that all values stay aligned
     ordered = sorted(entries.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
     for key, (tensor, _) in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -119,7 +120,7 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
 
 
 def write_files(directory: Path, files: Files) -> dict[str, Any]:
-    """Write this rank's files; {name: its size and hash}."""
+    """Write this rank's files; return {name: size and hash}."""
     if is_local(directory):
         directory.mkdir(parents=True, exist_ok=True)
     return {name: _write_file(directory / name, entries) for name, entries in files.items()}
@@ -129,9 +130,9 @@ def write_files(directory: Path, files: Files) -> dict[str, Any]:
 
 
 def pieces_of(directory: Path) -> dict[str, list[Piece]]:
-    """Where every stored piece of every key lies: in the files of the manifest beside, or without one in all.
+    """Return the stored pieces of every key, from the files that the manifest beside lists, or from all without one.
 
-    Raises `DamagedError` where a header is damaged.
+    Raises `DamagedError` for a damaged header.
     """
     if (directory.parent / "manifest.json").exists():
         prefix = directory.name + "/"
@@ -142,19 +143,19 @@ def pieces_of(directory: Path) -> dict[str, list[Piece]]:
     for name in names:
         if is_tensor_file(name):
             for key, piece in pieces_in(directory / name, f"{directory.parent}: {directory.name}/{name}").items():
-                # a replica that another writer stored too is no overlap
+                # the same box written by another rank too is not an overlap
                 if all((piece.offsets, piece.sizes) != (p.offsets, p.sizes) for p in stored[key]):
                     stored[key].append(piece)
     return dict(stored)
 
 
 def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: bool = False) -> None:
-    """Fills the tensors in place from a save on any mesh, reading only what this rank holds; collective.
+    """Fill the tensors in place from a save on any mesh, reading only what this rank holds; collective.
 
-    With `all_of_it` a stored key that is not wanted is an error too: it is of another model.
+    With `all_of_it` a stored key that is not in `tensors` is an error too: it belongs to another model.
 
-    Raises DamagedError on all ranks: a key is missing, its shape or dtype differs, pieces do not cover what
-    is wanted or overlap, or a file is unreadable. Tensors may be partly filled then.
+    Raises `DamagedError` on all ranks: a key is missing, its shape or dtype differs, its pieces overlap or do not cover
+    the tensor, or a file cannot be read. Some tensors may be partly filled then.
     """
 
     def read() -> None:
@@ -167,7 +168,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
 
 
 def listing(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{key: {shape, dtype}} of `tensors`, as the manifest has it."""
+    """Return {key: {shape, dtype}} of `tensors`, as the manifest lists them."""
     return {key: {"shape": list(t.shape), "dtype": _dtype_name(key, t)} for key, t in tensors.items()}
 
 
@@ -178,16 +179,18 @@ def _dtype_name(key: str, tensor: Tensor) -> str:
 
 
 def check_coverage(directory: Path, listed: Mapping[str, Any]) -> None:
-    """Raises DamagedError unless the pieces in a tensor directory are those of every tensor of its listing."""
+    """Raise `DamagedError` unless the pieces in a tensor directory are exactly those of the tensors in `listed`."""
     stored = pieces_of(directory)
-    if odd := sorted(stored.keys() - listed.keys()):
-        raise DamagedError(f"{directory}: holds {odd[0]}, which its manifest does not have")
+    if extra := sorted(stored.keys() - listed.keys()):
+        raise DamagedError(f"{directory}: holds {extra[0]}, which its manifest does not list")
     for key, entry in listed.items():
         pieces, shape = stored.get(key, []), entry["shape"]
         if any(p.dtype != entry["dtype"] or len(p.sizes) != len(shape) for p in pieces) or any(
             p.offsets[dim] + p.sizes[dim] > shape[dim] for p in pieces for dim in range(len(shape))
         ):
-            raise DamagedError(f"{directory}: {key} is not the {entry['dtype']} of shape {tuple(shape)} that was saved")
+            raise DamagedError(
+                f"{directory}: the manifest lists {key} as {entry['dtype']} of shape {tuple(shape)}, the files do not"
+            )
         found = sum(math.prod(p.sizes) for p in pieces)
         if found != math.prod(shape):
             raise DamagedError(f"{directory}: {key} has {found:,} of {math.prod(shape):,} values")

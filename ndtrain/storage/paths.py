@@ -1,7 +1,7 @@
-"""Where the files of a run lie: a local path, or a URL of an object store that fsspec knows (`s3://bucket/run`).
+"""Read and write the files of a run: at a local path, or in an object store that fsspec supports (`s3://bucket/run`).
 
-A URL is a path of universal_pathlib, which has the methods of `pathlib.Path` that are used here. Object stores have no
-rename and no half-written objects, and what is in them is best asked for in ranges and many at a time.
+A URL becomes a path of universal_pathlib, which has the methods of `pathlib.Path` that are used here. Object stores
+have no rename and no half-written objects, and are read fastest in byte ranges, many at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLUSH_S = 0.05
 
 
 def to_path(text: str) -> Path:
-    """The path that `text` names. Raises `RecipeError` for a URL that cannot be used here."""
+    """Return the path of `text`, a local path or a URL. Raises `RecipeError` for a URL that cannot be used here."""
     if "://" not in text:
         return Path(text)
     if text.startswith("file://"):
@@ -31,14 +31,16 @@ def to_path(text: str) -> Path:
     try:
         from upath import UPath
 
-        # Other processes write there too: what was listed once must not be believed.
-        found = UPath(text, use_listings_cache=False)
-        found.fs  # noqa: B018  imports what its kind needs
+        # Other processes write there too, so a cached listing may be out of date.
+        path = UPath(text, use_listings_cache=False)
+        path.fs  # noqa: B018  imports the package of its protocol
     except ImportError as error:
-        raise RecipeError(f"{text} needs packages that are missing ({error}): pip install 'ndtrain[remote]'") from error
+        raise RecipeError(
+            f"{text} needs packages that are not installed ({error}): pip install 'ndtrain[remote]'"
+        ) from error
     except ValueError as error:
         raise RecipeError(f"{text} cannot be used: {error}") from error
-    return cast(Path, found)
+    return cast(Path, path)
 
 
 def is_local(path: Path) -> bool:
@@ -46,7 +48,7 @@ def is_local(path: Path) -> bool:
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:
-    """Bytes start..stop of a file; fewer where it ends before. Raises `OSError`."""
+    """Return bytes start..stop of a file, fewer if it ends earlier. Raises `OSError`."""
     if is_local(path):
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -55,27 +57,27 @@ def read_range(path: Path, start: int, stop: int) -> bytes:
 
 
 def read_into(descriptor: int, start: int, into: memoryview) -> None:
-    """Fill `into` with the bytes of an open local file from `start` on. Raises `OSError`, also where it ends before."""
+    """Fill `into` with the bytes of an open local file from `start` on. Raises `OSError`, also if it ends earlier."""
     while into:
         count = os.preadv(descriptor, [into], start)
         if not count:
-            raise OSError("it ends before its tensors do")
+            raise OSError("the file ends before its tensors do")
         start, into = start + count, into[count:]
 
 
 def read_ranges(path: Path, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-    """Several ranges of a remote file at once. Raises `OSError`."""
+    """Return several byte ranges of a remote file, requested at once. Raises `OSError`."""
     remote, ranges = cast(Any, path), list(ranges)
-    asked = [pair for pair in ranges if pair[1] > pair[0]]  # an empty range would be all of the file
-    starts, stops = [start for start, _ in asked], [stop for _, stop in asked]
+    wanted = [pair for pair in ranges if pair[1] > pair[0]]  # an empty range would read the whole file
+    starts, stops = [start for start, _ in wanted], [stop for _, stop in wanted]
     with os_errors(path):
-        got = iter(remote.fs.cat_ranges([remote.path] * len(asked), starts, stops, on_error="raise"))
-    return [next(got) if stop > start else b"" for start, stop in ranges]
+        found = iter(remote.fs.cat_ranges([remote.path] * len(wanted), starts, stops, on_error="raise"))
+    return [next(found) if stop > start else b"" for start, stop in ranges]
 
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """What goes wrong inside at an object store, whose libraries have errors of their own, is an `OSError`."""
+    """Raise an object store's errors, which are those of its library, as `OSError`."""
     try:
         yield
     except (OSError, NdtrainError):
@@ -87,7 +89,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 def sizes_of(directory: Path) -> dict[str, int]:
-    """The size of every file in a directory and those in it, by its name from there; no symbolic links."""
+    """Return {path relative to `directory`: bytes} of all files below it, without symbolic links."""
     if is_local(directory):
         files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
         return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
@@ -96,12 +98,12 @@ def sizes_of(directory: Path) -> dict[str, int]:
         found = remote.fs.find(remote.path, detail=True)
     except FileNotFoundError:
         return {}
-    at = len(remote.path.rstrip("/")) + 1
-    return {name[at:]: entry["size"] for name, entry in found.items() if entry["type"] == "file"}
+    prefix = len(remote.path.rstrip("/")) + 1
+    return {name[prefix:]: entry["size"] for name, entry in found.items() if entry["type"] == "file"}
 
 
 def sync(path: Path) -> None:
-    """Have a local file or directory on its disk; an object store has what it took."""
+    """Flush a local file or directory to its disk; an object store needs no flush."""
     if not is_local(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -112,9 +114,10 @@ def sync(path: Path) -> None:
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Give an open local file `size` bytes, and room for them on the disk where its file system can.
+    """Set an open local file to `size` bytes, and reserve disk space for them if its file system can.
 
-    Raises `OSError` where there is none. libc's own, because os.posix_fallocate writes zeros where the system cannot.
+    Raises `OSError` if there is not enough. Calls libc, because os.posix_fallocate writes zeros where the file system
+    cannot reserve.
     """
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if fallocate is not None and size:
@@ -126,10 +129,10 @@ def allocate(descriptor: int, size: int) -> None:
 
 @contextmanager
 def flushing(paths: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Meanwhile what was written to the local files `paths()` goes to the disk.
+    """Flush the local files `paths()` to the disk again and again while the body writes to them.
 
-    Left to pile up in memory it makes the kernel hold the writer, and is waited for at the end. Raises the `OSError`
-    that the disk has told, which it tells only once.
+    Unflushed data would pile up in memory, make the kernel block the writer, and be waited for at the end. Raises the
+    disk's `OSError`, which the kernel reports only once.
     """
     done, failed = threading.Event(), []
 
@@ -153,7 +156,7 @@ def flushing(paths: Callable[[], Iterable[Path]]) -> Iterator[None]:
 
 
 def remove_tree(path: Path, *, first: str | None = None) -> None:
-    """Remove a directory as far as that is possible, the file `first` in it before all others."""
+    """Remove as much of a directory as possible, and its file `first` before all others."""
     if first is not None:
         with suppress(OSError):
             (path / first).unlink()
@@ -166,7 +169,7 @@ def remove_tree(path: Path, *, first: str | None = None) -> None:
 
 
 def open_to_write(directory: Path) -> None:
-    """Make a directory where there is none. Raises an `OSError` where nothing can be written in it."""
+    """Make a directory if it is missing. Raises `OSError` if it cannot be written to."""
     if is_local(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK | os.X_OK):
@@ -178,18 +181,18 @@ def open_to_write(directory: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: who reads it has the old one or the new one."""
+    """Replace a file's text in one step: a reader sees either the old or the new one."""
     if not is_local(path):
         path.write_text(text, encoding="utf-8")
         return
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 @contextmanager
 def local_copy_to(path: Path) -> Iterator[Path]:
-    """A local directory whose files are then in `path`: itself where that is local."""
+    """Yield a local directory whose files are copied to `path` at the end; `path` itself if it is local."""
     if is_local(path):
         yield path
         return
@@ -201,7 +204,7 @@ def local_copy_to(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def local_copy_of(path: Path, names: Iterable[str]) -> Iterator[Path]:
-    """A local directory with these files of `path`: itself where that is local."""
+    """Yield a local directory with copies of these files of `path`; `path` itself if it is local."""
     if is_local(path):
         yield path
         return

@@ -1,8 +1,8 @@
-"""Tensors in safetensors files: where their pieces lie, and how a rank reads what it holds of them.
+"""Find tensors' pieces in safetensors files, and read the parts of them that a rank holds.
 
-A file holds tensors whole, or one piece of each and where it begins, which is in the header under `DCP_SHARDING_INFO`
-as torch's `HuggingFaceStorageWriter` has it (torch 2.13). Values are read by their offset in the file straight to where
-they belong: the pages of a mapped file would have to be met one by one before they are copied.
+A file holds tensors whole, or one piece of each; the piece's offsets are then in the header under `DCP_SHARDING_INFO`,
+as torch's `HuggingFaceStorageWriter` writes them (torch 2.13). Values are read from their offset in the file straight
+into the target tensor, which is faster than a mapped file: its pages would be loaded one by one before each copy.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
 from ndtrain.storage.paths import is_local, read_into, read_range, read_ranges
 
-# safetensors' own order: its files hold the last of these first, then by name.
+# In safetensors' order: its files store tensors of the last of these first, then by name.
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
     "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK_BYTES = 4 * 2**20  # read, cast and looked at while they are in a processor's cache
-_RUN_BYTES = 1 << 26  # that one thread reads
+BLOCK_BYTES = 4 * 2**20  # read, cast and checked for NaN while they are in a processor's cache
+_THREAD_BYTES = 1 << 26  # that one thread reads at a time
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_HEADER_BYTES = 1 << 16  # read at first: most headers are shorter
+_HEADER_BYTES = 1 << 16  # read first, since most headers are shorter
 _REQUEST_BYTES = 1 << 25  # of one request to an object store
 _READ_BYTES = 1 << 28  # of all requests at once
 
 
 class Piece(NamedTuple):
-    """A contiguous box of a tensor: row-major bytes from `start` in `file`."""
+    """A box of a tensor as stored in a file: row-major bytes from the offset `start` of `file`."""
 
     file: Path
     offsets: Ints
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A box `source` of the row-major array of `sizes` at `start` of a file, and the memory that it goes to."""
+    """A box `source` of the row-major array of `sizes` stored at offset `start` of a file, and its `target` memory."""
 
     key: str
     target: Tensor
@@ -62,13 +62,13 @@ class _Part(NamedTuple):
     source: tuple[slice, ...]
 
     def blocks(self, limit: int) -> Iterator[_Part]:
-        """This part in parts that are some whole rows of an array each, of at most `limit` bytes."""
+        """Yield this part cut into parts that read whole rows of the array and at most `limit` bytes each."""
         first, last, row = self.source[0].start, self.source[0].stop, math.prod(self.sizes[1:]) * self.dtype.itemsize
         if row > limit and len(self.sizes) > 1:
             for i in range(first, last):
-                at = self.start + i * row
+                start = self.start + i * row
                 inner = self._replace(
-                    target=self.target[i - first], start=at, sizes=self.sizes[1:], source=self.source[1:]
+                    target=self.target[i - first], start=start, sizes=self.sizes[1:], source=self.source[1:]
                 )
                 yield from inner.blocks(limit)
             return
@@ -88,29 +88,29 @@ class _Part(NamedTuple):
 
     @property
     def is_direct(self) -> bool:
-        """Whether the array's bytes are those of the target."""
+        """Whether the array's bytes can be read straight into the target."""
         whole = all(part == slice(0, size) for part, size in zip(self.source, self.sizes, strict=True))
         target = self.target
         return whole and target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, sharing memory."""
+    """Return the bytes of a contiguous tensor, sharing memory."""
     values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(values)
 
 
 def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
-    """The piece of each key in a safetensors file, whoever wrote it, the header checked against the file's length.
+    """Return {key: piece} of a safetensors file, its header checked against the file's length.
 
-    Raises `DamagedError`, which calls the file `name`.
+    Raises `DamagedError`, whose message calls the file `name`.
     """
     try:
         size = file.stat().st_size
         begin = read_range(file, 0, min(size, _HEADER_BYTES))
         length = int.from_bytes(begin[:8], "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{size:,} bytes cannot hold its header")
+            raise ValueError(f"its header does not fit in its {size:,} bytes")
         if 8 + length > len(begin):
             begin += read_range(file, len(begin), 8 + length)
         header = json.loads(begin[8 : 8 + length])
@@ -122,7 +122,7 @@ def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
             offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(shape)
             numbers = (*shape, *offsets)
             if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError(f"{key} has shape {shape} at {offsets}")
+                raise ValueError(f"{key} has shape {shape} at offsets {offsets}")
             start, stop = entry["data_offsets"]
             width = DTYPES[dtype].itemsize if dtype in DTYPES else None
             if type(start) is not int or (width is not None and stop - start != math.prod(shape) * width):
@@ -132,17 +132,19 @@ def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
         end = 0
         for start, stop in sorted(spans):
             if not start == end <= stop:
-                raise ValueError(f"its tensors lie in bytes up to {end:,} and from {start:,} to {stop:,}")
+                raise ValueError(
+                    f"its tensors do not follow one another: one ends at {end:,}, the next is at {start:,} to {stop:,}"
+                )
             end = stop
         if size != 8 + length + end:
-            raise ValueError(f"{size:,} of {8 + length + end:,} bytes")
+            raise ValueError(f"it has {size:,} of {8 + length + end:,} bytes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedError(f"{name or file.name}: damaged tensor file ({type(error).__name__}: {error})") from error
     return found
 
 
-def held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
-    """The local tensor (sharing memory) and its boxes. Raises `NdtrainError` where the two disagree."""
+def local_and_boxes(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
+    """Return the local tensor (sharing memory) and its boxes. Raises `NdtrainError` if the two disagree."""
     local, boxes = local_part(tensor), held_boxes(tensor)
     if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
         return local, boxes
@@ -158,7 +160,7 @@ def held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
 
 
 def converts(dtype: str, to: torch.dtype) -> bool:
-    """Whether weights saved as `dtype` may be read as `to`: one float as another, but for those of 8 bits."""
+    """Return whether weights saved as `dtype` may be read as `to`: the same dtype, or floats of 16 bits and more."""
     found = DTYPES.get(dtype)
     if found is None or found == to:
         return found is not None
@@ -169,12 +171,12 @@ def converts(dtype: str, to: torch.dtype) -> bool:
 def read_held(
     tensors: Mapping[str, Tensor], stored: Mapping[str, Iterable[Piece]], where: object, *, as_weights: bool = False
 ) -> None:
-    """Fill this rank's part of the tensors from the pieces of their keys; the rank needs no other.
+    """Fill this rank's part of each tensor from the pieces of its key, reading nothing else.
 
-    With `as_weights` floats are cast to those of the tensors, and NaN is refused.
+    With `as_weights` floats are cast to the dtype of the tensor, and NaN is refused.
 
-    Raises `DamagedError` naming `where` and the key: it is missing, its shape or dtype differs, pieces do not cover
-    what is wanted or overlap, or a file is unreadable. Tensors may be partly filled then.
+    Raises `DamagedError` naming `where` and the key: it is missing, its shape or dtype differs, its pieces overlap or
+    do not cover this rank's part, or a file cannot be read. Some tensors may be partly filled then.
     """
     by_file: dict[Path, list[_Part]] = defaultdict(list)
     for key, tensor in tensors.items():
@@ -182,14 +184,14 @@ def read_held(
             by_file[part.file].append(part)
     for file, parts in sorted(by_file.items(), key=lambda item: str(item[0])):
         try:
-            (_read if is_local(file) else _read_from_afar)(file, parts, where, refuse_nan=as_weights)
+            (_read_local if is_local(file) else _read_remote)(file, parts, where, refuse_nan=as_weights)
         except OSError as error:
             raise DamagedError(f"{file}: damaged tensor file ({error})") from error
 
 
 def _parts(key: str, tensor: Tensor, pieces: list[Piece], where: object, *, cast: bool) -> Iterator[_Part]:
-    """What of the pieces is of this rank's part of `tensor`. Raises `DamagedError`."""
-    local, boxes = held(key, tensor)
+    """Yield the parts of the pieces that this rank holds of `tensor`. Raises `DamagedError`."""
+    local, boxes = local_and_boxes(key, tensor)
     if tensor.numel() and not pieces:
         raise DamagedError(f"{where}: {key} is missing")
     ends = [tuple(o + n for o, n in zip(p.offsets, p.sizes, strict=True)) for p in pieces]
@@ -217,55 +219,55 @@ def _parts(key: str, tensor: Tensor, pieces: list[Piece], where: object, *, cast
             yield _Part(key, target, piece.file, piece.start, DTYPES[piece.dtype], piece.sizes or (1,), source)
         wanted = math.prod(box.sizes)
         if covered != wanted:
-            raise DamagedError(f"{where}: {key} has {covered:,} of {wanted:,} values at {box.offsets}")
+            raise DamagedError(f"{where}: {key} has {covered:,} of {wanted:,} values at offsets {box.offsets}")
 
 
-def _read(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:
-    """Several reads at once: one alone leaves most of a fast or a far disk idle."""
+def _read_local(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:
+    """Read in several threads: a single one leaves a fast disk or a network file system mostly idle."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    rooms = threading.local()
+    buffers = threading.local()
 
-    def read(run: _Part) -> None:
-        if not hasattr(rooms, "own"):
-            rooms.own = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=run.target.is_cuda)
-        for block in run.blocks(BLOCK_BYTES):
-            values = block.target if block.is_direct else rooms.own[: block.nbytes]
+    def read(part: _Part) -> None:
+        if not hasattr(buffers, "own"):
+            buffers.own = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=part.target.is_cuda)
+        for block in part.blocks(BLOCK_BYTES):
+            values = block.target if block.is_direct else buffers.own[: block.nbytes]
             read_into(opened.fileno(), block.start, raw(values))
-            _put(block, values, where, refuse_nan=refuse_nan)
+            _fill(block, values, where, refuse_nan=refuse_nan)
 
     with file.open("rb", buffering=0) as opened, ThreadPoolExecutor(min(4, max(2, cores)), "read") as pool:
         try:
-            for _ in pool.map(read, (run for part in parts for run in part.blocks(_RUN_BYTES))):
+            for _ in pool.map(read, (block for part in parts for block in part.blocks(_THREAD_BYTES))):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _read_from_afar(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:
-    """Several requests at once, of at most `_READ_BYTES` together."""
+def _read_remote(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:
+    """Read with several requests at once, of at most `_READ_BYTES` together."""
     batch: list[_Part] = []
 
     def fetch() -> None:
         found = read_ranges(file, [(block.start, block.start + block.nbytes) for block in batch])
         for block, data in zip(batch, found, strict=True):
             if len(data) != block.nbytes:
-                raise OSError(f"{len(data):,} of {block.nbytes:,} bytes")
-            _put(block, torch.frombuffer(bytearray(data), dtype=torch.uint8), where, refuse_nan=refuse_nan)
+                raise OSError(f"read {len(data):,} of {block.nbytes:,} bytes")
+            _fill(block, torch.frombuffer(bytearray(data), dtype=torch.uint8), where, refuse_nan=refuse_nan)
         batch.clear()
 
-    asked = 0
+    requested = 0
     for part in parts:
         for block in part.blocks(_REQUEST_BYTES):
-            if asked + block.nbytes > _READ_BYTES:
+            if requested + block.nbytes > _READ_BYTES:
                 fetch()
-                asked = 0
-            asked += block.nbytes
+                requested = 0
+            requested += block.nbytes
             batch.append(block)
     fetch()
 
 
-def _put(block: _Part, values: Tensor, where: object, *, refuse_nan: bool) -> None:
-    """Give a block's target its values: the bytes of the file, or the target itself where these were read into it."""
+def _fill(block: _Part, values: Tensor, where: object, *, refuse_nan: bool) -> None:
+    """Copy `values`, the file's bytes, to the block's target unless they were read into it. Raises `DamagedError`."""
     if values is not block.target:
         values = values.view(block.dtype).view(block.sizes)[block.source]
         block.target.copy_(values)
@@ -274,6 +276,7 @@ def _put(block: _Part, values: Tensor, where: object, *, refuse_nan: bool) -> No
 
 
 def has_nan(tensor: Tensor) -> bool:
-    # A sum is NaN if any part is (or if infinities meet), and takes a third of the time of looking at each.
-    can_have = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # nothing is summed in 8 bits
-    return can_have and bool(tensor.sum().isnan()) and bool(tensor.isnan().any())
+    """Return whether a float tensor of 16 bits or more contains NaN; False for other dtypes."""
+    # A sum is NaN if any value is (or if infinities of both signs meet), and takes a third of the time of `isnan`.
+    summable = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # torch has no sum in 8 bits
+    return summable and bool(tensor.sum().isnan()) and bool(tensor.isnan().any())
