@@ -1,4 +1,4 @@
-"""Promises of ndtrain.data: nothing lost, nothing twice, the same global batch on every mesh."""
+"""Every token is trained exactly once per epoch, in the same global batches on every mesh."""
 
 import itertools
 import json
@@ -67,19 +67,19 @@ def pairs_of(rows: list[dict[str, np.ndarray]]) -> list[tuple[int, int]]:
 
 
 def naive_packed(cache: TokenCache, seq_len: int) -> list[dict[str, list[int]]]:
-    """The packed rows again, one token at a time."""
+    """Return the packed rows, built one token at a time."""
     tokens = cache.tokens.tolist()
     starts = set(cache.docs.tolist())
     rows = []
     for first in range(0, len(tokens) - 1, seq_len):
         row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
         position = 0
-        for place in range(first, first + seq_len):
-            inside = place < len(tokens)
-            if place in starts or place == first:  # the end of the stream is in starts: padding begins there
+        for index in range(first, first + seq_len):
+            inside = index < len(tokens)
+            if index in starts or index == first:  # the end of the stream is in starts: padding begins there
                 position = 0
-            row["input_ids"].append(tokens[place] if inside else Bytes.pad_id)
-            row["labels"].append(tokens[place + 1] if inside and place + 1 not in starts else -100)
+            row["input_ids"].append(tokens[index] if inside else Bytes.pad_id)
+            row["labels"].append(tokens[index + 1] if inside and index + 1 not in starts else -100)
             row["position_ids"].append(position)
             position += 1
         rows.append(row)
@@ -137,7 +137,7 @@ def test_without_packing_each_row_holds_one_document_and_positions_run_on(folder
 # Order and GlobalBatches
 
 
-def test_every_sample_once_per_epoch_across_the_border() -> None:
+def test_every_sample_comes_once_per_epoch_across_its_border() -> None:
     order = Order(7, seed=3, shuffle=True)
     stream = np.concatenate([order.sample_ids(cursor, 4) for cursor in range(0, 28, 4)])
     np.testing.assert_array_equal(stream, order.sample_ids(0, 28))
@@ -148,7 +148,7 @@ def test_every_sample_once_per_epoch_across_the_border() -> None:
     np.testing.assert_array_equal(order.sample_ids(14, 7), epochs[2])  # going back gives the same
 
 
-def test_the_order_is_fixed_by_the_seed_for_good() -> None:
+def test_the_order_of_a_seed_never_changes() -> None:
     assert Order(8, seed=0, shuffle=True).sample_ids(0, 8).tolist() == FIXED_ORDER
     assert Order(8, seed=1, shuffle=True).sample_ids(0, 8).tolist() != FIXED_ORDER
     assert Order(3, seed=0, shuffle=False).sample_ids(2, 5).tolist() == [2, 0, 1, 2, 0]
@@ -157,7 +157,7 @@ def test_the_order_is_fixed_by_the_seed_for_good() -> None:
 
 
 def gather(samples: Samples, order: Order, *, size: int, micro: int, ranks: int, cursor: int) -> dict[str, Any]:
-    """All rows of the global batch in slot order, and the targets of all ranks."""
+    """Return all rows of the global batch in order, and the number of targets on all ranks."""
     loaders = [
         GlobalBatches(
             samples, order, global_batch_size=size, micro_batch_size=micro, batch_rank=rank, batch_ranks=ranks
@@ -192,7 +192,7 @@ def test_the_global_batch_is_the_same_for_any_split(
     assert got["targets"] == sum(int((row["labels"] != -100).sum()) for row in want)
 
 
-def test_seven_samples_on_four_ranks_and_one_on_four_give_every_rank_the_same_forwards(folder: Path) -> None:
+def test_every_rank_runs_the_same_forwards_if_samples_do_not_divide_evenly(folder: Path) -> None:
     samples = Samples(make_cache(folder), 8, packing=True, pad_id=258)
     order = Order(len(samples), seed=1, shuffle=True)
     for size, micro, steps, rows in [(7, 2, 1, 2), (7, 1, 2, 1), (1, 4, 1, 1), (7, 9, 1, 2)]:
@@ -264,7 +264,7 @@ def test_two_tokenizers_have_two_caches(folder: Path) -> None:
     assert len(make_cache(folder, Bytes(bos_id=None)).tokens) == len(make_cache(folder).tokens) - 6
 
 
-def test_changed_content_has_a_new_cache_and_the_memo_sees_it(folder: Path) -> None:
+def test_changed_content_gets_a_new_cache(folder: Path) -> None:
     file = folder / "1.txt"
     for old in folder.iterdir():
         os.utime(old, (1_000_000_000, 1_000_000_000))
@@ -382,7 +382,9 @@ def test_file_directory_and_glob(tmp_path: Path) -> None:
     assert names(tmp_path / "**" / "*") == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt", "n.pyc", "w.bin"]
     assert names(tmp_path / "*.txt") == ["[1].txt", "b.txt"]
     build_cache(find_files(str(tmp_path)), Bytes(), cache_dir=tmp_path / "cache")
-    assert names(tmp_path) == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt"], "a cache beside the data is no data"
+    assert names(tmp_path) == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt"], (
+        "a cache beside the data is not read as data"
+    )
 
 
 def test_a_path_that_matches_nothing_is_a_recipe_error(tmp_path: Path) -> None:
@@ -391,11 +393,11 @@ def test_a_path_that_matches_nothing_is_a_recipe_error(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="matches no file") as caught:
             find_files(str(path))
         assert "hub" not in str(caught.value)
-    with pytest.raises(RecipeError, match="not read yet"):
+    with pytest.raises(RecipeError, match="cannot be read yet"):
         find_files("some-org/some-dataset")
 
 
-def test_nothing_but_empty_documents_is_a_recipe_error(tmp_path: Path) -> None:
+def test_data_of_empty_documents_alone_is_a_recipe_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(RecipeError, match="no text"):
         build_cache([tmp_path / "a.txt"], Bytes(), cache_dir=tmp_path / "cache")
@@ -409,7 +411,7 @@ def test_an_unreadable_file_is_a_damaged_error(tmp_path: Path) -> None:
 FIXED_ORDER = [3, 2, 1, 6, 0, 7, 4, 5]
 
 
-def test_binary_files_are_no_text(tmp_path: Path) -> None:
+def test_binary_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1\x15\x00\x15")
     with pytest.raises(RecipeError, match=r"x\.parquet is not text"):
         build_cache(find_files(str(tmp_path / "x.parquet")), ByteTokenizer(), cache_dir=tmp_path / "cache")

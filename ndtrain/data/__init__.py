@@ -1,8 +1,8 @@
-"""Tokenize, pack, mask, order: the same global batches on every mesh.
+"""Tokenize, pack, mask and order text into global batches that are the same on every mesh.
 
 files -> TokenCache (tokens on disk, memory-mapped) -> Samples (rows of fixed length) -> Order (the endless stream of
-sample ids) -> GlobalBatches (the rows of one batch rank). The position in the data is one number, the cursor: how many
-samples the whole run has consumed. It knows nothing of ranks, so it survives a new mesh.
+sample ids) -> GlobalBatches (the rows of one batch rank). Progress in the data is one number, the cursor: how many
+samples the whole run has consumed. It does not depend on ranks, so it stays valid on another mesh.
 """
 
 from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches

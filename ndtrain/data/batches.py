@@ -1,4 +1,4 @@
-"""The rows of one batch rank."""
+"""Load the rows of each global batch that belong to one batch rank."""
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
@@ -12,18 +12,18 @@ from ndtrain.data.samples import IGNORE, Samples
 
 
 def micro_batches(global_batch_size: int, batch_ranks: int, most: int) -> tuple[int, int]:
-    """(rows of a micro batch, at most `most`; forwards per optimizer step), the same on every rank."""
+    """Return (rows of a micro batch, at most `most`; forwards per optimizer step), the same on every rank."""
     rows = min(most, -(-global_batch_size // batch_ranks))
     return rows, -(-global_batch_size // (batch_ranks * rows))
 
 
 @dataclass
 class GlobalBatches:
-    """One batch rank's micro batches of each global batch.
+    """Load one batch rank's micro batches of each global batch.
 
-    Row k of the global batch goes to micro step k // (R * m), batch rank k // m % R, place k % m (R batch
-    ranks, m rows). Places past the last row hold fillers with no target, so every rank runs the same number
-    of equally shaped forwards. The global batch is the same rows in the same order for every R and m.
+    Row k of the global batch goes to micro step k // (R * m), batch rank k // m % R, row k % m of the micro batch (R
+    batch ranks, m rows). Rows past the last one are fillers without targets, so that every rank runs the same number of
+    equally shaped forwards. The global batch has the same rows in the same order for every R and m.
     """
 
     samples: Samples
@@ -44,7 +44,7 @@ class GlobalBatches:
 
     @property
     def fingerprint(self) -> str:
-        """Names the data and its order; a cursor means the same only where this is the same."""
+        """Text that identifies the data and its order; a cursor is valid only where it is equal."""
         data, order = self.samples, self.order
         return (
             f"{data.cache.key} seq_len={data.seq_len} packing={data.packing} samples={len(data)} "
@@ -52,17 +52,16 @@ class GlobalBatches:
         )
 
     def sample_ids(self, cursor: int) -> IntArray:
-        """The ids [G] of the whole global batch at the cursor; the next batch is at cursor + G."""
+        """Return the ids `[G]` of the whole global batch at the cursor; the next batch is at cursor + G."""
         return self.order.sample_ids(cursor, self.global_batch_size)
 
     def load(self, cursor: int) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro batches in order, each input_ids, labels, position_ids: int64 [m, S]."""
+        """Return this rank's micro batches in order: int64 `[m, S]` input_ids, labels and position_ids each."""
         ids, micro = self.sample_ids(cursor), self.micro_batch_size
         batches = []
         for step in range(self.micro_steps):
             first = (step * self.batch_ranks + self.batch_rank) * micro
-            places = range(first, first + micro)
-            rows = [self.samples[int(ids[place if place < len(ids) else 0])] for place in places]
+            rows = [self.samples[int(ids[k if k < len(ids) else 0])] for k in range(first, first + micro)]
             for filler in rows[max(0, len(ids) - first) :]:
                 filler["labels"].fill(IGNORE)
             batches.append({name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
@@ -70,5 +69,5 @@ class GlobalBatches:
 
 
 def labels_count(batches: Iterable[dict[str, torch.Tensor]]) -> int:
-    """The number of targets in these micro batches (this rank's only; sum it over the batch ranks)."""
+    """Return the number of targets in these micro batches of one rank; sum it over the batch ranks."""
     return sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)

@@ -1,4 +1,4 @@
-"""Tokens on disk, memory-mapped: written once for the same files and tokenizer."""
+"""Write the tokens of files to disk, once for the same files and tokenizer, and memory-map them."""
 
 import hashlib
 import json
@@ -18,20 +18,15 @@ from ndtrain.data.files import CACHE_FILES, documents_of, is_jsonl, reading, sta
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
 
 FORMAT_VERSION = 1
-
-
 _MEMO_NAME = ".digests.json"
-
 
 IntArray = npt.NDArray[np.int64]
 Meta = dict[str, int | str]
-
-
 Progress = Callable[[int, int], None] | None
 
 
 class Tokenizer(Protocol):
-    """What the cache needs of a tokenizer. `key` names its behaviour: another behaviour, another key."""
+    """The tokenizer interface of the cache. `key` identifies its behaviour: other behaviour needs another key."""
 
     @property
     def key(self) -> str: ...
@@ -45,44 +40,45 @@ class Tokenizer(Protocol):
     def pad_id(self) -> int: ...
 
     def encode_bytes(self, raw: bytes) -> npt.NDArray[Any]:
-        """The ids [n] of one document, without bos and eos."""
+        """Return the ids `[n]` of one document, without bos and eos."""
 
 
 def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
-    """Each file's content digest; remembered by (path, size, mtime) so that a start need not read it all.
+    """Return each file's content digest, cached by (path, size, mtime) so that a start need not read every file.
 
-    A file written in the last two seconds is not remembered: it can change again within one clock tick.
+    The digest of a file written in the last two seconds is not cached: it can change again within one clock tick.
     """
     memo_path = cache_dir / _MEMO_NAME
     try:
         memo = dict(json.loads(memo_path.read_text()))
     except (OSError, ValueError, TypeError):
         memo = {}
-    out, learned = [], False
+    digests, changed = [], False
     for file in files:
         name, stamp = os.path.abspath(file), stamp_of(file)
         known = memo.get(name)
         if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
-            out.append(known[-1])
+            digests.append(known[-1])
             continue
         with reading(file), file.open("rb") as content:
-            out.append(hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=20)).hexdigest())
+            digests.append(hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=20)).hexdigest())
         if abs(time.time_ns() - stamp[1]) > 2e9 and stamp_of(file) == stamp:
-            memo[name], learned = [*stamp, out[-1]], True
-    if learned:
+            memo[name], changed = [*stamp, digests[-1]], True
+    if changed:
         handle, temporary = tempfile.mkstemp(prefix=_MEMO_NAME, dir=cache_dir)
         with os.fdopen(handle, "w") as memo_file:
             json.dump(memo, memo_file)
         os.replace(temporary, memo_path)
-    return out
+    return digests
 
 
 def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None) -> Path:
-    """The directory of the cache of these files' tokens; tokenizes only when it is not there yet.
+    """Return the directory of the cache of these files' tokens; tokenizes them unless it exists.
 
-    A document is stored as [bos?] + its tokens + [eos]; empty ones are skipped. One document at a time is in
-    memory. Ranks and runs may race: each writes its own directory and the first rename wins.
-    `progress(done, total)` counts bytes of the input, after each document.
+    A document is stored as [bos?] + its tokens + [eos]; empty ones are skipped. One document at a time is in memory.
+    Ranks and runs may race: each writes its own directory and the first rename wins. `progress(done, total)` is called
+    after each document with bytes of the input. Raises `RecipeError` or `NdtrainError` if the cache cannot be written,
+    `DamagedError` for a file that cannot be read or changes meanwhile.
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +95,7 @@ def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path,
             meta = _write_tokens(files, tokenizer, folder=work, progress=progress)
             for file, stamp in zip(files, stamps, strict=True):
                 if stamp_of(file) != stamp:
-                    raise DamagedError(f"{file} changed while it was being tokenized; start again")
+                    raise DamagedError(f"{file} changed while it was being tokenized; start the run again")
             (work / "meta.json").write_text(json.dumps({"version": FORMAT_VERSION, "key": key, **meta}))
             for part in CACHE_FILES:
                 with (work / part).open("rb") as written:
@@ -108,12 +104,14 @@ def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path,
             try:
                 os.rename(work, final)
             except OSError:
-                if not final.is_dir():  # else another process was first: its cache has the same content
+                if not final.is_dir():  # otherwise another process was first, with the same content
                     raise
         return final
     except OSError as error:
         kind = RecipeError if error.errno in MENDABLE else NdtrainError
-        raise kind(f"cannot write the token cache in {cache_dir} ($NDTRAIN_CACHE): {error.strerror}") from error
+        raise kind(
+            f"cannot write the token cache in {cache_dir}: {error.strerror}; set NDTRAIN_CACHE to another directory"
+        ) from error
 
 
 def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, progress: Progress) -> Meta:
@@ -129,7 +127,9 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
                 if ids.size:
                     row = np.concatenate([head, ids, [tokenizer.eos_id]]).astype(np.int64)
                     if row.min() < 0 or row.max() > most:
-                        raise RecipeError(f"{file}: ids {row.min()} to {row.max()}, expected 0 to {most}")
+                        raise RecipeError(
+                            f"{file}: the tokenizer gave ids {row.min()} to {row.max()}, expected 0 to {most}"
+                        )
                     token_file.write(row.astype(dtype).tobytes())
                     tokens, documents = tokens + row.size, documents + 1
                     doc_file.write(struct.pack("=q", tokens))
@@ -137,7 +137,8 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
                 if progress:
                     progress(done, total)
         if not documents:
-            raise RecipeError(f"data.path: no text in {len(files)} file(s), the first is {files[0]}")
+            count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
+            raise RecipeError(f"data.path: {count} no text")
     return {"dtype": dtype.name, "tokens": tokens, "documents": documents}
 
 
@@ -151,10 +152,10 @@ class TokenCache:
 
     @classmethod
     def open(cls, path: Path) -> "TokenCache":
-        """Opens what `build_cache` returned; refuses one that is truncated or altered."""
+        """Open the directory that `build_cache` returned. Raises `DamagedError` if it is truncated or altered."""
 
         def damaged(file: str, why: str) -> DamagedError:
-            return DamagedError(f"{path / file}: {why}; delete the directory {path} to have it built again")
+            return DamagedError(f"{path / file}: {why}; delete the directory {path}, and the next run builds it again")
 
         try:
             meta = json.loads((path / "meta.json").read_text())
@@ -163,17 +164,17 @@ class TokenCache:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged("meta.json", f"cannot be read ({error})") from error
         if version != FORMAT_VERSION or dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
-            raise damaged("meta.json", f"version {version} with {dtype} is not one this program writes")
+            raise damaged("meta.json", f"format version {version} with {dtype} tokens is not supported")
         arrays: dict[str, npt.NDArray[Any]] = {}
         for name, width in (("tokens.bin", dtype), ("docs.bin", np.dtype(np.int64))):
             try:
                 size, wanted = (path / name).stat().st_size, counts[name] * width.itemsize
                 if size != wanted:
-                    raise damaged(name, f"has {size} bytes where meta.json means {wanted}")
+                    raise damaged(name, f"has {size:,} of the {wanted:,} bytes that meta.json says")
                 arrays[name] = np.memmap(path / name, dtype=width, mode="r").view(np.ndarray)
             except (OSError, ValueError) as error:
                 raise damaged(name, f"cannot be read ({error})") from error
         docs = arrays["docs.bin"]
         if docs[0] != 0 or docs[-1] != counts["tokens.bin"] or (docs[1:] - docs[:-1] < 2).any():
-            raise damaged("docs.bin", "its document starts do not fit the tokens")
+            raise damaged("docs.bin", "its document bounds do not match the tokens")
         return cls(key=key, tokens=arrays["tokens.bin"], docs=docs)

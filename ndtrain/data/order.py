@@ -1,4 +1,4 @@
-"""The endless stream of sample ids."""
+"""Order the samples in an endless stream of ids."""
 
 from functools import lru_cache
 from typing import Any
@@ -11,15 +11,15 @@ from ndtrain.errors import RecipeError
 
 
 class Order:
-    """The endless stream of sample ids: epoch after epoch, each a permutation of its own.
+    """The endless stream of sample ids: epoch after epoch, each with its own permutation.
 
-    The permutation sorts raw PCG64 output: numpy keeps that the same in every version, which it does not
-    promise of Generator.permutation, and a resumed run must go on in the same order.
+    The permutation sorts raw PCG64 output, which numpy keeps the same in every version. It does not promise that of
+    Generator.permutation, and a resumed run must continue in the same order.
     """
 
     def __init__(self, n_samples: int, *, seed: int, shuffle: bool) -> None:
         if seed < 0:
-            raise RecipeError(f"the seed must not be negative, it is {seed}")
+            raise RecipeError(f"the seed must not be negative, but is {seed}")
         self.n_samples, self.seed, self.shuffle = n_samples, seed, shuffle
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
@@ -28,12 +28,12 @@ class Order:
         return np.argsort(raw, kind="stable").astype(np.uint32 if self.n_samples <= 1 << 32 else np.uint64)
 
     def sample_ids(self, cursor: int, count: int) -> IntArray:
-        """The ids [count] at places cursor .. cursor + count - 1 of the stream."""
+        """Return the ids `[count]` of the stream from `cursor` to cursor + count - 1."""
         parts: list[IntArray] = [np.empty(0, np.int64)]
         while count > 0:
-            epoch, place = divmod(cursor, self.n_samples)
-            take = min(count, self.n_samples - place)
-            ids = self._permutation(epoch)[place : place + take] if self.shuffle else range(place, place + take)
+            epoch, start = divmod(cursor, self.n_samples)
+            take = min(count, self.n_samples - start)
+            ids = self._permutation(epoch)[start : start + take] if self.shuffle else range(start, start + take)
             parts.append(np.asarray(ids, dtype=np.int64))
             cursor, count = cursor + take, count - take
         return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""Rows of fixed length from the documents of a token cache."""
+"""Cut the documents of a token cache into rows of fixed length."""
 
 import numpy as np
 
@@ -8,26 +8,26 @@ IGNORE = -100
 
 
 class Samples:
-    """Rows of seq_len tokens: dicts of int64 input_ids [S], labels [S], position_ids [S].
+    """Rows of S = seq_len tokens: dicts of int64 `[S]` input_ids, labels and position_ids.
 
-    Labels are already shifted: labels[t] is the token after input_ids[t], or -100 where that token is of
-    another document or there is none. A target at a cut is not lost: the row reads one token past its end.
+    Labels are already shifted: labels[t] is the token after input_ids[t], or -100 if that token belongs to another
+    document or there is none. A target at a cut is not lost: the row reads one token past its end.
 
-    packing: the stream of all documents is cut every S tokens. position_ids restart at 0 with each document
-    and each row, and padding (last row only) counts as a document of its own.
-    else: each document is cut into pieces of at most S tokens, one a row, padded on the right; position_ids
-    run 0..S-1 through the padding, so the row reads as one sequence.
+    With packing the stream of all documents is cut every S tokens. position_ids restart at 0 with each document and
+    each row, and padding (in the last row only) counts as a document of its own.
+    Without packing each document is cut into rows of at most S tokens, padded on the right; position_ids run from 0 to
+    S - 1 through the padding, so that the row is one sequence.
     """
 
     def __init__(self, cache: TokenCache, seq_len: int, *, packing: bool, pad_id: int) -> None:
         self.cache, self.seq_len, self.packing, self.pad_id = cache, seq_len, packing, pad_id
-        # A document's last token has no target, so a row that would hold nothing else is left out.
+        # A document's last token has no target, so a row that would hold only that token is left out.
         if packing:
             self._n = -(-(len(cache.tokens) - 1) // seq_len)
         else:
-            pieces = (np.diff(cache.docs) - 1 + seq_len - 1) // seq_len
-            self._first_piece: IntArray = np.concatenate([np.zeros(1, np.int64), np.cumsum(pieces)])
-            self._n = int(self._first_piece[-1])
+            rows = (np.diff(cache.docs) - 1 + seq_len - 1) // seq_len
+            self._first_row: IntArray = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
+            self._n = int(self._first_row[-1])
 
     def __len__(self) -> int:
         return self._n
@@ -39,19 +39,19 @@ class Samples:
         if self.packing:
             start, limit = index * size, len(self.cache.tokens)
         else:
-            doc = int(np.searchsorted(self._first_piece, index, side="right")) - 1
-            start = int(docs[doc]) + (index - int(self._first_piece[doc])) * size
+            doc = int(np.searchsorted(self._first_row, index, side="right")) - 1
+            start = int(docs[doc]) + (index - int(self._first_row[doc])) * size
             limit = int(docs[doc + 1])
-        chunk = self.cache.tokens[start : min(start + size + 1, limit)].astype(np.int64)
-        filled = min(size, len(chunk))
+        tokens = self.cache.tokens[start : min(start + size + 1, limit)].astype(np.int64)
+        filled = min(size, len(tokens))
         input_ids = np.full(size, self.pad_id, np.int64)
         labels = np.full(size, IGNORE, np.int64)
         position_ids = np.arange(size, dtype=np.int64)
-        input_ids[:filled] = chunk[:filled]
-        labels[: len(chunk) - 1] = chunk[1:]
+        input_ids[:filled] = tokens[:filled]
+        labels[: len(tokens) - 1] = tokens[1:]
         if self.packing:
             low, high = np.searchsorted(docs, [start, start + size], side="right")
-            starts = docs[low:high] - start  # of documents, and of the padding at the stream's end; 1 .. S
+            starts = docs[low:high] - start  # of documents and of the padding at the end, from 1 to S
             labels[starts - 1] = IGNORE
             starts, begins = starts[starts < size], np.zeros(size, np.int64)
             begins[starts] = starts
