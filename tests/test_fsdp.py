@@ -378,6 +378,6 @@ def test_a_unit_whose_weights_are_read_from_outside_is_refused(world: dict[str, 
     fsdp = {"mode": "manual", "modules": {"backbone.layers.*.mixer.dt_proj": FREE}}
     recipe = recipe_for(world, tmp_path, "falcon_mamba", "dp_shard2", fsdp=fsdp, **more)
     with pytest.raises(
-        AssertionError, match=r"PlanError: falcon_mamba .*a unit's weights are there in its own forward"
+        AssertionError, match=r"PlanError: falcon_mamba .*a unit's weights exist only during its own forward"
     ):
         get_pool(2).run(trained, str(recipe), [], timeout=200)

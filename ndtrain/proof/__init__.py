@@ -1,7 +1,7 @@
-"""What an engine must show on noise before weights are read: asked of the model itself, not read from its source.
+"""Check, by running the model on noise before its weights are read, that it computes the same on the mesh as alone.
 
-It takes an engine whose parameters have memory and contents that mean nothing; it raises a `PlanError`, or returns
-whether all was shown.
+Takes an engine whose parameters have memory but no meaningful values. Raises `PlanError`, or returns whether everything
+could be checked.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = ["Proof", "ReferenceBlocks", "check_same_batch", "prove"]
 
 
 class Proof(NamedTuple):
-    """Whether the model does on this mesh what it does alone; `known` is False where these weights cannot tell."""
+    """The outcome of `prove`: `known` is False if these weights gave no finite values to compare."""
 
     known: bool
     notes: tuple[str, ...]
 
 
 def prove(engine: Engine, references: ReferenceBlocks | None) -> Proof:
-    """Prove each axis that the engine's mesh has; `references` are whole blocks where tp cuts them. Collective.
+    """Check each axis of the engine's mesh; `references` holds whole blocks if tp cuts them. Collective.
 
-    Sequence parallelism that changes the model is switched off, with a note. Raises `PlanError` for all else.
+    Sequence parallelism that changes the model is switched off, with a note. Raises `PlanError` for any other failure.
     """
     notes = []
     with extra_states.kept(engine.model):

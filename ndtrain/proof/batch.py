@@ -1,9 +1,8 @@
-"""Proof that the ranks of a batch rank read the same."""
+"""Check that the ranks of one batch rank read the same samples."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,12 +10,9 @@ import torch.distributed as dist
 from ndtrain.errors import NdtrainError
 from ndtrain.mesh import Meshes
 
-if TYPE_CHECKING:
-    pass
-
 
 def check_same_batch(batch: dict[str, torch.Tensor], meshes: Meshes) -> None:
-    """Raise if the tp ranks of a batch rank read different samples: nothing else would show it but the gradient."""
+    """Raise `NdtrainError` if tp or cp ranks of a batch rank read different samples, which no other check shows."""
     digest = hashlib.blake2b(batch["input_ids"].cpu().numpy().tobytes(), digest_size=7).digest()
     mine = torch.tensor(int.from_bytes(digest, "big"), dtype=torch.int64, device=batch["input_ids"].device)
     low, high = mine.clone(), mine.clone()
@@ -24,4 +20,6 @@ def check_same_batch(batch: dict[str, torch.Tensor], meshes: Meshes) -> None:
         dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
     if not torch.equal(low, high):
-        raise NdtrainError("ranks of one tp or cp group read different samples; this is a bug of ndtrain")
+        raise NdtrainError(
+            "the ranks of one tp or cp group read different samples; this is a bug in ndtrain, please report it"
+        )

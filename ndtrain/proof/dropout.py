@@ -1,4 +1,4 @@
-"""Proof of dropout under tp: no two ranks drop elements of a cut activation by the same numbers."""
+"""Check dropout under tp: ranks must not drop elements of a cut activation by the same random numbers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ndtrain.proof.noise import one_row, reshard
 
 
 class DropoutCheck(TorchFunctionMode):
-    """Inside, looks at every dropout of the tp ranks of `group`, which all run the same code.
+    """Check every dropout in the body on the tp ranks of `group`, which all run the same code.
 
-    `wrong` becomes true where the ranks drop elements of a cut activation by numbers that they share, or elements of
-    one that they all hold whole by numbers of their own.
+    `wrong` becomes True if the ranks drop elements of a cut activation by random numbers that they share, or elements
+    of an activation that all hold whole by random numbers of their own.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -46,7 +46,7 @@ class DropoutCheck(TorchFunctionMode):
         return func is torch.dropout and all(args[1:])
 
     def _differs(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is another one on each rank."""
+        """Return whether `tensor` differs between the ranks."""
         size = torch.tensor([tensor.numel(), -tensor.numel()], device=tensor.device)
         dist.all_reduce(size, op=dist.ReduceOp.MAX, group=self.group)
         if int(size[0]) != -int(size[1]):
@@ -54,12 +54,12 @@ class DropoutCheck(TorchFunctionMode):
         low, high = tensor.detach().float().clone(), tensor.detach().float().clone()
         dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
-        # What all hold was reduced to the same bits on each.
+        # An activation that all ranks hold whole was reduced, to the same bits on each.
         return bool((high - low).max() > 1e-4 * torch.maximum(high.abs(), low.abs()).max())
 
 
 def check_dropout(engine: Engine) -> None:
-    """Raise `PlanError` if elements of a cut activation are dropped by random numbers that all tp ranks share."""
+    """Raise `PlanError` if `DropoutCheck` finds a wrong dropout in the engine's model. Collective."""
     torch.manual_seed(0)
     with DropoutCheck(engine.meshes.tp.get_group(), engine.device) as dropout, torch.no_grad():
         one_row(engine)
@@ -67,9 +67,8 @@ def check_dropout(engine: Engine) -> None:
     wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=engine.device)
     dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
     if wrong:
-        keys = ", ".join(f"model.config.{key}" for key in dropouts(engine.model)) or "not a key of its config"
+        keys = ", ".join(f"model.config.{key}" for key in dropouts(engine.model)) or "no key of its config sets it"
         raise PlanError(
             f"{engine.plan.model_type} under mesh.tp = {engine.sizes.tp} drops elements of an activation that tp "
-            f"cuts, where every rank would drop the same ones; set the dropout that does it to 0.0 ({keys}), or "
-            "mesh.tp = 1"
+            f"cuts, and every rank would drop the same ones; set that dropout to 0.0 ({keys}), or mesh.tp = 1"
         )

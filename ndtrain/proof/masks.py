@@ -1,4 +1,4 @@
-"""Proof of masks and of context parallelism: what each token's logits depend on."""
+"""Check masks and context parallelism: which tokens each token's logits depend on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ndtrain.proof.noise import does_not_run, probe, tokens
 
 
 def check_masks(engine: Engine) -> bool:
-    """Raise `PlanError` if logits depend on later tokens, or on the document packed before theirs.
+    """Raise `PlanError` if logits depend on later tokens or on a document packed before theirs, or differ under cp.
 
-    Returns False if these weights give no finite logits, so that nothing can be said.
+    Returns False if these weights give no finite logits, so that nothing can be checked. Collective.
 
-    The plan has read the model's source; this asks the model itself, on two rows of one shape that differ only
-    where it must not matter. The logits are then equal to the bit, but for experts: the shapes of their products
+    The plan was made from the model's source; this runs the model, on two rows of one shape that differ only where it
+    must not matter. Their logits are then equal to the bit, except with experts: the shapes of their matrix products
     depend on the routing.
     """
     half = max(1, min(16, engine.recipe.data.seq_len // 2))
     device, packed = engine.device, engine.recipe.data.packing
     row = tokens(engine, 2 * half)
     other = tokens(engine, 4 * half)[2 * half :]
-    # Attention kernels for one row and for several can differ.
+    # Attention may use other kernels for several rows than for one.
     train = engine.recipe.train
     rows, _ = micro_batches(train.global_batch_size, engine.sizes.batch, train.micro_batch_size)
     more = [row] if rows > 1 else []
@@ -37,35 +37,36 @@ def check_masks(engine: Engine) -> bool:
         raise does_not_run(engine, error) from error
     later = probe(engine, [torch.cat([row[:half], other[half:]]), *more], positions)
     zero = plain.new_zeros(())
-    moved = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]
+    changes = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]
     if packed:
         before = probe(engine, [torch.cat([other[:half], row[half:]]), *(other for _ in more)], positions)
-        moved[1] = (plain[0, half:] - before[0, half:]).abs().max()
+        changes[1] = (plain[0, half:] - before[0, half:]).abs().max()
     if engine.context is not None:
         with engine.context.off():
-            moved[2] = (plain - probe(engine, [row, *more], positions)).abs().max()
-    leaks = torch.stack([*moved, zero]) / plain.abs().max()
-    leaks[-1] = float(not leaks.isfinite().all())
-    # One decision for all ranks, so that none goes on alone.
-    dist.all_reduce(leaks, op=dist.ReduceOp.MAX)
-    if leaks[-1]:
+            changes[2] = (plain - probe(engine, [row, *more], positions)).abs().max()
+    relative = torch.stack([*changes, zero]) / plain.abs().max()
+    relative[-1] = float(not relative.isfinite().all())
+    # All ranks must decide alike, so that none continues alone.
+    dist.all_reduce(relative, op=dist.ReduceOp.MAX)
+    if relative[-1]:
         return False
     routed = any("experts" in p.fqn for p in engine.plan.params) and engine.plan.low_precision
     limit = 2e-2 if routed else 1e-4
-    what = engine.plan.model_type
-    if not float(leaks[0]) < limit:
+    name = engine.plan.model_type
+    if not float(relative[0]) < limit:
         raise PlanError(
-            f"{what}: tokens see later tokens (logits move by {float(leaks[0]):.1e}); "
+            f"{name}: tokens see later tokens (relative change of logits {float(relative[0]):.1e}); "
             "set model.config.is_decoder = true if it has that key, or choose a causal model"
         )
-    if not float(leaks[1]) < limit:
+    if not float(relative[1]) < limit:
         raise PlanError(
-            f"{what}: packed documents see each other (logits move by {float(leaks[1]):.1e}); set data.packing = false"
+            f"{name}: packed documents see each other (relative change of logits {float(relative[1]):.1e}); set "
+            "data.packing = false"
         )
-    if not float(leaks[2]) < (5e-2 if engine.plan.low_precision else 1e-3):
+    if not float(relative[2]) < (5e-2 if engine.plan.low_precision else 1e-3):
         raise PlanError(
-            f"{what} under mesh.cp = {engine.sizes.cp} differs from the whole sequence (logits by "
-            f"{float(leaks[2]):.1e}): it mixes tokens outside its attention, or counts positions its own way; "
-            "set mesh.cp = 1"
+            f"{name} under mesh.cp = {engine.sizes.cp} differs from the whole sequence (relative difference of logits "
+            f"{float(relative[2]):.1e}): it mixes tokens outside its attention, or computes its own positions; set "
+            "mesh.cp = 1"
         )
     return True

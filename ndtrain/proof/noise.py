@@ -1,4 +1,4 @@
-"""What a model does with short rows of noise, as a step would compute it."""
+"""Run an engine's model on short rows of noise, as a training step would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ndtrain.plan.refuse import dropouts
 
 
 def probe(engine: Engine, rows: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-    """Float32 logits `[B, S, V]` of rows `[S]`, without dropout, which differs between meshes."""
+    """Return float32 logits `[B, S, V]` of B rows `[S]`, without dropout, which differs between meshes."""
     ids = torch.stack(rows)
     engine.model.train(not dropouts(engine.model))
     with torch.no_grad():
@@ -23,7 +23,7 @@ def probe(engine: Engine, rows: list[torch.Tensor], positions: torch.Tensor) -> 
     engine.model.train()
     if engine.context is not None and engine.context.enabled:
         logits = engine.context.gather(logits)
-    # One row of all rows where they were joined, and what was padded at its end
+    # Undo the joining of all rows into one, and the padding at the end.
     joined = logits.shape[0] < len(rows)
     logits = logits[:, : ids.numel()].view(*ids.shape, -1) if joined else logits[:, : ids.shape[1]]
     reshard(engine)
@@ -31,7 +31,7 @@ def probe(engine: Engine, rows: list[torch.Tensor], positions: torch.Tensor) -> 
 
 
 def forward(engine: Engine, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """This rank's logits of `[B, S]` ids whose rows all have these positions `[S]`, as a step would compute them."""
+    """Return this rank's logits of ids `[B, S]` whose rows all have these positions `[S]`, as a step computes them."""
     torch.manual_seed(0)
     batch = engine.shape({"input_ids": ids, "labels": ids, "position_ids": positions.expand_as(ids)})
     inputs = {"input_ids": batch["input_ids"]}
@@ -42,51 +42,57 @@ def forward(engine: Engine, ids: torch.Tensor, positions: torch.Tensor) -> torch
 
 
 def one_row(engine: Engine) -> torch.Tensor:
-    """This rank's logits of a short row."""
+    """Return this rank's logits of a short row."""
     length = max(2, min(32, engine.recipe.data.seq_len))
     return forward(engine, tokens(engine, length)[None], torch.arange(length, device=engine.device))
 
 
 def learn(engine: Engine) -> torch.Tensor:
-    """Logits of a short row, after a backward pass from random gradients of them."""
+    """Return the logits of a short row, after a backward pass from random gradients.
+
+    Raises `PlanError` for a gradient that is not sharded.
+    """
     logits = one_row(engine)
     torch.manual_seed(1)
     (logits * torch.randn_like(logits)).sum().backward()
     for name, param in engine.model.named_parameters():
         if param.grad is not None and not isinstance(param.grad, DTensor):
-            raise PlanError(f"{engine.plan.model_type} gives {name} a gradient past its FSDP unit; set mesh.tp = 1")
+            raise PlanError(
+                f"{engine.plan.model_type} uses {name} outside its FSDP unit, so its gradient is not sharded; set "
+                "mesh.tp = 1"
+            )
     return logits.detach()
 
 
 def reshard(engine: Engine) -> None:
-    """Units that stay gathered for the backward pass would stay so where there is none."""
+    """Shard all FSDP units again: those that stay gathered for the backward pass would stay so without one."""
     for module in engine.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def does_not_run(engine: Engine, error: Exception) -> PlanError:
-    """The model's own code fails on its part of the work, with an error about shapes or views."""
+    """Return the error for a model whose own code raised `error` on its part of the work."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if where := _module_of(error):
-        reason = f"in {where}: {reason}"
+    if module := _module_of(error):
+        reason = f"in {module}: {reason}"
     what = f"{engine.plan.model_type} does not run on {engine.sizes.describe()}"
     if engine.recipe.fsdp.mode == "manual":
         return PlanError(
-            f"{what} with these [fsdp.modules] ({reason}): a unit's weights are there in its own forward alone; name "
-            'the modules around those that read each other\'s weights, or set fsdp.mode = "auto"'
+            f"{what} with these [fsdp.modules] ({reason}): a unit's weights exist only during its own forward; list "
+            'the modules that contain those which read each other\'s weights, or set fsdp.mode = "auto"'
         )
-    ways = " or ".join(f"mesh.{axis} = 1" for axis in ("cp", "tp") if getattr(engine.sizes, axis) > 1)
-    return PlanError(f"{what} ({reason}); set {ways}")
+    changes = " or ".join(f"mesh.{axis} = 1" for axis in ("cp", "tp") if getattr(engine.sizes, axis) > 1)
+    return PlanError(f"{what} ({reason}); set {changes}")
 
 
 def _module_of(error: Exception) -> str | None:
-    """The innermost module that was at work when `error` was raised."""
-    working = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return next((type(m).__name__.removeprefix("FSDP") for m in reversed([*working]) if isinstance(m, nn.Module)), None)
+    """Return the class name of the innermost module that was running when `error` was raised."""
+    running = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((type(m).__name__.removeprefix("FSDP") for m in reversed([*running]) if isinstance(m, nn.Module)), None)
 
 
 def tokens(engine: Engine, count: int) -> torch.Tensor:
-    """`[count]` ids that differ from their neighbours; the first ids, which often mean padding, only where needed."""
+    """Return `[count]` ids that differ from their neighbours, without the first ids, often padding, if possible."""
     first = 3 if engine.vocabulary > 6 else 0
     return first + torch.arange(count, device=engine.device) % min(97, engine.vocabulary - first)

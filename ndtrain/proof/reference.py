@@ -1,7 +1,7 @@
-"""Proof of tensor parallelism, block by block: what a cut block gives and learns is what the whole block does.
+"""Compare cut blocks with whole ones: a cut block must have the outputs and gradients of a whole one.
 
-Asked of the model itself on noise before its weights are read, since no reading of the source can tell. A block is
-small beside the model, so that each rank can hold one whole.
+The model is run on noise before its weights are read, since its source cannot tell. A block is small beside the model,
+so that each rank can hold one whole.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ndtrain.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A larger block is not proven: experts of this size are cut by ep, whose dispatch is the same for every model.
-MOST = 4e9
+# Blocks with more parameters are not checked: experts of this size are cut by ep, whose dispatch no model changes.
+MAX_PARAMETERS = 4e9
 
 
 class ReferenceBlocks:
-    """One block of each kind, whole: copied before the model is cut, compared with the cut one after it has run."""
+    """Hold a whole block of each kind, copied before the model is cut, and compare it with the cut one after a run."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan):
         units = {unit.name: unit for unit in (*plan.units, plan.root)}
         self.dtypes = {p.fqn: getattr(torch, units[p.unit].param_dtype) for p in plan.params}
         self.low_precision = plan.low_precision
-        # Units that cast what they take and give, inside a block, are not in a copy of it.
+        # A copy lacks the casts of inputs and outputs that units inside a block make.
         casting = [name for unit in plan.units if unit.output_dtype for name in unit.modules]
         self.blocks: dict[str, nn.Module] = {}
         kinds = set()
@@ -42,14 +42,14 @@ class ReferenceBlocks:
             kind = (type(block), tuple((n, p.shape) for n, p in block.named_parameters()))
             if any(n.startswith(f"{name}.") for n in casting):
                 continue
-            if kind not in kinds and sum(p.numel() for p in block.parameters()) <= MOST:
+            if kind not in kinds and sum(p.numel() for p in block.parameters()) <= MAX_PARAMETERS:
                 kinds.add(kind)
                 self.blocks[name] = copy.deepcopy(block)
         self.calls: dict[str, _Call] = {}
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Remember what the cut blocks take and give, and the gradients of both, while the model runs once."""
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Record the inputs and outputs of the cut blocks, and the gradients of both, while the model runs once."""
         self.calls = {name: _Call() for name in self.blocks}
         hooks: list[Any] = []
         for name, call in self.calls.items():
@@ -63,42 +63,42 @@ class ReferenceBlocks:
                 hook.remove()
 
     def differences(self, model: nn.Module, *, copies: int) -> Iterator[tuple[str, Tensor]]:
-        """What differs in the blocks that ran, and by how much of its size; a collective of all ranks.
+        """Yield (name, relative difference) of the outputs and gradients of the blocks that ran; collective.
 
-        `copies` is how many ranks put the same tokens through the model: gradients are the sum of theirs.
+        `copies` is how many ranks ran the model on the same tokens: gradients are the sum of theirs.
         """
         for name, call in self.calls.items():
-            # A block that runs several times has the gradients of all its calls.
-            if call.count != 1 or not call.learns():
+            # A block that ran several times has the sum of their gradients, which no one call gives.
+            if call.count != 1 or not call.has_gradients():
                 continue
             block, reference = model.get_submodule(name), self.blocks[name]
             self._fill(name, reference.train(block.training), block, call.outputs[0].device)
             args, kwargs = tree_map(_leaf, call.inputs)
             outputs = _floats(reference(*args, **kwargs))
             for ours, alone in zip(call.outputs, outputs, strict=True):
-                yield f"what {name} gives", distance(ours, alone)
+                yield f"the output of {name}", distance(ours, alone)
             if call.shares:
                 reference.to("meta")
                 continue
-            of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
-            torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
+            with_grad = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
+            torch.autograd.backward([out for out, _ in with_grad], [grad for _, grad in with_grad])
             pairs = [
-                (f"the gradient of what {name} takes", grad, fresh.grad)
+                (f"the gradient of the input of {name}", grad, fresh.grad)
                 for grad, fresh in zip(call.input_grads, _floats((args, kwargs)), strict=True)
             ]
             for n, param in block.named_parameters():
                 grad = None if param.grad is None else whole(param.grad) / copies
                 pairs.append((f"the gradient of {name}.{n}", grad, reference.get_parameter(n).grad))
-            both = [(what, ours, alone) for what, ours, alone in pairs if ours is not None and alone is not None]
-            # What is zero in exact arithmetic differs by the rounding of what it is made of.
+            compared = [(what, ours, alone) for what, ours, alone in pairs if ours is not None and alone is not None]
+            # A gradient that is zero in exact arithmetic differs by the rounding of its terms.
             rounding = 5e-2 if self.low_precision else 1e-4
-            floor = rounding * max(float(alone.float().norm()) for _, _, alone in both)
-            for what, ours, alone in both:
+            floor = rounding * max(float(alone.float().norm()) for _, _, alone in compared)
+            for what, ours, alone in compared:
                 yield what, distance(ours, alone, floor)
             reference.to("meta")
 
     def _fill(self, name: str, reference: nn.Module, block: nn.Module, device: torch.device) -> None:
-        """Give the copy of block `name` its weights."""
+        """Copy the weights and buffers of block `name` to `reference`, whole and on `device`; collective."""
         reference.to_empty(device=device)
         for n, buffer in block.named_buffers():
             reference.get_buffer(n).copy_(buffer)
@@ -108,7 +108,10 @@ class ReferenceBlocks:
 
 
 class _Call:
-    """A block's call: detached inputs and outputs, and the gradients of both."""
+    """Record a block's call: detached inputs and outputs, and the gradients of both.
+
+    `shares` is True if the block was given an object that is no tensor or plain value.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -118,45 +121,45 @@ class _Call:
         self.outputs: list[Tensor] = []
         self.output_grads: list[Tensor | None] = []
 
-    def learns(self) -> bool:
+    def has_gradients(self) -> bool:
         return any(grad is not None for grad in self.output_grads)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self.count += 1
         self.inputs = tree_map(_leaf, (args, kwargs))
-        # What blocks share in an object of their own brings gradients to them that a copy alone does not get.
+        # Through an object that blocks share, a block gets gradients from others, which a copy alone does not.
         plain = (Tensor, tuple, bool, int, float, str, type(None))
         self.shares = not all(isinstance(x, plain) for x in (*args, *kwargs.values()))
         if self.shares:
             return args, kwargs
-        given, self.input_grads = _with_grads_caught((args, kwargs))
-        return given  # type: ignore[no-any-return]
+        inputs, self.input_grads = _with_grads_caught((args, kwargs))
+        return inputs  # type: ignore[no-any-return]
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.outputs = [leaf.detach().clone() for leaf in _floats(output)]
-        given, self.output_grads = _with_grads_caught(output)
-        return given
+        outputs, self.output_grads = _with_grads_caught(output)
+        return outputs
 
 
 def _with_grads_caught(tree: Any) -> tuple[Any, list[Tensor | None]]:
-    """`tree` with copies of its float tensors, and one place for each, which gets the gradient of that copy."""
+    """Return `tree` with copies of its float tensors, and a list that gets the gradient of each copy on backward."""
     caught: list[Tensor | None] = []
 
     def catch(x: Any) -> Any:
         if not _is_float(x):
             return x
-        at = len(caught)
+        index = len(caught)
         caught.append(None)
         if x.requires_grad:
             x = x.clone()
-            x.register_hook(lambda grad: caught.__setitem__(at, grad))
+            x.register_hook(lambda grad: caught.__setitem__(index, grad))
         return x
 
     return tree_map(catch, tree), caught
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The global float32 tensor of a sharded one, on the device; a collective of all ranks."""
+    """Return the global float32 tensor of a sharded one, on the device of its mesh; collective over all ranks."""
     local = local_part(tensor).to(tensor.device_mesh.device_type)  # type: ignore[attr-defined]
     full = torch.full(tensor.shape, -torch.inf, dtype=torch.float32, device=local.device)
     for box in held_boxes(tensor):
@@ -166,7 +169,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def distance(ours: Tensor, alone: Tensor, floor: float = 0.0) -> Tensor:
-    """Norm of the difference over that of `alone`, or over `floor` where that is larger."""
+    """Return the norm of the difference divided by the norm of `alone`, or by `floor` if that is larger."""
     difference: Tensor = (ours.detach().float() - alone.detach().float()).norm()
     return difference / max(float(alone.detach().float().norm()), floor, 1e-30)
 
@@ -180,5 +183,5 @@ def _floats(tree: Any) -> list[Tensor]:
 
 
 def _leaf(x: Any) -> Any:
-    """A copy of a float tensor that gathers its own gradient; anything else as it is."""
+    """Return a copy of a float tensor that collects its own gradient; anything else unchanged."""
     return x.detach().clone().requires_grad_(x.requires_grad) if _is_float(x) else x

@@ -1,4 +1,4 @@
-"""Trial of sequence parallelism: left out where it changes the model."""
+"""Try sequence parallelism, and switch it off if it changes the model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ndtrain.proof.reference import distance
 
 
 def try_sequence_parallel(engine: Engine, sequence: SequenceParallel) -> str | None:
-    """Do without sequence parallelism where it changes the logits or the gradients that the model has without.
+    """Switch sequence parallelism off if it changes the model's logits or gradients, or fails. Collective.
 
-    Returns why, in words, or None where it is kept.
+    Returns a note that says why, or None if it is kept.
     """
     model, low = engine.model, engine.plan.low_precision
-    amounts, reason = [], ""
+    differences, reason = [], ""
     model.train(not dropouts(model))
     with engine.context.off() if engine.context is not None else nullcontext():
         try:
@@ -33,28 +33,29 @@ def try_sequence_parallel(engine: Engine, sequence: SequenceParallel) -> str | N
                 sum_over_tp(model, engine.tp_summed(), engine.meshes.tp.get_group())
             before = {n: local_part(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
             model.zero_grad(set_to_none=True)
-            amounts.append(distance(learn(engine), logits))
+            differences.append(distance(learn(engine), logits))
             sum_over_tp(model, engine.tp_summed(), engine.meshes.tp.get_group())
             floor = (5e-2 if low else 1e-3) * max(float(g.float().norm()) for g in before.values())
             for n, p in model.named_parameters():
                 if n in before:
                     ours = torch.zeros_like(before[n]) if p.grad is None else local_part(p.grad)
-                    amounts.append(distance(ours, before[n], floor).to(engine.device))
+                    differences.append(distance(ours, before[n], floor).to(engine.device))
         except Exception as error:
             reason = " ".join(str(error).split())[:150]
-            amounts = [torch.full((), torch.inf, device=engine.device)]
+            differences = [torch.full((), torch.inf, device=engine.device)]
             if not hasattr(model, "reset_iter_state"):  # torch < 2.13
-                what = f"{engine.plan.model_type} does not run with sequence parallelism ({reason})"
-                raise PlanError(f"{what}; set tp.sequence_parallel = false") from error
+                failure = f"{engine.plan.model_type} does not run with sequence parallelism ({reason})"
+                raise PlanError(f"{failure}; set tp.sequence_parallel = false") from error
             cast(Any, model).reset_iter_state()
     model.zero_grad(set_to_none=True)
     model.train()
-    worst = torch.stack(amounts).nan_to_num(torch.inf).max()
+    worst = torch.stack(differences).nan_to_num(torch.inf).max()
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if not float(worst) < (0.2 if low else 1e-2):
         sequence.enabled = False
-        how = (
-            f"does not run with it ({reason})" if reason else f"computes something else with it (by {float(worst):.0e})"
-        )
-        return f"no sequence parallelism: {engine.plan.model_type} {how}"
+        name = engine.plan.model_type
+        if reason:
+            return f"no sequence parallelism: {name} does not run with it ({reason})"
+        difference = f"relative difference {float(worst):.0e}"
+        return f"no sequence parallelism: {name}'s logits or gradients change with it ({difference})"
     return None

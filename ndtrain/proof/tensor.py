@@ -1,4 +1,4 @@
-"""Proof of tensor parallelism: cut blocks against whole ones, and the tp ranks against each other."""
+"""Check tensor parallelism: compare cut blocks with whole ones, and the tp ranks with each other."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ndtrain.proof.reference import ReferenceBlocks
 
 
 def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
-    """Raise `PlanError` if a cut block does not give or learn what the whole one does, or the tp ranks do not agree.
+    """Raise `PlanError` if a cut block's outputs or gradients differ from a whole one's, or between tp ranks.
 
-    Where they do not agree on the gradient of a parameter that each holds whole, each sees a part of what it does, as
-    of attention sinks among cut heads, and their sum would be missing. Returns False if these weights give no finite
-    gradients, so that nothing can be said.
+    If tp ranks differ in the gradient of a parameter that each holds whole, each has only its part of the gradient, as
+    of attention sinks beside cut heads, and their sum would be missing. Returns False if these weights give no finite
+    gradients, so that nothing can be checked. Collective.
     """
     plan, model = engine.plan, engine.model
     model.train(not dropouts(model))
@@ -32,7 +32,7 @@ def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
             if split is not None:
                 whole_sequences.enter_context(split.off())
         try:
-            with references.watching(model):
+            with references.recording(model):
                 learn(engine)
             spreads = dict(_replica_spreads(engine))
             sum_over_tp(model, plan.tp_summed, engine.meshes.tp.get_group())
@@ -41,8 +41,8 @@ def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
             raise does_not_run(engine, error) from error
     model.zero_grad(set_to_none=True)
     model.train()
-    whole = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
-    found = whole | differences
+    replicated = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}
+    found = replicated | differences
     if not found:
         return True
     amounts = torch.stack(list(found.values()))
@@ -55,17 +55,17 @@ def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
     for what, amount in zip(found, amounts.tolist(), strict=True):
         if not amount < limit:
             raise PlanError(
-                f"{plan.model_type} under mesh.tp = {plan.sizes.tp}: {what} differs from that of one process (by "
-                f"{amount:.1e}); set mesh.tp = 1"
+                f"{plan.model_type} under mesh.tp = {plan.sizes.tp}: {what} differs from that of one process "
+                f"(relative difference {amount:.1e}); set mesh.tp = 1"
             )
     return True
 
 
 def _replica_spreads(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """How far the tp ranks are apart in the gradients of what each holds whole, relative to their size."""
+    """Yield (name, relative difference between the tp ranks) of gradients of parameters that each holds whole."""
     plan, group = engine.plan, engine.meshes.tp.get_group()
     held = {p.fqn for p in plan.params if p.axes[-1] == "fsdp" or isinstance(p.placements[-1], Replicate)}
-    # Gradients in host memory are compared on the device, where the groups' collectives are.
+    # Gradients in host memory are compared on the device, which the groups' collectives need.
     grads = {
         name: local_part(param.grad).to(engine.device, torch.float32, copy=True)
         for name, param in engine.model.named_parameters()
@@ -76,7 +76,7 @@ def _replica_spreads(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
         dist.all_reduce(lows[name], op=dist.ReduceOp.MIN, group=group)
         dist.all_reduce(grads[name], op=dist.ReduceOp.MAX, group=group)
     sizes = {name: torch.maximum(g.norm(), lows[name].norm()) for name, g in grads.items()}
-    # What is zero in exact arithmetic differs by the rounding of what it is made of.
+    # A gradient that is zero in exact arithmetic differs by the rounding of its terms.
     rounding = 5e-2 if plan.low_precision else 1e-3
     floor = rounding * max((float(size) for size in sizes.values()), default=0.0)
     for name, high in grads.items():
