@@ -1,4 +1,4 @@
-"""What a step was (`StepMetrics`), and where it is written: one class a place, all behind `Logger`."""
+"""Write the metrics of each step (`StepMetrics`): one class for each destination, all behind `Logger`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ndtrain.recipe import Recipe
 
 __all__ = ["LOGGERS", "Logger", "StepMetrics", "check_loggers", "now", "open_loggers"]
 
-# Key of [log] that asks for it -> what must be there, raised as a `RecipeError`; and how it is opened.
+# Key of [log] -> (check that raises `RecipeError` if the logger cannot work, function that opens it).
 LOGGERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Logger]]] = {
     "tensorboard": (require_tensorboard, lambda run_dir: TensorBoard(run_dir / "tensorboard")),
 }
 
 
-def _asked(recipe: Recipe) -> list[str]:
+def _enabled(recipe: Recipe) -> list[str]:
     return [key for key in LOGGERS if getattr(recipe.log, key)]
 
 
 def check_loggers(recipe: Recipe, run_dir: Path) -> None:
-    """Raise `RecipeError` for a logger that cannot work here."""
-    for key in _asked(recipe):
+    """Raise `RecipeError` if a logger that the recipe enables cannot work here."""
+    for key in _enabled(recipe):
         LOGGERS[key][0](run_dir)
 
 
 def open_loggers(recipe: Recipe, run_dir: Path) -> list[Logger]:
-    """metrics.jsonl and what the recipe asks for."""
-    return [json_lines(run_dir / "metrics.jsonl"), *(LOGGERS[key][1](run_dir) for key in _asked(recipe))]
+    """Open metrics.jsonl and the loggers that the recipe enables."""
+    return [json_lines(run_dir / "metrics.jsonl"), *(LOGGERS[key][1](run_dir) for key in _enabled(recipe))]

@@ -1,4 +1,4 @@
-"""Steps as lines of metrics.jsonl."""
+"""Write steps as lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ndtrain.storage.paths import is_local, os_errors
 
 
 class JsonLines:
-    """Appends one step a line to metrics.jsonl; a step trained again after a crash is simply appended again."""
+    """Append one line a step to metrics.jsonl; a step trained again after a crash is appended again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -32,7 +32,7 @@ class JsonLines:
 
 
 class UploadedLines:
-    """metrics.jsonl in an object store, where nothing is appended: the whole file is written now and then."""
+    """Write metrics.jsonl to an object store, which cannot append: the whole file, at most every `EVERY_S` seconds."""
 
     EVERY_S = 30.0
 
@@ -45,7 +45,7 @@ class UploadedLines:
     def write(self, metrics: StepMetrics) -> None:
         self._lines.append(json.dumps(metrics.as_dict(), allow_nan=False))
         if time.monotonic() - self._uploaded > self.EVERY_S:
-            with suppress(OSError):  # a store that is away for a while has them the next time
+            with suppress(OSError):  # the next upload has these lines too
                 self._upload()
 
     def close(self) -> None:
@@ -58,5 +58,5 @@ class UploadedLines:
 
 
 def json_lines(path: Path) -> Logger:
-    """The logger for `path`, in a directory or in an object store."""
+    """Return the logger for `path`, in a local directory or in an object store."""
     return JsonLines(path) if is_local(path) else UploadedLines(path)

@@ -1,4 +1,4 @@
-"""Where steps are written."""
+"""The interface of loggers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ndtrain.loggers.metrics import StepMetrics
 
 
 class Logger(Protocol):
-    """Where steps are written, by rank 0."""
+    """Writes the metrics of steps; only rank 0 has loggers."""
 
     def write(self, metrics: StepMetrics) -> None: ...
 

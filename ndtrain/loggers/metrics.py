@@ -1,4 +1,4 @@
-"""What a step was and how fast."""
+"""The metrics of one step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class StepMetrics:
     """One line of metrics.jsonl. `loss` is the mean over the global batch's targets, `tokens` their count.
 
     `aux_loss` is the router's, the mean over the global batch's sequences without its coefficient; None, and left out
-    of the line, where there is none. A step that is not finite changes no weight: `skipped` counts those of the run up
-    to now, and is left out while there are none.
+    of the line, without a router. A step that is not finite changes no weight: `skipped` counts those of the run up to
+    now, and is left out while it is 0.
     """
 
     step: int
@@ -31,7 +31,7 @@ class StepMetrics:
     skipped: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written: every field, None for a number that is not finite, which JSON does not have."""
+        """Return the fields to write, with None for numbers that are not finite, which JSON does not have."""
         fields = asdict(self)
         if self.aux_loss is None:
             del fields["aux_loss"]
@@ -41,4 +41,5 @@ class StepMetrics:
 
 
 def now() -> str:
+    """Return the time in UTC, in ISO format with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

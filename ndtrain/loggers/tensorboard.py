@@ -1,4 +1,4 @@
-"""Steps as TensorBoard scalars."""
+"""Write steps as TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from ndtrain.storage.paths import is_local
 
 
 def require_tensorboard(run_dir: Path) -> None:
-    """Raise `RecipeError` where the extra is not installed, or its files could not be written."""
+    """Raise `RecipeError` if tensorboard is not installed or `run_dir` is not local."""
     if not is_local(run_dir):
-        raise RecipeError(f'log.tensorboard = true needs a local run.dir, and it is "{run_dir}"')
+        raise RecipeError(f'log.tensorboard = true needs a local run.dir, not "{run_dir}"')
     if importlib.util.find_spec("tensorboard") is None:
-        raise RecipeError("log.tensorboard = true needs the extra: pip install 'ndtrain[tensorboard]'")
+        raise RecipeError(
+            "log.tensorboard = true needs a package that is not installed: pip install 'ndtrain[tensorboard]'"
+        )
 
 
 class TensorBoard:
-    """Writes each step's numbers as TensorBoard scalars."""
+    """Write each step's numbers as TensorBoard scalars."""
 
     def __init__(self, directory: Path):
         from torch.utils.tensorboard import SummaryWriter
