@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.chaos.run import check_end, disturbed, undisturbed
 
 
-def test_a_run_that_is_killed_ten_times_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+def test_a_run_killed_ten_times_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     expected, whole_s = undisturbed(tmp_path, 2)
     moments, kills, runs = random.Random(5), [], 0
     while len(kills) < 10:

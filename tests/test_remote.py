@@ -61,19 +61,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(path: str, env: dict[str, str], overrides: list[str]) -> dict[str, Any]:
-    """One run on the ranks of a pool: what it told, and its metrics."""
+    """Train on the ranks of a pool; return the lines it reported and its losses."""
     import torch.distributed as dist
 
     from tests.trainers import Said, trainer_of
 
     os.environ.update(env)
-    told = Said()
-    trainer = trainer_of(path, overrides, said=told)
+    reporter = Said()
+    trainer = trainer_of(path, overrides, said=reporter)
     trainer.prepare()
     trainer.train()
     dist.barrier()
     lines = (to_path(trainer.recipe.run.dir) / "metrics.jsonl").read_text().splitlines()
-    return {"told": told.said, "loss": {m["step"]: m["loss"] for m in map(json.loads, lines)}}
+    return {"lines": reporter.said, "loss": {m["step"]: m["loss"] for m in map(json.loads, lines)}}
 
 
 def run(corpus: Path, folder: Path, where: str, env: dict[str, str], *, steps: int, **mesh: int) -> dict[str, Any]:
@@ -96,14 +96,14 @@ def steps_in(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "checkpoints").iterdir())
 
 
-def test_a_run_in_an_object_store_is_that_of_a_directory(env: dict[str, str], corpus: Path, tmp_path: Path) -> None:
+def test_a_run_in_an_object_store_equals_one_in_a_directory(env: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     url = f"s3://{BUCKET}/run"
     root = to_path(url)
     near = run(corpus, tmp_path, str(tmp_path / "run"), env, steps=6, dp_shard=2)
     run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
     assert steps_in(root) == ["step-00000002", "step-00000004"]
     far = run(corpus, tmp_path, url, env, steps=6, dp_shard=1, tp=2)
-    assert any(line.startswith(f"resumed from {url}/checkpoints/step-00000004") for line in far["told"])
+    assert any(line.startswith(f"resumed from {url}/checkpoints/step-00000004") for line in far["lines"])
     assert steps_in(root) == ["step-00000004", "step-00000006"] == steps_in(tmp_path / "run")
     assert {step: pytest.approx(loss, rel=1e-5) for step, loss in near["loss"].items()} == far["loss"]
     convert(root, tmp_path / "far", verify=True)
@@ -113,7 +113,7 @@ def test_a_run_in_an_object_store_is_that_of_a_directory(env: dict[str, str], co
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)
 
 
-# What happens to the newest checkpoint, and what is said of it; nothing of one that never had its manifest.
+# Damage -> (damaged file, message); a checkpoint without a manifest is ignored without a message.
 DAMAGES: dict[str, tuple[str, str | None]] = {
     "manifest gone": ("manifest.json", None),
     "file gone": ("optim/00001-of-00002.safetensors", "optim/00001-of-00002.safetensors is missing"),
@@ -122,14 +122,14 @@ DAMAGES: dict[str, tuple[str, str | None]] = {
 }
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_one_that_was_never_complete_removed(
+def test_a_damaged_checkpoint_is_skipped_and_an_incomplete_one_removed(
     env: dict[str, str], corpus: Path, tmp_path: Path
 ) -> None:
     url = f"s3://{BUCKET}/damaged"
     run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
     store = CheckpointStore(to_path(url), keep=2)
     newest = store.path(4)
-    for damage, (name, said) in DAMAGES.items():
+    for damage, (name, reason) in DAMAGES.items():
         content = (newest / name).read_bytes()
         if damage == "flipped":
             (newest / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
@@ -137,11 +137,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_that_was_never_complete_rem
             (newest / name).write_bytes(content[:100])
         else:
             (newest / name).unlink()
-        if said is None:
+        if reason is None:
             assert store.newest_step() == 2
         else:
-            found, (told,) = store.find("auto", verify=True)
-            assert found == store.path(2) and said in told and "going back to" in told
+            found, (message,) = store.find("auto", verify=True)
+            assert found == store.path(2) and reason in message and "instead" in message
         (newest / name).write_bytes(content)
     assert store.find("auto", verify=True) == (newest, [])
     assert store.find(f"{url}/checkpoints/step-00000002", verify=True) == (store.path(2), [])
@@ -149,33 +149,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_that_was_never_complete_rem
     assert store.find("auto", verify=True) == (store.path(2), [])
     assert steps_in(to_path(url)) == ["step-00000002"]
     again = run(corpus, tmp_path, url, env, steps=4, dp_shard=2)
-    assert any(line.startswith(f"resumed from {url}/checkpoints/step-00000002") for line in again["told"])
+    assert any(line.startswith(f"resumed from {url}/checkpoints/step-00000002") for line in again["lines"])
     assert steps_in(to_path(url)) == ["step-00000002", "step-00000004"]
 
 
-def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
-    env: dict[str, str], corpus: Path, tmp_path: Path
-) -> None:
+def test_a_missing_bucket_is_refused_before_loading(env: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r'RecipeError: run.dir = "s3://nobody/run" cannot be used: .*bucket'):
         run(corpus, tmp_path, "s3://nobody/run", env, steps=4, dp_shard=2)
 
 
-def test_files_that_ask_for_something_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir, now = to_path("memory://asked"), 100.0
+def test_an_object_store_is_asked_for_save_and_stop_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, now = to_path("memory://requests"), 100.0
     monkeypatch.setattr("ndtrain.runs.stop_signals.time.monotonic", lambda: now)
-    asked = StopSignals(run_dir)
-    assert asked.seen(files=True) == [0, 0]
+    requests = StopSignals(run_dir)
+    assert requests.seen(files=True) == [0, 0]
     (run_dir / "save").write_bytes(b"")
-    assert asked.seen(files=True) == [0, 0]
+    assert requests.seen(files=True) == [0, 0]
     now += LOOK_EVERY_S
-    assert asked.seen(files=False) == [0, 0] and asked.seen(files=True) == [0, 1]
-    assert asked.answered() == [] and not (run_dir / "save").exists()
+    assert requests.seen(files=False) == [0, 0] and requests.seen(files=True) == [0, 1]
+    assert requests.remove_files() == [] and not (run_dir / "save").exists()
     (run_dir / "stop").write_bytes(b"")
     now += LOOK_EVERY_S
-    assert asked.seen(files=True) == [1, 0]
+    assert requests.seen(files=True) == [1, 0]
 
 
-def test_what_does_not_work_at_a_url_is_refused(tmp_path: Path) -> None:
+def test_uses_of_a_url_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"needs a local run\.dir"):
         require_tensorboard(to_path("memory://run"))
     recipe = tiny.recipe_file(

@@ -1,4 +1,4 @@
-"""Six steps equal three, a stop, another mesh, and three more."""
+"""Three steps, a stop, another mesh and three more steps give the same losses as six steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of a run whose checkpoint cannot be written."""
+"""A run goes on or ends, as its recipe says, if a checkpoint cannot be written."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.chaos.run import losses
 from tests.ranks import get_pool
 
 
-def told(path: str, failing: list[int], free: int | None = None) -> tuple[list[str], int, str]:
-    """What a run says whose rank 1 cannot write at steps `failing`, how far it comes, and what it raises.
+def run_failing(path: str, failing: list[int], free: int | None = None) -> tuple[list[str], int, str]:
+    """Return the lines that a run reports, its last step and its error; its rank 1 cannot write at steps `failing`.
 
-    `free` is what the file system says that it has free, true or not.
+    `free`, if given, is the free disk space in bytes that the run sees.
     """
     import torch.distributed as dist
 
@@ -53,7 +53,7 @@ def told(path: str, failing: list[int], free: int | None = None) -> tuple[list[s
 
 
 def six_steps(folder: Path, checkpoint: dict[str, Any], *, model: dict[str, Any] | None = None) -> Path:
-    """A recipe of two ranks that runs in `folder`."""
+    """Return a recipe of six steps for two ranks, to run in `folder`."""
     return tiny.recipe_file(
         folder / "recipe.toml",
         model=model or {"name": str(tiny.save_model("llama", folder))},
@@ -79,40 +79,40 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-@pytest.mark.parametrize(("free", "words"), [(None, " are free"), (10**9, "No space left on device")])
-def test_a_full_disk_leaves_the_checkpoint_that_is_there(
-    tmp_path: Path, small_disk: Path, free: int | None, words: str
+@pytest.mark.parametrize(("free", "reason"), [(None, " are free"), (10**9, "No space left on device")])
+def test_a_full_disk_keeps_the_existing_checkpoint(
+    tmp_path: Path, small_disk: Path, free: int | None, reason: str
 ) -> None:
     large = {"type": "llama", "init": "random", "config": {**tiny.CONFIGS["llama"], "num_hidden_layers": 8}}
     recipe = six_steps(tmp_path, {"every": 2, "keep": 1}, model=large)
-    for said, step, error in get_pool(2).run(told, str(recipe), [], free, timeout=200):
-        assert step == 6 and "step 6, the last, was trained but not saved" in error
-        assert sum(words in line for line in said) == 2
+    for said, step, error in get_pool(2).run(run_failing, str(recipe), [], free, timeout=200):
+        assert step == 6 and "step 6 (the last) was trained but not saved" in error
+        assert sum(reason in line for line in said) == 2
     (left,) = small_disk.iterdir()
     assert left.name == "step-00000002" and check(left)
 
 
-def test_a_run_whose_end_was_cut_off_removes_what_is_beyond_keep(tmp_path: Path) -> None:
+def test_a_finished_run_started_again_removes_checkpoints_beyond_keep(tmp_path: Path) -> None:
     recipe, run = six_steps(tmp_path, {"every": 2, "keep": 2, "resume": "auto"}), tmp_path / "run" / "checkpoints"
-    get_pool(2).run(told, str(recipe), [], timeout=200)
+    get_pool(2).run(run_failing, str(recipe), [], timeout=200)
     shutil.copytree(run / "step-00000004", run / "step-00000002")  # as if it had been killed before it was removed
-    for said, *_ in get_pool(2).run(told, str(recipe), [], timeout=200):
+    for said, *_ in get_pool(2).run(run_failing, str(recipe), [], timeout=200):
         assert any(line.startswith("nothing to do") for line in said)
     assert sorted(path.name for path in run.iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
     recipe = six_steps(tmp_path, {"every": 2, "keep": 3, "resume": "auto", "verify": True})
-    get_pool(2).run(told, str(recipe), [], timeout=200)
+    get_pool(2).run(run_failing, str(recipe), [], timeout=200)
     whole = losses(tmp_path / "run")
     file = tmp_path / "run/checkpoints/step-00000006/optim/00001-of-00002.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    for said, step, error in get_pool(2).run(told, str(recipe), [], timeout=200):
+    for said, step, error in get_pool(2).run(run_failing, str(recipe), [], timeout=200):
         assert step == 6 and not error
         (refused,) = [line for line in said if "was altered" in line]
         assert "rank 1: " in refused and str(file.relative_to(file.parents[1])) in refused
-        assert f"going back to {file.parents[2] / 'step-00000004'}" in refused
+        assert f"resuming from {file.parents[2] / 'step-00000004'} instead" in refused
         assert any("(step 4, sample 32)" in line for line in said)
     assert losses(tmp_path / "run") == whole and file.read_bytes() == content
 
@@ -122,15 +122,15 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) 
     ("on_error", "failing", "reached", "left", "error"),
     [
         ("warn", [4], 6, [2, 6], ""),
-        ("stop", [4], 4, [2], "step-00000004 was not written, older checkpoints stay: rank 1: OSError"),
-        ("warn", [6], 6, [2, 4], "step 6, the last, was trained but not saved"),
+        ("stop", [4], 4, [2], "step-00000004 was not written, older checkpoints are kept: rank 1: OSError"),
+        ("warn", [6], 6, [2, 4], "step 6 (the last) was trained but not saved"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_written(
     tmp_path: Path, background: bool, on_error: str, failing: list[int], reached: int, left: list[int], error: str
 ) -> None:
     recipe = six_steps(tmp_path, {"every": 2, "keep": 2, "async": background, "on_error": on_error})
-    for said, step, raised in get_pool(2).run(told, str(recipe), failing, timeout=200):
+    for said, step, raised in get_pool(2).run(run_failing, str(recipe), failing, timeout=200):
         # In the background it is known at one of the next step boundaries.
         assert step == reached if not (background and on_error == "stop") else 4 <= step <= 6
         assert error in raised if error else not raised

@@ -1,4 +1,4 @@
-"""A new run may start from the weights of a checkpoint of ndtrain's own, on any mesh."""
+"""A new run may start from the weights of an ndtrain checkpoint, on any mesh."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.test_train import model_dir, recipe_for, reference, trained, world  #
 def test_a_new_run_starts_from_the_weights_of_a_run(world: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-    # A learning rate so small that the weights stay the model's: plain transformers is the oracle of what follows.
+    # The learning rate is so small that the weights do not change, so plain transformers gives the expected losses.
     still = {"optim": {"lr": 1e-30, "weight_decay": 0.0}, "schedule": {"warmup_steps": 0}}
     first = recipe_for(world, tmp_path / "first", "gemma3_text", "dp_shard2", steps=2, checkpoint={"every": 1}, **still)
     get_pool(2).run(trained, str(first), [])
@@ -28,7 +28,7 @@ def test_a_new_run_starts_from_the_weights_of_a_run(world: dict[str, Any], tmp_p
     second = recipe_for(world, tmp_path / "second", "gemma3_text", "tp2", steps=3)
     given, notes = with_checkpoint(load_recipe(second, [f"model.name={run}"]))
     newest = run / "checkpoints" / "step-00000002"
-    assert given.model.name == str(newest) and notes == [f"model.name: taking {newest}"]
+    assert given.model.name == str(newest) and notes == [f"model.name: using {newest}"]
     overrides = [f"model.name={newest}", "load.mode=sharded", 'data.tokenizer="bytes"']
     result = get_pool(2).run(trained, str(second), overrides)[0]
     want = reference(model_dir(world, "gemma3_text"), second)
@@ -40,7 +40,7 @@ def test_a_new_run_starts_from_the_weights_of_a_run(world: dict[str, Any], tmp_p
     report = json.loads(inspect_text(load_recipe(second, [f"model.name={run}"]), world_size=2, rank=0, as_json=True))
     assert report["model_type"] == "gemma3_text"
 
-    # A model of fewer layers leaves the others' weights out, and says so; an untied one lacks its head.
+    # A model with fewer layers skips the weights of the others, with a note; an untied model lacks its head.
     third = [f"model.name={newest}", f"run.dir={tmp_path / 'third'}"]
     shallow = get_pool(2).run(notes_of_start, str(second), [*third, "model.config.num_hidden_layers=1"])
     assert any(
@@ -53,14 +53,14 @@ def test_a_new_run_starts_from_the_weights_of_a_run(world: dict[str, Any], tmp_p
     file.write_bytes(file.read_bytes()[:-1])
     given, notes = with_checkpoint(load_recipe(second, [f"model.name={run}"]))
     assert given.model.name == str(run / "checkpoints" / "step-00000001")
-    assert file.name in notes[0] and notes[0].endswith("taking " + given.model.name)
+    assert file.name in notes[0] and notes[0].endswith(f"using {given.model.name} instead")
     (run / "checkpoints" / "step-00000001" / "train_state.json").unlink()
-    with pytest.raises(DamagedError, match="is a run directory without a whole checkpoint"):
+    with pytest.raises(DamagedError, match="is a run directory without a valid checkpoint"):
         with_checkpoint(load_recipe(second, [f"model.name={run}"]))
 
 
 def notes_of_start(path: str, overrides: list[str]) -> list[str]:
-    """What a run says before its first step."""
+    """Return the lines that a run reports before its first step."""
     from tests.trainers import Said, trainer_of
 
     notes = Said()
@@ -68,7 +68,7 @@ def notes_of_start(path: str, overrides: list[str]) -> list[str]:
     return notes.said
 
 
-def test_a_directory_of_a_model_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_model_directory_is_used_unchanged(tmp_path: Path) -> None:
     recipe = tiny.recipe_file(
         tmp_path / "r.toml", model={"name": str(tmp_path)}, corpus=tmp_path, run_dir=tmp_path / "run"
     )

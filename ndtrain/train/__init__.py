@@ -1,4 +1,4 @@
-"""The wiring of a run: recipe, plan, process group, `Trainer`."""
+"""Run a training: make the plan, join the process group and start the `Trainer`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import broadcast_json, together
 from ndtrain.runs.process import env_world_size, start
-from ndtrain.runs.restarts import Restarts
+from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals, nothing_to_save
 from ndtrain.runs.watch import lost_peer
 from ndtrain.train.inputs import cache_root
@@ -23,9 +23,9 @@ __all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "w
 
 
 def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
-    """Train as `recipe` says, on the ranks that torchrun started (or on one). Raises `NdtrainError`s.
+    """Train as `recipe` says, on the ranks that torchrun started, or on one. Raises `NdtrainError`s.
 
-    `stop_signals` is what the process is asked meanwhile; it listens already.
+    `stop_signals` holds the requests to this process and already handles signals.
     """
     recipe, notes = with_checkpoint(recipe)
     sizes = sizes_for(recipe, env_world_size() or 1)
@@ -44,12 +44,12 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
             trainer.watch.start()
             trainer.train()
         except Stopped:
-            # By SIGTERM torchrun ends workers that it means to start again; asked to end itself, it does not.
-            if runtime.is_main and (trainer.asked[0] or stop_signals.signal) != signal.SIGTERM:
-                Restarts.of_process(trainer.run_dir).stopped()
+            # torchrun also sends SIGTERM to workers that it will restart, so only other requests stop the launch.
+            if runtime.is_main and (trainer.requested[0] or stop_signals.signal) != signal.SIGTERM:
+                Attempt.of_process(trainer.run_dir).record_stop()
             raise
         except RuntimeError as error:
-            # Another rank took the signal while this one waited for it.
+            # Another rank raised on its signal while this one waited for it in a collective.
             if stop_signals.signal and first in (None, trainer.step):
                 raise nothing_to_save(stop_signals.signal) from error
             if trainer.watch.on and lost_peer(error):
@@ -62,19 +62,21 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
 
 
 def _same_everywhere(recipe: Recipe) -> None:
-    """Refuse ranks that found different checkpoints of a run that is still going on."""
-    taken = broadcast_json(recipe.model.name)
+    """Raise `RecipeError` if ranks found different checkpoints, as they may while the run in model.name still saves."""
+    rank0_name = broadcast_json(recipe.model.name)
 
     def check() -> None:
-        if recipe.model.name != taken:
+        if recipe.model.name != rank0_name:
             raise RecipeError(
-                f"model.name is {recipe.model.name} on one rank and {taken} on another; name one step's directory"
+                f"model.name: one rank found the checkpoint {recipe.model.name}, rank 0 found {rank0_name}; give the "
+                "directory of one checkpoint"
             )
 
     together(check)
 
 
 def sizes_for(recipe: Recipe, world_size: int) -> MeshSizes:
+    """Return the sizes of the recipe's mesh on `world_size` ranks."""
     mesh = recipe.mesh
     return MeshSizes.resolve(
         world_size, dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep

@@ -1,4 +1,4 @@
-"""What a run reads: its tokenizer and its batches."""
+"""Open the inputs of a run: its tokenizer and its batches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter
 
 
-def open_tokenizer(recipe: Recipe, known: int) -> ByteTokenizer | HubTokenizer:
-    """The recipe's tokenizer. Raises `RecipeError` where it has more tokens than the `known` of the model."""
+def open_tokenizer(recipe: Recipe, vocabulary: int) -> ByteTokenizer | HubTokenizer:
+    """Return the recipe's tokenizer. Raises `RecipeError` if it has more tokens than the model's `vocabulary`."""
     tokenizer = load_tokenizer(recipe)
-    if tokenizer.vocab_size > known:
+    if tokenizer.vocab_size > vocabulary:
         raise RecipeError(
-            f"data.tokenizer has {tokenizer.vocab_size} tokens, but the model only {known}; "
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, but the model only {vocabulary}; "
             f"set model.config.vocab_size = {tokenizer.vocab_size} or choose the model's tokenizer"
         )
     return tokenizer
@@ -38,24 +38,24 @@ def open_batches(
     tokenizer: ByteTokenizer | HubTokenizer,
     reporter: Reporter,
 ) -> GlobalBatches:
-    """This rank's share of the data, tokenized by the first rank of a node where that was not done yet; collective."""
-    where: list[Path] = []
+    """Return this rank's share of the data, which one rank of each node tokenizes if it is not cached; collective."""
+    directories: list[Path] = []
 
     def build() -> None:
         files = find_files(recipe.data.path)
         progress: Callable[[int, int], None] | None = None
         if runtime.is_main:
             progress = lambda done, total: reporter.progress("tokenizing", done, total)  # noqa: E731
-        where.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))
+        directories.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))
 
     rank0_first(runtime, build)
-    # The other ranks find the cache by its key; the digests of the files are remembered beside it.
+    # The other ranks compute its key from the files' digests, which are cached beside it.
     caches: list[TokenCache] = []
 
     def open_cache() -> None:
-        if not where:
+        if not directories:
             build()
-        caches.append(TokenCache.open(where[0]))
+        caches.append(TokenCache.open(directories[0]))
 
     together(open_cache)
     samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
@@ -70,7 +70,7 @@ def open_batches(
 
 
 def cache_root() -> Path:
-    """Directory of the token caches: $NDTRAIN_CACHE, or ndtrain under the user's cache directory."""
+    """Return the directory of the token caches: $NDTRAIN_CACHE, or `ndtrain` in the user's cache directory."""
     if given := os.environ.get("NDTRAIN_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"

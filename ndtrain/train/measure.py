@@ -1,4 +1,4 @@
-"""What a step was: its targets, its losses over all ranks, and its speed."""
+"""Measure a step: its targets, its losses over all ranks, and its speed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ndtrain.loggers import StepMetrics, now
 
 
 class Targets(NamedTuple):
-    """Of the global batch: its target tokens, and its sequences where a router's auxiliary loss counts them."""
+    """Counts of the global batch: target tokens, and sequences (`rows`; 0 without a router's auxiliary loss)."""
 
     tokens: int
     rows: int
 
 
 class Losses(NamedTuple):
-    """Of the global batch, the same on every rank. `finite` says whether they and every rank's gradients are."""
+    """Means over the global batch, equal on all ranks. `finite`: whether they and all ranks' gradients are."""
 
     loss: float
     aux_loss: float
@@ -35,7 +35,7 @@ class Losses(NamedTuple):
 
 
 def count_targets(batches: Sequence[Batch], engine: Engine) -> Targets:
-    """What the global batch has, of which `batches` are this rank's micro batches; collective."""
+    """Return the counts of the global batch; `batches` are this rank's micro batches. Collective."""
     routed = engine.loss_model.router is not None
     own = [labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
     counts = torch.tensor(own, dtype=torch.int64, device=engine.device)
@@ -45,7 +45,7 @@ def count_targets(batches: Sequence[Batch], engine: Engine) -> Targets:
 
 
 class Measure:
-    """Makes the metrics of the steps of one engine on so many ranks."""
+    """Compute the metrics of an engine's steps on `ranks` ranks."""
 
     def __init__(self, engine: Engine, *, ranks: int):
         self.engine, self.ranks = engine, ranks
@@ -54,7 +54,7 @@ class Measure:
         self._peak_flops = peak_flops(engine.device)
 
     def reduce(self, sums: Tensor, norm: Tensor, targets: Targets) -> Losses:
-        """The means over the global batch from each rank's `Engine.gradients` and `Engine.clip`; collective."""
+        """Return the means over the global batch from each rank's `Engine.gradients` and `Engine.clip`; collective."""
         # tp ranks have the same loss.
         shared = torch.cat([sums / self.engine.sizes.tp, norm.isfinite().logical_not().to(sums)[None]])
         dist.all_reduce(shared)
@@ -65,7 +65,7 @@ class Measure:
     def metrics(
         self, losses: Losses, targets: Targets, *, step: int, lr: float, seconds: float, peak: int, skipped: int
     ) -> StepMetrics:
-        """The line of a step that took `seconds`."""
+        """Return the metrics of a step that took `seconds`; `peak` is in bytes."""
         speed = targets.tokens / seconds
         mfu = speed / self.ranks * self._flops_per_token / self._peak_flops if self._peak_flops else None
         return StepMetrics(

@@ -1,4 +1,4 @@
-"""Where rank 0 tells what happens, and the other ranks do not."""
+"""Report what happens in a run: rank 0 does, the other ranks are silent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ndtrain.loggers.metrics import StepMetrics
 
 
 class Reporter(Protocol):
-    """Where rank 0 tells what happens."""
+    """Receives what happens on rank 0."""
 
     def info(self, line: str) -> None: ...
 

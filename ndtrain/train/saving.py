@@ -1,4 +1,4 @@
-"""The checkpoints of a run while it goes on: at most one is being written, and its outcome is told when it is known."""
+"""Save checkpoints while a run goes on: at most one at a time, and report how each one ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ndtrain.train.report import Reporter
 
 
 class Saving:
-    """`step` is that of the last checkpoint that is known to be there, None before the first."""
+    """Save a run's checkpoints. `step` is the step of the last one known to be complete, None before the first."""
 
     def __init__(self, section: CheckpointSection, run_dir: Path, reporter: Reporter):
         self.store = CheckpointStore(run_dir, keep=section.keep, background=section.async_)
@@ -35,13 +35,13 @@ class Saving:
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None],
     ) -> None:
-        """Write the checkpoint of `step`, or have it written in the background; none is in flight. Collective."""
+        """Write the checkpoint of `step`, or start to in the background. No save may be in flight. Collective."""
         self._begun = step
         with self._on_error():
             self._saved(self.store.save(step, model=model, optim=optim, state=state, extra_files=extra_files))
 
     def settle(self, *, wait: bool) -> None:
-        """Tell how the save in flight ended, where there is one and it has; `wait` until it has. Collective."""
+        """Report how the save in flight ended, if it has; with `wait`, wait for its end. Collective."""
         if not self.store.in_flight:
             return
         written = torch.tensor(int(wait or self.store.written))
@@ -57,10 +57,10 @@ class Saving:
 
     @contextmanager
     def _on_error(self) -> Iterator[None]:
-        """What becomes of a checkpoint that was not written; all ranks know of it."""
+        """Raise the body's `NdtrainError`, which all ranks have, or report it as a warning (`checkpoint.on_error`)."""
         try:
             yield
         except NdtrainError as error:
             if self._stops:
                 raise
-            self._reporter.info(f"warning: {error}; training goes on")
+            self._reporter.info(f"warning: {error}; training continues")

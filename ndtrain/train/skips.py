@@ -1,4 +1,4 @@
-"""Steps that are skipped because their loss or gradient is not finite, and the check of weights before a save."""
+"""Count steps that are skipped because their loss or gradient is not finite, and check weights before a save."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ndtrain.runs.messages import together
 
 @dataclass
 class Skips:
-    """How many steps were skipped: in the whole run, and in a row up to now. `limit` in a row end the run."""
+    """Count skipped steps, in the whole run and in a row up to now. `limit` in a row end the run."""
 
     limit: int
     total: int = 0
@@ -29,41 +29,46 @@ class Skips:
         self.in_row = self.in_row + 1 if skipped else 0
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps: the optimizer has made that many steps fewer than the run."""
+        """Return the counts for a checkpoint: the optimizer has made `skipped` updates fewer than the run has steps."""
         return {"skipped": self.total, "skipped_in_row": self.in_row}
 
     def restore(self, state: Mapping[str, Any], found: Path) -> None:
-        """Raises `DamagedError` for counts that cannot be. Checkpoints without them have skipped none."""
+        """Restore the counts, 0 where `state` has none. Raises `DamagedError` for impossible ones."""
         self.total, self.in_row = state.get("skipped", 0), state.get("skipped_in_row", 0)
         if not (type(self.total) is type(self.in_row) is int and 0 <= self.in_row <= self.total <= state["step"]):
-            raise DamagedError(f"{found}/train_state.json: of {state['step']} steps {self.total} cannot be skipped")
+            raise DamagedError(
+                f"{found}/train_state.json: skipped = {self.total} and skipped_in_row = {self.in_row} are impossible "
+                f"after {state['step']} steps"
+            )
 
-    def refuse_more(self, step: int, loss: float, grad_norm: float) -> None:
-        """Raise `NdtrainError` at the limit."""
+    def check_limit(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raise `NdtrainError` if `limit` steps in a row were skipped."""
         if self.in_row >= self.limit:
             steps = f"step {step}" if self.in_row == 1 else f"steps {step - self.in_row + 1} to {step}"
             raise NdtrainError(
-                f"{steps}: loss {loss}, gradient norm {grad_norm}; they changed no weight and nothing was saved since. "
-                "Lower optim.lr, or look at the data (train.max_bad_steps says how many in a row are skipped); "
-                "resuming goes on from the newest checkpoint"
+                f"{steps} skipped, the limit of train.max_bad_steps: loss {loss}, gradient norm {grad_norm}. No weight "
+                "changed and nothing was saved since. Lower optim.lr or check the data; resume to continue from the "
+                "newest checkpoint"
             )
 
 
 @torch.no_grad()
 def refuse_not_finite(tensors: Mapping[str, Tensor], *, step: int) -> None:
-    """Raise `NdtrainError` on all ranks if a weight that any of them trains is not finite: a poisoned checkpoint is
-    none."""
+    """Raise `NdtrainError` on all ranks if any of them has a trained weight that is not finite.
+
+    A checkpoint with non-finite weights must never become the newest.
+    """
 
     def check() -> None:
         named = [(name, local_part(t)) for name, t in tensors.items() if t.requires_grad and local_part(t).numel()]
-        # The largest magnitude: NaN where any is NaN, and no sum that could overflow. One transfer to the host.
+        # The largest magnitude is NaN if any value is, and cannot overflow as a sum can. One transfer to the host.
         largest = torch._foreach_norm([local for _, local in named], float("inf")) if named else []
         bad = [not math.isfinite(x) for x in torch.stack([x.to(largest[0]) for x in largest]).tolist()] if named else []
         if True in bad:
             name = named[bad.index(True)][0]
             raise NdtrainError(
-                f"step {step}: {name} is not finite after the update, so nothing was saved. Lower optim.lr; resuming "
-                "goes on from the newest checkpoint"
+                f"step {step}: {name} is not finite after the update, so nothing was saved. Lower optim.lr; resume to "
+                "continue from the newest checkpoint"
             )
 
     together(check)

@@ -1,4 +1,4 @@
-"""A new run from the weights of an ndtrain checkpoint: `model.name` is its directory, or that of its run."""
+"""Start a new run from the weights of an ndtrain checkpoint: `model.name` is its directory, or that of its run."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ if TYPE_CHECKING:
 
 
 def with_checkpoint(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with a run directory as `model.name` made its newest valid checkpoint; and what to tell the user.
+    """Return the recipe, with a run directory in `model.name` replaced by its newest valid checkpoint, and notes.
 
-    Config and tokenizer are then found as in any directory. Raises `DamagedError` where no checkpoint is whole.
+    Config and tokenizer are then found as in any directory. Raises `DamagedError` if no checkpoint is valid.
     """
     name = recipe.model.name or ""
     path = Path(name)
     if "://" in name:
-        raise RecipeError(f'model.name = "{name}": a run starts from a local directory or the hub; copy it first')
+        raise RecipeError(
+            f'model.name = "{name}": a run starts from a local directory or the hub; copy the model first'
+        )
     root = path / "checkpoints"
     if recipe.model.name is None or not root.is_dir() or (path / "config.json").exists():
         return recipe, []
     newest, refused = CheckpointStore(path, keep=1).newest_valid()
     if newest is None:
-        why = refused[0][1] if refused else "there is none"
-        raise DamagedError(f'model.name = "{path}" is a run directory without a whole checkpoint: {why}')
+        why = refused[0][1] if refused else "it has none"
+        raise DamagedError(f'model.name = "{path}" is a run directory without a valid checkpoint: {why}')
     model = recipe.model.model_copy(update={"name": str(newest)})
-    notes = [f"{reason}; taking {newest}" for _, reason in refused]
-    return recipe.model_copy(update={"model": model}), [*notes, f"model.name: taking {newest}"]
+    notes = [f"{reason}; using {newest} instead" for _, reason in refused]
+    return recipe.model_copy(update={"model": model}), [*notes, f"model.name: using {newest}"]
 
 
 def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
-    """`load_weights`, also from an ndtrain checkpoint, of which each rank reads its slices whatever `load.mode` says.
+    """Load weights as `load_weights` does, or from an ndtrain checkpoint; return notes for the user. Collective.
 
-    Raises `DamagedError` for a checkpoint that is not whole, or lacks a weight of the model.
+    Of a checkpoint each rank reads its own slices, whatever `load.mode` says. Raises `DamagedError` for one that is
+    damaged or lacks a weight of the model.
     """
     directory = Path(recipe.model.name or "")
     if recipe.model.init == "random" or not (directory / "manifest.json").is_file():
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
-    def whole() -> None:
-        check(directory)
-
-    on_rank0(whole)
+    on_rank0(lambda: check(directory))
     wanted = model_tensors(model)
     load_tensors(directory / "model", wanted)
     extra_states.restore(model, extra_states.read(directory))

@@ -1,4 +1,4 @@
-"""What a checkpoint has beside its tensors, and whether a run may go on from it."""
+"""Save what a checkpoint holds beside its tensors, and check whether a run may resume from it."""
 
 from __future__ import annotations
 
@@ -27,37 +27,40 @@ def save_extras(
     tokenizer: ByteTokenizer | HubTokenizer,
     states: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config, generation config, tokenizer and what modules keep of their own beside the tensors."""
+    """Write config, generation config, tokenizer and the modules' extra states beside the tensors."""
     if states:
         (directory / extra_states.FILE).write_text(json.dumps(states))
     cast("PreTrainedConfig", model.export_config).save_pretrained(directory)
     if model.can_generate():
-        # A generation config that its own library would refuse to save must not lose the checkpoint.
+        # A generation config that transformers refuses to save must not lose the checkpoint.
         with suppress(ValueError):
             cast(Any, model.generation_config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def config_difference(saved: Path, own: PreTrainedConfig) -> str | None:
-    """The first key in which the config of a checkpoint differs from `own`, in words; None where all agree."""
+    """Return in words the first key in which a checkpoint's config differs from `own`, or None.
+
+    Raises `DamagedError` if the checkpoint's config cannot be read.
+    """
     try:
         before = json.loads(saved.read_text())
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{saved}: {error}") from error
+        raise DamagedError(f"{saved} cannot be read ({error})") from error
     now = json.loads(own.to_json_string())
     for key in sorted((before.keys() | now.keys()) - {"transformers_version", "_name_or_path", "architectures"}):
         if before.get(key) != now.get(key):
-            return f"{key} was {before.get(key)}, is {now.get(key)}"
+            return f"{key} was {before.get(key)}, is now {now.get(key)}"
     return None
 
 
 def check_run_dir(run_dir: Path, newest: int | None, state: Mapping[str, Any] | None, resume: str) -> None:
-    """Refuse to train beside later checkpoints of another attempt: the next resume would take those."""
+    """Raise `RecipeError` if the directory has later checkpoints of another run: the next resume would use those."""
     if resume == "auto":
-        return  # the newest that is whole was taken: later ones are damaged, and are written again
+        return  # the newest valid one is used: later ones are damaged and will be written again
     if newest is not None and newest > (state["step"] if state is not None else -1):
         raise RecipeError(
-            f"{run_dir} already has a checkpoint of step {newest}, from which the next resume would go on; "
+            f"{run_dir} already has a checkpoint of step {newest}, which the next resume would use; "
             'move its checkpoints away, choose another run.dir, or set checkpoint.resume = "auto"'
         )
 
@@ -65,23 +68,28 @@ def check_run_dir(run_dir: Path, newest: int | None, state: Mapping[str, Any] | 
 def check_state(
     state: Mapping[str, Any], found: Path, recipe: Recipe, *, data: str, config: PreTrainedConfig
 ) -> list[str]:
-    """Refuse to go on from `found` with other data (a fingerprint) or another model; what differs and may."""
+    """Check that a run may resume from `found`; return notes on differences that are allowed.
+
+    Raises `RecipeError` if `data`, the fingerprint of the batches, or the model differs, `DamagedError` for a key that
+    is missing.
+    """
     for key, kind in {"step": int, "samples": int, "data": str, "seed": int}.items():
         if type(state.get(key)) is not kind:
             raise DamagedError(f"{found}/train_state.json has no {key}")
     if state["data"] != data or state["seed"] != recipe.train.seed:
         raise RecipeError(
-            f"{found} was trained on other data, seq_len, packing or train.seed than this recipe says; restore "
-            "them, or start anew with another run.dir"
+            f"{found} was trained on other data, or with another tokenizer, data.seq_len, data.packing, data.shuffle "
+            "or train.seed, than this recipe; restore them, or choose another run.dir to train anew"
         )
     if differs := config_difference(found / "config.json", config):
         raise RecipeError(
-            f"{found} holds another model than this recipe describes: {differs}; restore it in [model], or start "
-            "anew with another run.dir"
+            f"{found} holds another model than this recipe describes: {differs}; restore it in [model], or choose "
+            "another run.dir to train anew"
         )
     now = recipe.schedule.model_dump()
-    return ["the schedule is another than the checkpoint's"] if state.get("schedule", now) != now else []
+    return ["[schedule] differs from the checkpoint's"] if state.get("schedule", now) != now else []
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of the packages that made a checkpoint."""
     return {"ndtrain": ndtrain.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

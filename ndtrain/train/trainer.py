@@ -1,4 +1,4 @@
-"""One run on one rank: what it is made of, and its loop."""
+"""Train: the parts of a run on one rank, and its loop."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runs.messages import on_rank0
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
-from ndtrain.runs.stop_signals import StopSignals, nothing_to_save, words
+from ndtrain.runs.stop_signals import StopSignals, nothing_to_save, request_name
 from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
+from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, try_extras
 from ndtrain.train.skips import Skips, refuse_not_finite
-from ndtrain.train.start import Resumed, build, find_resumed, open_run_dir, try_extras
 from ndtrain.train.state import save_extras, versions
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """One run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
+    """Train one run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
 
     tokenizer: ByteTokenizer | HubTokenizer
     batches: GlobalBatches
@@ -62,21 +62,21 @@ class Trainer:
         self.runtime, self.reporter = runtime, reporter
         self.run_dir = to_path(recipe.run.dir)
         self.stop_signals = stop_signals or StopSignals(self.run_dir)
-        self.asked = [0, 0]  # stop and save, as all ranks know it since the last step
+        self.requested = [0, 0]  # stop and save, as all ranks agreed after the last step
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter)
         self.step = 0
         self.cursor = 0
-        self.due = False  # a checkpoint, once the steps are finite again
+        self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
         self.watch = Watch(recipe.run.step_timeout_s)
         self.loggers: list[Logger] = []
-        self._same_batch = False  # whether tp and cp ranks are known to read the same
-        self._told_left_out = False  # of extra states that are not saved
+        self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
+        self._noted_left_out = False  # whether the user knows of extra states that are not saved
 
     # ---- before the first step
 
     def prepare(self) -> None:
-        """Tokenize, shard, load or resume. Every refusal comes before the first weight is read."""
+        """Tokenize, shard, load or resume. Unusable recipes and meshes are refused before the first weight is read."""
         recipe, reporter = self.recipe, self.reporter
         on_rank0(lambda: open_run_dir(self.run_dir))
         check_loggers(recipe, self.run_dir)
@@ -87,7 +87,7 @@ class Trainer:
             reporter.info(f"note: {note}")
         build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
         if resumed is not None:
-            self._go_on_from(resumed)
+            self._restore(resumed)
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
         if self.runtime.is_main:
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
@@ -99,7 +99,7 @@ class Trainer:
         on_rank0(lambda: try_extras(self.engine.model, self.tokenizer))
         self.batches = open_batches(self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter)
 
-    def _go_on_from(self, resumed: Resumed) -> None:
+    def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
         self.saving.step = self.step
         self.skips.restore(resumed.state, resumed.directory)
@@ -107,12 +107,13 @@ class Trainer:
         self.reporter.info(f"resumed from {resumed.directory} (step {self.step}, sample {self.cursor})")
 
     def _arithmetic(self) -> str:
-        train, micro = self.recipe.train, self.batches.micro_steps
+        train, ranks, micro = self.recipe.train, self.sizes.batch, self.batches.micro_steps
         return (
             f"{self.plan.model_type}, {self.plan.numel:,} parameters on {self.sizes.describe()} "
             f"({self.runtime.world_size} x {self.runtime.device.type}); global batch {train.global_batch_size} x "
             f"{self.recipe.data.seq_len} = {train.global_batch_size * self.recipe.data.seq_len:,} tokens = "
-            f"{self.sizes.batch} batch ranks x {micro} micro batches; {len(self.batches.samples):,} samples"
+            f"{ranks} batch rank{'s' * (ranks > 1)} x {micro} micro batch{'es' * (micro > 1)}; "
+            f"{len(self.batches.samples):,} samples"
         )
 
     # ---- the loop
@@ -122,8 +123,10 @@ class Trainer:
         steps = self.recipe.train.steps
         if self.step >= steps:
             if self.runtime.is_main and self.saving.step is not None:
-                self.saving.store.prune(self.saving.step)  # which the end of the last save may have missed
-            self.reporter.info(f"nothing to do: step {self.step} of {steps} is already trained")
+                self.saving.store.prune(self.saving.step)  # the last run may have ended before it did
+            self.reporter.info(
+                f"nothing to do: step {self.step} of {steps} is already trained; raise train.steps to train further"
+            )
             return
         gc.collect()
         gc.freeze()
@@ -147,9 +150,9 @@ class Trainer:
         )
 
     def train_step(self) -> StepMetrics:
-        """One optimizer step, logged, and its checkpoint where one is due or asked for.
+        """Make one optimizer step, log it, and save if a checkpoint is due or requested.
 
-        Raises `Stopped` after saving where any rank was asked to stop.
+        Raises `Stopped` after saving if any rank was asked to stop.
         """
         self.saving.settle(wait=False)
         metrics = self.optimize()
@@ -158,7 +161,7 @@ class Trainer:
         return metrics
 
     def optimize(self) -> StepMetrics:
-        """One optimizer step: data, forward and backward, clip, update. Collective."""
+        """Make one optimizer step: data, forward and backward, clip, update. Collective."""
         engine, measure = self.engine, self._measure
         started = time.perf_counter()
         self.watch.beat(self.step + 1)
@@ -168,10 +171,10 @@ class Trainer:
         sums = engine.gradients(batches, count=targets.tokens, rows=targets.rows, done=self._beat)
         norm = engine.clip()
         losses = measure.reduce(sums, norm, targets)
-        # From sums that are the same on every rank, and so is the decision.
+        # These sums are equal on all ranks, so all decide alike.
         self.skips.count(skipped=not losses.finite)
         lr = engine.update(self.step, skip=bool(self.skips.in_row))
-        peak, *self.asked = self._agree(peak_memory_bytes(engine.device))
+        peak, *self.requested = self._agree(peak_memory_bytes(engine.device))
         self.step += 1
         self.cursor += self.recipe.train.global_batch_size
         seconds = time.perf_counter() - started
@@ -190,14 +193,14 @@ class Trainer:
         return batches
 
     def _seed(self) -> None:
-        """Keyed by step and coordinate: a resumed run draws the same dropout on any mesh with these batch and cp."""
+        """Seed by step, batch and cp coordinate: a resumed run draws the same dropout on any mesh with these axes."""
         coordinate = self.sizes.coordinate(self.runtime.rank)
         torch.manual_seed(random_seed(self.recipe.train.seed, self.step, coordinate["batch"], coordinate["cp"]))
 
     def _beat(self) -> None:
         self.watch.beat(self.step + 1)
 
-    # ---- what a step is followed by
+    # ---- after a step
 
     def _log(self, metrics: StepMetrics) -> None:
         try:
@@ -209,10 +212,10 @@ class Trainer:
         self.reporter.step(metrics, steps=steps, show=self.step == steps or self.step % every == 0)
         if self.skips.in_row:
             self.reporter.info(
-                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped, no weight changed "
-                f"({self.skips.in_row} in a row, {self.skips.limit} end the run; {self.skips.total} in all)"
+                f"step {self.step} skipped: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no weight changed "
+                f"({self.skips.in_row} in a row, {self.skips.limit} in a row end the run; {self.skips.total} in total)"
             )
-        self.skips.refuse_more(self.step, metrics.loss, metrics.grad_norm)
+        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm)
 
     def _close_loggers(self) -> None:
         try:
@@ -225,35 +228,39 @@ class Trainer:
         return NdtrainError(f"step {self.step} was trained but not logged: {error}")
 
     def _save_where_due(self) -> None:
-        """Save where a checkpoint is due or asked for; raises `Stopped` afterwards where a stop was asked for."""
+        """Save if a checkpoint is due or requested; raise `Stopped` afterwards if a stop was requested."""
         steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
         last = self.step == steps
-        self.due = self.due or bool(every and self.step % every == 0)
-        # While steps are skipped the weights may be at fault: what is due waits for the next good step.
-        if last or any(self.asked) or (self.due and not self.skips.in_row):
+        self.save_due = self.save_due or bool(every and self.step % every == 0)
+        # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
+        if last or any(self.requested) or (self.save_due and not self.skips.in_row):
             with self.watch.saving():
                 refuse_not_finite(model_tensors(self.engine.model), step=self.step)
                 self.save()
-                self.saving.settle(wait=last or any(self.asked))
-            self.due = False
-        if any(self.asked):
-            self._answer()
-        stop = words(self.asked[0]) if self.asked[0] and not last else None
+                self.saving.settle(wait=last or any(self.requested))
+            self.save_due = False
+        if any(self.requested):
+            self._remove_request_files()
+        stop = request_name(self.requested[0]) if self.requested[0] and not last else None
         if (last or stop) and self.saving.step != self.step:
-            why = f"stopped by {stop}" if stop else "the last"
-            raise NdtrainError(f"step {self.step}, {why}, was trained but not saved; the warning above says why")
+            which = f"stopped by {stop}" if stop else "the last"
+            raise NdtrainError(
+                f"step {self.step} ({which}) was trained but not saved; the warning above gives the reason"
+            )
         if stop:
-            raise Stopped(f"stopped by {stop} after step {self.step} of {steps}, which is saved; start again to go on")
+            raise Stopped(
+                f"stopped by {stop} after step {self.step} of {steps}, which is saved; start again to continue"
+            )
 
     def save(self) -> None:
-        """Write and publish the checkpoint of the current step, or begin to, unless it is there."""
+        """Save the current step, or start to in the background, unless its checkpoint exists. Collective."""
         self.saving.settle(wait=True)
         if self.saving.step == self.step:
             return
         engine = self.engine
         states, left_out = extra_states.shared_states(engine.model)
-        if left_out and not self._told_left_out:
-            self._told_left_out = True
+        if left_out and not self._noted_left_out:
+            self._noted_left_out = True
             self.reporter.info(f"note: {extra_states.left_out_note(left_out, 'not saved; after a resume')}")
         self.saving.begin(
             self.step,
@@ -275,21 +282,21 @@ class Trainer:
     # ---- stop signals
 
     def _listen(self) -> None:
-        """From here on what is asked waits for the end of a step; what was asked before ends the run."""
+        """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
         self.stop_signals.training = True
-        self.asked = self._agree(0)[1:]
-        if self.asked[0]:
-            self._answer()
-            raise nothing_to_save(self.asked[0])
+        self.requested = self._agree(0)[1:]
+        if self.requested[0]:
+            self._remove_request_files()
+            raise nothing_to_save(self.requested[0])
 
     def _agree(self, number: int) -> list[int]:
-        """[the largest `number` of all ranks, stop, save]: what any rank was asked, on every rank."""
+        """Return [the largest `number`, stop, save] over all ranks; collective."""
         own = [number, *self.stop_signals.seen(files=self.runtime.is_main)]
         shared = torch.tensor(own, dtype=torch.int64, device=self.engine.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return cast("list[int]", shared.tolist())
 
-    def _answer(self) -> None:
+    def _remove_request_files(self) -> None:
         if self.runtime.is_main:
-            for path in self.stop_signals.answered():
-                self.reporter.info(f"note: {path} cannot be removed; it is not looked at again")
+            for path in self.stop_signals.remove_files():
+                self.reporter.info(f"note: {path} cannot be removed and is ignored from now on")

@@ -1,4 +1,4 @@
-"""What a run does before its first step: its directory, what it goes on from, and an engine with weights."""
+"""Prepare a run's first step: open its directory, find the checkpoint to resume from, build an engine with weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.runs.limits import WAIT_TIMEOUT, process_groups, set_timeouts
 from ndtrain.runs.messages import of_rank0, on_rank0
 from ndtrain.runs.process import Runtime
-from ndtrain.runs.restarts import Restarts
+from ndtrain.runs.restarts import Attempt
 from ndtrain.storage.paths import open_to_write, os_errors
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class Resumed(NamedTuple):
-    """The checkpoint that a run goes on from, and its train_state.json."""
+    """The checkpoint that a run resumes from, and its train_state.json."""
 
     directory: Path
     state: Mapping[str, Any]
 
 
 def open_run_dir(run_dir: Path) -> None:
-    """Make the run directory where there is none. Raises `RecipeError` where nothing can be written in it."""
+    """Make the run directory if it is missing. Raises `RecipeError` if it cannot be written to."""
     try:
         with os_errors(run_dir):
             open_to_write(run_dir)
@@ -45,7 +45,7 @@ def open_run_dir(run_dir: Path) -> None:
 
 
 def try_extras(model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) -> None:
-    """Write config and tokenizer once for nothing: what cannot be saved must not be trained first."""
+    """Save config and tokenizer to a temporary directory. Raises `RecipeError`, before training, if that fails."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             save_extras(Path(folder), model, tokenizer)
@@ -59,14 +59,14 @@ def try_extras(model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) 
 def find_resumed(
     store: CheckpointStore, run_dir: Path, engine: Engine, reporter: Reporter, *, data: str
 ) -> Resumed | None:
-    """The checkpoint to go on from, None for a new run. Collective.
+    """Return the checkpoint to resume from, None for a new run. Collective.
 
-    It is checked against the recipe and against `data`, the fingerprint of the batches.
+    Raises `RecipeError` if it does not fit the recipe or `data`, the fingerprint of the batches.
     """
     recipe = engine.recipe
-    restarts = Restarts.of_process(run_dir)
+    attempt = Attempt.of_process(run_dir)
     newest = of_rank0(store.newest_step)
-    resume = of_rank0(lambda: restarts.resume(recipe.checkpoint.resume, newest))
+    resume = of_rank0(lambda: attempt.resume_from(recipe.checkpoint.resume, newest))
     found, messages = store.find(resume, verify=recipe.checkpoint.verify)
     for message in messages:
         reporter.info(message)
@@ -76,14 +76,14 @@ def find_resumed(
         config = cast("PreTrainedConfig", engine.model.export_config)
         for note in check_state(resumed.state, resumed.directory, recipe, data=data, config=config):
             reporter.info(f"note: {note}")
-    on_rank0(lambda: restarts.begin(resumed.state["step"] if resumed is not None else -1))
+    on_rank0(lambda: attempt.record_begin(resumed.state["step"] if resumed is not None else -1))
     return resumed
 
 
 def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:
-    """Cut the engine's model, prove on noise that it is right, and only then give it its weights. Collective."""
+    """Shard the engine's model, check on noise that it computes the right thing, then load its weights. Collective."""
     recipe, model = engine.recipe, engine.model
-    # Whole blocks to compare with: they are copied before the model is cut.
+    # Whole blocks to compare with, copied before the model is cut.
     references = proof.ReferenceBlocks(model, engine.plan) if engine.sizes.tp > 1 else None
     engine.cut()
     set_timeouts(WAIT_TIMEOUT, process_groups())
@@ -99,7 +99,9 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
         load_tensors(resumed.directory / "model", model_tensors(model), all_of_it=True)
         extra_states.restore(model, extra_states.read(resumed.directory))
     if not known and not _prove(engine, references, reporter):
-        raise PlanError(f"{engine.plan.model_type}: the logits or gradients of its weights are not finite")
+        raise PlanError(
+            f"{engine.plan.model_type}: its weights give logits or gradients that are not finite; check the weights"
+        )
     engine.finish()
 
 
