@@ -20,6 +20,7 @@ from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import under_torchrun
 from ndtrain.runs.restarts import Restarts
 from ndtrain.runs.stop_signals import StopSignals
+from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ def convert(
     ] = None,
 ) -> None:
     """Write a checkpoint as the safetensors that from_pretrained reads, or such a directory as a checkpoint."""
+    _tell_notes()
     with _uncollected():
         from ndtrain import console
         from ndtrain import convert as converter
@@ -263,9 +265,10 @@ def _check_written(files: list[Path], read: list[Path]) -> None:
             raise RecipeError(f"{file} is named twice; give each file a name of its own")
 
 
-def _tell_notes(recipe: "Recipe") -> None:
+def _tell_notes(recipe: "Recipe | None" = None) -> None:
+    """Print what the user should know before anything else; on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
-        for note in recipe.notes:
+        for note in (*outside_bounds(), *(recipe.notes if recipe is not None else ())):
             print(f"ndtrain: note: {note}", file=sys.stderr)
 
 

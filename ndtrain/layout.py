@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.errors import NdtrainError
+from ndtrain.torch_compat import StridedShard
 
 Ints = tuple[int, ...]
 
@@ -37,7 +38,7 @@ class Box(NamedTuple):
 def fsdp_over(placement: Placement, tp: int) -> Placement:
     """Placement that FSDP2 gives dim 0 of a parameter that tensor parallelism has already placed."""
     if isinstance(placement, Shard) and placement.dim == 0:
-        return _StridedShard(0, split_factor=tp)
+        return StridedShard(0, split_factor=tp)
     return Shard(0)
 
 
@@ -62,7 +63,7 @@ def _cut(intervals: list[tuple[int, int]], start: int, end: int) -> list[tuple[i
 def _split_order(mesh_shape: Sequence[int], splits: Mapping[int, int | None]) -> list[tuple[int, int]]:
     """The order in which mesh dimensions cut one tensor dimension, as [(mesh dim, parts to interleave)].
 
-    `_StridedShard(split_factor=s)` means one of two things. FSDP over TP: cut plainly, but after mesh
+    `StridedShard(split_factor=s)` means one of two things. FSDP over TP: cut plainly, but after mesh
     dimensions on its right that make s parts together. Otherwise a packed weight of s blocks, each of which
     is cut. Reading FSDP's as the second, as torch does from left to right, is the same only where sizes are
     even and the TP one is plain.

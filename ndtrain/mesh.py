@@ -217,6 +217,8 @@ def build_mesh(sizes: MeshSizes, device_type: str) -> Meshes:
     """Make the device meshes for `sizes`; every rank of the default process group calls this."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    from ndtrain.torch_compat import flatten_mesh
+
     # fsdp is an axis of its own parent mesh, not a flattened view, because fully_shard wants its mesh and the tp mesh
     # to be slices of one parent.
     train = init_device_mesh(
@@ -230,5 +232,5 @@ def build_mesh(sizes: MeshSizes, device_type: str) -> Meshes:
             (sizes.dp_replicate, sizes.efsdp, sizes.ep),
             mesh_dim_names=("dp_replicate", "efsdp", "ep"),
         )
-    loss = train["dp_replicate", "fsdp"]._flatten("loss")
+    loss = flatten_mesh(train["dp_replicate", "fsdp"], "loss")
     return Meshes(sizes=sizes, train=train, dense=dense, expert=expert, loss=loss)

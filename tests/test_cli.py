@@ -13,7 +13,7 @@ import pytest
 import ndtrain
 from ndtrain import cli
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
-from ndtrain.runs import launcher
+from ndtrain.runs import launcher, versions
 from ndtrain.runs.stop_signals import STOP_SIGNALS
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.toml")
@@ -227,3 +227,18 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_a_version_outside_the_bounds_is_the_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(versions, "version", lambda name: {"torch": "2.99.0", "transformers": "5.24.0"}[name])
+    monkeypatch.setattr(versions, "requires", lambda name: ["torch<2.15,>=2.11", "transformers<5.25,>=5.23", "numpy"])
+    assert call(monkeypatch, "convert", str(tmp_path / "no"), str(tmp_path / "out")) == 4
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("ndtrain: note: torch 2.99.0 is outside the versions") and "<2.15,>=2.11" in first
+
+
+def test_the_bounds_are_those_of_the_package() -> None:
+    found = {requirement.split("<")[0].split(">")[0] for requirement in versions.requires("ndtrain") or ()}
+    assert set(versions.LIBRARIES) <= found and versions.outside_bounds() == []

@@ -70,7 +70,8 @@ def ended(folder: str) -> str:
 
     import torch.distributed as dist
 
-    from ndtrain.runs.limits import process_groups, set_timeouts
+    from ndtrain.runs.limits import set_timeouts
+    from ndtrain.torch_compat import process_groups
 
     watch, told = Watch(2.0), io.StringIO()
     watch.start()

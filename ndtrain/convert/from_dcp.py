@@ -20,12 +20,12 @@ import torch
 import torch.distributed.checkpoint.filesystem
 import torch.distributed.checkpoint.metadata
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ndtrain.convert.stored import Stored, stored
 from ndtrain.errors import DamagedError
 from ndtrain.storage.pieces import DTYPE_NAMES, Piece
+from ndtrain.torch_compat import FakeTensorMode, offset_in_archive
 
 METADATA = ".metadata"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -219,7 +219,7 @@ def _piece(directory: Path, key: str, info: Any, offsets: Any, sizes: Any, dtype
             if tuple(tensor.shape) != sizes or tensor.dtype != dtype or not tensor.is_contiguous():
                 raise ValueError(f"{tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}")
             # set by torch.load where tensors are fake (torch 2.7 on)
-            start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * dtype.itemsize
+            start = offset_in_archive(tensor) + tensor.storage_offset() * dtype.itemsize
             if not 0 <= start <= info.length - tensor.numel() * dtype.itemsize:
                 raise ValueError("its values are outside its archive")
     except Exception as error:

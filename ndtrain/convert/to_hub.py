@@ -20,8 +20,10 @@ from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
 from ndtrain.errors import DamagedError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import ignored_on_save
 from ndtrain.hf.model import kept_in_fp32, tied_keys
 from ndtrain.storage.pieces import DTYPE_NAMES
+from ndtrain.torch_compat import storage_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -91,7 +93,7 @@ def write_hub(
     extra_states.restore(model, states)
     _write_config(model, out)
 
-    left_out = {*tied_keys(model), *(model._keys_to_ignore_on_save or ())}
+    left_out = {*tied_keys(model), *ignored_on_save(model)}
     # transformers can save a state that is one tensor, and no other
     whole = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor) and k not in left_out}
     ready = {k: v for k, v in whole.items() if extra_states.is_extra(k) and not v.is_meta}
@@ -101,7 +103,7 @@ def write_hub(
 
     def storage(tensor: Tensor) -> object:
         # parts of one tensor stay together, as where save_pretrained has them in memory; so do all empty ones
-        return tensor.untyped_storage()._cdata if tensor.untyped_storage().nbytes() else 0
+        return storage_key(tensor.untyped_storage()) if tensor.untyped_storage().nbytes() else 0
 
     split = split_state_dict_into_shards_factory(
         saved,

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from ndtrain.errors import DamagedError
+from ndtrain.hf.compat import (
     PrefixChange,
     apply_converters,
     apply_renamings,
     dot_natural_key,
+    get_model_conversion_mapping,
 )
-
-from ndtrain.errors import DamagedError
 from ndtrain.hf.weight_names import kinds, named
 from ndtrain.layout import Ints
 

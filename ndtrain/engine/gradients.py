@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
+from ndtrain.torch_compat import foreach_mul_, foreach_norm
+
 
 def sum_over_tp(model: nn.Module, fqns: Iterable[str], group: dist.ProcessGroup) -> None:
     """Add up the gradients of replicated parameters of which every tp rank has only its own heads' part.
@@ -46,7 +48,7 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
             groups.setdefault((grad.device_mesh, cut, local.device), []).append(local)
     squares: list[Tensor] = []
     for (mesh, cut, _), grads in groups.items():
-        square = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
+        square = torch.stack(foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
         # Of gradients in host memory too: the groups' collectives are the device's.
         square = square.to(mesh.device_type)
         for axis, is_cut in enumerate(cut):
@@ -56,5 +58,5 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for (_, _, device), grads in groups.items():
-        torch._foreach_mul_(grads, scale.to(device))
+        foreach_mul_(grads, scale.to(device))
     return norm

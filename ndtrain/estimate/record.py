@@ -10,17 +10,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ndtrain import torch_compat as names
 from ndtrain.layout import local_part
+from ndtrain.torch_compat import (
+    TorchDispatchMode,
+    is_process_group,
+    packet_of,
+    resolve_process_group,
+    storage_key,
+    tree_leaves,
+)
 
 aten = torch.ops.aten
 
@@ -99,18 +106,18 @@ def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
 
 
 _FORMULAS: dict[Any, Callable[..., float]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _forward_causal,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward(7),
-    aten._scaled_dot_product_flash_attention: _forward_causal,
-    aten._scaled_dot_product_flash_attention_backward: _backward(11),
-    aten._scaled_dot_product_efficient_attention: _forward_masked,
-    aten._scaled_dot_product_cudnn_attention: _forward_masked,
-    aten._grouped_mm: _grouped,
+    names.flash_for_cpu: _forward_causal,
+    names.flash_for_cpu_backward: _backward(7),
+    names.flash: _forward_causal,
+    names.flash_backward: _backward(11),
+    names.efficient: _forward_masked,
+    names.cudnn: _forward_masked,
+    names.grouped_mm: _grouped,
 }
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    packet = func._overloadpacket
+    packet = packet_of(func)
     if packet in _FORMULAS:
         return int(_FORMULAS[packet](*args, **kwargs))
     name = str(packet)
@@ -130,8 +137,8 @@ _FREE = {
     aten.new_empty,
     aten.empty_strided,
     aten.new_empty_strided,
-    aten._unsafe_view,
-    aten._reshape_alias,
+    names.unsafe_view,
+    names.reshape_alias,
     aten.lift_fresh,
     aten.detach,
 }
@@ -189,7 +196,7 @@ class Recorder(TorchDispatchMode):
                 continue
             storage = local_part(tensor).untyped_storage()
             self._see(storage)
-            key = storage._cdata
+            key = storage_key(storage)
             size, old = self._storages[key]
             self._held[old] -= size
             self._storages[key] = (size, kind)
@@ -218,7 +225,7 @@ class Recorder(TorchDispatchMode):
         self.record = Record()
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._storages:
             return
         size = storage.nbytes()
@@ -232,7 +239,7 @@ class Recorder(TorchDispatchMode):
         self._held[kind] -= size
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._storages:
             self._see(storage)
             return
@@ -281,7 +288,7 @@ class Recorder(TorchDispatchMode):
             self._see(tensor.untyped_storage())
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"):
             self._count_collective(func, args, out)
-        elif not (func.namespace == "prim" or func.is_view or func._overloadpacket in _FREE):
+        elif not (func.namespace == "prim" or func.is_view or packet_of(func) in _FREE):
             self._count_work(func, args, kwargs, out, tensors)
         return out
 
@@ -297,7 +304,7 @@ class Recorder(TorchDispatchMode):
         self.record.work[Work(dtype, _flops(func, args, kwargs, out), moved)] += self.times
 
     def _count_collective(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        op = _NAMES.get(func._overloadpacket.__name__)
+        op = _NAMES.get(packet_of(func).__name__)
         if op is None:
             return
         group = _group(args)
@@ -314,9 +321,9 @@ def _bytes(tensor: Tensor) -> int:
 
 def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
     for arg in args:
-        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+        if is_process_group(arg):
             return dist.ProcessGroup.unbox(arg)
         if isinstance(arg, dist.ProcessGroup):
             return arg
-    names = [a for a in args if isinstance(a, str)]
-    return dist.distributed_c10d._resolve_process_group(cast(Any, names[-1])) if names else None
+    given = [a for a in args if isinstance(a, str)]
+    return resolve_process_group(given[-1]) if given else None

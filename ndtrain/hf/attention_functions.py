@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import ALL_ATTENTION_FUNCTIONS, attention_name, set_attention_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,21 +36,19 @@ def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: 
     """Have every module of `model` that takes the model's attention function take `attention`, with masks by `mask`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    base = model.config._attn_implementation
+    base = str(attention_name(model.config))
     name = _Name(f"{base}_ndtrain_{next(_names)}")  # models look for "flash" in it
     name.instead_of = base
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == base:
-            config._attn_implementation = name  # type: ignore[union-attr]
+        if attention_name(config) == base:
+            set_attention_name(config, name)
 
 
 def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function that `module` would have taken: eager attention is each model file's own."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.compat import causal_lm_class
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _check_keys(base: PreTrainedConfig, overrides: dict[str, Any]) -> None:
 
 def _reads(config: PreTrainedConfig, key: str) -> bool:
     """Whether the model's source has the word `key`: some keys have no default and are asked for by name."""
-    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    kind = causal_lm_class(config)
     if kind is None:
         return False
     source = inspect.getsource(sys.modules[kind.__module__])

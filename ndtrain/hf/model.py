@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 
 from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.compat import float32_patterns, is_causal_lm
 from ndtrain.hf.config import load_config
 from ndtrain.recipe import Recipe
+from ndtrain.torch_compat import device_constructors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,7 +28,7 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     `RecipeError` for a config that is no causal LM or that the model's own code rejects.
     """
     config = config if config is not None else load_config(recipe)
-    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    known = is_causal_lm(config)
     if not known and not getattr(config, "auto_map", None):
         raise RecipeError(f'model type "{config.model_type}" is not a causal language model of transformers')
     export_dtype = getattr(config, "dtype", None) or torch.float32
@@ -74,13 +75,13 @@ def built_buffers(model: PreTrainedModel, names: Collection[str], recipe: Recipe
 
 
 class _SmallInMemory(TorchFunctionMode):
-    """Factory functions inside make tensors of more than `MOST` elements on meta (torch's list of them is private)."""
+    """Factory functions inside make tensors of more than `MOST` elements on meta."""
 
     MOST = 1 << 16
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
+        if func in device_constructors() and kwargs.get("device") is None:
             on_meta = func(*args, **{**kwargs, "device": "meta"})
             if on_meta.numel() > self.MOST:
                 return on_meta
@@ -94,7 +95,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
     """Matches the FQNs that stay in float32 when the model is used in `dtype`; None where there are none."""
-    plan = model._get_dtype_plan(dtype)
+    plan = float32_patterns(model, dtype)
     return re.compile("|".join(pattern.replace("*", r"\d+") for pattern in plan)) if plan else None
 
 

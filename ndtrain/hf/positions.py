@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ndtrain.hf.compat import dynamic_rope_update
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -67,8 +69,6 @@ def fix_frequencies(model: nn.Module, length: int | None) -> None:
     transformers takes them from the largest position of each call: of a part of a sequence under context parallelism,
     of the longest document that a micro batch happens to have under packing.
     """
-    from transformers.modeling_rope_utils import dynamic_rope_update
-
     update = dynamic_rope_update(lambda module, x, position_ids, layer_type=None: None)
     for module, layer, _ in varying_frequencies(model):
         if length is not None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import recorded_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,9 +111,7 @@ def wanted(model: PreTrainedModel) -> bool:
 
 def router_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the modules whose output transformers records as the router's logits."""
-    # Private, read at transformers 5.23: what a base model lets be recorded.
-    recorders = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits", ())
-    recorders = recorders if isinstance(recorders, list | tuple) else [recorders]
+    recorders = recorded_outputs(model, "router_logits")
     kinds = tuple(kind for r in recorders if isinstance(kind := getattr(r, "target_class", r), type))
     return tuple(name for name, module in model.named_modules() if isinstance(module, kinds))
 

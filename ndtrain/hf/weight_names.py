@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ndtrain.hf.compat import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -21,8 +23,6 @@ class Named(NamedTuple):
 
 def kinds(mapping: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """transformers' renamings and converters apart."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
@@ -31,8 +31,6 @@ def named(
     model: PreTrainedModel, keys: Iterable[str], state: Mapping[str, Tensor], mapping: Sequence[Any]
 ) -> list[Named]:
     """What each saved key becomes in the model of this `state`, in transformers' order; a name may be of no tensor."""
-    from transformers.core_model_loading import dot_natural_key, rename_source_key
-
     renamings, converters = kinds(mapping)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, known = model.base_model_prefix, dict(state)

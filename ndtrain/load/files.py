@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import cached_file, get_checkpoint_shard_files
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import has_nan
@@ -16,8 +17,6 @@ from ndtrain.storage.pieces import has_nan
 
 def weight_files(recipe: Recipe) -> list[str]:
     """Paths of the model's safetensors files, from a local directory or through the hub's cache."""
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
     name = str(recipe.model.name)
     index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:

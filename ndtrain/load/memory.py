@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import mark_initialized
 from ndtrain.hf.model import built_buffers, tie, tied_keys
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.recipe import Recipe
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
+from ndtrain.torch_compat import apply_to_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,12 +33,14 @@ def materialize(model: PreTrainedModel, runtime: Runtime, *, recipe: Recipe, on_
     naming a buffer that cannot be made again.
     """
     hosted = {param for fqn, param in model.named_parameters() if fqn in on_host}
-    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device))
+    apply_to_tensors(
+        model, lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device)
+    )
     tie(model)
     saved = set(model.state_dict().keys())
     _mark([*model.parameters(), *model.buffers()])
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
+        mark_initialized(tensor, isinstance(tensor, nn.Parameter))
     with torch.no_grad():
         model.initialize_weights()
     lost = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ndtrain.errors import PlanError, RecipeError
+from ndtrain.hf.compat import guard_torch_init_functions, initialize_own
 from ndtrain.hf.model import meta_model
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.memory import model_tensors
@@ -58,8 +59,6 @@ def _initialized_together(model: nn.Module, plan: Plan) -> Iterator[str]:
 
 @torch.no_grad()
 def _draw(model: PreTrainedModel, module: nn.Module, *, seed: int) -> None:
-    import transformers.initialization as init
-
     try:
         module.to_empty(device="cpu")
     except RuntimeError as error:
@@ -67,17 +66,17 @@ def _draw(model: PreTrainedModel, module: nn.Module, *, seed: int) -> None:
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
-    with torch.random.fork_rng(devices=[]), init.guard_torch_init_functions():
+    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
         torch.manual_seed(seed)
-        _apply_inside_out(module, _owner(model, module)._init_weights)
+        _apply_inside_out(module, _owner(model, module))
 
 
-def _apply_inside_out(module: nn.Module, fn: Callable[[nn.Module], None]) -> None:
+def _apply_inside_out(module: nn.Module, owner: PreTrainedModel) -> None:
     from transformers import PreTrainedModel
 
     for child in module.children():
-        _apply_inside_out(child, child._init_weights if isinstance(child, PreTrainedModel) else fn)
-    fn(module)
+        _apply_inside_out(child, child if isinstance(child, PreTrainedModel) else owner)
+    initialize_own(owner, module)
 
 
 def _owner(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:

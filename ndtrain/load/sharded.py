@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import LoadStateDictConfig, convert_and_load_state_dict_in_model, get_model_conversion_mapping
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.weight_names import Named, named
 from ndtrain.layout import local_part
@@ -27,6 +28,7 @@ from ndtrain.load.files import check_report, refuse_nan, unreadable, unused, wei
 from ndtrain.load.memory import model_tensors
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import Piece, converts, pieces_in, read_held
+from ndtrain.torch_compat import StridedShard, class_before_fsdp, put_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +40,6 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     Raises `DamagedError` for weights that are missing, unreadable, of another shape or NaN, and `PlanError` for those
     that transformers converts along a dim that this mesh cuts.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     report = None
     try:
         pieces = {key: piece for path in weight_files(recipe) for key, piece in pieces_in(Path(path)).items()}
@@ -95,8 +95,6 @@ def _load_converted(
 ) -> Any:
     """Load what transformers converts, casts or does not know, by its own loader; returns what that tells."""
     from safetensors import safe_open
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
 
     params = dict(model.named_parameters())
     _refuse_stitched(params, [saved.converter for saved in others if saved.converter is not None])
@@ -117,8 +115,8 @@ def _load_converted(
 def _own_classes(model: nn.Module) -> Iterator[None]:
     """Modules have the classes that FSDP found them with, by whose names transformers keeps its conversions."""
     wrapped = {module: type(module) for module in model.modules() if isinstance(module, FSDPModule)}
-    for module, given in wrapped.items():
-        module.__class__ = given.__mro__[2]  # after FSDP's own two, as in FSDPModule.__new__ (torch 2.13)
+    for module in wrapped:
+        module.__class__ = class_before_fsdp(module)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -143,7 +141,7 @@ def _refuse_stitched(params: Mapping[str, nn.Parameter], converters: Iterable[An
             axes = range(param.device_mesh.ndim)
             for dim in range(param.ndim) if None in dims else {d % param.ndim for d in dims if d is not None}:
                 cuts = [i for i in axes if _cuts(param.placements[i], dim, param) and param.device_mesh.size(i) > 1]
-                packed = [i for i in cuts if isinstance(param.placements[i], _StridedShard) and i == axes[-1]]
+                packed = [i for i in cuts if isinstance(param.placements[i], StridedShard) and i == axes[-1]]
                 if cuts != packed:
                     raise PlanError(
                         f'{fqn} is saved in another form along dim {dim}, which this mesh cuts; set load.mode = "rank0"'
@@ -156,7 +154,7 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
 
 
 def _cuts(placement: Placement, dim: int, param: Tensor) -> bool:
-    return isinstance(placement, Shard | _StridedShard) and placement.dim % param.ndim == dim
+    return isinstance(placement, Shard | StridedShard) and placement.dim % param.ndim == dim
 
 
 @torch.no_grad()
@@ -165,7 +163,6 @@ def _put_back(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
     for name, param in before.items():
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
-        loaded = owner._parameters[leaf]
+        loaded = put_parameter(owner, leaf, param)
         if loaded is not param and loaded is not None:
             local_part(param).copy_(local_part(loaded))
-            owner._parameters[leaf] = param

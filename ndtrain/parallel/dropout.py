@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ndtrain.hf.attention_functions import own_attention, take_attention
+from ndtrain.hf.compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_name
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.runs.seeds import random_seed
@@ -48,10 +49,8 @@ def drop_by_rank(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
 
     Where projections are gathered, every rank has all heads and must drop the same.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     rank = meshes.tp.get_local_rank()
-    base = str(model.config._attn_implementation)
+    base = str(attention_name(model.config))
     cut = {model.get_submodule(name.rpartition(".")[0]) for name, style in plan.tp_rules.items() if style == "colwise"}
 
     def attention(

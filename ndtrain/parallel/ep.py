@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ndtrain.hf.compat import apply_expert_parallelism as transformers_apply
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.plan.expert import MODULE
@@ -19,13 +20,8 @@ if TYPE_CHECKING:
 
 def apply_expert_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
     """Cut the experts of `model` (on meta) over the ep axis and put the dispatch around them, in place."""
-    # transformers.distributed moves between releases (read at 5.23).
-    from transformers.distributed import expert_parallel
-
     assert meshes.expert is not None
-    expert_parallel.apply_expert_parallelism(
-        model, meshes.expert["ep"], meshes.tp, plan.ep_rules, ep_implementation="all_to_all"
-    )
+    transformers_apply(model, meshes.expert["ep"], meshes.tp, plan.ep_rules, ep_implementation="all_to_all")
     # What it gives under tp is a view: see `tensor_parallel`.
     for name, style in plan.ep_rules.items() if plan.sizes.tp > 1 else ():
         if style == MODULE:

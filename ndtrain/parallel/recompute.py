@@ -13,6 +13,4 @@ if TYPE_CHECKING:
 
 def apply_recomputation(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
     """Have every block of `model` recomputed, in place."""
-    # Its name in transformers until 5.17
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})

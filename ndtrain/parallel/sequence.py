@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.plan.sequence import Region, SequencePlan
+from ndtrain.torch_compat import all_gather_single, reduce_scatter_single
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Their names until torch 2.12
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather, _reduce_scatter = all_gather_single(), reduce_scatter_single()
 
 
 class _Gather(torch.autograd.Function):

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-# transformers.distributed moves between releases (read at 5.23).
-from transformers.distributed import tensor_parallel as styles
-
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel
+from ndtrain.hf.compat import apply_tensor_parallelism as transformers_apply
 from ndtrain.hf.model import tie
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.plan.tensor import CUTTING
+from ndtrain.torch_compat import own_parameter, put_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     for region in plan.sequence.regions if plan.sequence else ():
         if region.row:
             rules |= {**dict.fromkeys(region.columns, "colwise_in_region"), region.row: "rowwise_in_region"}
-    styles.apply_tensor_parallelism(model, meshes.tp, rules)
+    transformers_apply(model, meshes.tp, rules)
     tie(model)
     # What these give is a view of what DTensor made, whose later in-place change autograd refuses.
     views = {"embedding_rowwise", "colwise_gather_output", "conv1d_colwise_gather_output"}
@@ -83,10 +83,10 @@ class _Conv1D:
     bias: Placement
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        full = module._parameters[param]
+        full = own_parameter(module, param)
         assert full is not None
         placed = distribute_tensor(full, mesh, [getattr(self, param)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(placed, requires_grad=full.requires_grad)
+        put_parameter(module, param, nn.Parameter(placed, requires_grad=full.requires_grad))
 
     def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.in_features, module.out_features = module.nx, module.nf
@@ -94,15 +94,15 @@ class _Conv1D:
         return installed
 
 
-class _Conv1DColwise(_Conv1D, styles.ColwiseParallel):
+class _Conv1DColwise(_Conv1D, ColwiseParallel):
     weight, bias = Shard(1), Shard(0)
 
 
-class _Conv1DRowwise(_Conv1D, styles.RowwiseParallel):
+class _Conv1DRowwise(_Conv1D, RowwiseParallel):
     weight, bias = Shard(0), Replicate()
 
 
-class _ColwiseInRegion(styles.ColwiseParallel):
+class _ColwiseInRegion(ColwiseParallel):
     """A layer of a region that `SequenceParallel` brings its input and reduces the gradient of that once for all."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
@@ -112,7 +112,7 @@ class _ColwiseInRegion(styles.ColwiseParallel):
         return args, kwargs
 
 
-class _RowwiseInRegion(styles.RowwiseParallel):
+class _RowwiseInRegion(RowwiseParallel):
     """A layer that gives this rank's part of a sum, which `SequenceParallel` adds up; rank 0's has the bias."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
@@ -122,7 +122,7 @@ class _RowwiseInRegion(styles.RowwiseParallel):
         return args, kwargs
 
     def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
-        bias = module._parameters.get("bias")
+        bias = own_parameter(module, "bias")
         if bias is None:
             return output
         return output + cast(DTensor, bias).to_local() * float(mesh.get_local_rank() == 0)
@@ -136,4 +136,4 @@ _STYLES: dict[str, Any] = {
     "conv1d_rowwise": _Conv1DRowwise(),
 }
 for _name, _style in _STYLES.items():
-    styles.ALL_PARALLEL_STYLES.register(_name, _style)
+    ALL_PARALLEL_STYLES.register(_name, _style)

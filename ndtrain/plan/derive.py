@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ndtrain.hf.compat import Conv1D
 from ndtrain.hf.model import tied_keys
 from ndtrain.plan.units import embeddings, is_within
 
@@ -76,8 +77,6 @@ def features(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(module, Conv1D)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import expanded_plan
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.override import overridden
 
@@ -18,7 +19,7 @@ MODULE, PARAM = "ep_dispatch_experts", "grouped_gemm"
 def rules(model: PreTrainedModel, sizes: MeshSizes, *, overrides: Mapping[str, str]) -> dict[str, str]:
     """The model's own EP plan, `overrides` over it: expert parameters, and the modules that send tokens to them."""
     what = model.config.model_type
-    own: dict[str, str] = model._expand_parallel_plan(dict(getattr(model, "ep_plan", None) or {}))
+    own: dict[str, str] = expanded_plan(model, dict(getattr(model, "ep_plan", None) or {}))
     found = overridden(model, own, overrides, key="ep.plan", styles=(MODULE, PARAM))
     modules = [name for name, style in found.items() if style == MODULE]
     if not modules:

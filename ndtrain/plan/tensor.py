@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import expanded_plan
 from ndtrain.hf.model import tied_keys
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import derive
 from ndtrain.plan.override import overridden
 from ndtrain.plan.units import is_within
+from ndtrain.torch_compat import StridedShard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +57,7 @@ def rules(
     """
     what = model.config.model_type
     # transformers expands `*` to the model's layer numbers, parameters before modules (private, 5.23).
-    declared: dict[str, str] = model._expand_parallel_plan(dict(model.tp_plan or {}))
+    declared: dict[str, str] = expanded_plan(model, dict(model.tp_plan or {}))
     own = {name: style for name, style in declared.items() if not is_within(name, without)}
     note = None
     reason = _unusable(model, own, blocks) if own else "declares no tensor-parallel plan"
@@ -99,7 +101,7 @@ def _unusable(model: PreTrainedModel, found: dict[str, str], blocks: tuple[str, 
     for name, place in cut.items():
         if "gate_up" in name and rule_of(name, found) == "colwise":
             return f"cuts {name} in one piece, which mixes gate and up"
-        if isinstance(place, _StridedShard) and place.dim == 0:
+        if isinstance(place, StridedShard) and place.dim == 0:
             return f"has {name} packed and cut along dim 0, which is not supported"
     for alias, source in tied_keys(model).items():
         if cut.get(alias) != cut.get(source):
@@ -127,9 +129,9 @@ def placement(style: str, name: str, ndim: int) -> Placement | None:
     if style == "conv1d_rowwise":
         return Replicate() if name == "bias" else Shard(0)
     if style == "packed_colwise":
-        return Shard(0) if ndim == 1 else _StridedShard(ndim - 2, split_factor=2)
+        return Shard(0) if ndim == 1 else StridedShard(ndim - 2, split_factor=2)
     if style == "packed_rowwise":
-        return Replicate() if ndim == 1 else _StridedShard(ndim - 1, split_factor=2)
+        return Replicate() if ndim == 1 else StridedShard(ndim - 1, split_factor=2)
     return None
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ndtrain.hf.compat import GradientCheckpointingLayer, no_split_modules
 from ndtrain.hf.model import kept_in_fp32
 from ndtrain.plan.types import Unit
 from ndtrain.recipe import Recipe
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 def find_blocks(model: nn.Module) -> Iterator[str]:
     """Names of the repeated blocks: what the model declares indivisible, or checkpoints one by one."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    declared = set(getattr(model, "_no_split_modules", None) or ())
+    declared = no_split_modules(model)
     found: list[str] = []
     for name, module in model.named_modules():
         listed = name.rpartition(".")[2].isdigit()

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from ndtrain.runs.limits import STEP_TIMEOUT, process_groups, set_timeouts
+from ndtrain.runs.limits import STEP_TIMEOUT, set_timeouts
 from ndtrain.runs.messages import together
 from ndtrain.runs.process import rank, world_size
+from ndtrain.torch_compat import default_store, process_groups
 
 # How often a rank tells where it is; ten times within the limit at least, and at most 1,000 ranks each second.
 INTERVAL_S = 2.0
@@ -61,8 +62,8 @@ class Watch:
         """Watch from now on, where there are other ranks to wait for; every rank calls it."""
         if world_size() == 1:
             return
-        # A connection of its own, which no waiting collective holds; the function is private (torch 2.13).
-        store: Any = dist.distributed_c10d._get_default_store()
+        # A connection of its own, which no waiting collective holds.
+        store: Any = default_store()
         self._store = dist.PrefixStore("ndtrain/watch", store.clone())
         self._interval_s = max(self._interval_s, world_size() / RANKS_PER_SECOND)
         # Groups that are made later, for saving in the background, have limits of their own.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.hf.attention_functions import own_attention, take_attention
+from ndtrain.hf.compat import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    attention_name,
+    blockwise_overlay,
+    find_packed_sequence_indices,
+    masks_made_by,
+    remap_positions_for_packed_sequence,
+)
 from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ class ContextParallel(ABC):
 
     def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, group.size(), group.rank()
-        self.base = str(model.config._attn_implementation)
+        self.base = str(attention_name(model.config))
         self.enabled = True
         self.positions: Tensor | None = None
         self.own_positions: Tensor | None = None
@@ -142,8 +149,6 @@ class ContextParallel(ABC):
 
     def _mask(self, *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if not self.enabled:
-            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
             make = ALL_MASK_ATTENTION_FUNCTIONS[self.base]
             return make(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
         if attention_mask is not None:
@@ -151,33 +156,15 @@ class ContextParallel(ABC):
             attention_mask = self.gather(attention_mask.byte()).bool()
         return self.mask(q_length, kv_length, attention_mask=attention_mask, **kwargs)
 
-    @contextmanager
-    def _masks_of_whole_sequences(self, model: PreTrainedModel) -> Iterator[None]:
-        """Masks see documents and images of whole sequences; the model has only what is of its part.
+    def _masks_of_whole_sequences(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Inside, masks see documents and images of whole sequences; the model has only what is of its part."""
 
-        These functions of transformers.masking_utils are private (5.24), and some model files import them; every mask
-        with documents or images goes through them.
-        """
-        from transformers import masking_utils
+        def whole(position_ids: Tensor) -> Tensor:
+            return self.positions if self.enabled and self.positions is not None else position_ids
 
-        find, remap = masking_utils.find_packed_sequence_indices, masking_utils.remap_positions_for_packed_sequence
-        overlay = masking_utils.blockwise_overlay
-
-        def find_whole(position_ids: Tensor) -> Tensor | None:
-            return find(self.positions if self.enabled and self.positions is not None else position_ids)
-
-        def remap_whole(mask_function: Callable[..., Any], position_ids: Tensor) -> Callable[..., Any]:
-            return remap(mask_function, self.positions if self.enabled and self.positions is not None else position_ids)
-
-        def overlay_whole(block_sequence_ids: Tensor) -> Callable[..., Any]:
-            return overlay(self.gather(block_sequence_ids) if self.enabled else block_sequence_ids)
-
-        instead = {find: find_whole, remap: remap_whole, overlay: overlay_whole}
-        own = sys.modules[type(model).__module__]
-        with ExitStack() as patches:
-            for module in (masking_utils, own):
-                for function, whole in instead.items():
-                    if getattr(module, function.__name__, None) is function:
-                        setattr(module, function.__name__, whole)
-                        patches.callback(setattr, module, function.__name__, function)
-            yield
+        return masks_made_by(
+            model,
+            find=lambda position_ids: find_packed_sequence_indices(whole(position_ids)),
+            remap=lambda mask, position_ids: remap_positions_for_packed_sequence(mask, whole(position_ids)),
+            overlay=lambda ids: blockwise_overlay(self.gather(ids) if self.enabled else ids),
+        )

@@ -15,8 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ndtrain.errors import PlanError
+from ndtrain.torch_compat import (
+    efficient,
+    efficient_backward,
+    flash,
+    flash_backward,
+    flash_for_cpu,
+    flash_for_cpu_backward,
+)
 
-aten = torch.ops.aten
 INF = float("inf")
 
 
@@ -150,12 +157,12 @@ class Plain(Kernel):
 
 
 class CpuFlash(Kernel):
-    """torch's flash attention on CPU (private; read at 2.13)."""
+    """torch's flash attention on CPU."""
 
     def _forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        return flash_for_cpu(  # type: ignore[no-any-return]
             query, key, value, 0.0, causal, attn_mask=_bias(mask, query), scale=scale
         )
 
@@ -172,13 +179,13 @@ class CpuFlash(Kernel):
         causal: bool,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+        return flash_for_cpu_backward(  # type: ignore[no-any-return]
             grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(mask, query), scale=scale
         )
 
 
 class CudaFused(Kernel):
-    """torch's flash and memory-efficient attention on CUDA (private; read at 2.13, proven by `prove` before use).
+    """torch's flash and memory-efficient attention on CUDA (proven by `prove` before use).
 
     Flash attention takes half precision and no mask; the memory-efficient one takes the rest, pads its log-sum-exp to
     multiples of 32 and wants rows of its bias aligned to 16 elements.
@@ -190,12 +197,10 @@ class CudaFused(Kernel):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if _flash(query, mask):
-            found = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+            found = flash(query, key, value, 0.0, causal, False, scale=scale)
         else:
             bias = _bias(mask, query, expand=True)
-            found = aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, True, 0.0, causal, scale=scale
-            )
+            found = efficient(query, key, value, bias, True, 0.0, causal, scale=scale)
         return found[0], found[1][..., : query.shape[2]]
 
     def _backward(
@@ -215,7 +220,7 @@ class CudaFused(Kernel):
         if _flash(query, mask):
             rows, columns = query.shape[2], key.shape[2]
             state = torch.zeros(2, dtype=torch.int64, device=query.device).view(torch.uint64)
-            return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            return flash_backward(  # type: ignore[no-any-return]
                 *(grad_out, query, key, value, out, lse.contiguous(), None, None, rows, columns),
                 *(0.0, causal, state, no_seed),
                 scale=scale,
@@ -223,7 +228,7 @@ class CudaFused(Kernel):
         padded = F.pad(lse, (0, 0 if torch.version.hip else -lse.shape[-1] % 32), value=INF).contiguous()
         # It takes the output to lie in memory as [B, Q, H, E] and does not ask.
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dq, dk, dv, _ = efficient_backward(
             *(grad_out, query, key, value, _bias(mask, query, expand=True), out, padded, no_seed, no_seed),
             *(0.0, [True, True, True, False], causal),
             scale=scale,

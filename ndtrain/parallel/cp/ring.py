@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import sdpa_mask
 from ndtrain.parallel.cp import kernels, visible
 from ndtrain.parallel.cp.interface import ContextParallel
 from ndtrain.parallel.cp.kernels import Kernel
@@ -188,8 +189,6 @@ class Ring(ContextParallel):
 
     def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Tensor:
         """A tensor without memory that stands for the mask, which is made piece by piece in `attend`."""
-        from transformers.masking_utils import sdpa_mask
-
         # As sdpa_mask decides that no mask is needed (transformers 5.23)
         local, padding = kwargs.get("local_size"), kwargs.get("attention_mask")
         skips = (padding is None or bool(padding.all())) and (local is None or local > self._length() * 2 * self.size)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ndtrain.errors import PlanError
 from ndtrain.hf.attention import chooses_keys
 from ndtrain.hf.attention_functions import own_attention
+from ndtrain.hf.compat import ALL_MASK_ATTENTION_FUNCTIONS
 from ndtrain.parallel.cp.interface import ContextParallel
+from ndtrain.torch_compat import tree_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,8 +151,6 @@ class Ulysses(ContextParallel):
         return sequence_for_heads(output, self.group)
 
     def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Any:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
         assert self.positions is not None
         whole = self.positions.shape[1]
         return ALL_MASK_ATTENTION_FUNCTIONS[self.base](q_length=whole, kv_length=whole, **kwargs)
