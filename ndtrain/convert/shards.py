@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import shutil
@@ -12,22 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EINVAL, ENOSYS, EOPNOTSUPP, EXDEV
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
-from ndtrain.layout import Ints
+from ndtrain.storage.headers import Target, header_of
 from ndtrain.storage.paths import allocate
-from ndtrain.storage.pieces import DTYPE_NAMES, DTYPES, raw
+from ndtrain.storage.pieces import raw
 
 _UNITS = {
     "": 1,
     **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
     **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
 }
-_RANK = {name: i for i, name in enumerate(DTYPES)}
 
 
 def parse_size(text: str) -> int:
@@ -37,17 +32,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise RecipeError(f'--max-shard-size "{text}" is no size like 5GB or 500MiB')
     return size
-
-
-class Target(NamedTuple):
-    """Shape and dtype of a tensor that will be written."""
-
-    shape: Ints
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ShardWriter:
@@ -70,7 +54,7 @@ class ShardWriter:
         self._lock = threading.Lock()
         headers = {}
         for name, keys in files.items():
-            header, starts = _header({key: tensors[key] for key in keys}, metadata(keys))
+            header, starts = header_of({key: tensors[key] for key in keys}, metadata(keys))
             headers[name] = header
             self._left[name] = sum(tensors[key].nbytes for key in keys)
             self._at |= {key: (name, len(header) + start, tensors[key]) for key, start in starts.items()}
@@ -138,17 +122,3 @@ def _write(descriptor: int, view: memoryview, position: int) -> None:
     while view:
         count = os.pwrite(descriptor, view[: 1 << 30], position)
         view, position = view[count:], position + count
-
-
-def _header(tensors: Mapping[str, Target], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header, byte for byte as the library `safetensors` writes it, and where each tensor starts after it."""
-    table: dict[str, Any] = {"__metadata__": metadata}
-    starts, end = {}, 0
-    for key in sorted(tensors, key=lambda k: (-_RANK[DTYPE_NAMES[tensors[k].dtype]], k)):
-        tensor = tensors[key]
-        starts[key], end = end, end + tensor.nbytes
-        name = DTYPE_NAMES[tensor.dtype]
-        table[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [starts[key], end]}
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, starts

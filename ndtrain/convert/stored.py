@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
+from ndtrain.storage.headers import DTYPES
 from ndtrain.storage.paths import is_local, read_into, read_range
-from ndtrain.storage.pieces import BLOCK_BYTES, DTYPES, Piece, raw
+from ndtrain.storage.pieces import BLOCK_BYTES, Piece, raw
 
 
 class Stored(NamedTuple):

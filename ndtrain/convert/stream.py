@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ndtrain.convert.shards import ShardWriter, Target
+from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stored import Room, Stored, checkpoint_tensors, read_all, read_rows
 from ndtrain.convert.weights import Group, Rows
 from ndtrain.errors import DamagedError
+from ndtrain.storage.headers import Target
 from ndtrain.storage.paths import flushing, is_local
 from ndtrain.storage.pieces import BLOCK_BYTES, pieces_in
 

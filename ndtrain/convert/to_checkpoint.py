@@ -14,7 +14,7 @@ import torch
 from ndtrain.checkpoint import check
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import listing
-from ndtrain.convert.shards import ShardWriter, Target
+from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stored import Stored, checkpoint_tensors
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.to_hub import INDEX, meta_model_of, state_to_store
@@ -22,6 +22,7 @@ from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import DamagedError, PlanError
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import kept_in_fp32, tied_keys
+from ndtrain.storage.headers import Target
 from ndtrain.storage.pieces import pieces_in
 
 if TYPE_CHECKING:

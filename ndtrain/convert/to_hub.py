@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from ndtrain.convert.shards import ShardWriter, Target
+from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stored import Stored
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
@@ -22,7 +22,7 @@ from ndtrain.errors import DamagedError
 from ndtrain.hf import extra_states
 from ndtrain.hf.compat import ignored_on_save
 from ndtrain.hf.model import kept_in_fp32, tied_keys
-from ndtrain.storage.pieces import DTYPE_NAMES
+from ndtrain.storage.headers import DTYPE_NAMES, Target
 from ndtrain.torch_compat import storage_key
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ Comes in: a parallelized model on meta. Goes out: the same model on the device, 
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.errors import RecipeError
@@ -20,6 +21,7 @@ from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import broadcast_json, on_rank0, together
 from ndtrain.runs.process import Runtime
+from ndtrain.storage.pieces import pieces_in, read_piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,21 +49,18 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
 
 def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
     """Hand the extra states that the files hold as data to their modules, on every rank the same."""
-    from safetensors import safe_open
-
     found: dict[str, Any] = {}
 
     def read() -> None:
         with suppress(RecipeError):  # files of another kind, which transformers has read
             for path in weight_files(recipe):
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    for key in filter(extra_states.is_extra, file.keys()):
-                        tensor = file.get_tensor(key)
-                        with suppress(TypeError):
-                            found[key.removesuffix(extra_states.SUFFIX).rstrip(".")] = (
-                                extra_states.to_json(tensor) if tensor.numel() else None
-                            )
-                        found.setdefault(key.removesuffix(extra_states.SUFFIX).rstrip("."), "bytes")
+                for key, piece in pieces_in(Path(path)).items():
+                    if not extra_states.is_extra(key):
+                        continue
+                    tensor, name = read_piece(piece), key.removesuffix(extra_states.SUFFIX).rstrip(".")
+                    with suppress(TypeError):
+                        found[name] = extra_states.to_json(tensor) if tensor.numel() else None
+                    found.setdefault(name, "bytes")
 
     on_rank0(read)
     found = broadcast_json(found)

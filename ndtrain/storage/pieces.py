@@ -23,19 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
+from ndtrain.storage.headers import DTYPES, read_header
 from ndtrain.storage.paths import is_local, read_into, read_range, read_ranges
 
-# safetensors' own order: its files hold the last of these first, then by name.
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 4 * 2**20  # read, cast and looked at while they are in a processor's cache
 _RUN_BYTES = 1 << 26  # that one thread reads
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_HEADER_BYTES = 1 << 16  # read at first: most headers are shorter
 _REQUEST_BYTES = 1 << 25  # of one request to an object store
 _READ_BYTES = 1 << 28  # of all requests at once
 
@@ -101,44 +93,33 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
-    """The piece of each key in a safetensors file, whoever wrote it, the header checked against the file's length.
+    """Return the piece of each key in a safetensors file, whoever wrote it; its header is checked.
 
     Raises `DamagedError`, which calls the file `name`.
     """
     try:
-        size = file.stat().st_size
-        begin = read_range(file, 0, min(size, _HEADER_BYTES))
-        length = int.from_bytes(begin[:8], "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{size:,} bytes cannot hold its header")
-        if 8 + length > len(begin):
-            begin += read_range(file, len(begin), 8 + length)
-        header = json.loads(begin[8 : 8 + length])
-        info = header.pop("__metadata__", {})
+        begin, entries, info = read_header(file)
         sharding = json.loads(info["DCP_SHARDING_INFO"]) if "DCP_SHARDING_INFO" in info else None
-        found, spans = {}, []
-        for key, entry in header.items():
-            shape, dtype = tuple(entry["shape"]), entry["dtype"]
-            offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(shape)
-            numbers = (*shape, *offsets)
-            if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError(f"{key} has shape {shape} at {offsets}")
-            start, stop = entry["data_offsets"]
-            width = DTYPES[dtype].itemsize if dtype in DTYPES else None
-            if type(start) is not int or (width is not None and stop - start != math.prod(shape) * width):
-                raise ValueError(f"{key} has shape {shape} in bytes {start} to {stop}")
-            spans.append((start, stop))
-            found[key] = Piece(file, offsets, shape, dtype, 8 + length + start)
-        end = 0
-        for start, stop in sorted(spans):
-            if not start == end <= stop:
-                raise ValueError(f"its tensors lie in bytes up to {end:,} and from {start:,} to {stop:,}")
-            end = stop
-        if size != 8 + length + end:
-            raise ValueError(f"{size:,} of {8 + length + end:,} bytes")
+        found = {}
+        for key, entry in entries.items():
+            offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(entry.shape)
+            if len(offsets) != len(entry.shape) or any(type(n) is not int or n < 0 for n in offsets):
+                raise ValueError(f"{key} has shape {entry.shape} at {offsets}")
+            found[key] = Piece(file, offsets, entry.shape, entry.dtype, begin + entry.start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedError(f"{name or file.name}: damaged tensor file ({type(error).__name__}: {error})") from error
     return found
+
+
+def read_piece(piece: Piece) -> Tensor:
+    """Return the values of a piece. Raises `DamagedError` where they are not there."""
+    dtype = DTYPES[piece.dtype]
+    stop = piece.start + math.prod(piece.sizes) * dtype.itemsize
+    try:
+        data = bytearray(read_range(piece.file, piece.start, stop))
+    except OSError as error:
+        raise DamagedError(f"{piece.file}: damaged tensor file ({error})") from error
+    return torch.frombuffer(data, dtype=dtype).reshape(piece.sizes) if data else torch.empty(piece.sizes, dtype=dtype)
 
 
 def held(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
