@@ -54,7 +54,7 @@ def recorded(path: str) -> dict[str, Any]:
         seen["residual"].append((output != 0).float() / (1 - RESIDUAL))
 
     register_attention("recorded_of_the_test", draw)
-    first = Trainer._train_step
+    first = Trainer.optimize
 
     def watched(self: Trainer) -> Any:
         for masks in seen.values():
@@ -64,11 +64,11 @@ def recorded(path: str) -> dict[str, Any]:
                 module.register_forward_hook(record)
         return first(self)
 
-    Trainer._train_step = watched  # type: ignore[method-assign]
+    Trainer.optimize = watched  # type: ignore[method-assign]
     try:
         metrics = trained(path, ["model.attn=recorded_of_the_test"])["metrics"]
     finally:
-        Trainer._train_step = first  # type: ignore[method-assign]
+        Trainer.optimize = first  # type: ignore[method-assign]
     return {"metrics": metrics, **seen}
 
 

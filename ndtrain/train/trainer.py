@@ -32,8 +32,8 @@ from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
+from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, try_extras
 from ndtrain.train.skips import Skips, refuse_not_finite
-from ndtrain.train.start import Resumed, build, find_resumed, open_run_dir, try_extras
 from ndtrain.train.state import save_extras, versions
 
 if TYPE_CHECKING:
