@@ -59,7 +59,7 @@ def recorded(path: str) -> dict[str, Any]:
     def watched(self: Trainer) -> Any:
         for masks in seen.values():
             masks.clear()  # what the checks at the start drew
-        for module in self.model.modules():
+        for module in self.engine.model.modules():
             if isinstance(module, nn.Dropout):
                 module.register_forward_hook(record)
         return first(self)

@@ -483,7 +483,7 @@ def with_weight(path: str, value: float) -> None:
         metrics = step(self)
         if self.step == 2 and self.runtime.rank == 1:
             with torch.no_grad():
-                next(self.model.parameters()).to_local()[0] = value
+                next(self.engine.model.parameters()).to_local()[0] = value
         return metrics
 
     with mock.patch.object(Trainer, "optimize", overflowing):
