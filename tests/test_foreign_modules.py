@@ -97,7 +97,7 @@ def test_a_module_that_cuts_its_weights_differently_than_declared_is_refused(tmp
     recipe, model, plan = planned(tmp_path, sizes)
     own = model.get_submodule(f"{MLP}.own")
     own.set_device_mesh = lambda tp_mesh: None
-    with fake_world(0, 2), pytest.raises(PlanError, match=rf"set_device_mesh of {MLP}\.own makes up .*colwise"):
+    with fake_world(0, 2), pytest.raises(PlanError, match=rf"set_device_mesh of {MLP}\.own lays out up .*colwise"):
         parallelize(model, plan, build_mesh(sizes, "cpu"), recipe=recipe)
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: each matrix cut over the tp ranks, by transformers' own styles and those it lacks."""
+"""Tensor parallelism: splits each matrix over the tp ranks, by transformers' own styles and those it lacks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
-    """Cut the parameters of `model` (on meta) over the tp axis and put the exchanges around its modules, in place."""
-    # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
+    """Split the parameters of `model` (on meta) over the tp axis and put the exchanges around its modules, in place."""
+    # Rules for parameters, then for the modules around them; a tied alias gets its parameter from `tie`.
     params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
     cut = _cut_by_modules(model, plan, meshes)
     rules = {name: style for name, style in params.items() if name not in cut}
@@ -36,7 +36,7 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
             rules |= {**dict.fromkeys(region.columns, "colwise_in_region"), region.row: "rowwise_in_region"}
     transformers_apply(model, meshes.tp, rules)
     tie(model)
-    # What these give is a view of what DTensor made, whose later in-place change autograd refuses.
+    # These return a view of DTensor's output, and autograd refuses a later in-place change of such a view.
     views = {"embedding_rowwise", "colwise_gather_output", "conv1d_colwise_gather_output"}
     if _works_in_place(model):
         views |= {"rowwise", "rowwise_split_input"}
@@ -47,15 +47,15 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
 
 
 def _works_in_place(model: PreTrainedModel) -> bool:
-    """Whether the source of `model` changes a tensor in place."""
+    """Return whether the source of `model` changes a tensor in place."""
     source = inspect.getsource(sys.modules[type(model).__module__])
     return re.search(r"\.(add|mul)_\(|^ *\w+ [+*]= (?!\(|1\b)", source, re.MULTILINE) is not None
 
 
 def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[str]:
-    """Let modules that cut their own weights once they are given a mesh do so; returns those parameters.
+    """Let modules that shard their own weights, such as TransformerEngine's, do so; return the FQNs of these weights.
 
-    As TransformerEngine's `set_device_mesh` does. Raises `PlanError` where one does other than the plan says.
+    Such modules have a method `set_device_mesh`. Raises `PlanError` where the result differs from the plan.
     """
     cut: set[str] = set()
     for param in plan.params:
@@ -69,15 +69,15 @@ def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[s
         found = (tuple(own.shape), own.placements, own.device_mesh) if isinstance(own, DTensor) else tuple(own.shape)
         if found != (param.shape, (param.placements[-1],), meshes.tp):
             raise PlanError(
-                f"{plan.model_type}: set_device_mesh of {name} makes {leaf} {found}, but base_model_tp_plan says "
-                f"{param.style} of {param.shape}; set mesh.tp = 1"
+                f"{plan.model_type}: set_device_mesh of {name} lays out {leaf} as {found}, but base_model_tp_plan asks "
+                f"for {param.style} of {param.shape}; set mesh.tp = 1"
             )
         cut.add(param.fqn)
     return cut
 
 
 class _Conv1D:
-    """A style of linear layers for transformers' Conv1D, whose weight is `[in, out]`."""
+    """Adapts a style for linear layers to transformers' Conv1D, whose weight is `[in, out]`."""
 
     weight: Placement
     bias: Placement
@@ -103,7 +103,7 @@ class _Conv1DRowwise(_Conv1D, RowwiseParallel):
 
 
 class _ColwiseInRegion(ColwiseParallel):
-    """A layer of a region that `SequenceParallel` brings its input and reduces the gradient of that once for all."""
+    """Leaves a region's input to `SequenceParallel`, which gathers it and reduces its gradient once for all layers."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
@@ -113,7 +113,7 @@ class _ColwiseInRegion(ColwiseParallel):
 
 
 class _RowwiseInRegion(RowwiseParallel):
-    """A layer that gives this rank's part of a sum, which `SequenceParallel` adds up; rank 0's has the bias."""
+    """Returns this rank's part of a sum, which `SequenceParallel` adds up; only rank 0 adds the bias."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
