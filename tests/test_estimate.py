@@ -157,15 +157,15 @@ def test_the_roofline_adds_up() -> None:
     assert seconds(Collective("ep", 4, "all_to_all", 400), device, on_node=2, nodes=2) == 400 / 2 / 5
 
 
-def test_devices() -> None:
+def test_a_device_is_given_by_name_or_figures_and_errors_name_the_fault() -> None:
     own = find_device("h100,memory=94e9")
     assert own.memory == 94e9 and own.bfloat16 == find_device("h100").bfloat16 and "memory given" in own.source
     for text, words in {
-        "h101": "h101 is none of a100, h100",
-        "memory=1e9": "bfloat16, float32, bandwidth, intra, inter missing",
-        "h100,memory=much": "'much' is no number",
-        "h100,memory=-1": "give a positive figure for some of bfloat16",
-        "h100,colour=3": "give a positive figure for some of bfloat16",
+        "h101": "h101 is not KEY=NUMBER, .* one of a100, h100",
+        "memory=1e9": "lacks bfloat16, float32, bandwidth, intra, inter;",
+        "h100,memory=much": "'much' is not a number",
+        "h100,memory=-1": "memory=-1 must be a positive number for one of bfloat16",
+        "h100,colour=3": "colour=3 must be a positive number for one of bfloat16",
     }.items():
         with pytest.raises(RecipeError, match=words):
             find_device(text)
