@@ -1,7 +1,7 @@
-"""One training step of the very code that `run` runs, on tensors without content and ranks that are not there.
+"""Run one training step with the code that `run` uses, on tensors without data and on simulated ranks.
 
-`FakeTensorMode` gives tensors shapes but no memory, and torch's fake process group any number of ranks whose exchanges
-do nothing.
+`FakeTensorMode` gives tensors shapes but no memory. torch's fake process group has any number of ranks, and its
+collectives do nothing.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 
 
 def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -> Record:
-    """What `rank` does in one optimizer step after the first; `model` (on meta) is cut and used up.
+    """Record what `rank` does in one optimizer step after the first. `model` (on meta) is sharded: do not reuse it.
 
-    Tokens are spread evenly over experts. Raises `PlanError` for a model whose shapes depend on contents.
+    Tokens are spread evenly over experts. Raises `PlanError` for a model whose shapes depend on tensors' values.
     """
     if dist.is_initialized():
-        raise NdtrainError("a dry step starts a process group of its own")
+        raise NdtrainError("a dry step needs a process without a process group, since it starts its own")
     dist.init_process_group("fake", rank=rank, world_size=plan.sizes.world_size, store=FakeStore())
     try:
         give_collectives_shapes()
@@ -66,12 +66,13 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
                 FakeTensorMode(allow_non_fake_inputs=True),
                 recorder,
                 watched(recorder),
-                _without_contents(plan, packing=recipe.data.packing),
+                _without_data(plan, packing=recipe.data.packing),
             ):
                 run_step(engine, recorder, batches(recipe, plan))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise PlanError(
-                f"{plan.model_type} cannot be run without contents: {error} decides how it goes on; leave out --dry-run"
+                f"{plan.model_type} cannot be run on tensors without data: it needs the values that {error} returns; "
+                "leave out --dry-run, --device, --html and --suggest"
             ) from error
         return recorder.record
     finally:
@@ -79,7 +80,7 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
 
 
 def run_step(engine: Engine, recorder: Recorder, loaded: list[dict[str, Tensor]]) -> None:
-    """The engine's second step, recorded; its parameters and optimizer state are made first."""
+    """Make the parameters and the optimizer state, then record the engine's second step."""
     model, plan = engine.model, engine.plan
     with recorder.making(record.PARAMETERS):
         apply_to_tensors(model, lambda tensor: torch.empty_like(tensor, device="cpu"))
@@ -98,7 +99,7 @@ def run_step(engine: Engine, recorder: Recorder, loaded: list[dict[str, Tensor]]
     model.train()
     recorder.restart()
     rows = engine.recipe.train.global_batch_size
-    # Micro batches between the first and the last are alike.
+    # The micro batches between the first and the last are alike: run one and count it for all.
     ahead = iter([max(1, len(loaded) - 2), 1, 1])
 
     def done() -> None:
@@ -111,7 +112,7 @@ def run_step(engine: Engine, recorder: Recorder, loaded: list[dict[str, Tensor]]
 
 
 def batches(recipe: Recipe, plan: Plan) -> list[dict[str, Tensor]]:
-    """The micro batches of a batch rank, every token a target; made inside a fake mode they are fake."""
+    """Return the micro batches of a rank, every token a target; fake tensors if made inside a fake mode."""
     train, length = recipe.train, recipe.data.seq_len
     rows, steps = micro_batches(train.global_batch_size, plan.sizes.batch, train.micro_batch_size)
     shape = (rows, length)
@@ -124,7 +125,7 @@ def batches(recipe: Recipe, plan: Plan) -> list[dict[str, Tensor]]:
 
 
 def axes(meshes: Meshes) -> dict[str, str]:
-    """{name of a process group: mesh axis}."""
+    """Return {name of a process group: mesh axis}."""
     found = {dist.group.WORLD.group_name: "world", meshes.loss.get_group().group_name: "loss"}  # type: ignore[union-attr]
     for mesh in (meshes.dense, meshes.train, meshes.expert):
         if mesh is not None:
@@ -134,7 +135,7 @@ def axes(meshes: Meshes) -> dict[str, str]:
 
 @contextmanager
 def watched(recorder: Recorder) -> Iterator[None]:
-    """Tells the recorder what FSDP's buffers, the loss's logits and the gradients are."""
+    """Label FSDP's buffers, the loss's logits and the gradients for the recorder."""
     hooked: set[Tensor] = set()
 
     def stage(direction: str) -> Callable[[Any], None]:
@@ -179,7 +180,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
     def unseen(propagate: Callable[..., Any]) -> Callable[..., Any]:
         def propagated(*args: Any) -> Any:
-            with recorder.paused():  # DTensor asks for the shapes of a whole tensor's operation by running it on fakes
+            with recorder.paused():  # DTensor runs the operation on whole fake tensors to learn its shapes
                 return propagate(*args)
 
         return propagated
@@ -200,11 +201,11 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _without_contents(plan: Plan, *, packing: bool) -> Iterator[None]:
-    """Takes the place of what a run reads back.
+def _without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
+    """Replace the code that reads tensors' values.
 
-    Tokens go to each ep rank in equal parts; packed rows need a mask, but to ring attention each is one document, and
-    others are whole; kernels are trusted.
+    Tokens go to every ep rank in equal parts. Packed rows get a mask, but ring attention takes each as one document;
+    rows that are not packed are one document. Ring attention's kernels are not checked.
     """
     sizes = plan.sizes
     to_list = FakeTensor.tolist
@@ -225,7 +226,7 @@ def _without_contents(plan: Plan, *, packing: bool) -> Iterator[None]:
         return [own, own]
 
     def with_shapes(grouped: Callable[..., bool]) -> Callable[..., bool]:
-        # torch's product has no shapes for float32 without contents (2.13), that of transformers has.
+        # On fake float32 tensors torch's product fails (2.13); transformers' fallback works.
         return lambda tokens, weight, offsets: weight.dtype == torch.bfloat16 and grouped(tokens, weight, offsets)
 
     find = Visible._find

@@ -1,6 +1,6 @@
-"""What a rank allocates, computes, reads, writes and sends, told from the operations that it runs.
+"""Record what a rank allocates, computes, reads, writes and sends, from the operations that it runs.
 
-Works on real tensors as on fake ones: it looks at shapes and storages, never at contents.
+Works on real and on fake tensors: it looks at shapes and storages, never at values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, UNSHARDED, UNSHARDED_GRADIENTS, REDUC
 
 
 class Work(NamedTuple):
-    """One operation's floating-point operations, and the bytes of what it reads and writes."""
+    """The cost of one operation: its dtype, its FLOPs, and the bytes that it reads and writes."""
 
     dtype: str
     flops: int
@@ -47,9 +47,9 @@ class Work(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One exchange: the mesh axis, how many ranks, what it does and its bytes, those of the whole message on a rank.
+    """One collective: mesh axis, number of ranks, name, and bytes of the whole message on one rank.
 
-    That is the larger of what goes in and what comes out: the gathered tensor, or the one to be reduced.
+    The message is the larger of input and output: the gathered tensor, or the one to be reduced.
     """
 
     axis: str
@@ -60,10 +60,10 @@ class Collective(NamedTuple):
 
 @dataclass
 class Record:
-    """A rank's step.
+    """One step of a rank: how often each `Work` and `Collective` occurred, and the memory.
 
-    `peaks` has for every stage the bytes by kind at the moment when it held the most. Stages are the forward and
-    backward passes of each FSDP unit, (direction, its name), and what comes after them.
+    `peaks` maps each stage to its bytes by kind at the moment when they were the most. A stage is (direction, name of
+    the FSDP unit) for forward and backward passes, and ("loss", "") or ("update", "").
     """
 
     work: Counter[Work] = field(default_factory=Counter)
@@ -75,7 +75,7 @@ class Record:
         return sum(w.flops * n for w, n in self.work.items())
 
 
-# How many times a query meets a key in attention is halved by a causal mask, which the kernels skip.
+# A causal mask halves the pairs of query and key, since the kernels skip the masked ones.
 def _attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> float:
     *batch, length, width = query.shape
     pairs = float(torch.Size(batch).numel() * length * key.shape[-2])
@@ -93,7 +93,7 @@ def _forward_masked(
 
 
 def _backward(causal_at: int) -> Callable[..., float]:
-    # The scores are made again, and each of the two products has two gradients (arXiv:2205.14135).
+    # The scores are recomputed, and each of the two products has two gradients (arXiv:2205.14135).
     def flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any, **_: Any) -> float:
         return 2.5 * _attention(q, k, v, bool(more[causal_at - 4]) if len(more) > causal_at - 4 else False)
 
@@ -101,7 +101,7 @@ def _backward(causal_at: int) -> Callable[..., float]:
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
-    """Rows sorted by expert times each expert's matrix, or (both 2-D) its gradient."""
+    """Count the product of rows sorted by expert with each expert's matrix, or (both 2-D) its gradient."""
     return 2.0 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
@@ -130,7 +130,7 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
     return 0
 
 
-# Operations that neither read nor write.
+# Operations that neither read nor write memory.
 _FREE = {
     aten.empty,
     aten.empty_like,
@@ -169,10 +169,10 @@ _NAMES = {
 
 
 class Recorder(TorchDispatchMode):
-    """Records what runs under it. `axes` names the mesh axis of each process group by the group's name.
+    """Records the operations that run under it. `axes` maps the name of a process group to its mesh axis.
 
-    Entered before the first parameter has memory, so that every storage is known. Memory counts storages that are alive
-    (torch's allocator counts the same, and rounds up); what a kernel holds while it runs is not seen.
+    Enter it before the first parameter has memory, so that it sees every storage. Memory is the bytes of live storages
+    (torch's allocator counts the same, rounded up); a kernel's temporary memory is not seen.
     """
 
     def __init__(self, axes: Mapping[str, str]):
@@ -180,7 +180,7 @@ class Recorder(TorchDispatchMode):
         self.axes = axes
         self.record = Record()
         self.stage = ("forward", "")
-        self.times = 1  # how often what runs now is done in a step
+        self.times = 1  # how often a step repeats what runs now
         self._kind = ACTIVATIONS
         self._paused = False
         self._held: Counter[str] = Counter()
@@ -190,7 +190,7 @@ class Recorder(TorchDispatchMode):
     # ---- memory
 
     def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Say what the storages of `tensors` are."""
+        """Set the kind of the storages of `tensors`."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -204,7 +204,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """What is allocated inside is of `kind`."""
+        """Count what is allocated inside as `kind`."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside is not the step's."""
+        """Record nothing inside."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -221,7 +221,7 @@ class Recorder(TorchDispatchMode):
             self._paused = before
 
     def restart(self) -> None:
-        """Forget what was recorded, but not what is alive."""
+        """Drop what was recorded, but keep the live storages."""
         self.record = Record()
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -258,7 +258,7 @@ class Recorder(TorchDispatchMode):
             self.record.peaks[self.stage] = {k: n for k, n in self._held.items() if n and k != HOST}
 
     def __enter__(self) -> Recorder:
-        # FSDP frees and refills storages in place, which no operation shows (torch 2.13).
+        # FSDP resizes storages in place, without an operation to record (torch 2.13).
         resize = self._resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
@@ -279,7 +279,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # its operations on local tensors come by themselves
+            return NotImplemented  # DTensor's operations on local tensors are recorded instead
         out = func(*args, **kwargs)
         if self._paused:
             return out
