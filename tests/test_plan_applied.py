@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
+from ndtrain import parallel
+from ndtrain.console.plan import plan_report, plan_text
 from ndtrain.mesh import MeshSizes, build_mesh
 from ndtrain.parallel import parallelize
 from ndtrain.plan import EVEN, Plan
@@ -145,6 +147,46 @@ def test_parallelize_gives_exactly_what_the_plan_says(tmp_path: Path, case: Case
     with fake_world(case.rank, sizes.world_size):
         parallelize(model, plan, build_mesh(sizes, "cpu"), recipe=recipe)
         check(model, plan, case.rank)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "sections", "names"),
+    [
+        ("llama", MeshSizes(1, 2), {}, ["fsdp"]),
+        (
+            "llama",
+            MeshSizes(1, 2, 2, 2),
+            {"train": {"activation_checkpointing": "full"}},
+            ["sequence parallelism", "tensor parallelism", "recomputation", "context parallelism", "fsdp"],
+        ),
+        ("qwen3_moe", MeshSizes(1, 2, 1, 1, 2), {}, ["expert parallelism", "fsdp"]),
+    ],
+)
+def test_inspect_prints_the_transforms_that_are_applied_in_their_order(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    sizes: MeshSizes,
+    sections: dict[str, Any],
+    names: list[str],
+) -> None:
+    recipe = recipe_for(tmp_path, kind, **sections)
+    model, plan = plan_for(recipe, sizes)
+    applied: list[str] = []
+
+    def noted(transform: parallel.Transform) -> parallel.Transform:
+        def apply(*args: Any) -> Any:
+            applied.append(transform.name)
+            return transform.apply(*args)
+
+        return transform._replace(apply=apply)
+
+    monkeypatch.setattr(parallel, "TRANSFORMS", tuple(map(noted, parallel.TRANSFORMS)))
+    with fake_world(0, sizes.world_size):
+        parallelize(model, plan, build_mesh(sizes, "cpu"), recipe=recipe)
+    report = plan_report(plan, recipe, rank=0, ranks_per_node=8)
+    assert applied == names == report["transforms"]
+    assert f"transforms, in this order: {', '.join(names)}" in plan_text(plan, report, 0)
 
 
 def test_the_cases_cover_every_axis_and_1024_ranks() -> None:

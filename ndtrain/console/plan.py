@@ -14,6 +14,7 @@ from rich.table import Table
 from ndtrain.console.units import ranks, size
 from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
+from ndtrain.parallel import transforms_of
 from ndtrain.plan import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
@@ -55,6 +56,7 @@ def plan_report(
         "parameters": plan.numel,
         "tp_coverage": plan.tp_coverage,
         "loss_in_head": plan.head is not None,
+        "transforms": [transform.name for transform in transforms_of(plan, recipe)],
         "bytes": {
             "rank": of_rank(rank),
             "largest_rank": {"rank": largest, **of_rank(largest)},
@@ -95,6 +97,7 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
     """Return the plan as lines that can be compared with those of another plan."""
     lines = [f"mesh: {', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())}"]
     lines += [_group_text(group) for group in report["groups"]]
+    lines.append(f"transforms: {', '.join(report['transforms'])}")
     for unit, name, count, row in fold(report):
         cut = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
         local = "x".join(map(str, row["local_shape"]))
@@ -167,6 +170,7 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
         console.print(f"rank {rank} of {plan.sizes.world_size}: {coordinate}", markup=False)
         for group in report["groups"]:
             console.print(f"  {_group_text(group)}", markup=False)
+        console.print(f"transforms, in this order: {', '.join(report['transforms'])}", markup=False)
         table = Table(box=None, pad_edge=False)
         for column in ("FSDP unit, parameters", "shape", "tp style", "placements", "on this rank", "bytes"):
             table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
