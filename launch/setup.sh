@@ -1,5 +1,5 @@
-# Sourced by the launch scripts: makes .venv beside this folder, installs ndtrain into it, puts it on PATH.
-# NDTRAIN_PYTHON picks the interpreter (3.11 or later) that makes the venv.
+# Sourced by the launch scripts: makes .venv beside this directory, installs ndtrain into it, puts it on PATH.
+# NDTRAIN_PYTHON names the interpreter (3.11 or later) that makes the venv.
 
 ndtrain_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export HOME="${HOME:-/tmp}"
@@ -12,7 +12,7 @@ ndtrain_find_python() {
             return
         fi
     done
-    echo "launch/setup.sh: needs Python 3.11 or later with venv; set NDTRAIN_PYTHON to one" >&2
+    echo "launch/setup.sh: found no Python 3.11 or later with venv; set NDTRAIN_PYTHON to one" >&2
     return 1
 }
 
@@ -24,19 +24,19 @@ ndtrain_setup() {
         "$python" -m venv "$venv" || return 1
     fi
     stamp="$venv/.ndtrain-installed"
-    # The path too: an editable install points at one checkout.
+    # Includes the checkout's path, since an editable install points at it.
     wanted="$(cat "$ndtrain_root/pyproject.toml" <(echo "$ndtrain_root") | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "== installing ndtrain and what it needs (some minutes the first time)" >&2
+        echo "== installing ndtrain and its dependencies (takes minutes the first time)" >&2
         if ! command -v nvidia-smi >/dev/null 2>&1; then
-            # Without an NVIDIA GPU this version, so that pip does not fetch gigabytes of CUDA with the newest one.
+            # Without an NVIDIA GPU pin this version, because with the newest pip downloads gigabytes of CUDA.
             if ! "$venv/bin/python" -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "2.13.0")' \
                 2>/dev/null; then
                 "$venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 || return 1
             fi
         fi
         (cd "$ndtrain_root" && "$venv/bin/pip" install -q --no-compile --disable-pip-version-check -e '.[dev]') || return 1
-        # pip compiles on one core; some packages hold files that do not compile
+        # pip compiles on one core only; ignore errors, since some packages contain files that do not compile
         "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
         echo "$wanted" >"$stamp"
     fi

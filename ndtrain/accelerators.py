@@ -1,6 +1,6 @@
-"""What accelerators can do: peaks from their makers' datasheets; and what this process uses of its own.
+"""Peaks of accelerators, from their makers' datasheets, and the memory that this process has used.
 
-Bandwidths are those of one direction. torch is imported inside the functions.
+Bandwidths are in one direction. torch is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Device:
     """Peaks of one accelerator: dense FLOP/s, bytes, bytes per second."""
 
     name: str
-    bfloat16: float  # FLOP/s of matrix products, float16 too
+    bfloat16: float  # FLOP/s of matrix products, also in float16
     float32: float  # FLOP/s, without TF32
     memory: float
-    bandwidth: float  # of its memory
+    bandwidth: float  # of the device's memory
     intra: float  # to the other ranks of its node
-    inter: float  # to other nodes, of its own network card
+    inter: float  # to other nodes, through the device's own network card
     source: str
 
     def peak(self, dtype: str) -> float:
@@ -62,9 +62,9 @@ DEVICES = {
 
 
 def find_device(text: str) -> Device:
-    """A device by name, or figures of one's own: `bfloat16=5e14,memory=48e9,bandwidth=9e11,...`.
+    """Return a device by name, or from figures: `bfloat16=5e14,memory=48e9,bandwidth=9e11,...`.
 
-    Figures may begin with a name whose other figures stay: `h100,memory=94e9`. Raises `RecipeError`.
+    Figures after a name replace some of its own: `h100,memory=94e9`. Raises `RecipeError`.
     """
     first, *rest = text.split(",")
     numbers = [f.name for f in fields(Device) if f.type == "float"]
@@ -74,15 +74,20 @@ def find_device(text: str) -> Device:
         key, equals, value = (word.strip() for word in part.partition("="))
         if not equals:
             if number or key.lower() not in DEVICES:
-                raise RecipeError(f"--device {text}: {key} is none of {', '.join(DEVICES)}, nor KEY=NUMBER")
+                raise RecipeError(
+                    f"--device {text}: {key} is not KEY=NUMBER, nor is it a device's name at the beginning, "
+                    f"one of {', '.join(DEVICES)}"
+                )
             base = DEVICES[key.lower()]
             continue
         try:
             given[key] = float(value)
         except ValueError:
-            raise RecipeError(f"--device {text}: {value!r} is no number") from None
+            raise RecipeError(f"--device {text}: {value!r} is not a number") from None
         if key not in numbers or not 0 < given[key] < float("inf"):
-            raise RecipeError(f"--device {text}: give a positive figure for some of {', '.join(numbers)}")
+            raise RecipeError(
+                f"--device {text}: {key}={value} must be a positive number for one of {', '.join(numbers)}"
+            )
     if base is not None:
         name, source = base.name, base.source
         values = {key: getattr(base, key) for key in numbers} | given
@@ -90,13 +95,15 @@ def find_device(text: str) -> Device:
         name, source, values = "your device", "given", given
     missing = [key for key in numbers if key not in values]
     if missing:
-        raise RecipeError(f"--device {text}: {', '.join(missing)} missing; begin with a name to take it from there")
+        raise RecipeError(
+            f"--device {text} lacks {', '.join(missing)}; add them, or begin with a device's name to use its figures"
+        )
     source = f"{source}; {', '.join(given)} given" if given and base is not None else source
     return Device(name=name, source=source, **values)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of `device` in FLOP/s, or None where it is not known."""
+    """Return the dense bfloat16 peak of `device` in FLOP/s, or None if it is not known."""
     import torch
 
     if device.type != "cuda":
@@ -106,7 +113,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory held so far: the allocator's on CUDA, the resident set of the process on CPU."""
+    """Return the most memory used so far, in bytes: the allocator's on CUDA, the process's resident set on CPU."""
     import torch
 
     if device.type == "cuda":

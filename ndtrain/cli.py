@@ -1,5 +1,5 @@
-"""The verbs `run`, `inspect` and `convert`. Thin, and quick to start: torch, transformers, pydantic and rich
-are imported inside the verbs, and the recipe is read before any of torch.
+"""The commands `run`, `inspect` and `convert`. Thin and quick to start: torch, transformers, pydantic and rich are
+imported inside the commands, torch only after the recipe has been read.
 """
 
 import contextlib
@@ -20,12 +20,13 @@ from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import under_torchrun
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals
+from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
 
-# How long another rank than 0 waits to be ended after an error: rank 0 may still be importing torch.
+# Seconds that ranks other than 0 wait for rank 0 to print an error, for it may still be importing torch.
 LEAVE_AFTER_S = 10.0
 
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     help="Train any Hugging Face causal language model with N-D parallelism, from a TOML recipe.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # rich is slow to import and belongs to console.py
+    rich_markup_mode=None,  # rich is slow to import; only ndtrain.console uses it
     pretty_exceptions_enable=False,
 )
 
@@ -49,27 +50,27 @@ SetOption = Annotated[
 
 
 def main() -> None:
-    """Run the command line; every error that the user can mend ends in one line and its own exit code."""
-    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun the same error is met on every rank
+    """Run the command line. An `NdtrainError` is printed without a traceback and exits with its own code."""
+    prints = os.environ.get("RANK", "0") == "0"  # under torchrun every rank meets the same error
     try:
         code = app(prog_name="ndtrain", standalone_mode=False)
     except NdtrainError as error:
-        if speaks:
+        if prints:
             kind = "" if isinstance(error, Stopped) else "error: "
             for line in str(error).splitlines() or [type(error).__name__]:
                 print(f"ndtrain: {kind}{line}", file=sys.stderr, flush=True)
-        _leave(error.exit_code, first=speaks)
+        _leave(error.exit_code, first=prints)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read the output has left; the flush at exit must not fail a second time.
+        # The reader of the output has gone; the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        show = getattr(error, "show", None)  # the usage errors of the click inside Typer, which it does not export
+        show = getattr(error, "show", None)  # a usage error of click, whose copy Typer does not export
         if show is None:
             raise
-        if speaks:
+        if prints:
             show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
@@ -78,8 +79,8 @@ def main() -> None:
 def _leave(code: int, *, first: bool) -> None:
     """Exit with `code` on every rank, rank 0 first.
 
-    torchrun ends the other workers as soon as one has failed: were another rank first, rank 0 could be gone before it
-    has said why. A worker that torchrun ends while it waits keeps its own exit code.
+    torchrun kills the other workers as soon as one has failed. If another rank were first, rank 0 might be killed
+    before it has printed the error. A worker that torchrun ends while it waits still exits with `code`.
     """
     if under_torchrun():
         sys.stdout.flush()
@@ -106,20 +107,20 @@ def _root(
 
 @app.command()
 def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Train: under torchrun as one of its workers, otherwise with a local worker for each rank."""
+    """Train: under torchrun as one of its workers, otherwise by starting a local worker for each rank."""
     resolved = _load(recipe, set_)
     run_dir = to_path(resolved.run.dir)
     stop_signals = StopSignals(run_dir)
-    stop_signals.listen()  # before torch is imported, which takes its time
+    stop_signals.listen()  # before the import of torch, which takes seconds
     if not under_torchrun():
         ranks = local_world_size(resolved)
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
     Attempt.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
-    _tell_notes(resolved)
+    _print_notes(resolved)
 
-    with _uncollected():
+    with _without_gc():
         from transformers import PreTrainedModel  # noqa: F401
 
         from ndtrain import console, train
@@ -131,31 +132,35 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
 def inspect(
     recipe: RecipeArgument,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to plan for; by default what the mesh says.")
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default the size of the recipe's mesh.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=0, help="The rank whose share is shown.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="The rank to show.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     layer: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="Only parameters that match, e.g. '*.layers.3'.")
+        str | None,
+        typer.Option(metavar="PATTERN", help="Show only parameters whose names or modules match, e.g. '*.layers.3'."),
     ] = None,
     diff: Annotated[
-        Path | None, typer.Option(metavar="OTHER", help="A recipe to compare with; --set changes both.")
+        Path | None, typer.Option(metavar="OTHER", help="A recipe to compare with; --set applies to both.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run a step without contents: peak memory, FLOPs, collectives.")
+        bool, typer.Option("--dry-run", help="Run one step on tensors without data: peak memory, FLOPs, collectives.")
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="Estimate its time too: a100, h100, h200, b200, mi300x, or figures, e.g. h100,memory=94e9."),
+        typer.Option(
+            help="Estimate the step's time on a100, h100, h200, b200, mi300x, or own figures, e.g. h100,memory=94e9."
+        ),
     ] = None,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks that share a node.")] = 8,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each node.")] = 8,
     suggest: Annotated[
-        bool, typer.Option("--suggest", help="Search the meshes that fit --world-size devices of --device.")
+        bool,
+        typer.Option("--suggest", help="Search for the fastest meshes that fit --world-size devices of type --device."),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the plan and a step as a page that needs no network.")
+        Path | None, typer.Option(metavar="FILE", help="Write the plan and a step as one self-contained HTML page.")
     ] = None,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the mesh as a picture.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the mesh as an SVG picture.")] = None,
     set_: SetOption = None,
 ) -> None:
     """Print the mesh, the plan, the memory and the cost of a run, without starting it."""
@@ -166,13 +171,13 @@ def inspect(
     if suggest and (world_size is None or device is None):
         raise RecipeError("--suggest needs --world-size and --device")
     if suggest and (other is not None or dry_run or layer is not None or rank or html is not None or svg is not None):
-        raise RecipeError("--suggest goes with --world-size, --device, --ranks-per-node and --json only")
+        raise RecipeError("--suggest allows only --world-size, --device, --ranks-per-node, --json and --set")
     _check_written([file for file in (html, svg) if file is not None], [recipe, *([diff] if diff is not None else [])])
     if html is not None and layer is not None:
         raise RecipeError("--html shows the whole plan; leave out --layer")
-    _tell_notes(resolved)
+    _print_notes(resolved)
 
-    with _uncollected():
+    with _without_gc():
         from transformers import PreTrainedModel  # noqa: F401
 
         from ndtrain.console.inspect import inspect_text, suggest_text
@@ -210,16 +215,17 @@ def convert(
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The local directory to write.")],
     dtype: Annotated[str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")] = None,
-    max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest file, e.g. 500MiB; 5GB where nothing is said.")
-    ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read all back and compare before OUT appears.")] = False,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest file, e.g. 500MiB; by default 5GB.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything back and compare it before OUT appears.")
+    ] = False,
     config: Annotated[
-        Path | None, typer.Option(help="Of a DCP directory that another tool wrote: its model's config.json.")
+        Path | None, typer.Option(help="The model's config.json, for a DCP directory that another tool wrote.")
     ] = None,
 ) -> None:
-    """Write a checkpoint as the safetensors that from_pretrained reads, or such a directory as a checkpoint."""
-    with _uncollected():
+    """Convert a checkpoint to a directory that from_pretrained reads, or such a directory to a checkpoint."""
+    _print_notes()
+    with _without_gc():
         from ndtrain import console
         from ndtrain import convert as converter
 
@@ -238,8 +244,8 @@ def convert(
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """What is imported here stays to the end: the garbage collector need not walk it, neither now nor at the exit."""
+def _without_gc() -> Iterator[None]:
+    """Keep the garbage collector from walking the modules imported inside, which live until the process exits."""
     gc.disable()
     try:
         yield
@@ -255,7 +261,7 @@ def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
 
 
 def _check_written(files: list[Path], read: list[Path]) -> None:
-    """Raises `RecipeError` where a file cannot be written, or is another of them or one that is read."""
+    """Raise `RecipeError` if a file cannot be written, is named twice, or is one of those in `read`."""
     for number, file in enumerate(files):
         if not file.parent.is_dir():
             raise RecipeError(f"{file} cannot be written: {file.parent} is not a directory")
@@ -263,11 +269,12 @@ def _check_written(files: list[Path], read: list[Path]) -> None:
             raise RecipeError(f"{file} is named twice; give each file a name of its own")
 
 
-def _tell_notes(recipe: "Recipe") -> None:
+def _print_notes(recipe: "Recipe | None" = None) -> None:
+    """Print what the user should know before anything else; on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
-        for note in recipe.notes:
+        for note in (*outside_bounds(), *(recipe.notes if recipe is not None else ())):
             print(f"ndtrain: note: {note}", file=sys.stderr)
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)  # flushed here, so that a broken pipe is met where it is handled
+    print(text, flush=True)  # flush now, so that main() handles a broken pipe

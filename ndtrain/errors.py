@@ -2,7 +2,7 @@
 
 from errno import EACCES, EEXIST, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS
 
-# What the file system says of a path that the user can change, as opposed to a machine that fails.
+# Errors of the file system that the user can fix, unlike those of a failing machine.
 MENDABLE = (EACCES, EEXIST, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS)
 
 
@@ -19,7 +19,7 @@ class RecipeError(NdtrainError):
 
 
 class PlanError(NdtrainError):
-    """The recipe is well formed, but this model cannot be trained rightly on this mesh."""
+    """The recipe is valid, but this model cannot be trained correctly on this mesh."""
 
     exit_code = 3
 
@@ -31,13 +31,14 @@ class DamagedError(NdtrainError):
 
 
 class Stopped(NdtrainError):
-    """The run was stopped on request, after saving; resuming goes on from there."""
+    """The run was stopped on request, after saving; started again, it resumes from there."""
 
     exit_code = 75
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of the error's text (two, if it ends with a colon), for use in another message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
-    # The text of a KeyError or a ZeroDivisionError alone says nothing.
-    return said if said and type(error).__module__ != "builtins" else f"{type(error).__name__}: {said}"
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
+    # Without its type, the text of a KeyError says nothing.
+    return text if text and type(error).__module__ != "builtins" else f"{type(error).__name__}: {text}"

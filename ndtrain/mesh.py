@@ -1,6 +1,6 @@
-"""The N-D mesh: `MeshSizes` is arithmetic alone; `build_mesh` makes the device meshes over the same ranks.
+"""The N-D mesh: `MeshSizes` is pure arithmetic; `build_mesh` makes torch's device meshes over the same ranks.
 
-World size = dp_replicate x dp_shard x cp x tp, outermost to innermost; ep is carved out of the same ranks.
+World size = dp_replicate x dp_shard x cp x tp, outermost to innermost; ep divides the dp_shard x cp x tp ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MeshSizes:
     ) -> MeshSizes:
         """Fill in `dp_shard = -1` for `world_size` ranks and check every rule.
 
-        Raises `RecipeError` naming the numbers and the nearest meshes that would fit.
+        Raises `RecipeError` with the numbers and the nearest meshes that would fit.
         """
         given = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp, "ep": ep}
         for axis, size in given.items():
@@ -51,14 +51,14 @@ class MeshSizes:
         if dp_shard == -1:
             if world_size % others:
                 raise RecipeError(
-                    f"{_product(given, skip='dp_shard')} = {others} does not divide the {world_size} ranks; "
+                    f"{_product(given, skip='dp_shard')} = {others} does not divide the {_ranks(world_size)}; "
                     f"start a multiple of {others} ranks ({_multiples(others, world_size)}), "
                     f"or {_nearest(given, world_size)}"
                 )
             dp_shard = world_size // others
         elif others * dp_shard != world_size:
             raise RecipeError(
-                f"the mesh {_product(given)} needs {others * dp_shard} ranks, but {world_size} "
+                f"the mesh {_product(given)} needs {_ranks(others * dp_shard)}, but {world_size} "
                 f"{'was' if world_size == 1 else 'were'} started; start {others * dp_shard}, "
                 f"or {_nearest(given, world_size)}"
             )
@@ -97,24 +97,24 @@ class MeshSizes:
         return self.dp_replicate * self.dp_shard
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Place of `rank` on every axis, dp_replicate outermost, and on the views fsdp, batch, efsdp and ep."""
-        rest, place = rank, {}
+        """Return the coordinate of `rank` on every axis, outermost first, and on the views fsdp, batch, efsdp, ep."""
+        rest, found = rank, {}
         for axis in reversed(AXES):
-            rest, place[axis] = divmod(rest, getattr(self, axis))
-        place = {axis: place[axis] for axis in AXES}
-        place["fsdp"] = place["dp_shard"] * self.cp + place["cp"]
-        place["batch"] = place["dp_replicate"] * self.dp_shard + place["dp_shard"]
-        place["efsdp"], place["ep"] = divmod(rank % (self.fsdp * self.tp), self.ep)
-        return place
+            rest, found[axis] = divmod(rest, getattr(self, axis))
+        found = {axis: found[axis] for axis in AXES}
+        found["fsdp"] = found["dp_shard"] * self.cp + found["cp"]
+        found["batch"] = found["dp_replicate"] * self.dp_shard + found["dp_shard"]
+        found["efsdp"], found["ep"] = divmod(rank % (self.fsdp * self.tp), self.ep)
+        return found
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes and views along which ranks exchange something, those of one rank left out."""
+        """The axes and views of more than one rank, along which ranks communicate."""
         views = ("dp_replicate", "fsdp", "cp", "tp", *(("efsdp", "ep") if self.ep > 1 else ()))
         return tuple(axis for axis in views if getattr(self, axis) > 1)
 
     def group(self, axis: str, rank: int) -> range:
-        """The ranks that `rank` exchanges with along an axis or a view; `world` is all."""
+        """Return the ranks, `rank` included, that communicate along an axis or a view; "world" is all ranks."""
         if axis == "world":
             return range(self.world_size)
         inner = {
@@ -134,18 +134,18 @@ class MeshSizes:
         return range(first, first + ranks * step, step)
 
     def spread(self, axis: str, rank: int, ranks_per_node: int) -> tuple[int, int]:
-        """(most ranks on a node, nodes) of the group of `rank` along `axis`."""
+        """Return (most ranks on a node, number of nodes) of the group of `rank` along `axis`."""
         nodes = Counter(other // ranks_per_node for other in self.group(axis, rank))
         return max(nodes.values()), len(nodes)
 
     def spreads(self, axis: str, ranks_per_node: int) -> list[tuple[int, int]]:
-        """`spread` of every kind of group along `axis`, that over the most nodes first."""
+        """Return the different `spread`s of the groups along `axis`, those over the most nodes first."""
         firsts = {self.group(axis, rank)[0] for rank in range(self.world_size)}
         found = {self.spread(axis, first, ranks_per_node) for first in firsts}
         return sorted(found, key=lambda spread: (-spread[1], spread[0]))
 
     def describe(self) -> str:
-        """The mesh in one line, axes of size 1 left out."""
+        """Return the mesh in one line, without axes of size 1."""
         named = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
         inside = f" (ep {self.ep} inside)" if self.ep > 1 else ""
         return (" x ".join(named) or "1 rank") + inside
@@ -153,6 +153,10 @@ class MeshSizes:
 
 def _product(given: dict[str, int], *, skip: str = "") -> str:
     return " x ".join(f"{axis} {given[axis]}" for axis in AXES if axis != skip)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} {'rank' if count == 1 else 'ranks'}"
 
 
 def _multiples(unit: int, near: int) -> str:
@@ -166,7 +170,7 @@ def _either(numbers: list[int]) -> str:
 
 
 def _nearest(given: dict[str, int], world_size: int) -> str:
-    """Meshes for `world_size` ranks closest to what was given: tp kept or reduced, then dp_shard = what is left."""
+    """Suggest up to three meshes for `world_size` ranks: tp as given or less, dp_shard = the ranks that are left."""
     found = []
     for tp in range(given["tp"], 0, -1):
         rest = world_size
@@ -187,8 +191,8 @@ def _nearest(given: dict[str, int], world_size: int) -> str:
 class Meshes:
     """Device meshes over the same ranks.
 
-    `train` is (dp_replicate, fsdp, tp), the parent of every sharding; `dense` is (dp_replicate, dp_shard, cp, tp);
-    `expert` is (dp_replicate, efsdp, ep), absent when ep = 1; `loss` is dp_replicate x fsdp flattened.
+    `train` is (dp_replicate, fsdp, tp), the parent mesh of all sharding; `dense` is (dp_replicate, dp_shard, cp, tp);
+    `expert` is (dp_replicate, efsdp, ep), None when ep = 1; `loss` is dp_replicate x fsdp flattened.
     """
 
     sizes: MeshSizes
@@ -199,12 +203,12 @@ class Meshes:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """Mesh handed to `fully_shard`: 1-D (fsdp), or 2-D (dp_replicate, fsdp) when there are replicas."""
+        """Mesh for `fully_shard`: 1-D (fsdp), or 2-D (dp_replicate, fsdp) when there are replicas."""
         return self.train["dp_replicate", "fsdp"] if self.sizes.dp_replicate > 1 else self.train["fsdp"]
 
     @property
     def efsdp(self) -> DeviceMesh:
-        """Mesh handed to `fully_shard` for experts: (efsdp), or (dp_replicate, efsdp) when there are replicas."""
+        """Mesh for `fully_shard` of experts: (efsdp), or (dp_replicate, efsdp) when there are replicas."""
         assert self.expert is not None
         return self.expert["dp_replicate", "efsdp"] if self.sizes.dp_replicate > 1 else self.expert["efsdp"]
 
@@ -217,8 +221,10 @@ def build_mesh(sizes: MeshSizes, device_type: str) -> Meshes:
     """Make the device meshes for `sizes`; every rank of the default process group calls this."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    # fsdp is an axis of its own parent mesh, not a flattened view, because fully_shard wants its mesh and the tp mesh
-    # to be slices of one parent.
+    from ndtrain.torch_compat import flatten_mesh
+
+    # fsdp is an axis of the train mesh, not a flattened view, because fully_shard requires its mesh and the tp mesh to
+    # be slices of one parent.
     train = init_device_mesh(
         device_type, (sizes.dp_replicate, sizes.fsdp, sizes.tp), mesh_dim_names=("dp_replicate", "fsdp", "tp")
     )
@@ -230,5 +236,5 @@ def build_mesh(sizes: MeshSizes, device_type: str) -> Meshes:
             (sizes.dp_replicate, sizes.efsdp, sizes.ep),
             mesh_dim_names=("dp_replicate", "efsdp", "ep"),
         )
-    loss = train["dp_replicate", "fsdp"]._flatten("loss")
+    loss = flatten_mesh(train["dp_replicate", "fsdp"], "loss")
     return Meshes(sizes=sizes, train=train, dense=dense, expert=expert, loss=loss)

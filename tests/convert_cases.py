@@ -25,7 +25,7 @@ FAMILIES = (
 
 
 def build(kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A random model of `kind`, no two values alike."""
+    """Return a random model of `kind` in which no two values are equal."""
     torch.manual_seed(7)
     config = transformers.AutoConfig.for_model(
         tiny.VARIANTS.get(kind, kind), **(tiny.CONFIGS.get(kind) or tiny.MATRIX[kind])
@@ -50,18 +50,18 @@ def save_checkpoint(
     states: dict[str, Any] | None = None,
     only_rows: bool = False,
 ) -> Path:
-    """What training on `ranks` ranks would save of `model`: each tensor in float32, cut along one of its dims."""
+    """Save `model` as training on `ranks` ranks would: each tensor in float32, split along one of its dims."""
     files: list[dict[str, tuple[Tensor, tuple[int, ...]]]] = [{} for _ in range(ranks)]
     tensors = {}
     for number, (key, value) in enumerate(state_to_store(model).items()):
         tensor = value.detach().float() if value.is_floating_point() else value.detach()
         tensors[key] = tensor
         dim = 0 if only_rows else number % max(1, tensor.ndim)
-        at = 0
+        start = 0
         for rank, part in enumerate(tensor.chunk(ranks, dim) if tensor.ndim else [tensor]):
             if part.numel():
-                files[rank][key] = (part.contiguous(), tuple(at if d == dim else 0 for d in range(tensor.ndim)))
-                at += part.shape[dim] if tensor.ndim else 0
+                files[rank][key] = (part.contiguous(), tuple(start if d == dim else 0 for d in range(tensor.ndim)))
+                start += part.shape[dim] if tensor.ndim else 0
     (directory / "model").mkdir(parents=True)
     for rank, entries in enumerate(files):
         _write_file(directory / "model" / f"{rank:05d}-of-{ranks:05d}.safetensors", entries)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from transformers import initialization
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
 GROUPS = 3
@@ -126,7 +127,7 @@ class ForeignPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Grouped | SelfCut):
             for param in module.parameters(recurse=False):
-                transformers.initialization.normal_(param, std=0.1)
+                initialization.normal_(param, std=0.1)
 
 
 class ForeignModel(ForeignPreTrainedModel, LlamaModel):

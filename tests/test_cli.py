@@ -1,4 +1,4 @@
-"""Promises of the command line: quick to answer, one line for an error, the right exit code."""
+"""Promises of the command line: it starts fast, prints one line for an error, and exits with the right code."""
 
 import signal
 import subprocess
@@ -13,14 +13,14 @@ import pytest
 import ndtrain
 from ndtrain import cli
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
-from ndtrain.runs import launcher
+from ndtrain.runs import launcher, versions
 from ndtrain.runs.stop_signals import STOP_SIGNALS
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.toml")
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of `ndtrain ARGUMENTS`, in this process."""
+    """Run `ndtrain ARGUMENTS` in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["ndtrain", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -46,7 +46,7 @@ def outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stand-ins for the modules that `run` imports; returns the recipes that were run."""
+    """Replace the modules that `run` imports; return the list of the recipes that were run."""
     ran: list[Any] = []
     monkeypatch.setitem(sys.modules, "ndtrain.train", SimpleNamespace(run=lambda recipe, *_: ran.append(recipe)))
     monkeypatch.setitem(sys.modules, "ndtrain.console", SimpleNamespace(Reporter=object))
@@ -66,8 +66,8 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     ("options", "words"),
     [
         (["--suggest"], "--suggest needs --world-size and --device"),
-        (["--suggest", "--world-size", "4", "--device", "h100", "--rank", "1"], "--suggest goes with --world-size,"),
-        (["--suggest", "--world-size", "4", "--device", "h100", "--layer", "*"], "--suggest goes with --world-size,"),
+        (["--suggest", "--world-size", "4", "--device", "h100", "--rank", "1"], "--suggest allows only --world-size,"),
+        (["--suggest", "--world-size", "4", "--device", "h100", "--layer", "*"], "--suggest allows only --world-size,"),
         (["--diff", QUICKSTART, "--dry-run"], "--diff compares plans; leave out --dry-run, --device"),
         (["--html", "p.html", "--layer", "*.0"], "--html shows the whole plan; leave out --layer"),
         (["--svg", "p", "--html", "p"], "p is named twice; give each file a name of its own"),
@@ -75,14 +75,14 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
         (["--svg", "no/such/p.svg"], "no/such/p.svg cannot be written: no/such is not a directory"),
     ],
 )
-def test_options_of_inspect_that_would_do_nothing_are_refused(
+def test_inspect_refuses_options_that_do_not_go_together(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], words: str
 ) -> None:
     assert call(monkeypatch, "inspect", QUICKSTART, *options) == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_bad_recipe_is_answered_without_torch(bad: str) -> None:
+def test_a_bad_recipe_is_refused_before_torch_is_imported(bad: str) -> None:
     code = (
         "import sys, ndtrain.cli\n"
         f"sys.argv = ['ndtrain', 'run', {bad!r}]\n"
@@ -124,7 +124,9 @@ def test_usage_errors_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: Any, argum
     assert capsys.readouterr().err == ""
 
 
-def test_only_rank_0_speaks_and_every_rank_exits_alike(monkeypatch: pytest.MonkeyPatch, capsys: Any, bad: str) -> None:
+def test_only_rank_0_prints_the_error_and_every_rank_exits_with_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, bad: str
+) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert call(monkeypatch, "run", bad) == 2
@@ -160,7 +162,7 @@ def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch, train: list[Any]) 
     assert call(monkeypatch, "run", QUICKSTART, "--set", "mesh={dp_shard=1, tp=1}") == 130
 
 
-def test_a_mesh_of_one_rank_just_runs_and_notes_are_told_once(
+def test_a_mesh_of_one_rank_runs_in_this_process_and_prints_notes_once(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, train: list[Any]
 ) -> None:
     assert call(monkeypatch, "run", QUICKSTART, "--set", "mesh.fsdp_size=1", "--set", "mesh.tp=1") == 0
@@ -184,14 +186,14 @@ def test_a_larger_mesh_starts_its_workers(monkeypatch: pytest.MonkeyPatch, train
 def test_the_launcher_ends_with_its_workers_exit_code(tmp_path: Path) -> None:
     (tmp_path / "ndtrain").mkdir()
     (tmp_path / "ndtrain" / "__init__.py").write_text("")
-    # The launcher ends the other as soon as one has failed: the line comes first.
+    # The launcher ends the other worker as soon as one has failed, so print the line first.
     worker = (
         "import os, pathlib, sys, time\n"
-        "told = pathlib.Path('told')\n"
+        "printed = pathlib.Path('printed')\n"
         "if os.environ['RANK'] == '0':\n"
         "    print('one line', file=sys.stderr, flush=True)\n"
-        "    told.touch()\n"
-        "while not told.exists():\n"
+        "    printed.touch()\n"
+        "while not printed.exists():\n"
         "    time.sleep(0.01)\n"
         "sys.exit({})"
     )
@@ -200,18 +202,18 @@ def test_the_launcher_ends_with_its_workers_exit_code(tmp_path: Path) -> None:
         "from ndtrain.runs import launcher; sys.exit(launcher.launch_workers(2, ['run', 'x']))"
     )
     for status in (0, 3):
-        (tmp_path / "told").unlink(missing_ok=True)
+        (tmp_path / "printed").unlink(missing_ok=True)
         (tmp_path / "ndtrain" / "__main__.py").write_text(worker.format(status))
         done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, "one line\n")
 
 
-def test_a_named_exit_code_is_told_before_a_crash_of_the_peers() -> None:
+def test_the_exit_code_of_an_error_wins_over_a_crash_of_other_workers() -> None:
     assert launcher.exit_code_of([(1, 1), (2, 4)]) == 4
     assert launcher.exit_code_of([(2, 5), (1, 1)]) == 1
     assert launcher.exit_code_of([(1, -9)]) == 137
     assert launcher.exit_code_of([(1, 75), (2, -15)]) == 75
-    assert launcher.exit_code_of([(2, 75), (1, 1)]) == 1  # stopped because another had failed
+    assert launcher.exit_code_of([(2, 75), (1, 1)]) == 1  # stopped because another worker failed
 
 
 def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -222,8 +224,23 @@ def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert all(verb in text for verb in ("run", "inspect", "convert"))
 
 
-def test_a_reader_that_leaves_is_no_traceback() -> None:
+def test_a_closed_pipe_prints_no_traceback() -> None:
     command = f"{sys.executable} -m ndtrain --version | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_a_version_outside_the_bounds_is_the_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(versions, "version", lambda name: {"torch": "2.99.0", "transformers": "5.24.0"}[name])
+    monkeypatch.setattr(versions, "requires", lambda name: ["torch<2.15,>=2.11", "transformers<5.25,>=5.23", "numpy"])
+    assert call(monkeypatch, "convert", str(tmp_path / "no"), str(tmp_path / "out")) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("ndtrain: note: torch 2.99.0 is outside the versions") and "<2.15,>=2.11" in first
+
+
+def test_the_bounds_are_those_of_the_package() -> None:
+    found = {requirement.split("<")[0].split(">")[0] for requirement in versions.requires("ndtrain") or ()}
+    assert set(versions.LIBRARIES) <= found and versions.outside_bounds() == []

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: torchrun, the local launcher, inspect, exit codes, no leftovers."""
+"""The commands as a user runs them: torchrun, the local launcher, inspect, exit codes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path:
     keys = "step loss grad_norm lr tokens tokens_per_second step_seconds mfu peak_memory_bytes time"
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(set(line) == set(keys.split()) and line["mfu"] is None for line in lines)
-    assert abs(lines[0]["loss"] - 5.56) < 0.2  # ln 261: nothing is learned yet
+    assert abs(lines[0]["loss"] - 5.56) < 0.2  # ln 261: the loss of an untrained model
     step = run / "checkpoints" / "step-00000003"
     for name in ("model", "optim", "train_state.json", "manifest.json", "config.json", "tokenizer.json"):
         assert (step / name).exists(), name
@@ -67,7 +67,7 @@ def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path:
     reader = HuggingFaceStorageReader(str(step / "model"))
     stored = reader.read_metadata().state_dict_metadata
     state = {k: torch.full(tuple(m.size), float("nan"), dtype=m.properties.dtype) for k, m in stored.items()}
-    with warnings.catch_warnings(action="ignore"):  # of torch, about the group that this process has not
+    with warnings.catch_warnings(action="ignore"):  # torch warns that there is no process group
         dcp.load(state, storage_reader=reader, no_dist=True)
     assert state["model.embed_tokens.weight"].shape == (261, 64)
     assert not any(t.isnan().any() for t in state.values())
@@ -85,15 +85,15 @@ def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
-        (["run.dir=/proc/none"], 2, "run.dir"),  # known to rank 0 alone, after the process group has started
+        (["run.dir=/proc/none"], 2, "run.dir"),  # found by rank 0 alone, after the process group has started
     ],
 )
-def test_every_rank_ends_with_the_exit_code_and_one_line(
+def test_an_error_prints_one_line_and_every_rank_exits_with_its_code(
     recipe: Path, overrides: list[str], code: int, words: str
 ) -> None:
     result = torchrun(2, "run", str(recipe), *[part for o in overrides for part in ("--set", o)])
-    said = [line for line in result.stderr.splitlines() if line.startswith("ndtrain: error:")]
-    assert len(said) == 1 and words in said[0], result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("ndtrain: error:")]
+    assert len(errors) == 1 and words in errors[0], result.stderr
     assert "ndtrain/train.py" not in result.stderr
     assert result.stderr.count(f"exitcode  : {code} ") == 2, result.stderr
 
@@ -105,7 +105,7 @@ def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
     assert report["parameters"] == total
     assert report["bytes"]["rank"]["parameters"] == sum(p["local_bytes"] for p in report["params"])
     assert report["bytes"]["rank"]["optimizer"] == 2 * report["bytes"]["rank"]["parameters"]
-    copies = {"-": 2, "replicated_with_grad_allreduce": 2}  # tp 2 keeps these whole on each of its ranks
+    copies = {"-": 2, "replicated_with_grad_allreduce": 2}  # tp 2 keeps these whole on both of its ranks
     held = sum(torch.Size(p["shape"]).numel() * copies.get(p["style"], 1) for p in report["params"])
     assert report["bytes"]["all_ranks"]["parameters"] == 4 * held
     text = ndtrain("inspect", str(recipe), "--world-size", "8", "--set", "mesh.dp_shard=4")
@@ -115,14 +115,14 @@ def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
     assert row[2:5] == ["colwise", "fsdp:0", "tp:0"]
 
 
-def test_a_single_process_needs_no_torchrun_whatever_rank_says(recipe: Path) -> None:
+def test_a_single_process_runs_without_torchrun_even_if_RANK_is_set(recipe: Path) -> None:
     with_rank = {**ENV, "RANK": "0"}
     command = [sys.executable, "-m", "ndtrain", "run", str(recipe), "--set", "mesh.tp=1"]
     result = subprocess.run(command, capture_output=True, text=True, env=with_rank, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_state_without_its_keys_is_damage(recipe: Path, tmp_path: Path) -> None:
+def test_a_train_state_without_its_keys_is_damaged(recipe: Path, tmp_path: Path) -> None:
     once = ["mesh.tp=1", "mesh.dp_shard=1"]
     get_pool(1).run(trained, str(recipe), once, timeout=200)
     step = tmp_path / "run/checkpoints/step-00000003"

@@ -16,11 +16,11 @@ from ndtrain.errors import PlanError
 from ndtrain.hf.attention_functions import take_attention
 from ndtrain.parallel.cp import ContextParallel, Ring, Ulysses, kernels
 from ndtrain.parallel.cp.ring import ring_attention
-from ndtrain.parallel.cp.visible import Visible, pieces
+from ndtrain.parallel.cp.visible import Visible, segments
 from tests.ranks import get_pool
 from tests.tiny import CONFIGS as MODELS
 
-# What a case says beyond causal attention of 4 heads of size 16 with 4 key-value heads on 2 x 48 tokens.
+# Differences of each case from causal attention of 4 heads of size 16 with 4 key-value heads on 2 x 48 tokens.
 CASES: dict[str, dict[str, Any]] = {
     "causal": {},
     "causal, plain": {"plain": True},
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sinks and window, plain": {"sinks": True, "mask": "window", "plain": True},
     "soft caps": {"softcap": 1.5, "keys": 2},
     "values of another size": {"value_size": 24},
-    "a length of odd pieces": {"length": 40, "mask": "packed"},
+    "an odd segment length": {"length": 40, "mask": "packed"},
     "queries that see nothing": {"mask": "hidden"},
     "scale": {"scale": 0.7},
     "bfloat16": {"dtype": torch.bfloat16, "keys": 2, "mask": "packed", "sinks": True},
@@ -66,7 +66,7 @@ def groups() -> dict[int, dist.ProcessGroup]:
 
 
 def errors(cases: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Largest error of output and gradients, relative to the largest value, against float64 on whole sequences."""
+    """Return the largest error of output and gradients against float64, relative to the largest value."""
     found = {}
     for name, case in cases.items():
         for cp, group in groups().items():
@@ -104,11 +104,11 @@ def error(
     inputs = [q, k, v] + ([s] if s is not None else [])
     wanted = torch.autograd.grad(want, inputs, grad)
 
-    cp, rank, piece = group.size(), group.rank(), length // (2 * group.size())
+    cp, rank, length_of_segment = group.size(), group.rank(), length // (2 * group.size())
 
     def mine(tensor: Tensor) -> Tensor:
-        parts = tensor.detach().to(dtype).split(piece, dim=2)
-        return torch.cat([parts[i] for i in pieces(rank, cp)], dim=2)
+        parts = tensor.detach().to(dtype).split(length_of_segment, dim=2)
+        return torch.cat([parts[i] for i in segments(rank, cp)], dim=2)
 
     def pair(query: int, key: int, size: int) -> Tensor:
         return sees[:, :, query : query + size, key : key + size]
@@ -118,7 +118,12 @@ def error(
         ours.append(s.detach().to(dtype).requires_grad_())
     out = ring_attention(
         *ours[:3],
-        seen=Visible(mask if mask in ("causal", "full") else pair, length=piece, rank=rank, cp=cp),  # type: ignore[arg-type]
+        seen=Visible(
+            mask if mask in ("causal", "full") else pair,  # type: ignore[arg-type]
+            length=length_of_segment,
+            rank=rank,
+            cp=cp,
+        ),
         kernel=kernels.choose(ours[0], softcap=softcap, plain=plain),
         scale=scale,
         group=group,
@@ -133,7 +138,7 @@ def error(
     return max(float((a.detach() - b).float().abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def test_a_ring_attends_and_differentiates_like_whole_sequences() -> None:
+def test_ring_attention_and_its_gradients_equal_those_of_whole_sequences() -> None:
     for found in get_pool(4).run(errors, CASES, timeout=300):
         assert len(found) == 2 * len(CASES)
         limits = {name: 2e-2 if "bfloat16" in name else 5e-6 for name in found}
@@ -141,7 +146,7 @@ def test_a_ring_attends_and_differentiates_like_whole_sequences() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kernel_is_proven_against_plain_arithmetic(dtype: torch.dtype) -> None:
+def test_a_kernel_with_wrong_gradients_is_refused(dtype: torch.dtype) -> None:
     query, key, value = (torch.empty(1, heads, 4, size, dtype=dtype) for heads, size in ((4, 20), (2, 20), (2, 12)))
     kernels.prove(kernels.CpuFlash(), query, key, value)
 
@@ -150,29 +155,29 @@ def test_a_kernel_is_proven_against_plain_arithmetic(dtype: torch.dtype) -> None
             dq, dk, dv = super()._backward(*args, **kwargs)
             return dq, dk * 1.2, dv
 
-    with pytest.raises(kernels.PlanError, match=r'does not give .*; set model.attn = "eager"'):
+    with pytest.raises(kernels.PlanError, match=r'computes wrong attention .*; set model.attn = "eager"'):
         kernels.prove(Wrong(), query, key, value)
 
 
-def test_causal_work_is_the_same_on_every_rank_and_blocks_nobody_sees_are_left_out() -> None:
-    cp, piece = 4, 8
+def test_causal_work_is_the_same_on_every_rank_and_unseen_blocks_are_skipped() -> None:
+    cp, length = 4, 8
 
     def area(rank: int, source: int) -> float:
         total = 0.0
-        for span in Visible("causal", length=piece, rank=rank, cp=cp).spans(source):
-            queries, keys = (len(range(2 * piece)[s]) for s in (span.queries, span.keys))
+        for span in Visible("causal", length=length, rank=rank, cp=cp).spans(source):
+            queries, keys = (len(range(2 * length)[s]) for s in (span.queries, span.keys))
             total += queries * keys / (2 if span.causal else 1)
         return total
 
     work = {sum(area(rank, source) for source in range(cp)) for rank in range(cp)}
-    assert work == {(2 * piece * cp) ** 2 / 2 / cp}
+    assert work == {(2 * length * cp) ** 2 / 2 / cp}
 
     def window(query: int, key: int, size: int) -> Tensor:
         distance = torch.arange(query, query + size)[:, None] - torch.arange(key, key + size)
         return ((distance >= 0) & (distance < 4))[None, None]
 
-    spans = [len(Visible(window, length=piece, rank=1, cp=cp).spans(source)) for source in range(cp)]
-    # Pieces 1 and 6: themselves, and the piece before each, 0 and 5, of ranks 0 and 2
+    spans = [len(Visible(window, length=length, rank=1, cp=cp).spans(source)) for source in range(cp)]
+    # Segments 1 and 6 see themselves and the segment before each: 0 and 5, of ranks 0 and 2.
     assert spans == [1, 2, 1, 0]
 
 
@@ -182,7 +187,7 @@ def llama() -> Any:
 
 
 def cut_and_gathered(length: int) -> tuple[Tensor, Tensor]:
-    """This rank's part of 2 rows, and what all ranks' parts give."""
+    """Return the positions of this rank's part of 2 rows, and the labels gathered from all parts."""
     ring = Ring(llama(), dist.group.WORLD)
     ids = torch.arange(2 * length).view(2, length)
     positions = torch.arange(length).expand(2, -1)
@@ -190,7 +195,7 @@ def cut_and_gathered(length: int) -> tuple[Tensor, Tensor]:
     return part["position_ids"], ring.gather(part["labels"])
 
 
-def test_a_ring_holds_pieces_from_both_ends_and_gathers_them_in_order() -> None:
+def test_a_ring_rank_holds_segments_from_both_ends_and_gathers_them_in_order() -> None:
     results = get_pool(4).run(cut_and_gathered, 13, timeout=300)  # padded to 16
     assert [r[0][1].tolist() for r in results] == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
     want = torch.nn.functional.pad(torch.arange(26).view(2, 13), (0, 3), value=-100)
@@ -198,14 +203,14 @@ def test_a_ring_holds_pieces_from_both_ends_and_gathers_them_in_order() -> None:
 
 
 @pytest.mark.parametrize("kind", [Ring, Ulysses])
-def test_what_belongs_to_tokens_or_heads_in_ways_unknown_is_refused(kind: type[ContextParallel]) -> None:
+def test_an_unknown_tensor_argument_of_the_attention_function_is_refused(kind: type[ContextParallel]) -> None:
     model, query = llama(), torch.zeros(1, 4, 8, 16)
     context = kind(model, SimpleNamespace(size=lambda: 1, rank=lambda: 0))  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="LlamaAttention hands its attention bias"):
+    with pytest.raises(PlanError, match="LlamaAttention passes bias to its attention function"):
         context.attend(model.model.layers[0].self_attn, query, query, query, None, bias=torch.zeros(8))
 
 
-def test_an_attention_function_in_place_of_another_is_taken_for_it_by_models_that_ask_for_its_name() -> None:
+def test_a_replaced_attention_function_still_compares_equal_to_its_original_name() -> None:
     model = llama()
 
     def attention(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What comes out of `convert` is what `save_pretrained` of the same model would have written."""
+"""`convert` writes what `save_pretrained` of the same model would have written."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_converted_weights_equal_save_pretrained(
     with pytest.raises(RecipeError, match="not an empty directory"):
         convert(tmp_path / "run", tmp_path / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="cannot be made"):
+    with pytest.raises(RecipeError, match="cannot be created"):
         convert(tmp_path / "run", tmp_path / "file" / "out")
     (next((tmp_path / "run" / "checkpoints").glob("*/model/*.safetensors"))).unlink()
     with pytest.raises(DamagedError):
@@ -88,7 +88,7 @@ def test_converted_weights_equal_save_pretrained(
     assert not (tmp_path / "again").exists() and not list(tmp_path.glob(".*part"))
 
 
-def test_convert_names_what_is_wrong(tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not exist"):
         convert(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(DamagedError, match=r"manifest\.json"):

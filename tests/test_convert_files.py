@@ -1,4 +1,4 @@
-"""The files that `convert` writes: byte for byte those of `save_pretrained`, in bounded memory, whole or not there."""
+"""The files that `convert` writes: byte for byte those of `save_pretrained`, in bounded memory, whole or not at all."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_file_is_the_one_that_save_pretrained_writes(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gpt2", "gemma3_text", "deepseek_v3", "phi3"])
-def test_there_and_back_again_gives_the_same_files(kind: str, tmp_path: Path) -> None:
+def test_converting_to_a_checkpoint_and_back_gives_the_same_files(kind: str, tmp_path: Path) -> None:
     build(kind).save_pretrained(tmp_path / "want", max_shard_size="100KB")
     (tmp_path / "want" / "tokenizer.json").write_text("{}")
     assert convert(tmp_path / "want", tmp_path / "step", verify=True) == []
@@ -71,9 +71,7 @@ def test_there_and_back_again_gives_the_same_files(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "mixtral"])
-def test_rows_that_move_as_they_are_become_what_the_transform_makes(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moving_rows_gives_what_the_transform_gives(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(kind)
     model.save_pretrained(tmp_path / "want")
     step = save_checkpoint(model, tmp_path / "step", only_rows=True)
@@ -89,8 +87,8 @@ def test_rows_that_move_as_they_are_become_what_the_transform_makes(
     assert_same_files(tmp_path / "moved", tmp_path / "float16")
 
 
-class Doubling:
-    """A transform that computes."""
+class Affine:
+    """A transform that changes values."""
 
     def __init__(self, factor: int, shift: int) -> None:
         self.factor, self.shift, self.held = factor, shift, {}
@@ -105,13 +103,13 @@ class Doubling:
 
 
 @pytest.mark.parametrize(("factor", "shift", "moves"), [(1, 0, True), (2, 0, False), (1, 1, False), (2, 7, False)])
-def test_a_transform_that_computes_is_not_taken_for_one_that_moves(factor: int, shift: int, moves: bool) -> None:
-    group = stream.Group(("in",), ("out",), "out", ("in",), Doubling(factor, shift))
+def test_a_transform_that_changes_values_is_not_treated_as_moving_rows(factor: int, shift: int, moves: bool) -> None:
+    group = stream.Group(("in",), ("out",), "out", ("in",), Affine(factor, shift))
     found = group.moved({"in": (4, 3, 5)}, SimpleNamespace(config=None))  # type: ignore[arg-type]
     assert found == ({"out": [stream.Rows("in", 0, 12)]} if moves else None)
 
 
-def test_a_hub_directory_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+def test_a_hub_directory_that_does_not_match_its_model_is_refused(tmp_path: Path) -> None:
     model = build("qwen3_moe")
     model.save_pretrained(tmp_path / "hub", max_shard_size="100KB")
     index = tmp_path / "hub" / "model.safetensors.index.json"
@@ -136,11 +134,11 @@ def test_a_hub_directory_that_is_not_the_models_is_refused(tmp_path: Path) -> No
     spare = {**tensors, "model.spare": torch.ones(2)}
     transformers.modeling_utils.safe_save_file(spare, single / "model.safetensors", metadata={"format": "pt"})
     (note,) = convert(single, tmp_path / "spare")
-    assert "1 saved weights are not of this model and left out, the first is model.spare" in note
+    assert note == f"left out (not in the model): 1 of {len(spare)} saved weights, first model.spare"
     norm = {**tensors, "model.norm.weight": tensors["model.norm.weight"].float()}
     transformers.modeling_utils.safe_save_file(norm, single / "model.safetensors", metadata={"format": "pt"})
     (note,) = convert(single, tmp_path / "norm")
-    assert "1 weights are of another dtype than the config's" in note and "model.norm.weight" in note
+    assert "dtype other than the config's torch.bfloat16: 1 of" in note and "first model.norm.weight" in note
     eight = {**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}
     transformers.modeling_utils.safe_save_file(eight, single / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PlanError, match="unquantized"):
@@ -148,12 +146,12 @@ def test_a_hub_directory_that_is_not_the_models_is_refused(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_the_checkpoint_has_to_be_the_models(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_match_its_config_is_refused(tmp_path: Path) -> None:
     step = save_checkpoint(build("llama"), tmp_path / "step")
     config = json.loads((step / "config.json").read_text())
     for change, said in (
-        ({"num_hidden_layers": 1}, "are not of this model, the first is model.layers.1"),
-        ({"num_hidden_layers": 3}, "tensors are missing, the first is model.layers.2"),
+        ({"num_hidden_layers": 1}, "stored tensors not in the model, first model.layers.1"),
+        ({"num_hidden_layers": 3}, "tensors missing, first model.layers.2"),
         ({"vocab_size": 300}, "has shape"),
     ):
         other = save_checkpoint(build("llama"), tmp_path / said.split()[-1], config={**config, **change})
@@ -165,11 +163,11 @@ def test_the_checkpoint_has_to_be_the_models(tmp_path: Path) -> None:
 def test_verification_finds_one_wrong_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = save_checkpoint(build("qwen3_moe"), tmp_path / "step")
     convert(step, tmp_path / "out", verify=True)
-    at = iter((-1, -5000, 20))  # in values, in those of another tensor, in the header
+    offsets = iter((-1, -5000, 20))  # in values, in those of another tensor, in the header
 
     def flip(path: Path) -> None:
         data = bytearray(path.read_bytes())
-        data[next(at)] ^= 1
+        data[next(offsets)] ^= 1
         path.write_bytes(data)
 
     monkeypatch.setattr(stream, "_forget", flip)
@@ -179,7 +177,7 @@ def test_verification_finds_one_wrong_bit(tmp_path: Path, monkeypatch: pytest.Mo
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "step"]
 
 
-def test_nothing_is_left_of_what_was_interrupted_or_had_no_room(
+def test_an_interrupted_conversion_or_a_full_disk_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = save_checkpoint(build("llama"), tmp_path / "step")
@@ -207,7 +205,9 @@ def test_verification_finds_a_checkpoint_that_was_altered(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_may_be_a_link_or_a_file_url_but_not_the_current_directory_or_remote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = save_checkpoint(build("llama"), tmp_path / "step")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
@@ -215,17 +215,17 @@ def test_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "model.safetensors").is_file()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(RecipeError, match="is the directory that this runs in"):
+    with pytest.raises(RecipeError, match="is the current directory"):
         convert(step, Path())
-    with pytest.raises(RecipeError, match="only a local directory can be written"):
+    with pytest.raises(RecipeError, match="writes only to a local directory"):
         convert(step, to_path("memory://bucket/out"))
     convert(step, to_path(f"file://{tmp_path}/named"))
     assert (tmp_path / "named" / "model.safetensors").is_file() and not list((tmp_path / "here").iterdir())
-    with pytest.raises(RecipeError, match="--max-shard-size is for the way to Hugging Face"):
+    with pytest.raises(RecipeError, match="--max-shard-size does not apply to the Hugging Face directory"):
         convert(tmp_path / "empty", tmp_path / "back", max_shard_size="10KB")
 
 
-def test_sizes() -> None:
+def test_shard_sizes_are_parsed_with_their_units() -> None:
     sizes = {"5GB": 5 * 10**9, "0.5gb": 5 * 10**8, " 1.5 MiB ": 3 * 2**19, "1000": 1000, "2kb": 2000, "1TiB": 2**40}
     assert {text: parse_size(text) for text in sizes} == sizes
 
@@ -316,7 +316,7 @@ def test_memory_is_that_of_the_largest_group(tmp_path: Path) -> None:
 # ---- checkpoints of other tools
 
 
-def test_dcp_directories_of_other_tools(tmp_path: Path) -> None:
+def test_dcp_directories_of_other_tools_convert(tmp_path: Path) -> None:
     model = build("qwen3_moe")
     model.save_pretrained(tmp_path / "want")
     state = dict(model.state_dict())
@@ -332,17 +332,17 @@ def test_dcp_directories_of_other_tools(tmp_path: Path) -> None:
         dcp.save(content, checkpoint_id=tmp_path / name, no_dist=True)
         notes = convert(tmp_path / name, tmp_path / f"{name}-out", config=tmp_path / "want", verify=True)
         assert_same_files(tmp_path / f"{name}-out", tmp_path / "want")
-        assert notes == [f"3 entries are no weights and left out, the first is {key}" for key in first]
+        assert notes == [f"left out (not weights): 3 of {len(state) + 3} entries, first {key}" for key in first]
     with pytest.raises(RecipeError, match="--config"):
         convert(tmp_path / "plain", tmp_path / "out")
     with pytest.raises(RecipeError, match="does not exist"):
         convert(tmp_path / "plain", tmp_path / "out", config=tmp_path / "nothing")
     (gone, value), *rest = state.items()
     dcp.save(dict(rest), checkpoint_id=tmp_path / "less", no_dist=True)
-    with pytest.raises(DamagedError, match=f"1 tensors of the model are missing, the first is {gone}"):
+    with pytest.raises(DamagedError, match=f"1 of the model's {len(state)} tensors missing, first {gone}"):
         convert(tmp_path / "less", tmp_path / "out", config=tmp_path / "want" / "config.json")
     dcp.save({**state, "model.spare": value}, checkpoint_id=tmp_path / "more", no_dist=True)
-    with pytest.raises(DamagedError, match=r"1 are not of this model, the first is model\.spare"):
+    with pytest.raises(DamagedError, match=rf"1 of {len(state) + 1} entries not in the model, first model\.spare"):
         convert(tmp_path / "more", tmp_path / "out", config=tmp_path / "want")
 
 
@@ -353,7 +353,7 @@ def _save_sharded(directory: str) -> None:
     dcp.save({"model": parts}, checkpoint_id=directory)
 
 
-def test_dcp_directory_of_two_ranks(tmp_path: Path) -> None:
+def test_a_dcp_directory_of_two_ranks_converts(tmp_path: Path) -> None:
     get_pool(2).run(_save_sharded, str(tmp_path / "dcp"), timeout=200)
     build("qwen3").save_pretrained(tmp_path / "want")
     convert(tmp_path / "dcp", tmp_path / "out", config=tmp_path / "want")
@@ -363,7 +363,7 @@ def test_dcp_directory_of_two_ranks(tmp_path: Path) -> None:
         convert(tmp_path / "dcp", tmp_path / "again", config=tmp_path / "want")
 
 
-def test_torchtitans_names_and_rotation(tmp_path: Path) -> None:
+def test_torchtitans_names_and_rotation_convert(tmp_path: Path) -> None:
     model = build("llama")
     model.save_pretrained(tmp_path / "want")
     names = {
@@ -375,7 +375,7 @@ def test_torchtitans_names_and_rotation(tmp_path: Path) -> None:
     titan = {}
     for key, value in model.state_dict().items():
         if ".q_proj" in key or ".k_proj" in key:
-            value = value.view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64).clone()  # pairs of rows are rotated
+            value = value.view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64).clone()  # torchtitan rotates pairs of rows
         for theirs, own in names.items():
             key = key.replace(theirs, own)
         titan[key.removeprefix("model.")] = value
@@ -396,7 +396,7 @@ def _run(what: str) -> None:
     RAN.append(what)
 
 
-def test_hostile_pickles_and_names_never_run_or_leave(
+def test_hostile_pickles_never_run_and_hostile_names_never_leave_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     model = build("llama")
@@ -413,14 +413,14 @@ def test_hostile_pickles_and_names_never_run_or_leave(
             convert(tmp_path / "bad", tmp_path / "out", config=tmp_path / "want")
         assert not (tmp_path / "out").exists() and RAN == []
 
-    refused(pickle.dumps(Payload()), "no part of a checkpoint's metadata")
+    refused(pickle.dumps(Payload()), "not part of DCP metadata")
     good.planner_data = Payload()
-    refused(pickle.dumps(good), "no part of a checkpoint's metadata")
+    refused(pickle.dumps(good), "not part of DCP metadata")
     pickle.loads(pickle.dumps(Payload()))
     assert RAN.pop() == "ran"
     good.planner_data = None
     for payload in (b"cposix\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"ctorch\nload\n(S'x'\ntR."):
-        refused(payload, "asks for")
+        refused(payload, "refers to")
     refused(b"ctorch\nSize\n((I1\nttR.", "holds a Size")
     refused(b"garbage", "cannot be read")
     for name in ("../secret", str(tmp_path / "secret"), ".hidden", ""):

@@ -1,4 +1,4 @@
-"""Under tp, cp and dp the elements that are dropped are those of one process that drops all of them at once."""
+"""Dropout under tp, cp and dp drops the elements that one process with the same masks would drop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ndtrain.parallel.dropout import own_draws
+from ndtrain.parallel.dropout import random_numbers_of
 from tests import tiny
 from tests.ranks import get_pool
 from tests.test_train import ranks_of, trained
@@ -22,7 +22,7 @@ LAYERS = 2
 
 
 def register_attention(name: str, drop: Any) -> None:
-    """A causal attention function of that name, in which dropout of weights `[B, H, S, S]` is `drop(weights, rate)`."""
+    """Register a causal attention function that drops weights `[B, H, S, S]` by `drop(weights, rate)`."""
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float, **kwargs: Any
@@ -40,7 +40,7 @@ def register_attention(name: str, drop: Any) -> None:
 
 
 def recorded(path: str) -> dict[str, Any]:
-    """The first step's metrics on this rank, and the masks of attention and of residual dropout in order of drawing."""
+    """Return the first step's metrics on this rank and its masks of attention and residual dropout in drawing order."""
     from ndtrain.train import Trainer
 
     seen: dict[str, list[Tensor]] = {"attention": [], "residual": []}
@@ -54,26 +54,26 @@ def recorded(path: str) -> dict[str, Any]:
         seen["residual"].append((output != 0).float() / (1 - RESIDUAL))
 
     register_attention("recorded_of_the_test", draw)
-    first = Trainer._train_step
+    first = Trainer.optimize
 
     def watched(self: Trainer) -> Any:
         for masks in seen.values():
-            masks.clear()  # what the checks at the start drew
-        for module in self.model.modules():
+            masks.clear()  # the checks at the start have drawn some
+        for module in self.engine.model.modules():
             if isinstance(module, nn.Dropout):
                 module.register_forward_hook(record)
         return first(self)
 
-    Trainer._train_step = watched  # type: ignore[method-assign]
+    Trainer.optimize = watched  # type: ignore[method-assign]
     try:
         metrics = trained(path, ["model.attn=recorded_of_the_test"])["metrics"]
     finally:
-        Trainer._train_step = first  # type: ignore[method-assign]
+        Trainer.optimize = first  # type: ignore[method-assign]
     return {"metrics": metrics, **seen}
 
 
 def replayed(model_dir: Path, recipe_path: Path, attention: list[Tensor], residual: list[Tensor]) -> dict[str, float]:
-    """Loss and gradient norm of the first global batch in plain transformers with these masks of the whole batch."""
+    """Return loss and gradient norm of the first global batch in plain transformers with these masks."""
     from ndtrain import data
     from ndtrain.hf.tokenizer import ByteTokenizer
     from ndtrain.recipe import load_recipe
@@ -103,7 +103,7 @@ def replayed(model_dir: Path, recipe_path: Path, attention: list[Tensor], residu
     return {"loss": loss.item(), "grad_norm": norm.item()}
 
 
-# Phi has a part of the heads on each tp rank, Phi-3 all of them on every one.
+# Each tp rank has a part of Phi's heads, but all of Phi-3's.
 CASES: dict[str, tuple[str, dict[str, int], int]] = {  # model, mesh, residual dropouts in a forward
     "tp2": ("phi", {"dp_shard": 1, "cp": 1, "tp": 2}, 1 + 2 * LAYERS),
     "tp2, heads on every rank": ("phi3", {"dp_shard": 1, "cp": 1, "tp": 2}, 2 * LAYERS),
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[str, dict[str, int], int]] = {  # model, mesh, residual d
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_with_dropout_is_that_of_one_process_with_the_ranks_masks(tmp_path: Path, case: str) -> None:
+def test_a_step_with_dropout_equals_that_of_one_process_with_the_ranks_masks(tmp_path: Path, case: str) -> None:
     kind, sizes, residuals = CASES[case]
     path = tiny.save_model(kind, tmp_path)
     recompute = case == "tp2"
@@ -139,7 +139,7 @@ def test_a_step_with_dropout_is_that_of_one_process_with_the_ranks_masks(tmp_pat
     for rank in ranks:
         drawn = rank["attention"]
         assert len(drawn) == LAYERS * (1 + recompute)
-        # The last block is computed again first.
+        # Recomputation starts with the last block.
         assert all(torch.equal(drawn[i], drawn[-1 - i]) for i in range(LAYERS) if recompute)
     attention, residual = [], []
     for layer in range(LAYERS):
@@ -164,7 +164,7 @@ def test_a_step_with_dropout_is_that_of_one_process_with_the_ranks_masks(tmp_pat
 
 
 @pytest.mark.parametrize(("kind", "attn"), [("llama", "sdpa"), ("starcoder2", "eager")])
-def test_dropout_where_each_rank_has_its_own_heads_is_trained(tmp_path: Path, kind: str, attn: str) -> None:
+def test_training_with_dropout_runs_where_each_rank_has_its_own_heads(tmp_path: Path, kind: str, attn: str) -> None:
     base = tiny.CONFIGS.get(kind) or tiny.MATRIX[kind]
     losses = []
     for rate in (0.3, 0.0):
@@ -183,7 +183,7 @@ def test_dropout_where_each_rank_has_its_own_heads_is_trained(tmp_path: Path, ki
 
 
 def trained_with_dropout_inside(path: str) -> None:
-    """`trained`, where the model drops elements of what its first projections give and tp cuts."""
+    """Run `trained` on a model that drops elements of an activation which tp splits."""
     from ndtrain.plan import make
 
     check = make.refuse.check_dropout
@@ -200,7 +200,7 @@ def trained_with_dropout_inside(path: str) -> None:
         make.refuse.check_dropout = check
 
 
-def test_dropout_of_what_tp_cuts_outside_attention_is_refused(tmp_path: Path) -> None:
+def test_dropout_outside_attention_of_an_activation_that_tp_splits_is_refused(tmp_path: Path) -> None:
     recipe = tiny.recipe_file(
         tmp_path / "recipe.toml",
         model={"type": "llama", "config": {**tiny.CONFIGS["llama"], "attention_dropout": 0.1}},
@@ -212,11 +212,11 @@ def test_dropout_of_what_tp_cuts_outside_attention_is_refused(tmp_path: Path) ->
         get_pool(2).run(trained_with_dropout_inside, str(recipe), timeout=300)
 
 
-def test_own_draws_leave_the_shared_ones_as_they_were() -> None:
+def test_random_numbers_of_a_rank_leave_the_shared_ones_unchanged() -> None:
     device, drawn, after = torch.device("cpu"), [], []
     for rank in (0, 1, 1):
         torch.manual_seed(5)
-        with own_draws(device, rank):
+        with random_numbers_of(device, rank):
             drawn.append(torch.rand(8))
         after.append(torch.rand(8))
     assert torch.equal(after[0], after[1])

@@ -1,4 +1,4 @@
-"""What `inspect` says that a step holds, computes and sends is what a real one does."""
+"""The memory, FLOPs and collectives that `inspect` reports for a step are those of a real one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.ranks import get_pool
 
 
 @pytest.mark.parametrize("case", ["tp 2", "experts, dp_shard 2, ep 2"])
-def test_a_dry_step_holds_and_sends_what_a_real_one_does(tmp_path: Path, case: str) -> None:
+def test_a_dry_step_has_the_memory_and_collectives_of_a_real_one(tmp_path: Path, case: str) -> None:
     ours, theirs, sent, real = compared(case, tmp_path, get_pool(2))
     assert ours == pytest.approx(theirs, rel=0.05)
     assert {op: count for op, (count, _) in sent.items()} == {op: count for op, (count, _) in real.items()}
@@ -51,9 +51,7 @@ def estimated(recipe: Recipe, ranks: int, **more: Any) -> StepEstimate:
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("llama", "none"), ("llama", "full"), ("qwen3_moe", "none")])
-def test_flops_are_six_per_weight_and_token_and_those_of_attention(
-    tmp_path: Path, kind: str, checkpointing: str
-) -> None:
+def test_flops_are_six_per_weight_and_token_plus_attention(tmp_path: Path, kind: str, checkpointing: str) -> None:
     recipe = recipe_for(
         tmp_path,
         kind,
@@ -68,14 +66,14 @@ def test_flops_are_six_per_weight_and_token_and_those_of_attention(
     keys = sizes["num_key_value_heads"] * sizes["head_dim"]
     if kind == "llama":
         products = 3 * sizes["intermediate_size"]
-    else:  # the experts that a token meets, and the router
+    else:  # the experts of a token, and the router
         products = 3 * sizes["num_experts_per_tok"] * sizes["moe_intermediate_size"] + sizes["num_experts"]
     layer = sizes["hidden_size"] * (2 * heads + 2 * keys + products)
     weights = sizes["num_hidden_layers"] * layer + sizes["hidden_size"] * sizes["vocab_size"]
     # Causal attention: two products forward, five backward, over half of the pairs.
     attention = sizes["num_hidden_layers"] * 7 * tokens * 256 * heads
     again = 0.0
-    if checkpointing == "full":  # but for the last product of each layer, of which nothing is needed
+    if checkpointing == "full":  # except the last product of each layer, whose output is not needed
         last = sizes["hidden_size"] * sizes["intermediate_size"]
         again = 2 * sizes["num_hidden_layers"] * (layer - last) * tokens + attention * 2 / 7
     assert found.flops == pytest.approx(6 * weights * tokens + attention + again, rel=0.03)
@@ -89,7 +87,7 @@ def test_flops_are_six_per_weight_and_token_and_those_of_attention(
         ("qwen3_moe", {"dp_shard": 4, "ep": 4}, {"num_hidden_layers": 8, "decoder_sparse_step": 2}),
     ],
 )
-def test_a_deep_model_costs_what_its_layers_say(
+def test_extrapolating_layers_gives_the_cost_of_the_whole_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mesh: dict[str, int], config: dict[str, Any]
 ) -> None:
     recipe = recipe_for(tmp_path, kind, mesh, config, train={"global_batch_size": 4, "micro_batch_size": 1})
@@ -127,16 +125,16 @@ def test_micro_batches_between_the_first_and_the_last_are_counted(tmp_path: Path
     assert counts[1]["fsdp", "reduce_scatter"] * 3 == counts[0]["fsdp", "reduce_scatter"] * 7
 
 
-def test_what_depends_on_contents_is_not_guessed(tmp_path: Path) -> None:
+def test_a_model_that_depends_on_tensor_values_is_refused(tmp_path: Path) -> None:
     config = json.loads((Path(__file__).parent / "matrix" / "configs.json").read_text())["dbrx"]
     recipe = recipe_for(tmp_path, "dbrx", {}, config)
-    with pytest.raises(PlanError, match=r"dbrx cannot be run without contents: .*; leave out --dry-run"):
+    with pytest.raises(PlanError, match=r"dbrx cannot be run on tensors without data: .*; leave out --dry-run"):
         estimated(recipe, 1)
     with pytest.raises(PlanError, match=r"no mesh of 2 x h100 was found .* the last reason: dbrx cannot be run"):
         suggest(recipe, 2, find_device("h100"), 8)
 
 
-def test_the_roofline_adds_up() -> None:
+def test_the_roofline_sums_compute_and_exposed_communication() -> None:
     device = find_device("bfloat16=100,float32=10,memory=1e9,bandwidth=50,intra=20,inter=5")
     record = Record()
     record.work[Work("bfloat16", 1000, 100)] = 2  # 10 s each by arithmetic
@@ -157,15 +155,15 @@ def test_the_roofline_adds_up() -> None:
     assert seconds(Collective("ep", 4, "all_to_all", 400), device, on_node=2, nodes=2) == 400 / 2 / 5
 
 
-def test_devices() -> None:
+def test_a_device_is_given_by_name_or_figures_and_errors_name_the_fault() -> None:
     own = find_device("h100,memory=94e9")
     assert own.memory == 94e9 and own.bfloat16 == find_device("h100").bfloat16 and "memory given" in own.source
     for text, words in {
-        "h101": "h101 is none of a100, h100",
-        "memory=1e9": "bfloat16, float32, bandwidth, intra, inter missing",
-        "h100,memory=much": "'much' is no number",
-        "h100,memory=-1": "give a positive figure for some of bfloat16",
-        "h100,colour=3": "give a positive figure for some of bfloat16",
+        "h101": "h101 is not KEY=NUMBER, .* one of a100, h100",
+        "memory=1e9": "lacks bfloat16, float32, bandwidth, intra, inter;",
+        "h100,memory=much": "'much' is not a number",
+        "h100,memory=-1": "memory=-1 must be a positive number for one of bfloat16",
+        "h100,colour=3": "colour=3 must be a positive number for one of bfloat16",
     }.items():
         with pytest.raises(RecipeError, match=words):
             find_device(text)
@@ -176,7 +174,7 @@ def small_device() -> str:
     return "bfloat16=1e12,float32=1e12,memory=1e9,bandwidth=1e11,intra=1e10,inter=1e9"
 
 
-def test_suggestions_fit_and_are_no_slower_than_what_others_would_take(
+def test_suggestions_fit_and_the_first_is_no_slower_than_other_meshes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_device: str
 ) -> None:
     monkeypatch.setattr("ndtrain.estimate.search.SEARCH_S", 3.0)
@@ -203,7 +201,7 @@ def test_sequence_parallelism_is_suggested_where_the_recipe_has_it_off(tmp_path:
     assert found == {(False, None), (True, True)}
 
 
-def test_what_does_not_fit_is_told_by_how_much_and_what_helps(tmp_path: Path, small_device: str) -> None:
+def test_a_step_that_does_not_fit_gets_the_excess_and_a_fix(tmp_path: Path, small_device: str) -> None:
     train = {"global_batch_size": 4, "micro_batch_size": 2}
     recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2}, {"num_hidden_layers": 2}, train=train)
     whole = estimated(recipe, 2).peak_bytes
@@ -215,19 +213,19 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_helps(tmp_path: Path, sm
     assert "no single change was found that makes it fit" in text
 
 
-def test_inspect_shows_the_step_the_layer_and_the_difference(tmp_path: Path) -> None:
+def test_inspect_prints_a_step_one_layer_or_a_difference(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2, "tp": 2}, {})
     text = inspect_text(recipe, world_size=4, device="h100", layer="*.layers.2", ranks_per_node=2)
     assert "self_attn.q_proj.weight" in text and "embed_tokens" not in text
     assert "  fsdp: 2 ranks over 2 nodes (0, 2)\n  tp: 2 ranks on one node (0-1)\n" in text
-    assert "as MFU counts them" in text and "An estimate for h100, 2 ranks on a node" in text and "fits: " in text
+    assert "counted by MFU" in text and "An estimate for h100, 2 ranks per node" in text and "fits: " in text
     report = json.loads(inspect_text(recipe, world_size=4, as_json=True, device="h100"))
     assert report["step"]["peak"]["bytes"] == sum(report["step"]["peak"]["kinds"].values())
     assert report["step"]["roofline"]["fits"] and report["step"]["roofline"]["fix"] is None
     by_axis = {(c["axis"], c["op"]): c for c in report["step"]["collectives"]}
     assert by_axis["fsdp", "all_gather"]["nodes"] == 1 and by_axis["tp", "reduce_scatter"]["count"] > 0
     with pytest.raises(
-        RecipeError, match=r"--layer no\.such: no parameter matches; model\.embed_tokens\.weight is one"
+        RecipeError, match=r"--layer no\.such matches no parameter; one parameter is model\.embed_tokens\.weight"
     ):
         inspect_text(recipe, world_size=4, layer="no.such")
 

@@ -1,5 +1,5 @@
-"""Modules that are not transformers' own: grouped 3-D weights, empty parameters, extra states, weights cut by their
-module."""
+"""Modules that are not from transformers: grouped 3-D weights, empty parameters, extra states, weights that their
+module cuts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MLP = "model.layers.0.mlp"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A random foreign model, and its reference run by plain torch in one process."""
+    """Save a random foreign model with a reference run of plain torch in one process."""
     root = tmp_path_factory.mktemp("foreign")
     made = worker.build("foreign", foreign.CONFIG, str(root))
     # Bytes that transformers would hand to a module that unpickles them
@@ -77,27 +77,27 @@ def planned(tmp_path: Path, sizes: MeshSizes) -> tuple[Recipe, Any, Plan]:
 @pytest.mark.parametrize(
     ("sizes", "rank"), [(MeshSizes(1, 2), 1), (MeshSizes(1, 2, 1, 2), 2), (MeshSizes(2, 8, 1, 4), 63)]
 )
-def test_the_plan_is_what_parallelize_does(tmp_path: Path, sizes: MeshSizes, rank: int) -> None:
+def test_parallelize_does_what_the_plan_says(tmp_path: Path, sizes: MeshSizes, rank: int) -> None:
     recipe, model, plan = planned(tmp_path, sizes)
     with fake_world(rank, sizes.world_size):
         parallelize(model, plan, build_mesh(sizes, "cpu"), recipe=recipe)
         check(model, plan, rank)
 
 
-def test_a_weight_that_comes_as_a_dtensor_is_refused(tmp_path: Path) -> None:
+def test_a_weight_that_is_already_a_dtensor_is_refused(tmp_path: Path) -> None:
     recipe, model, _ = planned(tmp_path, MeshSizes())
     with fake_world(0, 2):
         model.get_submodule(f"{MLP}.own").set_device_mesh(tp_mesh=build_mesh(MeshSizes(1, 1, 1, 2), "cpu").tp)
-        with pytest.raises(PlanError, match=rf"{MLP}\.own\.up is a DTensor already.*base_model_tp_plan"):
+        with pytest.raises(PlanError, match=rf"{MLP}\.own\.up is already a DTensor.*base_model_tp_plan"):
             make_plan(model, MeshSizes(1, 1, 1, 2), recipe)
 
 
-def test_a_module_that_cuts_other_than_it_declares_is_refused(tmp_path: Path) -> None:
+def test_a_module_that_cuts_its_weights_differently_than_declared_is_refused(tmp_path: Path) -> None:
     sizes = MeshSizes(1, 1, 1, 2)
     recipe, model, plan = planned(tmp_path, sizes)
     own = model.get_submodule(f"{MLP}.own")
     own.set_device_mesh = lambda tp_mesh: None
-    with fake_world(0, 2), pytest.raises(PlanError, match=rf"set_device_mesh of {MLP}\.own makes up .*colwise"):
+    with fake_world(0, 2), pytest.raises(PlanError, match=rf"set_device_mesh of {MLP}\.own lays out up .*colwise"):
         parallelize(model, plan, build_mesh(sizes, "cpu"), recipe=recipe)
 
 
@@ -112,7 +112,7 @@ def test_a_scalar_parameter_is_refused(tmp_path: Path) -> None:
 
 
 def cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:
-    """A cell of the matrix, where this module's import has made the model type known."""
+    """Run a cell of the matrix on ranks that have imported this module and so know the model type."""
     return worker.cell(model, mesh, more)
 
 
@@ -121,7 +121,7 @@ def cell(model: dict[str, Any], mesh: dict[str, int], more: dict[str, Any]) -> d
     [({"dp_shard": 2}, "rank0"), ({"dp_shard": 2, "tp": 2}, "sharded")],
     ids=["dp_shard2", "dp_shard2-tp2"],
 )
-def test_every_gradient_and_parameter_is_that_of_one_process(
+def test_every_gradient_and_parameter_equals_that_of_one_process(
     saved: dict[str, Any], mesh: dict[str, int], mode: str
 ) -> None:
     model = {k: v for k, v in saved.items() if k != "corpus"}
@@ -131,7 +131,7 @@ def test_every_gradient_and_parameter_is_that_of_one_process(
 
 
 def run(path: str, stop: int) -> dict[str, Any]:
-    """Train on the ranks of a pool up to step `stop`: whole parameters and moments, what was said, extra states."""
+    """Train on a pool up to step `stop`; return whole parameters and moments, notes, and extra states."""
     from tests.trainers import Said, trainer_of
 
     told = Said()
@@ -160,7 +160,7 @@ def test_a_run_is_saved_resumed_on_another_mesh_and_converted(saved: dict[str, A
     second = recipe_of(tmp_path / "second.toml", saved, {"dp_shard": 2}, checkpoint=checkpoint)
     resumed = get_pool(2).run(run, str(second), 2, timeout=300)
 
-    # parameters and both moments are the same bits; of empty ones nothing is stored, and they have no moments
+    # Parameters and both moments are equal bit for bit. Empty parameters have no moments and are not stored.
     step = tmp_path / "run/checkpoints/step-00000002"
     stored = {key for file in step.glob("*/*.safetensors") for key in load_file(file)}
     for name, value in begun[0]["whole"].items():
@@ -169,7 +169,7 @@ def test_a_run_is_saved_resumed_on_another_mesh_and_converted(saved: dict[str, A
     empty = {name for name, value in begun[0]["whole"].items() if not value.size}
     assert empty == {f"model.layers.{i}.mlp.grouped.{name}" for i in (0, 1) for name in ("bias", "unused")}
 
-    # what is data is kept for every rank, what is bytes is not and said once
+    # States that are data are kept on every rank; states that are bytes are left out with one note.
     states = json.loads((step / extra_states.FILE).read_text())
     assert set(states) == {f"model.layers.{i}.mlp.grouped" for i in (0, 1)}
     assert {answer["unpickled"] for answer in (*begun, *resumed)} == {0}
@@ -177,11 +177,11 @@ def test_a_run_is_saved_resumed_on_another_mesh_and_converted(saved: dict[str, A
         for name, state in begun[0]["states"].items():
             assert state.tolist() == answer["states"][name].tolist() == [2.0, 0.25]
     at_load, at_save = begun[0]["said"]
-    assert f"{MLP}.opaque and of 1 more is bytes" in at_load and "not read from the weights" in at_load
-    assert f"{MLP}.opaque and of 1 more is bytes" in at_save and "not saved" in at_save
+    assert f"{MLP}.opaque and of 1 more module is bytes" in at_load and "not read from the weights" in at_load
+    assert f"{MLP}.opaque and of 1 more module is bytes" in at_save and "not saved" in at_save
     assert resumed[0]["said"] == []
 
-    # and goes on as one run would have
+    # The resumed run continues like one without interruption.
     more = get_pool(2).run(run, str(second), 4, timeout=300)[0]
     assert len(more["losses"]) == 2
     assert more["states"][f"{MLP}.grouped"].tolist() == [4.0, 0.0625]
@@ -221,7 +221,7 @@ DATA = {
 }
 
 
-def test_a_state_of_data_comes_back_as_it_was() -> None:
+def test_an_extra_state_that_is_data_is_restored_unchanged() -> None:
     model, other = nn.Sequential(Holder(DATA), nn.Linear(2, 2)), nn.Sequential(Holder(None), nn.Linear(2, 2))
     stored, left_out = extra_states.shared_states(model)
     assert set(stored) == {"0"} and left_out == []
@@ -240,11 +240,11 @@ def test_a_state_of_data_comes_back_as_it_was() -> None:
     [b"bytes", torch.tensor([128], dtype=torch.uint8), {"in": [b""]}, {1: 2}, object(), torch.ones(2, device="meta")],
     ids=["bytes", "tensor of bytes", "bytes inside", "keys", "object", "meta"],
 )
-def test_a_state_that_is_no_data_is_left_out(state: Any) -> None:
+def test_an_extra_state_that_is_not_data_is_left_out(state: Any) -> None:
     assert extra_states.shared_states(nn.Sequential(Holder(state))) == ({}, ["0"])
 
 
-def test_a_state_without_content_is_no_loss() -> None:
+def test_an_empty_extra_state_is_skipped_without_a_note() -> None:
     model = nn.Sequential(Holder(None), Holder(torch.empty(0, dtype=torch.uint8)))
     assert extra_states.shared_states(model) == ({}, [])
 
@@ -256,7 +256,7 @@ def differing() -> tuple[dict[str, Any], list[str]]:
     return extra_states.shared_states(nn.Sequential(same, other))
 
 
-def test_a_state_that_differs_between_ranks_is_left_out() -> None:
+def test_an_extra_state_that_differs_between_ranks_is_left_out() -> None:
     assert get_pool(2).run(differing) == [({"0": {"dict": {"step": 3}}}, ["1"])] * 2
 
 
@@ -272,6 +272,6 @@ def test_a_state_that_differs_between_ranks_is_left_out() -> None:
     ],
     ids=["no state there", "no module there", "bytes", "no dtype", "too short", "unknown"],
 )
-def test_a_damaged_state_is_refused(stored: dict[str, Any]) -> None:
+def test_a_damaged_extra_state_is_refused(stored: dict[str, Any]) -> None:
     with pytest.raises(DamagedError, match="extra state of"):
         extra_states.restore(nn.Sequential(Holder(None), nn.Linear(2, 2)), stored)

@@ -72,7 +72,7 @@ def test_units_and_offloading_train_like_plain_transformers(world: dict[str, Any
 
 
 def compute_in(module: torch.nn.Module, dtype: torch.dtype, output: torch.dtype | None) -> None:
-    """What FSDP does to a unit: weights and inputs in `dtype`, and outputs in `output`."""
+    """Cast as FSDP does for a unit: weights and inputs to `dtype`, outputs to `output`."""
     from torch.nn.utils.stateless import _reparametrize_module
 
     plain, weights = module.forward, dict(module.named_parameters())
@@ -91,7 +91,7 @@ def compute_in(module: torch.nn.Module, dtype: torch.dtype, output: torch.dtype 
 def mixed_reference(
     directory: Path, recipe_path: Path, *, dtypes: dict[str, str], around: str, batch_ranks: int
 ) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of a plain loop whose modules compute in `dtypes`, rank by rank."""
+    """Return loss and gradient norm of each step of a plain loop whose modules compute in `dtypes`, rank by rank."""
     from ndtrain import data
     from ndtrain.engine.schedule import learning_rate
     from ndtrain.hf.tokenizer import ByteTokenizer
@@ -175,7 +175,7 @@ MIXED: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", MIXED)
-def test_mixed_precision_of_single_modules_computes_as_it_says(
+def test_single_modules_compute_in_the_dtype_of_their_mixed_precision(
     world: dict[str, Any], tmp_path: Path, case: str
 ) -> None:
     mesh, around, modules, dtypes = MIXED[case]
@@ -184,14 +184,14 @@ def test_mixed_precision_of_single_modules_computes_as_it_says(
     exact = reference(model_dir(world, "qwen3"), recipe)
     result = get_pool(ranks_of(ALL_MESHES[mesh])).run(trained, str(recipe), [], timeout=300)[0]
     want = mixed_reference(model_dir(world, "qwen3"), recipe, dtypes=dtypes, around=around, batch_ranks=2)
-    # After two steps the rounding of single values to bfloat16 has parted the two.
+    # After two steps the rounding of single values to bfloat16 makes the two differ.
     for metrics, (loss, norm), (_, other) in zip(result["metrics"][:2], want, exact, strict=False):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert metrics["grad_norm"] != pytest.approx(other, rel=2e-5)
 
 
-def test_the_proof_of_tensor_parallelism_bears_blocks_in_two_dtypes(world: dict[str, Any], tmp_path: Path) -> None:
+def test_the_proof_of_tensor_parallelism_accepts_blocks_in_two_dtypes(world: dict[str, Any], tmp_path: Path) -> None:
     modules = {"model.layers.0": {"mixed_precision": "float32", "cpu_offload": True}, "model.layers.1": KEEP}
     fsdp = {"mode": "manual", "modules": modules, "param_dtype": "bfloat16"}
     recipe = recipe_for(world, tmp_path, "qwen3", "dp_shard2-tp2", steps=3, fsdp=fsdp)
@@ -201,7 +201,7 @@ def test_the_proof_of_tensor_parallelism_bears_blocks_in_two_dtypes(world: dict[
         assert metrics["grad_norm"] == pytest.approx(norm, rel=5e-2)
 
 
-# ---- what the plan says of units, and what is applied
+# ---- the units of a plan, and of the model that it is applied to
 
 
 def manual(modules: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def manual(modules: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def applied(model: transformers.PreTrainedModel, plan: Plan, name: str) -> tuple[bool, Any, bool]:
-    """(frees its weights, its mixed precision, is offloaded) of what FSDP has made of the module `name`."""
+    """Return whether the FSDP unit `name` frees its weights, its mixed precision, and whether it is offloaded."""
     group = model.get_submodule(name)._get_fsdp_state()._fsdp_param_group  # type: ignore[operator,union-attr]
     return group.post_forward_mesh_info is not None, group.mp_policy, isinstance(group.offload_policy, CPUOffloadPolicy)
 
@@ -250,14 +250,14 @@ def test_units_are_applied_as_planned(tmp_path: Path) -> None:
             torch.bfloat16,
             True,
         )
-        # The head's output is the result: it stays as exact as it is
+        # The head's output is the result, so it is not cast.
         frees, mixed, _ = applied(model, plan, "lm_head")
         assert (frees, mixed.param_dtype, mixed.output_dtype) == (False, torch.float32, None)
         frees, mixed, offloaded = applied(model, plan, "")
         assert (frees, mixed.param_dtype, offloaded) == (False, torch.bfloat16, False)
 
 
-def test_offloading_takes_every_parameter_to_the_host(tmp_path: Path) -> None:
+def test_offloading_moves_every_parameter_to_the_host(tmp_path: Path) -> None:
     recipe = meta_recipe(tmp_path, "gemma3_text", fsdp=OFFLOAD)
     model, plan = plan_for(recipe, MeshSizes(1, 2))
     assert plan.on_host == {p.fqn for p in plan.params}
@@ -266,7 +266,7 @@ def test_offloading_takes_every_parameter_to_the_host(tmp_path: Path) -> None:
         assert all(applied(model, plan, name)[2] for unit in plan.units for name in unit.modules)
 
 
-def test_classes_to_wrap_are_units_and_the_rest_is_the_roots(tmp_path: Path) -> None:
+def test_classes_to_wrap_are_units_and_the_root_has_the_rest(tmp_path: Path) -> None:
     recipe = meta_recipe(tmp_path, "qwen3", fsdp={"fsdp_transformer_layer_cls_to_wrap": "Qwen3DecoderLayer"})
     _, plan = plan_for(recipe, MeshSizes(1, 2))
     assert [(unit.name, unit.reshard) for unit in plan.units] == [("model.layers.0", True), ("model.layers.1", True)]
@@ -288,7 +288,7 @@ def test_a_tied_weight_and_experts_are_one_unit_each(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_model_keeps_in_float32_stays_so_in_units_chosen_by_hand(tmp_path: Path) -> None:
+def test_parameters_kept_in_float32_stay_so_in_units_chosen_by_hand(tmp_path: Path) -> None:
     sections = {"data": {"packing": False}}
     recipe = meta_recipe(
         tmp_path, "ernie4_5_moe", **manual({"model.layers.*": KEEP}, param_dtype="bfloat16"), **sections
@@ -364,7 +364,7 @@ def test_units_that_fsdp_cannot_make_are_refused(tmp_path: Path, case: str) -> N
         assert word in str(caught.value)
 
 
-def test_a_part_of_dispatched_experts_is_no_unit(tmp_path: Path) -> None:
+def test_a_part_of_dispatched_experts_is_refused_as_a_unit(tmp_path: Path) -> None:
     from ndtrain.plan.manual import units
 
     recipe = meta_recipe(tmp_path, "llama", **manual({"model.layers.*.mlp.up_proj": FREE}))

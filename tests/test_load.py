@@ -45,7 +45,7 @@ _built: dict[tuple[Any, MeshSizes], Any] = {}
 
 
 def _loaded(recipe_path: str, sizes: MeshSizes) -> tuple[Any, Any]:
-    """A model loaded as training loads it, into memory that held NaN before."""
+    """Load a model as training does, into memory that held NaN before."""
     import torch.distributed as dist
 
     from ndtrain.hf.model import meta_model
@@ -80,7 +80,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _compare(recipes: dict[str, str], directory: str, meshes: dict[str, MeshSizes]) -> list[str]:
-    """What differs on this rank from plain transformers, over all modes and meshes."""
+    """List the differences from plain transformers on this rank, over all modes and meshes."""
     from torch.distributed.tensor import DTensor
 
     from ndtrain.layout import local_boxes
@@ -121,7 +121,7 @@ def _compare(recipes: dict[str, str], directory: str, meshes: dict[str, MeshSize
 
 
 def _errors(recipes: list[str], sizes: MeshSizes) -> list[tuple[str, str]]:
-    """Kind and message of the error that loading each recipe gives on this rank."""
+    """Return class and message of the error that loading each recipe raises on this rank."""
     answers = []
     for recipe in recipes:
         try:
@@ -134,7 +134,7 @@ def _errors(recipes: list[str], sizes: MeshSizes) -> list[tuple[str, str]]:
 
 
 def _full_tensors(recipes: dict[str, str], meshes: dict[str, dict[str, MeshSizes]]) -> dict[str, Any]:
-    """{kind: {mesh: {name: numpy array}}} of whole tensors; empty but on rank 0."""
+    """Return {kind: {mesh: {name: numpy array}}} of whole tensors on rank 0, empty ones on the other ranks."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
@@ -198,7 +198,7 @@ def test_bf16_weights_become_exactly_their_float32_values(tmp_path: Path) -> Non
             assert torch.equal(torch.from_numpy(loaded[name]), tensor.float()), name
 
 
-def test_a_tied_weight_that_is_saved_under_its_other_name_is_found(tmp_path: Path) -> None:
+def test_a_tied_weight_is_found_under_its_other_name(tmp_path: Path) -> None:
     directory = tiny.save_model("gemma3_text", tmp_path)
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
@@ -208,7 +208,7 @@ def test_a_tied_weight_that_is_saved_under_its_other_name_is_found(tmp_path: Pat
 
 
 def test_every_rank_has_its_own_experts(tmp_path: Path) -> None:
-    """Trap: rank 0's experts everywhere. Expert i is the constant i in the file."""
+    """Guards against rank 0's experts on every rank: in the file, expert i is filled with i."""
     directory = tiny.save_model("qwen3_moe", tmp_path)
     tensors = load_file(directory / "model.safetensors")
     for name, tensor in tensors.items():
@@ -227,8 +227,8 @@ def test_every_rank_has_its_own_experts(tmp_path: Path) -> None:
             assert [sorted(set(tensor[i].ravel().tolist())) for i in range(4)] == [[0.0], [1.0], [2.0], [3.0]], name
 
 
-def test_pieces_stitched_along_a_dim_that_ranks_share_are_refused_by_sharded_loading(tmp_path: Path) -> None:
-    """Its three convolutions are saved apart: each rank would take its part of each, and hold other ranks' rows."""
+def test_sharded_loading_refuses_weights_merged_along_a_dim_that_the_mesh_cuts(tmp_path: Path) -> None:
+    """Three convolutions are saved separately: a rank that takes its part of each would hold other ranks' rows."""
     directory = tiny.save_model("olmo_hybrid", tmp_path)
     recipes = {
         mode: recipe_for(tmp_path / f"{mode}.toml", mode=mode, name=str(directory), attn="eager") for mode in MODES
@@ -239,7 +239,7 @@ def test_pieces_stitched_along_a_dim_that_ranks_share_are_refused_by_sharded_loa
     for rank in found:
         assert rank[0] == ("", "loaded")
         assert rank[1][0] == "PlanError"
-        assert "conv1d.weight is saved in another form along dim 0" in rank[1][1]
+        assert "conv1d.weight is saved in a form that has to be converted along dim 0" in rank[1][1]
         assert 'set load.mode = "rank0"' in rank[1][1]
 
 
@@ -301,7 +301,7 @@ def test_a_model_from_scratch_has_the_distribution_of_its_own_initialization(dra
     assert kinds == ({"weight", "norm", "bias"} if kind == "gpt2" else {"weight", "norm"})
 
 
-def test_weights_of_one_shape_are_drawn_apart(drawn: dict[str, Any]) -> None:
+def test_weights_of_equal_shape_are_drawn_differently(drawn: dict[str, Any]) -> None:
     tensors = drawn["llama"]["1"]
     seen: list[str] = []
     for name, tensor in tensors.items():
@@ -344,18 +344,18 @@ def _truncate(directory: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
-    "lacks a weight": (_edit(lambda t: t.pop(DOWN)), "DamagedError", [DOWN, "lacks 1 weights"]),
+    "lacks a weight": (_edit(lambda t: t.pop(DOWN)), "DamagedError", [DOWN, "lacks 1 weight of the model"]),
     "lacks a norm": (_edit(lambda t: t.pop("model.norm.weight")), "DamagedError", ["model.norm.weight"]),
     "wrong shape": (_edit(lambda t: t.update({DOWN: torch.ones(64, 90)})), "DamagedError", [DOWN, "shape"]),
     "NaN in one corner": (_edit(lambda t: t[DOWN][0, :1].fill_(float("nan"))), "DamagedError", [DOWN, "NaN"]),
     "truncated": (_truncate, "DamagedError", ["cannot be read"]),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "", ["safetensors"]),
-    "no config": (lambda d: (d / "config.json").unlink(), "RecipeError", ["gives no config"]),
-    "nothing": (shutil.rmtree, "RecipeError", ["gives no config"]),
+    "no config": (lambda d: (d / "config.json").unlink(), "RecipeError", ["cannot load the config of model.name"]),
+    "nothing": (shutil.rmtree, "RecipeError", ["cannot load the config of model.name"]),
 }
 
 
-def test_damaged_weights_stop_every_rank_with_their_name(tmp_path: Path) -> None:
+def test_damaged_weights_stop_every_rank_and_are_named(tmp_path: Path) -> None:
     whole = tiny.save_model("llama", tmp_path)
     cases: list[tuple[str, str, Path]] = []
     recipes = []

@@ -1,4 +1,4 @@
-"""Mesh arithmetic for any world size, every refusal with its way out, and device meshes that agree with it."""
+"""Mesh arithmetic for any world size, errors that suggest meshes that fit, and device meshes that agree with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REFUSALS: list[tuple[int, dict[str, int], list[str]]] = [
     (8, {"dp_shard": 0}, ["mesh.dp_shard = 0 must be -1 or at least 1"]),
     (8, {"dp_shard": -2}, ["mesh.dp_shard = -2 must be -1 or at least 1"]),
     (8, {"tp": 3}, ["dp_replicate 1 x cp 1 x tp 3 = 3 does not divide the 8 ranks", "(6 or 9)", "tp = 2"]),
-    (1, {"tp": 2}, ["tp 2 = 2 does not divide the 1 ranks", "multiple of 2 ranks (2)", "[dp_shard = 1]"]),
+    (1, {"tp": 2}, ["tp 2 = 2 does not divide the 1 rank;", "multiple of 2 ranks (2)", "[dp_shard = 1]"]),
     (12, {"dp_replicate": 2, "cp": 2, "tp": 2}, ["= 8 does not divide the 12 ranks", "(8 or 16)"]),
     (8, {"dp_shard": 2, "tp": 2}, ["dp_shard 2 x cp 1 x tp 2 needs 4 ranks, but 8 were started; start 4"]),
     (1, {"dp_shard": 4}, ["needs 4 ranks, but 1 was started; start 4, or set [dp_shard = 1]"]),
@@ -35,7 +35,9 @@ MESHES = [MeshSizes(*sizes) for sizes in product((1, 2, 3), (1, 2, 4), (1, 2), (
 
 
 @pytest.mark.parametrize(("world", "given", "words"), REFUSALS)
-def test_a_mesh_that_does_not_fit_is_refused_with_numbers(world: int, given: dict[str, int], words: list[str]) -> None:
+def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(
+    world: int, given: dict[str, int], words: list[str]
+) -> None:
     with pytest.raises(RecipeError) as caught:
         MeshSizes.resolve(world, **given)
     for word in words:
@@ -90,14 +92,14 @@ def test_every_mesh_that_the_message_suggests_fits_the_ranks() -> None:
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda s: s.describe())
 def test_every_rank_has_its_own_coordinate_with_tp_innermost(sizes: MeshSizes) -> None:
-    places = [sizes.coordinate(rank) for rank in range(sizes.world_size)]
-    order = [tuple(place[axis] for axis in AXES) for place in places]
+    coordinates = [sizes.coordinate(rank) for rank in range(sizes.world_size)]
+    order = [tuple(c[axis] for axis in AXES) for c in coordinates]
     assert order == list(product(*(range(getattr(sizes, axis)) for axis in AXES)))
-    assert {place["fsdp"] for place in places} == set(range(sizes.fsdp))
-    assert {place["batch"] for place in places} == set(range(sizes.batch))
-    # The views keep the ranks apart as well: (dp_replicate, fsdp, tp) and (batch, cp, tp) are the same ranks.
-    assert len({(p["dp_replicate"], p["fsdp"], p["tp"]) for p in places}) == sizes.world_size
-    assert len({(p["batch"], p["cp"], p["tp"]) for p in places}) == sizes.world_size
+    assert {c["fsdp"] for c in coordinates} == set(range(sizes.fsdp))
+    assert {c["batch"] for c in coordinates} == set(range(sizes.batch))
+    # The views tell the ranks apart as well: (dp_replicate, fsdp, tp) and (batch, cp, tp) are the same ranks.
+    assert len({(c["dp_replicate"], c["fsdp"], c["tp"]) for c in coordinates}) == sizes.world_size
+    assert len({(c["batch"], c["cp"], c["tp"]) for c in coordinates}) == sizes.world_size
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_every_rank_has_its_own_coordinate_with_tp_innermost(sizes: MeshSizes) -
         (8, {"tp": 2}, 8),
     ],
 )
-def test_experts_are_sharded_over_what_ep_leaves(world: int, given: dict[str, int], efsdp: int) -> None:
+def test_experts_are_sharded_over_the_ranks_that_ep_leaves(world: int, given: dict[str, int], efsdp: int) -> None:
     sizes = MeshSizes.resolve(world, **given)
     assert sizes.efsdp == efsdp
     assert sizes.dp_replicate * sizes.efsdp * sizes.ep == world
@@ -132,7 +134,7 @@ def test_exactly_the_allowed_ep_sizes_are_accepted(world: int, tp: int) -> None:
                 MeshSizes.resolve(world, tp=tp, ep=ep)
 
 
-def test_a_mesh_describes_itself_without_axes_of_size_1() -> None:
+def test_describe_leaves_out_axes_of_size_1() -> None:
     assert MeshSizes().describe() == "1 rank"
     assert MeshSizes(1, 4, 1, 2).describe() == "dp_shard 4 x tp 2"
     assert re.fullmatch(
@@ -180,15 +182,15 @@ def _groups_of_this_rank(sizes: dict[str, MeshSizes]) -> dict[str, dict[str, Any
     return found
 
 
-def test_device_meshes_group_the_ranks_that_coordinate_names() -> None:
+def test_device_mesh_groups_agree_with_coordinate() -> None:
     every = get_pool(4).run(_groups_of_this_rank, BUILT)
     for name, sizes in BUILT.items():
-        places = [sizes.coordinate(rank) for rank in range(4)]
+        coordinates = [sizes.coordinate(rank) for rank in range(4)]
         for rank, found in enumerate(every):
             ranks, handed = found[name]["ranks"], found[name]["fsdp"]
 
-            def together(*fixed: str, places: Any = places, rank: int = rank) -> list[int]:
-                return [r for r in range(4) if all(places[r][a] == places[rank][a] for a in fixed)]
+            def together(*fixed: str, of: Any = coordinates, rank: int = rank) -> list[int]:
+                return [r for r in range(4) if all(of[r][a] == of[rank][a] for a in fixed)]
 
             assert ranks["fsdp"] == together("dp_replicate", "tp"), name
             assert ranks["tp"] == together("dp_replicate", "fsdp"), name
@@ -208,7 +210,7 @@ def test_device_meshes_group_the_ranks_that_coordinate_names() -> None:
                 ], name
 
 
-def test_groups_are_the_ranks_that_share_every_other_place() -> None:
+def test_a_group_is_the_ranks_with_the_same_coordinate_on_every_other_axis() -> None:
     sizes = MeshSizes.resolve(48, dp_replicate=2, dp_shard=3, cp=2, tp=4, ep=8)
     fixed = {
         "dp_replicate": ("fsdp", "tp"),
@@ -231,14 +233,14 @@ def test_groups_are_the_ranks_that_share_every_other_place() -> None:
     assert MeshSizes(dp_shard=4).axes == ("fsdp",)
 
 
-def test_a_group_is_spread_over_the_nodes_that_its_ranks_are_on() -> None:
+def test_spread_counts_the_nodes_of_a_group() -> None:
     sizes = MeshSizes(dp_shard=8, tp=4)
     assert sizes.spread("tp", 5, 8) == (4, 1)
     assert sizes.spread("fsdp", 5, 8) == (2, 4)
     assert sizes.spread("fsdp", 5, 4) == (1, 8)
     assert sizes.spread("tp", 5, 2) == (2, 2)
     assert sizes.spreads("fsdp", 8) == [(2, 4)]
-    # Groups that lie differently: ranks 0-3, 4-7 and 8-11 on nodes of 8.
+    # Ranks 0-3, 4-7 and 8-11 on nodes of 8 ranks.
     uneven = MeshSizes(dp_shard=3, tp=4)
     assert uneven.spread("fsdp", 8, 8) == (2, 2) and uneven.spreads("fsdp", 8) == [(2, 2)]
     assert MeshSizes(dp_shard=3, tp=2).spreads("tp", 3) == [(1, 2), (2, 1)]

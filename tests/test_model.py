@@ -1,4 +1,4 @@
-"""Recipe to config and meta model: overrides act, and what cannot act is refused; tokenizers."""
+"""A recipe's config and meta model: overrides take effect or are refused; tokenizers."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_a_shallower_model_keeps_its_first_layers_and_can_be_saved(tmp_path: Pat
 
 
 def test_a_model_without_weights_is_refused(tmp_path: Path, saved: Path) -> None:
-    with pytest.raises(RecipeError, match="has no weights: a size in it is 0"):
+    with pytest.raises(RecipeError, match="has no weights, because a size in it is 0; change it"):
         meta_model(recipe_for(tmp_path, name=str(saved), config={"hidden_size": 0}))
 
 
-def test_tables_of_the_config_are_merged(tmp_path: Path, saved: Path) -> None:
+def test_tables_of_model_config_are_merged_into_the_config(tmp_path: Path, saved: Path) -> None:
     config = load_config(recipe_for(tmp_path, name=str(saved), config={"rope_parameters": {"rope_theta": 500.0}}))
     assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
 
@@ -79,14 +79,14 @@ def test_a_wrong_override_is_refused(
         assert word in message
 
 
-def test_keys_that_only_the_model_reads_are_keys(tmp_path: Path) -> None:
+def test_config_keys_that_only_the_model_code_reads_are_accepted(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, type="qwen3_moe", config=tiny.CONFIGS["qwen3_moe"])
     assert "head_dim" not in transformers.AutoConfig.for_model("qwen3_moe").to_dict()
     assert load_config(recipe).head_dim == 16
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "$A"])
-def test_documents_begin_as_the_tokenizer_begins_them(template: str) -> None:
+def test_documents_begin_with_the_begin_token_only_if_the_tokenizer_adds_it(template: str) -> None:
     vocab = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "[UNK]": 4}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -108,7 +108,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_frequencies_are_those_of_a_whole_sequence_however_short_a_part_is(kind: str) -> None:
+def test_fixed_frequencies_of_a_short_part_equal_those_of_the_whole_sequence(kind: str) -> None:
     rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
     config = transformers.LlamaConfig(**{**tiny.CONFIGS["llama_dynamic"], "rope_parameters": rope})
     x, whole = torch.zeros(1), torch.arange(64)[None]

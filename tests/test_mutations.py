@@ -1,4 +1,4 @@
-"""300 recipes, each spoiled in one way: 300 clean errors with exit code 2 and no traceback."""
+"""300 recipes, each with one fault: 300 clean errors with exit code 2 and no traceback."""
 
 import os
 import random
@@ -19,7 +19,7 @@ PER_KIND = 50
 
 
 def schema_keys() -> list[tuple[str, str, dict[str, Any]]]:
-    """(section, key, its schema) of every key that is not a free table."""
+    """Return (section, key, its schema) for every key that is not a free table."""
     schema = json_schema()
     found = []
     for section, entry in schema["properties"].items():
@@ -31,7 +31,7 @@ def schema_keys() -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def misspelt(key: str, rng: random.Random) -> str:
-    """`key` with a letter changed or added: never a key or an alias, since it holds a capital letter."""
+    """Return `key` with a capital letter put in or added, so that it is neither a key nor an alias."""
     at = rng.randrange(len(key))
     return rng.choice([key[:at] + "X" + key[at + 1 :], key[:at] + "Q" + key[at:], key + "_X"])
 
@@ -104,7 +104,7 @@ def bad_toml(rng: random.Random) -> Iterator[bytes]:
 def bad_bytes(rng: random.Random) -> Iterator[bytes]:
     for number in range(PER_KIND):
         at = rng.randrange(len(SOURCE))
-        # None of these bytes is valid UTF-8 where it stands, nor valid TOML as a control character.
+        # Each of these is invalid UTF-8, or a control character that TOML forbids.
         yield (
             SOURCE[:at] + rng.choice([b"\xff", b"\xc0", b"\xed\xa0\x80", b"\x00", b"\x0b"]) + SOURCE[at:]
             if number % 5
@@ -119,7 +119,7 @@ def spoiled_recipes() -> Iterator[tuple[str, bytes]]:
 
 
 def bad_files(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Paths that hold no recipe, and `--set` arguments that spoil a good one."""
+    """Yield paths without a valid recipe, and `--set` arguments that break a valid one."""
     good = folder / "good.toml"
     good.write_bytes(SOURCE)
     (folder / "folder.toml").mkdir()

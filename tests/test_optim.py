@@ -40,7 +40,7 @@ def rates(tmp_path: Path, steps: int, **schedule: Any) -> list[float]:
         ({"kind": "wsd", "decay_steps": 4, "min_lr_ratio": 0.2}, [1, 0.8, 0.6, 0.4]),
     ],
 )
-def test_rates_of_a_schedule(tmp_path: Path, schedule: dict[str, Any], want: list[float]) -> None:
+def test_a_schedule_gives_these_rates(tmp_path: Path, schedule: dict[str, Any], want: list[float]) -> None:
     assert rates(tmp_path, 4, **schedule) == pytest.approx(want, rel=1e-5)
 
 

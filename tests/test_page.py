@@ -1,4 +1,4 @@
-"""The page and the picture of `inspect`, as a browser shows them."""
+"""The page and the picture that `inspect` writes, as a browser shows them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
 SVG = "{http://www.w3.org/2000/svg}"
-# Even and uneven cuts, packed weights, experts: name -> (model, its config, mesh, ranks on a node).
+# Even and uneven cuts, packed weights, experts: name -> (model, its config, mesh, ranks per node).
 PLANS: dict[str, tuple[str, dict[str, Any], dict[str, int], int]] = {
     "8": ("llama", {}, {"dp_shard": 4, "tp": 2}, 8),
     "uneven": ("phi3", {"intermediate_size": 100}, {"dp_shard": 3, "tp": 2}, 4),
@@ -62,26 +62,26 @@ def data_of(page: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sizes", "on_node"), [(MeshSizes(), 8), (MeshSizes(dp_shard=3, tp=2), 4), (MeshSizes(dp_shard=2048, tp=8), 8)]
 )
-def test_the_picture_has_every_rank_once_in_its_node(sizes: MeshSizes, on_node: int) -> None:
+def test_the_picture_draws_every_rank_once_inside_its_node(sizes: MeshSizes, on_node: int) -> None:
     picture = ElementTree.fromstring(mesh_svg(sizes, on_node))
     frames = [r for r in picture.iter(f"{SVG}rect") if r.get("class") == "node"]
     ranks = [r for r in picture.iter(f"{SVG}rect") if r.get("class") == "rank"]
     assert [int(r.attrib["data-rank"]) for r in ranks] == list(range(sizes.world_size))
     assert len(frames) == -(-sizes.world_size // on_node)
     width, height = float(picture.attrib["width"]), float(picture.attrib["height"])
-    places = set()
+    corners = set()
     for number, rank in enumerate(ranks):
         frame = frames[number // on_node]
         for at, extent, page in (("x", "width", width), ("y", "height", height)):
             low, high = float(rank.attrib[at]), float(rank.attrib[at]) + float(rank.attrib[extent])
             assert float(frame.attrib[at]) < low and high < float(frame.attrib[at]) + float(frame.attrib[extent])
             assert low >= 0 and high <= page
-        places.add((rank.attrib["x"], rank.attrib["y"]))
-    assert len(places) == sizes.world_size
+        corners.add((rank.attrib["x"], rank.attrib["y"]))
+    assert len(corners) == sizes.world_size
     assert len({r.attrib["fill"] for r in ranks}) == sizes.tp
 
 
-def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_escapes_its_text(tmp_path: Path) -> None:
     plan, report, on_node = planned(tmp_path, "8")
     page = page_html(replace(plan, notes=("</script><script>alert(1)</script>",)), report, on_node)
     assert not re.search(r"\b(src|href)\s*=|url\(|@import|fetch\(", page)
@@ -89,7 +89,7 @@ def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert data_of(page)["notes"][-1] == "</script><script>alert(1)</script>" and page.count("</script>") == 2
 
 
-def test_inspect_writes_the_page_with_a_step_in_it(tmp_path: Path) -> None:
+def test_inspect_writes_the_page_with_a_step_and_the_picture(tmp_path: Path) -> None:
     planned(tmp_path, "8")
     page, picture = tmp_path / "plan.html", tmp_path / "mesh.svg"
     recipe = load_recipe(tmp_path / "recipe.toml")
@@ -129,7 +129,7 @@ def shown(browser: Chrome, folder: Path, case: str) -> Plan:
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_the_page_tells_of_each_rank_what_the_plan_says(browser: Chrome, tmp_path: Path, case: str) -> None:
+def test_the_page_agrees_with_the_plan_on_every_rank(browser: Chrome, tmp_path: Path, case: str) -> None:
     plan = shown(browser, tmp_path, case)
     sizes = plan.sizes
     found = browser.execute_script(
@@ -147,7 +147,7 @@ def test_the_page_tells_of_each_rank_what_the_plan_says(browser: Chrome, tmp_pat
         assert sorted(shapes) == sorted(list(param.local_shape(sizes, rank)) for param in folded)
 
 
-def test_ranks_are_reached_with_the_mouse_and_with_the_keyboard(browser: Chrome, tmp_path: Path) -> None:
+def test_ranks_can_be_chosen_with_mouse_and_keyboard(browser: Chrome, tmp_path: Path) -> None:
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
 
@@ -170,7 +170,7 @@ def test_ranks_are_reached_with_the_mouse_and_with_the_keyboard(browser: Chrome,
         assert layers.text == str(rank) and about.text.startswith(f"Rank {rank}\n")
         assert browser.switch_to.active_element.get_attribute("aria-label") == f"rank {rank}, node {rank // 8}"
 
-    # From the ranks Tab goes on to the layers, and Enter opens one.
+    # Tab moves from the ranks to the layers, and Enter opens one.
     browser.switch_to.active_element.send_keys(Keys.TAB)
     browser.switch_to.active_element.send_keys(Keys.ENTER)
     opened = browser.find_element(By.CSS_SELECTOR, "details[open]")
@@ -182,7 +182,7 @@ def test_ranks_are_reached_with_the_mouse_and_with_the_keyboard(browser: Chrome,
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_legible_on_a_light_and_on_a_dark_screen(browser: Chrome, tmp_path: Path, scheme: str) -> None:
+def test_the_page_is_legible_in_light_and_dark_mode(browser: Chrome, tmp_path: Path, scheme: str) -> None:
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
@@ -198,9 +198,9 @@ def test_the_page_is_legible_on_a_light_and_on_a_dark_screen(browser: Chrome, tm
         const behind = node => { const c = getComputedStyle(node).backgroundColor;
           return /, 0\\)$/.test(c) ? behind(node.parentElement) : c };
         const found = []; let seen = 0;
-        for (const node of document.querySelectorAll("h1,h2,h3,p,dt,dd,td,th,code,summary span,li,.line,.place")) {
+        for (const node of document.querySelectorAll("h1,h2,h3,p,dt,dd,td,th,code,summary span,li,.line,.number")) {
           const style = getComputedStyle(node), text = node.closest("svg") ? style.fill : style.color;
-          const on = node.matches(".place") ? node.previousElementSibling.getAttribute("fill") : behind(node);
+          const on = node.matches(".number") ? node.previousElementSibling.getAttribute("fill") : behind(node);
           const hex = on.startsWith("#") ? `rgb(${[1, 3, 5].map(i => parseInt(on.slice(i, i + 2), 16))})` : on;
           const ratio = contrast(light(text), light(hex));
           seen += 1;

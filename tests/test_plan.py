@@ -1,4 +1,4 @@
-"""What a plan holds, and what it refuses. That `parallelize` does what it says is in test_plan_applied.py."""
+"""Plans hold the right units and styles, and refuse the rest. test_plan_applied.py tests that they are carried out."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_tied_weights_are_gathered_in_one_unit(tmp_path: Path, kind: str) -> Non
     assert [p.fqn for p in plan.params if p.fqn in (alias, source)] == [source]
 
 
-def test_weights_tied_by_three_modules_are_the_roots(tmp_path: Path) -> None:
+def test_weights_tied_by_three_modules_belong_to_the_root_unit(tmp_path: Path) -> None:
     _, plan = plan_for(recipe_for(tmp_path, "prophetnet", **NO_PACKING), MeshSizes(1, 2))
     assert {p.unit for p in plan.params if "word_embeddings" in p.fqn or p.fqn.startswith("lm_head")} == {"root"}
 
@@ -101,7 +101,7 @@ def test_an_untied_embedding_is_a_unit_of_its_own_and_the_head_shares_one_with_t
     assert {p.unit for p in plan.params} <= units
 
 
-def test_q_and_k_norms_are_summed_by_ndtrain_not_by_the_upstream_hook(tmp_path: Path) -> None:
+def test_gradients_of_q_and_k_norms_are_summed_by_ndtrain_not_by_the_hook_of_transformers(tmp_path: Path) -> None:
     _, plan = plan_for(recipe_for(tmp_path, "qwen3"), MeshSizes(1, 1, 1, 2))
     assert len(plan.tp_summed) == 4
     assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in plan.tp_summed)
@@ -122,7 +122,7 @@ def test_q_and_k_norms_are_summed_by_ndtrain_not_by_the_upstream_hook(tmp_path: 
         ("granite", {}, None),
     ],
 )
-def test_only_an_unchanged_head_is_called_plain(
+def test_plan_names_the_head_only_if_the_model_returns_its_output_unchanged(
     tmp_path: Path, kind: str, config: dict[str, Any], head: str | None
 ) -> None:
     _, plan = plan_for(recipe_for(tmp_path, kind, config), MeshSizes())
@@ -133,7 +133,7 @@ def test_only_an_unchanged_head_is_called_plain(
 TP2 = MeshSizes(1, 1, 1, 2)
 NO_PACKING = {"data": {"packing": False}}
 REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[str]]] = {
-    "a style that is none": (
+    "an unknown style": (
         "llama",
         {},
         TP2,
@@ -152,14 +152,14 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {},
         TP2,
         {"tp": {"plan": {"model.layers.*.input_layernorm": "colwise"}}},
-        ["llama with [tp.plan]", "model.layers.0.input_layernorm", "no linear layer"],
+        ["llama with [tp.plan]", "model.layers.0.input_layernorm", "not a linear layer"],
     ),
-    "experts of the recipe's choice without rules": (
+    "[ep.plan] names a module without styles for its parameters": (
         "qwen3_moe",
         {},
         MeshSizes(1, 2, 1, 1, 2),
         {"ep": {"plan": {"model.layers.0.mlp": "ep_dispatch_experts"}}},
-        ["model.layers.0.mlp.gate.weight has no expert-parallel rule"],
+        ["model.layers.0.mlp.gate.weight has no style in the expert-parallel plan"],
     ),
     "an expert pattern that matches nothing": (
         "qwen3_moe",
@@ -169,8 +169,14 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         ['ep.plan."experts" matches nothing in qwen3_moe'],
     ),
     "ep of a dense model": ("llama", {}, MeshSizes(1, 2, 1, 1, 2), {}, ["llama declares no experts", "mesh.ep = 1"]),
-    "ep over the experts": ("qwen3_moe", {}, MeshSizes(1, 8, 1, 1, 8), {}, ["mesh.ep = 8", "4 experts of qwen3_moe"]),
-    "cp over a state space": (
+    "more ep ranks than experts": (
+        "qwen3_moe",
+        {},
+        MeshSizes(1, 8, 1, 1, 8),
+        {},
+        ["mesh.ep = 8", "4 experts of qwen3_moe"],
+    ),
+    "cp of a state space model": (
         "mamba",
         {},
         MeshSizes(1, 1, 2, 1),
@@ -179,35 +185,35 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
     ),
     "cp with attention of its own": ("falcon", {}, MeshSizes(1, 1, 2, 1), NO_PACKING, ["AttentionInterface"]),
     "cp without positions": ("bloom", {}, MeshSizes(1, 1, 2, 1), NO_PACKING, ["takes no position_ids"]),
-    "ulysses over the heads": (
+    "ulysses on more ranks than heads": (
         "llama",
         {},
         MeshSizes(1, 1, 8, 1),
         {"cp": {"kind": "ulysses"}},
         ["cp = 8 x tp = 1", "4 attention heads of llama", 'set cp.kind = "ring"'],
     ),
-    "ring and dropped attention weights": (
+    "ring with attention dropout": (
         "llama",
         {"attention_dropout": 0.1},
         MeshSizes(1, 1, 2, 1),
         {"cp": {"kind": "ring"}},
         ["llama has attention_dropout = 0.1", 'set cp.kind = "ulysses"'],
     ),
-    "ring and keys of an indexer": (
+    "ring with an indexer": (
         "deepseek_v32",
         {},
         MeshSizes(1, 1, 2, 1),
         {"cp": {"kind": "ring"}, "data": {"packing": False}},
-        ["the keys that DeepseekV32Attention chooses", 'set cp.kind = "ulysses"'],
+        ["ring cannot compute DeepseekV32Attention, which selects the keys", 'set cp.kind = "ulysses"'],
     ),
-    "models in the model, under cp": (
+    "cp of a model that contains models": (
         "blt",
         {},
         MeshSizes(1, 1, 2, 1),
         {"data": {"packing": False}},
         ["blt under mesh.cp = 2", "BltLocalEncoder", "work on sequences of their own"],
     ),
-    "attention that only its vision tower takes from the interface": (
+    "AttentionInterface used only by the vision tower": (
         "git",
         {},
         MeshSizes(1, 1, 2, 1),
@@ -221,7 +227,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {"data": {"packing": False, "seq_len": 128}},
         ["data.seq_len = 128 exceeds the 127 learned positions of camembert"],
     ),
-    "no kind of cp": (
+    "neither kind of cp": (
         "llama",
         {"attention_dropout": 0.1},
         MeshSizes(1, 1, 8, 1),
@@ -232,8 +238,8 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         "gpt2",
         {"n_positions": 127, "max_position_embeddings": 127},
         MeshSizes(1, 1, 4, 1),
-        {"data": {"seq_len": 128}},
-        ["127 learned positions of gpt2"],
+        {"data": {"seq_len": 127}},
+        ["data.seq_len = 127 (padded to 128 for mesh.cp = 4)", "127 learned positions of gpt2"],
     ),
     "attention heads": (
         "llama",
@@ -264,19 +270,19 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
         {},
         ["router_jitter_noise = 0.1", "model.config.router_jitter_noise = 0.0"],
     ),
-    "mamba packs": (
+    "packing with a state space model": (
         "mamba",
         {},
         MeshSizes(),
         {"data": {"packing": True}},
         ["mamba", "mixes along the sequence", "data.packing = false"],
     ),
-    "router loss of another kind": (
+    "another router loss": (
         "doge",
         {"output_router_logits": True},
         MeshSizes(),
         {},
-        ["doge has an auxiliary loss of its own kind", "model.config.output_router_logits = false"],
+        ["doge has an auxiliary loss that differs", "model.config.output_router_logits = false"],
     ),
     "no router loss": (
         "glm4_moe",
@@ -303,7 +309,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], MeshSizes, dict[str, Any], list[s
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_trained_rightly_is_refused_with_the_way_out(tmp_path: Path, case: str) -> None:
+def test_models_that_cannot_be_trained_correctly_are_refused_with_the_way_out(tmp_path: Path, case: str) -> None:
     kind, config, sizes, sections, words = REFUSALS[case]
     recipe = recipe_for(tmp_path, kind, config, **sections)
     model = meta_model(recipe)
@@ -313,7 +319,7 @@ def test_what_cannot_be_trained_rightly_is_refused_with_the_way_out(tmp_path: Pa
         assert word in str(caught.value)
 
 
-# Styles of a first block's layers, of models that declare no plan or one that cannot be used.
+# Styles of the first block's layers, for models that declare no plan or an unusable one.
 DERIVED: dict[str, tuple[dict[str, str], str]] = {
     "gpt2": (
         {
@@ -351,7 +357,7 @@ DERIVED: dict[str, tuple[dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("kind", DERIVED)
-def test_a_plan_is_derived_where_the_model_has_none_that_can_be_used(tmp_path: Path, kind: str) -> None:
+def test_a_plan_is_derived_if_the_model_declares_no_usable_one(tmp_path: Path, kind: str) -> None:
     styles, reason = DERIVED[kind]
     config = GPT2_DROPOUT if kind == "gpt2" else {}
     _, plan = plan_for(recipe_for(tmp_path, kind, config, **NO_PACKING), TP2)
@@ -372,7 +378,7 @@ def test_styles_of_the_recipe_replace_those_of_the_model(tmp_path: Path) -> None
     }
 
 
-def test_scalars_of_a_learned_activation_are_summed(tmp_path: Path) -> None:
+def test_gradients_of_a_learned_activation_are_summed_over_tp(tmp_path: Path) -> None:
     _, plan = plan_for(recipe_for(tmp_path, "apertus", **NO_PACKING), TP2)
     assert {"model.layers.0.mlp.act_fn.alpha_p", "model.layers.0.mlp.act_fn.alpha_n"} <= set(plan.tp_summed)
 
@@ -380,13 +386,18 @@ def test_scalars_of_a_learned_activation_are_summed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "cp", "kind", "words"),
     [
-        ({}, 2, "ulysses", "its attention sends 0.50 x the bytes that ring would"),
-        ({"num_key_value_heads": 1}, 2, "ring", "its attention sends 0.67 x the bytes that ulysses would"),
-        ({}, 8, "ring", "does not divide the 4 attention heads of llama, which ulysses needs"),
-        ({"attention_dropout": 0.1}, 2, "ulysses", "ring does not drop attention weights"),
+        ({}, 2, "ulysses", "attention sends 0.50 x the bytes that it would with ring"),
+        ({"num_key_value_heads": 1}, 2, "ring", "attention sends 0.67 x the bytes that it would with ulysses"),
+        (
+            {},
+            8,
+            "ring",
+            "ulysses needs whole heads on each rank, but mesh.cp = 8 x tp = 1 does not divide the 4 attention",
+        ),
+        ({"attention_dropout": 0.1}, 2, "ulysses", "ring does not support dropout of attention weights"),
     ],
 )
-def test_the_kind_of_cp_is_chosen_and_said(
+def test_auto_chooses_the_kind_of_cp_and_notes_the_reason(
     tmp_path: Path, config: dict[str, Any], cp: int, kind: str, words: str
 ) -> None:
     plan = plan_for(recipe_for(tmp_path, "llama", config), MeshSizes(1, 1, cp, 1))[1]
@@ -409,7 +420,7 @@ def test_the_kind_of_cp_is_chosen_and_said(
         ("phi3", {}, MeshSizes(1, 2), {}),
     ],
 )
-def test_what_can_be_trained_is_not_refused(
+def test_models_that_can_be_trained_are_not_refused(
     tmp_path: Path, kind: str, config: dict[str, Any], sizes: MeshSizes, sections: dict[str, Any]
 ) -> None:
     _, plan = plan_for(recipe_for(tmp_path, kind, config, **sections), sizes)

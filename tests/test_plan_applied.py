@@ -1,4 +1,4 @@
-"""`parallelize` does exactly what the plan says: any model, mesh and rank, under torch's fake process group."""
+"""`parallelize` does exactly what the plan says, for any model, mesh and rank, on torch's fake process group."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
+from ndtrain import parallel
+from ndtrain.console.plan import plan_report, plan_text
 from ndtrain.mesh import MeshSizes, build_mesh
 from ndtrain.parallel import parallelize
 from ndtrain.plan import EVEN, Plan
@@ -24,7 +26,7 @@ from tests.test_plan import plan_for, recipe_for
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """A process group of any size in this process, whose collectives do nothing."""
+    """Open a process group of any size in this process, whose collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
@@ -35,7 +37,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 
 
 class Case(NamedTuple):
-    """Sizes are those of dp_replicate, dp_shard, cp, tp, ep."""
+    """`sizes` are those of dp_replicate, dp_shard, cp, tp, ep."""
 
     kind: str
     sizes: tuple[int, ...]
@@ -118,7 +120,7 @@ CASES = [
 
 
 def check(model: torch.nn.Module, plan: Plan, rank: int) -> None:
-    """`model`, parallelized on `rank`, is what `plan` says."""
+    """Assert that `model`, parallelized on `rank`, is what `plan` says."""
     params = dict(model.named_parameters())
     assert list(params) == [p.fqn for p in plan.params]
     for planned in plan.params:
@@ -147,8 +149,48 @@ def test_parallelize_gives_exactly_what_the_plan_says(tmp_path: Path, case: Case
         check(model, plan, case.rank)
 
 
-def test_the_triples_cover_what_they_should() -> None:
-    """So that a list that is changed keeps what it is for."""
+@pytest.mark.parametrize(
+    ("kind", "sizes", "sections", "names"),
+    [
+        ("llama", MeshSizes(1, 2), {}, ["fsdp"]),
+        (
+            "llama",
+            MeshSizes(1, 2, 2, 2),
+            {"train": {"activation_checkpointing": "full"}},
+            ["sequence parallelism", "tensor parallelism", "recomputation", "context parallelism", "fsdp"],
+        ),
+        ("qwen3_moe", MeshSizes(1, 2, 1, 1, 2), {}, ["expert parallelism", "fsdp"]),
+    ],
+)
+def test_inspect_prints_the_transforms_that_are_applied_in_their_order(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    sizes: MeshSizes,
+    sections: dict[str, Any],
+    names: list[str],
+) -> None:
+    recipe = recipe_for(tmp_path, kind, **sections)
+    model, plan = plan_for(recipe, sizes)
+    applied: list[str] = []
+
+    def noted(transform: parallel.Transform) -> parallel.Transform:
+        def apply(*args: Any) -> Any:
+            applied.append(transform.name)
+            return transform.apply(*args)
+
+        return transform._replace(apply=apply)
+
+    monkeypatch.setattr(parallel, "TRANSFORMS", tuple(map(noted, parallel.TRANSFORMS)))
+    with fake_world(0, sizes.world_size):
+        parallelize(model, plan, build_mesh(sizes, "cpu"), recipe=recipe)
+    report = plan_report(plan, recipe, rank=0, ranks_per_node=8)
+    assert applied == names == report["transforms"]
+    assert f"transforms, in this order: {', '.join(names)}" in plan_text(plan, report, 0)
+
+
+def test_the_cases_cover_every_axis_and_1024_ranks() -> None:
+    """Guards the list of cases against edits that lose coverage."""
     assert len(CASES) == 30 == len({case.id for case in CASES})
     sizes = [MeshSizes(*case.sizes) for case in CASES]
     assert max(s.world_size for s in sizes) == 1024
@@ -180,7 +222,7 @@ def test_the_triples_cover_what_they_should() -> None:
         ("mixtral", MeshSizes(1, 16, 1, 4), MIXTRAL_8X7B, "mlp.experts.down_proj", Shard(1)),
     ],
 )
-def test_a_dim_is_chosen_that_fills_the_ranks_alike(
+def test_fsdp_cuts_the_dim_that_fills_the_ranks_evenly(
     tmp_path: Path, kind: str, sizes: MeshSizes, config: dict[str, Any], fqn: str, over: Any
 ) -> None:
     _, plan = plan_for(recipe_for(tmp_path, kind, config), sizes)
@@ -191,6 +233,6 @@ def test_a_dim_is_chosen_that_fills_the_ranks_alike(
 
 
 @pytest.mark.parametrize("case", ["llama, dp_shard 2 x tp 2", "qwen3_moe, dp_replicate 2 x dp_shard 2, ep 2"])
-def test_inspect_prints_what_ranks_hold(tmp_path: Path, case: str) -> None:
+def test_inspect_prints_exactly_what_each_rank_holds(tmp_path: Path, case: str) -> None:
     ranks, parameters, otherwise = compared(case, tmp_path, get_pool(4))
     assert otherwise == [] and ranks == 4 and parameters > 20

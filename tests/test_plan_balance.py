@@ -1,4 +1,4 @@
-"""The fullest rank holds little more than the mean, or the plan and `inspect` say why not."""
+"""The fullest rank holds little more than the mean, or the plan and `inspect` give the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_every_mesh_of_the_matrix_is_even_or_says_why_not(tmp_path: Path, kind: str) -> None:
+def test_every_mesh_of_the_matrix_is_even_or_gives_the_reason(tmp_path: Path, kind: str) -> None:
     found = balance.plans(kind, balance.CONFIGS[kind], tmp_path)
     assert len(found) >= 3
     for name, plan in found.items():
@@ -40,7 +40,9 @@ def test_every_mesh_of_the_matrix_is_even_or_says_why_not(tmp_path: Path, kind: 
         ("gemma3_text", MeshSizes(1, 3, 2, 2)),
     ],
 )
-def test_rank_0_is_the_fullest_and_the_mean_is_that_of_all_ranks(tmp_path: Path, kind: str, sizes: MeshSizes) -> None:
+def test_rank_0_holds_the_most_and_imbalance_is_its_ratio_to_the_mean(
+    tmp_path: Path, kind: str, sizes: MeshSizes
+) -> None:
     _, plan = plan_for(recipe_for(tmp_path, kind), sizes)
     held = [plan.rank_numel(rank) for rank in range(sizes.world_size)]
     assert held[0] == max(held)
@@ -56,11 +58,11 @@ def text(tmp_path: Path, kind: str, config: dict[str, Any], world_size: int, **s
     return inspect_text(recipe, **arguments, as_json=False), json.loads(inspect_text(recipe, **arguments, as_json=True))
 
 
-def test_inspect_says_which_parameters_fill_the_largest_rank(tmp_path: Path) -> None:
-    # 4 experts and features 96, 64 and 32 over 7 ranks: nothing divides
+def test_inspect_names_the_parameters_that_fill_the_largest_rank(tmp_path: Path) -> None:
+    # 4 experts and features 96, 64 and 32 over 7 ranks: no dim divides evenly
     shown, report = text(tmp_path, "qwen3_moe", {}, 7)
     (line,) = [line for line in shown.splitlines() if "times the mean" in line]
-    assert line.startswith("largest rank holds 1.35 times the mean: because ")
+    assert line.startswith("largest rank holds 1.35 times the mean, because ")
     assert "model.layers.{0-1}.mlp.experts.gate_up_proj has dim 0 = 4 over 7 ranks" in line
     first = report["imbalance"]["because"][0]
     assert report["imbalance"]["ratio"] == pytest.approx(1.35, abs=0.01)
@@ -68,14 +70,14 @@ def test_inspect_says_which_parameters_fill_the_largest_rank(tmp_path: Path) -> 
     assert first["fqns"] == [f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)]
 
 
-def test_inspect_is_silent_where_the_ranks_are_even(tmp_path: Path) -> None:
+def test_inspect_prints_no_reason_if_the_ranks_are_even(tmp_path: Path) -> None:
     shown, report = text(tmp_path, "qwen3_moe", {}, 8)
     assert "times the mean" not in shown
     assert report["imbalance"]["because"] == []
     assert 1 <= report["imbalance"]["ratio"] <= EVEN
 
 
-def test_a_plan_of_16384_ranks_is_explained_at_once(tmp_path: Path) -> None:
+def test_inspect_explains_the_imbalance_of_16384_ranks(tmp_path: Path) -> None:
     config = {"num_experts": 128, "hidden_size": 4096, "moe_intermediate_size": 1536, "vocab_size": 151936}
     shown, report = text(tmp_path, "qwen3_moe", config, 16384)
     assert "dim 0 = 128 over 16384 ranks" in shown

@@ -1,4 +1,4 @@
-"""Promises of the recipe: what is wrong is refused with the key, the value, the rule and the line."""
+"""Promises of the recipe: an error names the key, the value, the rule and the line."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def with_line(line: str, section: str) -> str:
     return MINIMAL + header + line + "\n"
 
 
-def test_defaults_are_the_designs(recipe: Any) -> None:
+def test_every_key_has_its_documented_default(recipe: Any) -> None:
     r = recipe()
     assert (r.model.init, r.model.dtype, r.model.attn) == ("pretrained", "float32", "sdpa")
     assert (r.mesh.dp_replicate, r.mesh.dp_shard, r.mesh.cp, r.mesh.tp, r.mesh.ep) == (1, -1, 1, 1, 1)
@@ -70,7 +70,7 @@ def test_defaults_are_the_designs(recipe: Any) -> None:
     assert r.notes == ()
 
 
-# section, line, words that the message must hold
+# section, line, words that the message must contain
 WRONG = [
     ("train", "stpes = 3", ['[train] has no key "stpes"', 'did you mean "steps"?']),
     ("train", "qqqq = 3", ["its keys are steps, global_batch_size"]),
@@ -131,8 +131,8 @@ WRONG = [
     ("fsdp", "mode = 'manual'", ['fsdp.mode = "manual" needs the modules', "[fsdp.modules]"]),
     ("fsdp", "modules = {a = ['keep_full_weight']}", ['[fsdp.modules] contradicts fsdp.mode = "auto"']),
     ("fsdp", "modules = 3", ["fsdp.modules = 3 must be a table"]),
-    ("fsdp", "modules = {a = 'keep'}", ['fsdp.modules.a = "keep": "keep" is no policy', '"keep_full_weight"']),
-    ("fsdp", "modules = {a = ['cpu_offload', 3]}", ["3 is no policy"]),
+    ("fsdp", "modules = {a = 'keep'}", ['fsdp.modules.a = "keep": "keep" is not a policy', '"keep_full_weight"']),
+    ("fsdp", "modules = {a = ['cpu_offload', 3]}", ["3 is not a policy"]),
     ("fsdp", "modules = {a = ['free_full_weight', 'keep_full_weight']}", ["fsdp.modules.a", "both frees and keeps"]),
     ("fsdp", "modules = {'a.*' = {offload = true}}", ['fsdp.modules."a.*" has no key "offload"', "cpu_offload"]),
     ("fsdp", "modules = {a = {cpu_offload = 1}}", ["fsdp.modules.a.cpu_offload = 1 must be one of true, false"]),
@@ -143,7 +143,7 @@ WRONG = [
         "mode = 'manual'\nparam_dtype = 'float32'\nmodules = {a = 'mixed_precision'}",
         ["fsdp.modules.a asks for mixed_precision", "name the dtype"],
     ),
-    ("fsdp", "fsdp_version = 1", ["fsdp.fsdp_version = 1", "FSDP2 alone"]),
+    ("fsdp", "fsdp_version = 1", ["fsdp.fsdp_version = 1", "FSDP2 only"]),
     ("fsdp", "version = true", ["fsdp.version = true"]),
     ("fsdp", "state_dict_type = 'FULL_STATE_DICT'", ["fsdp.state_dict_type", "ndtrain convert"]),
     ("fsdp", "auto_wrap_policy = 'SIZE_BASED_WRAP'", ["fsdp.auto_wrap_policy", "[fsdp.modules]"]),
@@ -159,17 +159,25 @@ WRONG = [
         "mode = 'manual'\ntransformer_layer_cls_to_wrap = ['A']\nmodules = {B = {}}",
         ["fsdp.transformer_layer_cls_to_wrap", "fsdp.modules", "are the same key"],
     ),
-    ("fsdp", "fsdp_sync_module_states = true", ["fsdp.fsdp_sync_module_states = true is of FSDP1", "load.mode"]),
-    ("fsdp", "use_orig_params = true", ["is of FSDP1", "original parameters"]),
-    ("fsdp", "limit_all_gathers = true", ["is of FSDP1"]),
-    ("fsdp", "backward_prefetch = 'BACKWARD_PRE'", ["is of FSDP1"]),
-    ("fsdp", "forward_prefetch = false", ["is of FSDP1"]),
-    ("fsdp", "sharding_strategy = 'FULL_SHARD'", ["is of FSDP1", "reshard_after_forward", "mesh.dp_replicate"]),
+    (
+        "fsdp",
+        "fsdp_sync_module_states = true",
+        ["fsdp.fsdp_sync_module_states = true applies to FSDP1 only", "load.mode"],
+    ),
+    ("fsdp", "use_orig_params = true", ["applies to FSDP1 only", "original parameters"]),
+    ("fsdp", "limit_all_gathers = true", ["applies to FSDP1 only"]),
+    ("fsdp", "backward_prefetch = 'BACKWARD_PRE'", ["applies to FSDP1 only"]),
+    ("fsdp", "forward_prefetch = false", ["applies to FSDP1 only"]),
+    (
+        "fsdp",
+        "sharding_strategy = 'FULL_SHARD'",
+        ["applies to FSDP1 only", "reshard_after_forward", "mesh.dp_replicate"],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("section", "line", "words"), WRONG, ids=[f"{s}-{x}" for s, x, _ in WRONG])
-def test_what_is_wrong_is_named(recipe: Any, section: str, line: str, words: list[str]) -> None:
+def test_an_error_names_the_key_the_value_and_the_rule(recipe: Any, section: str, line: str, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe(with_line(line, section))
     message = str(caught.value)
@@ -190,17 +198,17 @@ LATER = [
 
 
 @pytest.mark.parametrize(("section", "line"), LATER)
-def test_what_comes_later_is_refused_and_not_ignored(recipe: Any, section: str, line: str) -> None:
+def test_unsupported_values_are_refused_not_ignored(recipe: Any, section: str, line: str) -> None:
     with pytest.raises(RecipeError, match=r"is not available in this version: .* \(.*r\.toml, line \d+\)$"):
         recipe(with_line(line, section))
 
 
-def test_every_key_that_comes_later_has_its_case() -> None:
+def test_every_unsupported_value_has_a_case() -> None:
     assert {(section, line.split(" =")[0]) for section, line in LATER} == set(NOT_YET)
 
 
 @pytest.mark.parametrize(
-    "path",
+    "key",
     [
         ("model", "name"),
         ("data", "path"),
@@ -210,9 +218,9 @@ def test_every_key_that_comes_later_has_its_case() -> None:
         ("run", "dir"),
     ],
 )
-def test_required_keys_are_asked_for(recipe: Any, path: tuple[str, str]) -> None:
-    text = re.sub(rf"(\[{path[0]}\]\n(?:\w.*\n)*?){path[1]} = .*\n", r"\1", MINIMAL)
-    with pytest.raises(RecipeError, match=rf"^{path[0]}\.{path[1]} is required"):
+def test_a_missing_required_key_is_named(recipe: Any, key: tuple[str, str]) -> None:
+    text = re.sub(rf"(\[{key[0]}\]\n(?:\w.*\n)*?){key[1]} = .*\n", r"\1", MINIMAL)
+    with pytest.raises(RecipeError, match=rf"^{key[0]}\.{key[1]} is required"):
         recipe(text)
 
 
@@ -229,7 +237,7 @@ def test_an_error_names_the_line(recipe: Any) -> None:
         recipe(prose)
 
 
-def test_several_errors_come_together_and_at_most_five(recipe: Any) -> None:
+def test_at_most_five_errors_are_reported_at_once(recipe: Any) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe(with_line("tp = 0\ncp = 0\nep = 0\ndp_shard = 0\nx = 1\ny = 2", "mesh"))
     lines = str(caught.value).splitlines()
@@ -254,7 +262,7 @@ def test_sections_must_be_tables(recipe: Any, text: str) -> None:
         (b"a = 1\r b = 2", "not valid TOML"),
     ],
 )
-def test_files_that_are_not_toml(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_file_that_is_not_toml_is_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "f.toml"
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=words) as caught:
@@ -262,8 +270,8 @@ def test_files_that_are_not_toml(tmp_path: Path, content: bytes, words: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="there is no recipe"):
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(tmp_path / "none.toml")
     with pytest.raises(RecipeError, match="is a directory"):
         load_recipe(tmp_path)
@@ -271,7 +279,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         load_recipe(tmp_path / ("x" * 300))
 
 
-def test_from_scratch(recipe: Any) -> None:
+def test_a_model_from_scratch_needs_type_and_tokenizer(recipe: Any) -> None:
     text = MINIMAL.replace('name = "org/model"', 'type = "llama"')
     with pytest.raises(RecipeError, match=r'data\.tokenizer is required .*"bytes"'):
         recipe(text)
@@ -326,7 +334,7 @@ def test_aliases_are_read_with_a_note(recipe: Any, section: str, alias: str) -> 
     assert f"{section}.{alias} is read as {section}.{key}" in note
 
 
-# What is written in [fsdp]; the keys that it sets
+# A line of [fsdp], and the keys that it sets
 FSDP_CONFIG: list[tuple[str, dict[tuple[str, str], Any]]] = [
     ("activation_checkpointing = true", {("train", "activation_checkpointing"): "full"}),
     ("fsdp_activation_checkpointing = false", {("train", "activation_checkpointing"): "none"}),
@@ -343,9 +351,7 @@ FSDP_CONFIG: list[tuple[str, dict[tuple[str, str], Any]]] = [
 
 @pytest.mark.parametrize(("line", "sets"), FSDP_CONFIG, ids=[line for line, _ in FSDP_CONFIG])
 @pytest.mark.parametrize("by", ["file", "--set"])
-def test_keys_of_fsdp_config_mean_the_same_here(
-    recipe: Any, line: str, sets: dict[tuple[str, str], Any], by: str
-) -> None:
+def test_keys_of_fsdp_config_are_translated(recipe: Any, line: str, sets: dict[tuple[str, str], Any], by: str) -> None:
     r = recipe(with_line(line, "fsdp")) if by == "file" else recipe(MINIMAL, "fsdp." + line.replace(" = ", "=", 1))
     for (section, key), value in sets.items():
         got = getattr(getattr(r, section), key)
@@ -353,10 +359,10 @@ def test_keys_of_fsdp_config_mean_the_same_here(
     (note,) = r.notes
     assert note.startswith("fsdp." + line.split(" =")[0])
     if not sets:
-        assert r.model_dump() == recipe().model_dump() and "what ndtrain does anyway" in note
+        assert r.model_dump() == recipe().model_dump() and "ndtrain always does this" in note
 
 
-def test_classes_and_their_policy_go_together(recipe: Any) -> None:
+def test_wrapped_classes_and_the_wrap_policy_may_both_be_given(recipe: Any) -> None:
     lines = "auto_wrap_policy = 'TRANSFORMER_BASED_WRAP'\ntransformer_layer_cls_to_wrap = ['A']"
     for more in ("", "\nmode = 'manual'"):
         assert recipe(with_line(lines + more, "fsdp")).fsdp.mode == "manual"
@@ -370,7 +376,7 @@ def test_classes_and_their_policy_go_together(recipe: Any) -> None:
         ("cpu_ram_efficient_loading = true", "load.mode", '"sharded"'),
     ],
 )
-def test_one_thing_said_in_two_sections_is_a_contradiction(recipe: Any, fsdp: str, other: str, words: str) -> None:
+def test_one_setting_in_two_sections_is_refused(recipe: Any, fsdp: str, other: str, words: str) -> None:
     section, key = other.split(".")
     text = with_line(f"{key} = {words}", section) + f"[fsdp]\n{fsdp}\n"
     with pytest.raises(RecipeError, match="are the same key; keep one") as caught:
@@ -379,7 +385,7 @@ def test_one_thing_said_in_two_sections_is_a_contradiction(recipe: Any, fsdp: st
     assert re.search(r"r\.toml, line \d+\)$", str(caught.value))
 
 
-def test_policies_of_modules(recipe: Any) -> None:
+def test_short_module_policies_are_expanded(recipe: Any) -> None:
     text = (
         MINIMAL
         + """
@@ -393,8 +399,8 @@ D = {}
 """
     )
     r = recipe(text, 'fsdp.modules."e.f"=free_full_weight')
-    said = {name: tuple(policy.model_dump().values()) for name, policy in r.fsdp.modules.items()}
-    assert said == {
+    policies = {name: tuple(policy.model_dump().values()) for name, policy in r.fsdp.modules.items()}
+    assert policies == {
         "a.*": ("keep_full_weight", None, None),
         "b": ("free_full_weight", True, True),
         "c": ("keep_full_weight", False, "float32"),
@@ -404,14 +410,14 @@ D = {}
     assert recipe(to_toml(r)) == r
 
 
-def test_peers_values_are_read_too(recipe: Any) -> None:
+def test_values_of_aliases_are_translated(recipe: Any) -> None:
     assert recipe(MINIMAL, "train.gradient_checkpointing=false").train.activation_checkpointing == "none"
     assert recipe(MINIMAL, "schedule.lr_scheduler_type=constant_with_warmup").schedule.kind == "constant"
     with pytest.raises(RecipeError, match=r"train\.activation_checkpointing = 1 must be"):
         recipe(MINIMAL, "train.gradient_checkpointing=1")
 
 
-def test_set_overrides(recipe: Any) -> None:
+def test_set_overrides_keys_of_the_file(recipe: Any) -> None:
     r = recipe(
         MINIMAL,
         "train.steps=7",
@@ -452,7 +458,7 @@ def test_set_overrides(recipe: Any) -> None:
         ("train.steps=" + "9" * 5000, "train.steps"),
     ],
 )
-def test_set_refuses(recipe: Any, argument: str, words: str) -> None:
+def test_a_wrong_set_argument_is_refused_in_one_line(recipe: Any, argument: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words) as caught:
         recipe(MINIMAL, argument)
     assert "\n" not in str(caught.value)
@@ -463,7 +469,7 @@ def test_recipes_are_frozen(recipe: Any) -> None:
         recipe().train.steps = 3
 
 
-def test_the_schema_file_has_not_drifted() -> None:
+def test_the_schema_file_is_up_to_date() -> None:
     stored = json.loads((ROOT / "recipes" / "schema.json").read_text())
     assert stored == json_schema(), "run: python -m ndtrain.recipe > recipes/schema.json"
 
@@ -473,8 +479,8 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
     assert load_recipe(path).notes == ()
 
 
-def test_the_quickstart_sets_what_its_recipe_takes() -> None:
-    """Each of the script's runs, with the values that the script fills in itself."""
+def test_every_quickstart_command_loads_its_recipe() -> None:
+    """Load the recipe with the --set arguments of each of the script's runs."""
     root = Path(__file__).parent.parent
     script = (root / "launch" / "quickstart.sh").read_text().replace("\\\n", " ")
     runs = [line for line in script.splitlines() if "recipes/quickstart.toml" in line]

@@ -1,4 +1,4 @@
-"""A router's auxiliary loss is transformers' own, sequence by sequence, on every mesh."""
+"""The routers' auxiliary loss equals transformers' for each sequence, on every mesh."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MESHES: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Models with a reference run each: gradients and weights of plain transformers with its own auxiliary loss."""
+    """Build models, each with a reference run of plain transformers with its own auxiliary loss."""
     folder = str(tmp_path_factory.mktemp("models"))
     return {
         kind: get_pool(1).run(worker.build, kind, tiny.MATRIX[kind], folder, True, timeout=300)[0]
@@ -37,7 +37,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_loss_and_every_gradient_are_those_of_plain_transformers(models: dict[str, Any], kind: str, mesh: str) -> None:
+def test_loss_and_every_gradient_equal_those_of_plain_transformers(
+    models: dict[str, Any], kind: str, mesh: str
+) -> None:
     at_once = {"train": {"micro_batch_size": worker.ROWS // MESHES[mesh].get("dp_shard", 1)}}
     more = at_once if kind == "mixtral" else {}  # else two micro batches
     for found in get_pool(ranks_of(MESHES[mesh])).run(worker.cell, models[kind], MESHES[mesh], more, timeout=300):
@@ -45,7 +47,7 @@ def test_loss_and_every_gradient_are_those_of_plain_transformers(models: dict[st
 
 
 def first_step(model_dir: Path, recipe_path: Path) -> dict[str, float]:
-    """Loss, auxiliary loss and gradient norm of the recipe's first global batch, by plain transformers."""
+    """Return loss, auxiliary loss and gradient norm of the recipe's first global batch in plain transformers."""
     from ndtrain import data
     from ndtrain.hf.tokenizer import ByteTokenizer
     from ndtrain.recipe import load_recipe
@@ -84,7 +86,7 @@ DATA: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_padding_and_filler_rows_count_for_nothing(tmp_path: Path, case: str) -> None:
+def test_padding_and_filler_rows_do_not_change_the_auxiliary_loss(tmp_path: Path, case: str) -> None:
     mesh, more = DATA[case]
     path = tiny.save_model("qwen3_moe", tmp_path)
     config = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
@@ -103,7 +105,7 @@ def test_padding_and_filler_rows_count_for_nothing(tmp_path: Path, case: str) ->
     assert {key: metrics[key] for key in want} == pytest.approx(want, rel=1e-5)
 
 
-def test_runs_without_an_auxiliary_loss_write_none(tmp_path: Path) -> None:
+def test_metrics_have_aux_loss_only_if_the_recipe_asks_for_it(tmp_path: Path) -> None:
     recipe = tiny.recipe_file(
         tmp_path / "recipe.toml",
         model={"type": "qwen3_moe", "config": tiny.CONFIGS["qwen3_moe"]},
@@ -116,6 +118,6 @@ def test_runs_without_an_auxiliary_loss_write_none(tmp_path: Path) -> None:
     assert "aux_loss" not in metrics and "loss" in metrics
 
 
-def test_the_last_target_ends_a_sequence() -> None:
+def test_sequence_ids_mark_tokens_after_the_last_target_as_padding() -> None:
     labels = torch.tensor([[5, -100, 7, -100, -100], [-100] * 5, [-100, -100, -100, -100, 9]])
     assert sequence_ids(labels).tolist() == [[0, 0, 0, 0, -100], [-100] * 5, [2] * 5]

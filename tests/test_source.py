@@ -44,7 +44,7 @@ def test_a_new_run_starts_from_the_weights_of_a_run(world: dict[str, Any], tmp_p
     third = [f"model.name={newest}", f"run.dir={tmp_path / 'third'}"]
     shallow = get_pool(2).run(notes_of_start, str(second), [*third, "model.config.num_hidden_layers=1"])
     assert any(
-        "saved weights are not of this model and left out, the first is model.layers.1." in n for n in shallow[0]
+        "saved weights are not in this model and are left out; the first is model.layers.1." in n for n in shallow[0]
     )
     with pytest.raises(AssertionError, match=r"DamagedError: .*lm_head.weight is missing"):
         get_pool(2).run(notes_of_start, str(second), [*third, "model.config.tie_word_embeddings=false"])

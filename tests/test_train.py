@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -327,9 +328,11 @@ def test_experts_apart_are_no_further_in_bfloat16_than_other_micro_batches(
     low: dict[str, Any] = {"fsdp": {"param_dtype": "bfloat16"}}
     runs = [
         four_steps(world, tmp_path / f"{mesh}-{micro}", "qwen3_moe", mesh, **low, train={"micro_batch_size": micro})
-        for mesh, micro in (("1", 8), ("1", 2), ("dp_shard2", 4), ("ep2", 4))
+        for mesh, micro in (("1", 8), ("1", 2), ("1", 1), ("dp_shard2", 4), ("ep2", 4))
     ]
-    assert apart(runs[2][::2], runs[3][::2]) <= apart(runs[0][::2], runs[1][::2])
+    losses = [run[::2] for run in runs]
+    # What rounding alone does varies from pair to pair: the furthest is the measure.
+    assert apart(losses[3], losses[4]) <= max(apart(a, b) for a, b in itertools.combinations(losses[:3], 2))
 
 
 def sabotaged(recipe_path: str, where: str) -> None:
@@ -476,16 +479,16 @@ def with_weight(path: str, value: float) -> None:
     """`trained`, where one rank's part of a weight becomes `value` in the update of the second step."""
     from ndtrain.train import Trainer
 
-    step = Trainer._train_step
+    step = Trainer.optimize
 
     def overflowing(self: Trainer) -> Any:
         metrics = step(self)
         if self.step == 2 and self.runtime.rank == 1:
             with torch.no_grad():
-                next(self.model.parameters()).to_local()[0] = value
+                next(self.engine.model.parameters()).to_local()[0] = value
         return metrics
 
-    with mock.patch.object(Trainer, "_train_step", overflowing):
+    with mock.patch.object(Trainer, "optimize", overflowing):
         trained(path, [])
 
 

@@ -69,7 +69,8 @@ def printed(folder: str) -> str:
 
     import torch.distributed as dist
 
-    from ndtrain.runs.limits import process_groups, set_timeouts
+    from ndtrain.runs.limits import set_timeouts
+    from ndtrain.torch_compat import process_groups
 
     watch, output = Watch(2.0), io.StringIO()
     watch.start()

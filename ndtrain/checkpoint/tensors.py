@@ -27,8 +27,9 @@ from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Ints
 from ndtrain.runs.messages import together
 from ndtrain.runs.process import rank, world_size
+from ndtrain.storage.headers import DTYPE_NAMES, Target, header_of
 from ndtrain.storage.paths import allocate, flushing, is_local
-from ndtrain.storage.pieces import DTYPE_NAMES, Piece, local_and_boxes, pieces_in, read_held
+from ndtrain.storage.pieces import Piece, local_and_boxes, pieces_in, read_held
 
 _WRITE_BYTES = 1 << 26
 
@@ -87,16 +88,10 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
     Copies one tensor at a time to the CPU.
     """
     sharding = {key: {"saved_offsets": list(offsets)} for key, (_, offsets) in entries.items()}
-    info = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
-    header: dict[str, Any] = {"__metadata__": info}
-    end = 0
-    # safetensors stores the widest dtypes first, so that all values stay aligned
-    ordered = sorted(entries.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
-    for key, (tensor, _) in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _dtype_name(key, tensor), "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    targets = {key: Target(tuple(tensor.shape), _known_dtype(key, tensor)) for key, (tensor, _) in entries.items()}
+    header, starts = header_of(
+        targets, {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
+    )
     found, size = hasher(), 0
     with path.open("xb", buffering=0) if is_local(path) else path.open("wb") as file:
 
@@ -108,10 +103,11 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
                 data = data[file.write(data[:_WRITE_BYTES]) :]
 
         if is_local(path):
-            allocate(file.fileno(), 8 + len(text) + end)
+            allocate(file.fileno(), len(header) + sum(target.nbytes for target in targets.values()))
         with flushing(lambda: [path]) if is_local(path) else nullcontext():
-            write(memoryview(len(text).to_bytes(8, "little") + text))
-            for _, (tensor, _) in ordered:
+            write(memoryview(header))
+            for key in starts:
+                tensor, _ = entries[key]
                 if tensor.numel():
                     write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         if is_local(path):
@@ -169,13 +165,13 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
 
 def listing(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return {key: {shape, dtype}} of `tensors`, as the manifest lists them."""
-    return {key: {"shape": list(t.shape), "dtype": _dtype_name(key, t)} for key, t in tensors.items()}
+    return {key: {"shape": list(t.shape), "dtype": DTYPE_NAMES[_known_dtype(key, t)]} for key, t in tensors.items()}
 
 
-def _dtype_name(key: str, tensor: Tensor) -> str:
+def _known_dtype(key: str, tensor: Tensor) -> torch.dtype:
     if tensor.dtype not in DTYPE_NAMES:
         raise NdtrainError(f"{key}: dtype {tensor.dtype} cannot be saved")
-    return DTYPE_NAMES[tensor.dtype]
+    return tensor.dtype
 
 
 def check_coverage(directory: Path, listed: Mapping[str, Any]) -> None:

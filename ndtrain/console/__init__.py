@@ -1,6 +1,6 @@
-"""What people see. The only importer of rich.
+"""The output on the terminal and the plan's page. Only this package imports rich.
 
-`inspect` is not imported here: `run` does without what it needs.
+`inspect` is not imported here, because `run` does not need its imports.
 """
 
 from ndtrain.console.progress import ByteProgress, Reporter

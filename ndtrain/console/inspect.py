@@ -1,4 +1,4 @@
-"""The answer of `inspect`: the plan, its difference from another, and what a step costs."""
+"""The output of `ndtrain inspect`: the plan, its difference from another, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ndtrain.accelerators import Device, find_device
 from ndtrain.console.mesh_svg import mesh_svg
 from ndtrain.console.page import page_html
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
-from ndtrain.console.units import number, size, span
+from ndtrain.console.units import number, ranks, size, span
 from ndtrain.errors import RecipeError
 from ndtrain.estimate import (
     ASSUMPTIONS,
@@ -51,11 +51,10 @@ def inspect_text(
     html: Path | None = None,
     svg: Path | None = None,
 ) -> str:
-    """The plan of `recipe` for `world_size` ranks, as tables or as JSON; raises what `run` would raise.
+    """Return the plan of `recipe` for `world_size` ranks, as tables or as JSON. Raises the errors that `run` would.
 
     `layer` shows only the parameters whose names match; `other` is a recipe to compare with; `dry_run` adds a step's
-    memory, FLOPs and collectives, and `device` their time on it. `html` and `svg` are files to write the whole as a
-    page, and the mesh as a picture, to.
+    memory, FLOPs and collectives, and `device` their time. Writes the page to `html` and the mesh's picture to `svg`.
     """
     target = find_device(device) if device is not None else None
     recipe, plan, model = _planned(recipe, world_size, rank)
@@ -95,14 +94,14 @@ def _planned(recipe: Recipe, world_size: int | None, rank: int) -> tuple[Recipe,
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """The lines of two plans that differ; of parameters alike that of each kind once."""
+    """Return the lines of two plans that differ; repeated layers have one line."""
     lines = difflib.unified_diff(plan_lines(ours), plan_lines(theirs), lineterm="", n=0)
     changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
     return "\n".join(changed) or "the plans are the same"
 
 
 def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) -> dict[str, Any]:
-    """A step as JSON-ready data: bytes by kind, FLOPs, collectives; with a device its times in seconds."""
+    """Return a step as JSON-ready data: bytes by kind, FLOPs, collectives; with a device also times in seconds."""
     (direction, unit), kinds = step.peak
     report: dict[str, Any] = {
         "peak": {"bytes": step.peak_bytes, "pass": direction, "unit": unit, "kinds": kinds},
@@ -137,19 +136,19 @@ def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) 
 
 
 def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node: int, as_json: bool) -> str:
-    """The fastest meshes for `world_size` ranks of `device` that the plan allows and that fit, as lines of a recipe."""
+    """Return the fastest meshes for `world_size` ranks of `device` that are allowed and fit, as TOML or JSON."""
     target = find_device(device)
     recipe, _ = with_checkpoint(recipe)
     found = suggest(recipe, world_size, target, ranks_per_node)
     if as_json:
         return json.dumps([_suggestion_report(one, target) for one in found], indent=2)
-    lines = [f"An estimate for {world_size} x {target.name}, {ranks_per_node} ranks on a node; fastest first"]
-    for place, one in enumerate(found, 1):
-        told = _suggestion_report(one, target)
+    lines = [f"An estimate for {world_size} x {target.name}, {ranks(ranks_per_node)} per node; fastest first"]
+    for nth, one in enumerate(found, 1):
+        report = _suggestion_report(one, target)
         lines += [
             "",
-            f"# {place}. at most {told['tokens_per_second']:,.0f} tokens/s, MFU {told['mfu']:.1%}, bound by "
-            f"{told['bound']}; {size(told['peak_bytes'])} of {size(target.memory * (1 - RESERVED))}",
+            f"# {nth}. at most {report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}, bound by "
+            f"{report['bound']}; {size(report['peak_bytes'])} of {size(target.memory * (1 - RESERVED))}",
             *_recipe_lines(one.change),
         ]
     return "\n".join([*lines, "", *(f"assumed: {line}" for line in ASSUMPTIONS)])
@@ -167,7 +166,7 @@ def _suggestion_report(one: Suggestion, device: Device) -> dict[str, Any]:
 
 
 def _recipe_lines(change: Change) -> list[str]:
-    """`change` as TOML; axes of size 1 are left out, as a recipe would."""
+    """Return `change` as lines of TOML, without axes of size 1."""
     lines, section = [], ""
     for name, value in change.items():
         table, _, key = name.partition(".")
@@ -184,19 +183,19 @@ def _step_text(step: StepEstimate, report: dict[str, Any], device: Device | None
     console = Console(width=160, highlight=False, color_system=None)
     with console.capture() as capture:
         (direction, unit), kinds = step.peak
-        console.print(f"One step of rank {step.rank}, run without contents", markup=False)
+        console.print(f"One step of rank {step.rank}, run on tensors without data", markup=False)
         where = f"{direction} of {unit}" if unit else direction
-        console.print(f"  memory: {size(step.peak_bytes)} at the peak, in the {where}", markup=False)
+        console.print(f"  peak memory: {size(step.peak_bytes)}, in the {where}", markup=False)
         for kind in KINDS:
             if kinds.get(kind):
                 console.print(f"    {kind.replace('_', ' '):<24}{size(kinds[kind]):>14}", markup=False)
         console.print(
-            f"  FLOPs: {number(step.flops)}FLOP executed, {number(step.model_flops)}FLOP as MFU counts them",
+            f"  FLOPs: {number(step.flops)}FLOP executed, {number(step.model_flops)}FLOP counted by MFU",
             markup=False,
         )
         table = Table(box=None, pad_edge=False)
-        for column in ("  collectives over", "ranks", "nodes", "what", "count", "bytes"):
-            table.add_column(column, justify="left" if column.startswith("  ") or column == "what" else "right")
+        for column in ("  collectives over axis", "ranks", "nodes", "operation", "count", "bytes"):
+            table.add_column(column, justify="left" if column.startswith("  ") or column == "operation" else "right")
         for sent in step.sent(ranks_per_node):
             table.add_row(
                 f"  {sent.axis}", str(sent.ranks), str(sent.nodes), sent.op, f"{sent.count:,}", size(sent.bytes)
@@ -204,7 +203,7 @@ def _step_text(step: StepEstimate, report: dict[str, Any], device: Device | None
         console.print(table, markup=False)
         if step.depths is not None:
             console.print(
-                f"  note: run with {step.depths.short} and with {step.depths.long} layers; those that repeat are "
+                f"  note: run with {step.depths.short} and with {step.depths.long} layers; repeated layers are "
                 "extrapolated",
                 markup=False,
             )
@@ -214,26 +213,28 @@ def _step_text(step: StepEstimate, report: dict[str, Any], device: Device | None
 
 
 def _print_times(console: Console, step: StepEstimate, roofline: dict[str, Any], device: Device) -> None:
-    say = [
-        f"An estimate for {device.name}, {roofline['ranks_per_node']} ranks on a node",
-        f"  step: {span(roofline['step_seconds'])} at least; computation {span(roofline['compute_seconds'])}",
+    lines = [
+        f"An estimate for {device.name}, {ranks(roofline['ranks_per_node'])} per node",
+        f"  step: at least {span(roofline['step_seconds'])}; computation {span(roofline['compute_seconds'])}",
     ]
     for axis, seconds in roofline["communication_seconds"].items():
-        waited = roofline["exposed_seconds"][axis]
-        say.append(f"  communication over {axis}: {span(seconds)}, of which {span(waited)} are waited for")
-    say.append(
+        exposed = roofline["exposed_seconds"][axis]
+        lines.append(f"  communication over {axis}: {span(seconds)}, {span(exposed)} exposed")
+    lines.append(
         f"  at most {roofline['tokens_per_second']:,.0f} tokens/s, MFU {roofline['mfu']:.1%}; bound by "
         f"{roofline['bound']}"
     )
     room, limit = step.room(device), size(roofline["memory_limit"])
-    say.append(
-        f"  fits: {size(room)} of {limit} are left" if room >= 0 else f"  does not fit: {size(-room)} over {limit}"
+    lines.append(
+        f"  fits: {size(room)} of {limit} left" if room >= 0 else f"  does not fit: {size(-room)} more than {limit}"
     )
     if room < 0:
-        say.append("  no single change was found that makes it fit" if roofline["fix"] is None else _fix_text(roofline))
-    say += [f"  assumed: {line}" for line in ASSUMPTIONS]
-    say.append(f"  {device.name}: {device.source}")
-    for line in say:
+        lines.append(
+            "  no single change was found that makes it fit" if roofline["fix"] is None else _fix_text(roofline)
+        )
+    lines += [f"  assumed: {line}" for line in ASSUMPTIONS]
+    lines.append(f"  {device.name}: {device.source}")
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 

@@ -1,9 +1,10 @@
-"""The mesh as a picture: its ranks, node by node."""
+"""Draw the mesh as an SVG picture: its ranks, node by node."""
 
 from __future__ import annotations
 
 import colorsys
 
+from ndtrain.console.units import ranks
 from ndtrain.mesh import MeshSizes
 
 WIDTH = 890
@@ -11,15 +12,15 @@ COLUMNS = 8  # ranks side by side in a node
 GAP = 2
 PAD = 6
 LABEL = 14  # height of the line above a node
-# (up to so many ranks, side of a rank's square)
+# (largest number of ranks, side of a rank's square)
 CELLS = ((16, 44), (128, 30), (2048, 14))
 SMALLEST = 7
 
 
 def colours(sizes: MeshSizes, axis: str) -> list[str]:
-    """A colour for each place along `axis`, light enough for dark text."""
+    """Return a colour for each coordinate on `axis`, light enough for dark text."""
     count = len(sizes.group(axis, 0))
-    return [_colour(place / count) for place in range(count)]
+    return [_colour(coordinate / count) for coordinate in range(count)]
 
 
 def _colour(turn: float) -> str:
@@ -28,9 +29,9 @@ def _colour(turn: float) -> str:
 
 
 def mesh_svg(sizes: MeshSizes, ranks_per_node: int) -> str:
-    """SVG of the mesh: a square for each rank, a frame for each node, a colour for each place on the innermost axis.
+    """Return an SVG with a square for each rank, a frame for each node, and a colour for each innermost coordinate.
 
-    Legible on a light and on a dark page.
+    It is legible in light and in dark mode.
     """
     world, axes = sizes.world_size, sizes.axes
     cell = next((side for most, side in CELLS if world <= most), SMALLEST)
@@ -46,21 +47,21 @@ def mesh_svg(sizes: MeshSizes, ranks_per_node: int) -> str:
     inner = next((axis for axis in ("tp", "cp", "fsdp", "dp_replicate") if axis in axes), None)
     painted = colours(sizes, inner) if inner else [_colour(0)]
 
-    lines = [f"{world} {'rank' if world == 1 else 'ranks'}: {sizes.describe()}"]
+    lines = [f"{ranks(world)}: {sizes.describe()}"]
     for axis in axes:
         over = [nodes for _, nodes in sizes.spreads(axis, ranks_per_node)]
         up_to = "up to " if over[-1] < over[0] else ""
         where = "inside a node" if over[0] == 1 else f"across {up_to}{over[0]} nodes"
-        same = "; one colour for each place" if axis == inner else ""
+        same = "; one colour for each coordinate" if axis == inner else ""
         lines.append(f"{axis}: groups of {getattr(sizes, axis)}, {where}{same}")
     top = 20 * len(lines) + PAD
     width = max(across * (wide + PAD) - PAD, 8 * max(map(len, lines))) + 2
     height = top + down * row
-    said = ". ".join(lines)
+    label = ". ".join(lines)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="ui-sans-serif, system-ui, sans-serif" role="img" aria-label="{said}">',
-        "<style>.line{fill:#24292f}.node{fill:none;stroke:#8c959f}.place{fill:#111;text-anchor:middle}"
+        f'font-family="ui-sans-serif, system-ui, sans-serif" role="img" aria-label="{label}">',
+        "<style>.line{fill:#24292f}.node{fill:none;stroke:#8c959f}.number{fill:#111;text-anchor:middle}"
         "@media(prefers-color-scheme:dark){.line{fill:#e6edf3}}</style>",
         '<g class="legend">',
     ]
@@ -76,14 +77,14 @@ def mesh_svg(sizes: MeshSizes, ranks_per_node: int) -> str:
         out.append(f'<rect class="node" x="{left}" y="{upper}" width="{wide}" height="{high}" rx="4"/>')
         for rank in range(node * ranks_per_node, min(world, (node + 1) * ranks_per_node)):
             y, x = divmod(rank % ranks_per_node, columns)
-            place = sizes.coordinate(rank)[inner] if inner else 0
+            coordinate = sizes.coordinate(rank)[inner] if inner else 0
             x, y = left + PAD + x * step, upper + PAD + y * step
             out.append(
                 f'<rect class="rank" data-rank="{rank}" x="{x}" y="{y}" width="{cell}" height="{cell}" rx="2" '
-                f'fill="{painted[place]}"/>'
+                f'fill="{painted[coordinate]}"/>'
             )
             if cell >= 30:
                 out.append(
-                    f'<text class="place" x="{x + cell / 2:g}" y="{y + cell / 2 + 4:g}" font-size="12">{rank}</text>'
+                    f'<text class="number" x="{x + cell / 2:g}" y="{y + cell / 2 + 4:g}" font-size="12">{rank}</text>'
                 )
     return "\n".join([*out, "</svg>", ""])

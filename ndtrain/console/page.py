@@ -1,4 +1,4 @@
-"""The plan as a page: one file that needs nothing else."""
+"""Write the plan as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from ndtrain.layout import held_of_dim
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import ParamPlan, Plan
 
-Cut = tuple[int, tuple[tuple[str, int | None], ...]]  # elements; the axes that cut them, with their split factors
+# How a dim is cut: its elements, and the axes that cut it with their split factors.
+Cut = tuple[int, tuple[tuple[str, int | None], ...]]
 
 
 def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
-    """The page of a whole `plan_report`, with its `step` where it has one."""
+    """Return the page of a `plan_report` of all parameters, and of its `step` if it has one."""
     sizes = plan.sizes
     title = f"{plan.model_type} on {sizes.describe()}"
     cuts: dict[Cut, int] = {}
@@ -33,7 +34,7 @@ def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
         "exchanging": sizes.axes,
         "bytes_per_element": BYTES,
         "units": _units(plan, report, cuts),
-        "cuts": [_places(sizes, cut) for cut in cuts],
+        "cuts": [_held(sizes, cut) for cut in cuts],
         "notes": [
             *(remark.removeprefix("note: ") for remark in remarks(plan)),
             *(f"tied: {alias} is {source}" for alias, source in plan.tied.items()),
@@ -44,7 +45,7 @@ def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
     parts = {
         "title": escape(title),
         "mesh": mesh_svg(sizes, ranks_per_node),
-        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),  # no text may end the script
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),  # so that no string can end the script
     }
     for name, part in parts.items():
         template = template.replace(f"{{{{ {name} }}}}", part)
@@ -52,13 +53,13 @@ def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
 
 
 def _axis(sizes: MeshSizes, axis: str) -> dict[str, Any]:
-    """A rank's place on the axis is rank // step % size."""
+    """Return the axis for the page: a rank's coordinate on it is rank // step % size."""
     group = sizes.group(axis, 0)
     return {"step": group.step, "size": len(group), "colours": colours(sizes, axis)}
 
 
 def _units(plan: Plan, report: dict[str, Any], cuts: dict[Cut, int]) -> list[dict[str, Any]]:
-    """The parameters, repeated layers once, by FSDP unit; each dim that is cut names its entry in `cuts`."""
+    """Return the parameters by FSDP unit, repeated layers once; new ways of cutting a dim are added to `cuts`."""
     by_name = {param.fqn: param for param in plan.params}
     units: list[dict[str, Any]] = []
     for title, name, count, row in fold(report):
@@ -86,7 +87,7 @@ def _units(plan: Plan, report: dict[str, Any], cuts: dict[Cut, int]) -> list[dic
 
 
 def _cut(param: ParamPlan, dim: int, sizes: MeshSizes, cuts: dict[Cut, int]) -> int | None:
-    """The number in `cuts` of how the mesh cuts a dim of a parameter; None where every rank has all of it."""
+    """Return the number in `cuts` of how the mesh cuts a dim, added if new; None if the dim is whole on every rank."""
     splits = _splits(param, dim, sizes)
     return cuts.setdefault((param.shape[dim], splits), len(cuts)) if splits else None
 
@@ -101,13 +102,13 @@ def _splits(param: ParamPlan, dim: int, sizes: MeshSizes) -> tuple[tuple[str, in
     )
 
 
-def _places(sizes: MeshSizes, cut: Cut) -> dict[str, Any]:
-    """For every place on the axes, the first varying slowest, the intervals [a, b) held there, as a, b, a, b, ..."""
+def _held(sizes: MeshSizes, cut: Cut) -> dict[str, Any]:
+    """Return the intervals [a, b) that each coordinate holds, as a, b, a, b, ...; the first axis varies slowest."""
     elements, by = cut
     shape = [getattr(sizes, axis) for axis, _ in by]
     splits = {number: factor for number, (_, factor) in enumerate(by)}
     held = [
-        [end for interval in held_of_dim(elements, shape, place, splits) for end in interval]
-        for place in product(*map(range, shape))
+        [end for interval in held_of_dim(elements, shape, coordinate, splits) for end in interval]
+        for coordinate in product(*map(range, shape))
     ]
     return {"axes": [axis for axis, _ in by], "held": held}

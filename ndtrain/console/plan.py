@@ -1,4 +1,4 @@
-"""A plan as data and as a table."""
+"""Show a plan as JSON-ready data and as a table."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ndtrain.console.units import size
+from ndtrain.console.units import ranks, size
 from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
+from ndtrain.parallel import transforms_of
 from ndtrain.plan import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
-# Of each element of a rank's share: float32 parameters and gradients, and AdamW's two moments.
+# Bytes of each element that a rank holds: float32 parameters and gradients, and AdamW's two moments.
 BYTES = {"parameters": 4, "gradients": 4, "optimizer": 8}
 
 
 def plan_report(
     plan: Plan, recipe: Recipe, *, rank: int, ranks_per_node: int, layer: str | None = None
 ) -> dict[str, Any]:
-    """The plan as JSON-ready data; bytes of one rank and of the largest, for float32 parameters, gradients, AdamW.
+    """Return the plan as JSON-ready data, with bytes of float32 parameters, gradients and AdamW on ranks.
 
     `in_host_memory` is the part of a total that cpu_offload keeps off the device, `staging` the buffer in host memory
-    (at most) that an asynchronous checkpoint is copied to. With `layer`, a pattern, only the parameters that match are
-    listed. Raises `RecipeError` where none does.
+    (at most) that an asynchronous checkpoint is copied to. `layer` is a pattern that selects the parameters listed;
+    raises `RecipeError` if none matches.
     """
     shown = [param for param in plan.params if layer is None or _matches(param.fqn, layer)]
     if not shown:
-        raise RecipeError(f"--layer {layer}: no parameter matches; {plan.params[0].fqn} is one")
+        raise RecipeError(f"--layer {layer} matches no parameter; one parameter is {plan.params[0].fqn}")
     sizes = plan.sizes
     largest = 0  # see Plan.imbalance
 
@@ -55,6 +56,7 @@ def plan_report(
         "parameters": plan.numel,
         "tp_coverage": plan.tp_coverage,
         "loss_in_head": plan.head is not None,
+        "transforms": [transform.name for transform in transforms_of(plan, recipe)],
         "bytes": {
             "rank": of_rank(rank),
             "largest_rank": {"rank": largest, **of_rank(largest)},
@@ -72,7 +74,7 @@ def plan_report(
 
 
 def _group_report(sizes: MeshSizes, axis: str, rank: int, ranks_per_node: int) -> dict[str, Any]:
-    """The ranks that `rank` exchanges with along `axis`: first, first + step, ..., last; and on how many nodes."""
+    """Return the group of `rank` along `axis`: ranks first, first + step, ..., last, and the number of nodes."""
     group = sizes.group(axis, rank)
     _, nodes = sizes.spread(axis, rank, ranks_per_node)
     return {
@@ -86,20 +88,21 @@ def _group_report(sizes: MeshSizes, axis: str, rank: int, ranks_per_node: int) -
 
 
 def _matches(fqn: str, pattern: str) -> bool:
-    """Whether `pattern` matches the name or one of its modules."""
+    """Return whether `pattern` matches the name or that of a module around it."""
     parts = fqn.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
 def plan_lines(report: dict[str, Any]) -> list[str]:
-    """The plan as lines that say the same of the same, whatever is around them."""
+    """Return the plan as lines that can be compared with those of another plan."""
     lines = [f"mesh: {', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())}"]
     lines += [_group_text(group) for group in report["groups"]]
+    lines.append(f"transforms: {', '.join(report['transforms'])}")
     for unit, name, count, row in fold(report):
         cut = " ".join(f"{a}:{_short(p)}" for a, p in zip(row["axes"], row["placements"], strict=True))
         local = "x".join(map(str, row["local_shape"]))
         held = size(row["local_bytes"] * count)
-        lines.append(f"{unit.replace(': ', f'.{name}: ', 1)}, {row['style']}, {cut}, {local} here, {held}")
+        lines.append(f"{unit.replace(': ', f'.{name}: ', 1)}, {row['style']}, {cut}, {local} on this rank, {held}")
     for who, held in report["bytes"].items():
         lines += [f"{who.replace('_', ' ')}: {kind} {size(n)}" for kind, n in held.items() if kind != "rank"]
     return lines + [f"note: {note}" for note in report["notes"]]
@@ -122,13 +125,13 @@ def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
 
 
 def fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
-    """Rows in order, the same parameter of repeated layers folded into one: (FSDP unit, name in it, how many, row)."""
+    """Return rows (FSDP unit, name in it, number of layers, parameter), repeated layers folded into one row."""
     policies = {unit["name"]: _policies(unit) for unit in report["units"]}
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for param in report["params"]:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", param["fqn"])
-        place = (tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]), param["style"])
-        key = (pattern, policies[param["unit"]], *place)
+        cut = (tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]), param["style"])
+        key = (pattern, policies[param["unit"]], *cut)
         rows.setdefault(key, []).append(param)
     folded = []
     for (pattern, *_), params in rows.items():
@@ -143,13 +146,13 @@ def fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
 
 
 def _policies(unit: dict[str, Any]) -> str:
-    """What the unit does, as [fsdp.modules] would say it, and its compute dtype."""
+    """Return the unit's policies in the words of [fsdp.modules], and its compute dtype."""
     weights = "free_full_weight" if unit["reshard"] else "keep_full_weight"
     return ", ".join([weights, *(["cpu_offload"] if unit["cpu_offload"] else []), unit["param_dtype"]])
 
 
 def _span(numbers: list[int]) -> str:
-    """Numbers in order as `{0-2,5}`."""
+    """Return sorted numbers as `{0-2,5}`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][1] == number - 1:
@@ -161,12 +164,13 @@ def _span(numbers: list[int]) -> str:
 
 def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
     console = Console(width=240, highlight=False, color_system=None)
-    place = ", ".join(f"{k} {v}" for k, v in report["coordinate"].items() if k not in ("fsdp", "batch"))
+    coordinate = ", ".join(f"{k} {v}" for k, v in report["coordinate"].items() if k not in ("fsdp", "batch"))
     with console.capture() as capture:
         console.print(f"{plan.model_type}: {plan.numel:,} parameters on {plan.sizes.describe()}", markup=False)
-        console.print(f"rank {rank} of {plan.sizes.world_size}: {place}", markup=False)
+        console.print(f"rank {rank} of {plan.sizes.world_size}: {coordinate}", markup=False)
         for group in report["groups"]:
             console.print(f"  {_group_text(group)}", markup=False)
+        console.print(f"transforms, in this order: {', '.join(report['transforms'])}", markup=False)
         table = Table(box=None, pad_edge=False)
         for column in ("FSDP unit, parameters", "shape", "tp style", "placements", "on this rank", "bytes"):
             table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
@@ -204,26 +208,26 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
 
 
 def remarks(plan: Plan) -> list[str]:
-    """What there is to say of the whole."""
-    said = [_imbalance_text(plan)] if plan.imbalance > EVEN else []
+    """Return the lines about the whole plan: imbalance, coverage of tensor parallelism, notes."""
+    lines = [_imbalance_text(plan)] if plan.imbalance > EVEN else []
     if plan.sizes.tp > 1:
-        said.append(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters")
-    return [*said, *(f"note: {note}" for note in plan.notes)]
+        lines.append(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters")
+    return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
 def _group_text(group: dict[str, Any]) -> str:
-    """Whom a rank exchanges with along an axis, and whether that leaves its node."""
+    """Return a line about a rank's group along an axis: its ranks and its nodes."""
     first, step, last = group["first"], group["step"], group["last"]
     if step == 1 or group["ranks"] == 2:
-        ranks = f"{first}{'-' if step == 1 else ', '}{last}"
+        members = f"{first}{'-' if step == 1 else ', '}{last}"
     else:
-        ranks = f"{first}, {first + step}, ..., {last}" if group["ranks"] > 3 else f"{first}, {first + step}, {last}"
+        members = f"{first}, {first + step}, ..., {last}" if group["ranks"] > 3 else f"{first}, {first + step}, {last}"
     nodes = "on one node" if group["nodes"] == 1 else f"over {group['nodes']} nodes"
-    return f"{group['axis']}: {group['ranks']} ranks {nodes} ({ranks})"
+    return f"{group['axis']}: {ranks(group['ranks'])} {nodes} ({members})"
 
 
 def _imbalance_text(plan: Plan) -> str:
-    """Why the fullest rank holds more than the others: which parameters are cut into parts that differ."""
+    """Return why the fullest rank holds more than the mean: the parameters that are cut unevenly."""
     reasons = []
     for group in plan.uneven():
         name = group.fqns[0]
@@ -231,8 +235,10 @@ def _imbalance_text(plan: Plan) -> str:
             layers = sorted({int(m.group(1)) for fqn in group.fqns if (m := re.search(r"\.(\d+)\.", fqn))})
             name = re.sub(r"(?<=\.)\d+(?=\.)", _span(layers), name, count=1)
         cuts = " and ".join(f"dim {dim} = {group.shape[dim]} over {over} ranks" for dim, over in group.dims.items())
-        reasons.append(f"{name} has {cuts} and no other that divides ({group.excess / plan.mean_numel:+.0%})")
-    return f"largest rank holds {plan.imbalance:.2f} times the mean: because {'; '.join(reasons)}"
+        reasons.append(
+            f"{name} has {cuts}, uneven, and no dim that divides evenly ({group.excess / plan.mean_numel:+.0%})"
+        )
+    return f"largest rank holds {plan.imbalance:.2f} times the mean, because {'; '.join(reasons)}"
 
 
 def _short(placement: str) -> str:

@@ -1,4 +1,4 @@
-"""The progress of a run and of a conversion."""
+"""Show the progress of a run and of a conversion."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ndtrain.loggers.metrics import StepMetrics
 
 
 class Reporter:
-    """Tells of a run: one live line on a terminal, plain lines elsewhere."""
+    """Prints the progress of a run: one live line on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._live = sys.stdout.isatty()
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._said = 0.0
+        self._printed_at = 0.0
         self._pace: float | None = None
 
     def info(self, line: str) -> None:
@@ -49,15 +49,15 @@ class Reporter:
         return self._tasks[what]
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Progress of a long preparation, in bytes."""
+        """Show the progress of a long preparation, in bytes."""
         if self._live:
             self._bar_update(what, done, total, detail="bytes")
-        elif done >= total or time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
+        elif done >= total or time.monotonic() - self._printed_at > 10:
+            self._printed_at = time.monotonic()
             self.info(f"{what} {done:,} of {total:,} bytes")
 
     def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
-        """One optimizer step; `show` says whether it is due where lines are printed."""
+        """Show one optimizer step; without a terminal only if `show` is true."""
         self._pace = metrics.step_seconds if self._pace is None else 0.8 * self._pace + 0.2 * metrics.step_seconds
         eta = _duration(self._pace * (steps - metrics.step))
         aux = "" if metrics.aux_loss is None else f"aux {metrics.aux_loss:.4f}  "
@@ -82,7 +82,7 @@ class Reporter:
 
 
 class ByteProgress:
-    """A bar of bytes, speed and time left on standard error; nothing where that is no terminal."""
+    """A bar of bytes, speed and time left on standard error; shows nothing if that is not a terminal."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

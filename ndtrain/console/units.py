@@ -1,8 +1,13 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
+
+
+def ranks(count: int) -> str:
+    """Return "1 rank" or "2 ranks"."""
+    return f"{count:,} {'rank' if count == 1 else 'ranks'}"
 
 
 def size(count: float) -> str:
-    """Bytes in binary units."""
+    """Return bytes in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
@@ -11,7 +16,7 @@ def size(count: float) -> str:
 
 
 def number(count: float) -> str:
-    """A count with an SI prefix."""
+    """Return a count with an SI prefix."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(count) < 1000:
             return f"{count:,.4g} {unit}"
@@ -20,6 +25,6 @@ def number(count: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """A time in s, ms or us."""
+    """Return a time in s, ms or us."""
     unit, factor = next(((u, f) for u, f in (("s", 1.0), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6))
     return f"{seconds * factor:,.3g} {unit}"

@@ -1,7 +1,7 @@
-"""Checkpoints to the directory that `save_pretrained` would have written, and back. One process, no group, streaming.
+"""Converts checkpoints to the directory that `save_pretrained` would have written, and back, in one process.
 
-Tensors pass from file to file: in memory is one group of tensors at a time (a layer's fused experts, say) and never a
-model.
+Tensors stream from file to file: memory holds one group of tensors at a time (a layer's fused experts, say), never a
+whole model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ndtrain.hf.model import tied_keys
 from ndtrain.storage.paths import is_local, local_copy_of, os_errors, sync
 
 DTYPES = ("float32", "bfloat16", "float16")
-# What write_hub makes anew, and what is of the checkpoint alone.
+# Files of a checkpoint that are not copied: write_hub writes its own, or they belong to the checkpoint alone.
 _OWN = ("config.json", "train_state.json", "manifest.json", extra_states.FILE)
 
 
@@ -49,37 +49,49 @@ def convert(
     float32, for `model.name` to start from.
 
     `out` appears whole or not at all; with `verify` only after the hash of every file of the checkpoint was compared
-    and every bit of `out` was read back. Returns what the user
-    should know. Raises `RecipeError` for wrong arguments and `DamagedError` for what is not complete.
+    and every bit of `out` was read back. Returns notes for the user. Raises `RecipeError` for wrong arguments and
+    `DamagedError` for an incomplete or damaged source.
     """
     size = parse_size(max_shard_size or "5GB")
     if not is_local(out):
-        raise RecipeError(f"{out}: only a local directory can be written; copy it from there")
+        raise RecipeError(f"{out}: convert writes only to a local directory; give one and copy it from there")
     if out.is_symlink() or out.name in ("", ".."):
         out = out.resolve()
     if out == Path.cwd():
-        raise RecipeError(f"{out} is the directory that this runs in; give one inside it")
+        raise RecipeError(f"{out} is the current directory, which convert cannot replace; give a directory inside it")
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f'--dtype "{dtype}" must be one of {", ".join(DTYPES)}')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{out} already exists and is not an empty directory; choose another")
     with _readable(checkpoint):
-        back = is_hub_directory(checkpoint)
-        foreign = not back and (checkpoint / METADATA).is_file()
-    if back and dtype is not None:
-        raise RecipeError("--dtype is for the way to Hugging Face; a checkpoint's weights are float32")
-    if back and max_shard_size is not None:
-        raise RecipeError("--max-shard-size is for the way to Hugging Face; a checkpoint's weights are one file")
+        to_checkpoint = is_hub_directory(checkpoint)
+        foreign = not to_checkpoint and (checkpoint / METADATA).is_file()
+    if to_checkpoint and dtype is not None:
+        raise RecipeError(
+            f"--dtype does not apply to the Hugging Face directory {checkpoint}: a checkpoint's weights are float32; "
+            "leave it out"
+        )
+    if to_checkpoint and max_shard_size is not None:
+        raise RecipeError(
+            f"--max-shard-size does not apply to the Hugging Face directory {checkpoint}: the file size of a "
+            "checkpoint is fixed; leave it out"
+        )
     if foreign and config is None:
-        raise RecipeError(f"{checkpoint} does not say of which model it is; give --config with its config.json")
+        raise RecipeError(
+            f"{checkpoint} is a DCP directory and does not describe its model; give --config with its config.json"
+        )
     if config is not None and (not foreign or not config.exists()):
         raise RecipeError(
-            f"--config {config} " + ("does not exist" if foreign else "is for checkpoints of other tools")
+            f"--config {config} "
+            + ("does not exist" if foreign else f"is for DCP directories, and {checkpoint} is not one; leave it out")
         )
-    if not is_local(checkpoint) and (back or foreign):
-        raise RecipeError(f"{checkpoint}: only ndtrain's own checkpoints convert from a URL; copy it first")
+    if not is_local(checkpoint) and (to_checkpoint or foreign):
+        raise RecipeError(
+            f"{checkpoint} is not on this machine, and only ndtrain's own checkpoints convert from a URL; copy it to a "
+            "local directory first"
+        )
     source = checkpoint
-    if not back and not foreign:
+    if not to_checkpoint and not foreign:
         with _readable(checkpoint):
             source = _step_directory(checkpoint)
             manifest = check(source)
@@ -92,19 +104,23 @@ def convert(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     except OSError as error:
-        raise RecipeError(f"{out} cannot be made: {error.strerror}; choose another") from error
+        raise RecipeError(f"{out} cannot be created: {error.strerror}; choose another directory") from error
     try:
-        if back:
+        if to_checkpoint:
             notes = write_checkpoint(source, part, verify=verify, progress=progress)
         else:
-            how: dict[str, Any] = {"dtype": dtype, "max_shard_size": size, "verify": verify, "progress": progress}
-            notes = _foreign_to_hub(source, config, part, **how) if foreign and config else _to_hub(source, part, **how)
+            options: dict[str, Any] = {"dtype": dtype, "max_shard_size": size, "verify": verify, "progress": progress}
+            notes = (
+                _foreign_to_hub(source, config, part, **options)
+                if foreign and config
+                else _to_hub(source, part, **options)
+            )
         _publish(part, out)
     except OSError as error:
         raise NdtrainError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):  # what is not empty holds `out`
+        with suppress(OSError):  # a directory that holds `out` is not empty and stays
             for parent in made:
                 parent.rmdir()
     return notes
@@ -112,6 +128,7 @@ def convert(
 
 @contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
+    """Raise what cannot be read inside as a `DamagedError` that names the checkpoint."""
     try:
         with os_errors(checkpoint):
             yield
@@ -119,31 +136,31 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         raise DamagedError(f"{checkpoint} cannot be read: {error.strerror or error}") from error
 
 
-def _to_hub(source: Path, part: Path, *, dtype: str | None, **how: Any) -> list[str]:
+def _to_hub(source: Path, part: Path, *, dtype: str | None, **options: Any) -> list[str]:
     beside = [name for name in read_manifest(source)["files"] if "/" not in name]
     with local_copy_of(source, beside) as near:
         model, target = meta_model_of(near, dtype)
         tensors = checkpoint_tensors(pieces_of(source / "model"), source / "model")
         match(state_to_store(model), tensors, source / "model")
-        write_hub(tensors, model, part, dtype=target, states=extra_states.read(near), **how)
+        write_hub(tensors, model, part, dtype=target, states=extra_states.read(near), **options)
         for name in beside:
             if name not in _OWN:
                 shutil.copy2(near / name, part / name)
     return []
 
 
-def _foreign_to_hub(source: Path, config: Path, part: Path, *, dtype: str | None, **how: Any) -> list[str]:
+def _foreign_to_hub(source: Path, config: Path, part: Path, *, dtype: str | None, **options: Any) -> list[str]:
     model, target = meta_model_of(config, dtype)
     state = state_to_store(model)
     tensors, notes = foreign_tensors(source, state, tied_keys(model), model.config)
     match(state, tensors, source)
-    write_hub(tensors, model, part, dtype=target, states={}, **how)
+    write_hub(tensors, model, part, dtype=target, states={}, **options)
     copy_beside(config, part)
     return notes
 
 
 def _publish(part: Path, out: Path) -> None:
-    """Give the complete directory its name, after all of it is on the disk."""
+    """Sync the complete directory `part` to disk, then rename it to `out`."""
     for file in part.rglob("*"):
         sync(file)
     sync(part)
@@ -163,4 +180,7 @@ def _step_directory(path: Path) -> Path:
         return found
     if not path.exists():
         raise RecipeError(f"{path} does not exist; give a directory like RUN_DIR/checkpoints/step-00000100")
-    raise DamagedError(f"{path} is no ndtrain checkpoint: it has no manifest.json")
+    raise DamagedError(
+        f"{path} is not a checkpoint: it has neither manifest.json (ndtrain), .metadata (DCP) nor config.json and "
+        "model.safetensors or its index (Hugging Face)"
+    )

@@ -1,8 +1,8 @@
-"""Checkpoints that others wrote with torch's DCP: plain `dcp.save`, accelerate, torchtitan. No code in them runs.
+"""Reads checkpoints that other tools wrote with torch's DCP: plain `dcp.save`, accelerate, torchtitan.
 
-`.metadata` is a pickle. The unpickler here makes DCP's own records and the types they are made of, and refuses every
-other name before anything is called. Of the tensors' archives torch's own `weights_only` reader reads the headers; the
-values are read as bytes.
+No code in them runs. `.metadata` is a pickle: the unpickler here makes DCP's own records and the types they consist of,
+and refuses every other name before anything is called. torch's own `weights_only` reader reads the headers of the
+tensors' archives; the values are read as bytes.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ import torch
 import torch.distributed.checkpoint.filesystem
 import torch.distributed.checkpoint.metadata
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ndtrain.convert.stored import Stored, stored
 from ndtrain.errors import DamagedError
-from ndtrain.storage.pieces import DTYPE_NAMES, Piece
+from ndtrain.storage.headers import DTYPE_NAMES
+from ndtrain.storage.pieces import Piece
+from ndtrain.torch_compat import FakeTensorMode, offset_in_archive
 
 METADATA = ".metadata"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 # Wrappers whose names some frameworks leave in the keys.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# torchtitan's own names of Llama's weights; the rows of its queries and keys are in another order.
+# torchtitan's own names of Llama's weights; it orders the rows of query and key projections differently.
 _TITAN = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -47,9 +48,9 @@ _TITAN = tuple(
         (r"output\.weight", "lm_head.weight"),
     )
 )
-# Whether the rows of queries and keys are in pairs for the rotation, by model type.
+# By model type: whether torchtitan keeps the rows of queries and keys in pairs for the rotation.
 _TITAN_TYPES = {"llama": True, "qwen3": False}
-# What training keeps beside the weights, by the first part of its keys.
+# First part of the keys of training state that is saved beside the weights.
 _BESIDE = re.compile(r"(optim|lr_scheduler|scheduler|train_state|dataloader|data_loader|rng|step|epoch|iteration)\w*")
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": (
@@ -67,7 +68,7 @@ _RECORDS = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the records of DCP's metadata and nothing else."""
+    """Makes the records of DCP's metadata and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _RECORDS.get(module, ()):
@@ -81,25 +82,27 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath", "Path"):
-            return pathlib.PurePosixPath  # where it was saved, which nobody asks
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
+            return pathlib.PurePosixPath  # the directory it was saved to, which is not used
+        raise pickle.UnpicklingError(
+            f"it refers to {module}.{name}, which is not part of DCP metadata and is not loaded"
+        )
 
 
 def _layout(name: str) -> torch.layout:
     if name != "torch.strided":
-        raise pickle.UnpicklingError(f"layout {name}")
+        raise pickle.UnpicklingError(f"it has a tensor of layout {name}; only torch.strided is supported")
     return torch.strided
 
 
 def read_metadata(directory: Path) -> Any:
-    """DCP's `Metadata` of a directory. Raises `DamagedError`; no code of the file runs."""
+    """Return DCP's `Metadata` of a directory without running code of the file. Raises `DamagedError`."""
     path = directory / METADATA
     try:
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(found, torch.distributed.checkpoint.metadata.Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+            raise pickle.UnpicklingError(f"it holds a {type(found).__name__} instead of DCP's Metadata")
         if not isinstance(found.state_dict_metadata, dict) or not isinstance(found.storage_data, dict):
-            raise pickle.UnpicklingError("its tables are none")
+            raise pickle.UnpicklingError("state_dict_metadata and storage_data are not dicts")
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DamagedError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
     return found
@@ -108,10 +111,10 @@ def read_metadata(directory: Path) -> Any:
 def foreign_tensors(
     directory: Path, state: Mapping[str, Tensor], aliases: Mapping[str, str], config: Any
 ) -> tuple[dict[str, Stored], list[str]]:
-    """The model's tensors in a DCP directory, by the model's own keys, and what the user should know.
+    """Return the model's tensors in a DCP directory, by the model's own keys, and notes for the user.
 
-    `state` are the model's tensors and `aliases` the names under which tied ones may have been saved too. A prefix that
-    all keys share (`model.`, `state.model.`) is left off. Raises `DamagedError`.
+    `state` holds the model's tensors, and `aliases` the names under which tied ones may have been saved too. A prefix
+    that all keys share (`model.`, `state.model.`) is removed. Raises `DamagedError`.
     """
     metadata = read_metadata(directory)
     names: dict[str, str] = {}
@@ -125,36 +128,39 @@ def foreign_tensors(
     )
     if titan is not None:
         if config.model_type not in _TITAN_TYPES:
-            raise DamagedError(f"{directory}: torchtitan's weights of a {config.model_type} are not known to ndtrain")
+            raise DamagedError(
+                f"{directory} has torchtitan's names of weights, which ndtrain knows for "
+                f"{' and '.join(_TITAN_TYPES)} but not for {config.model_type}; convert it with torchtitan's own tool"
+            )
         names = {_titan_name(name, titan): key for name, key in names.items()}
     prefix = "" if titan is not None else _prefix(names, state)
-    mine, beside, unknown = {}, [], []
+    known, beside, unknown = {}, [], []
     for plain, key in names.items():
         own = plain.removeprefix(prefix)
         is_tensor = isinstance(metadata.state_dict_metadata[key], TensorStorageMetadata)
         if plain.startswith(prefix) and is_tensor and (own in state or own in aliases):
-            mine[own] = key
+            known[own] = key
         elif not is_tensor or not plain.startswith(prefix) or _BESIDE.fullmatch(own.split(".")[0]):
             beside.append(plain)
         else:
             unknown.append(plain)
     for alias, name in aliases.items():
-        if alias in mine:
-            key = mine.pop(alias)
-            mine.setdefault(name, key)
-    missing = [key for key, tensor in state.items() if key not in mine and tensor.numel()]
+        if alias in known:
+            key = known.pop(alias)
+            known.setdefault(name, key)
+    missing = [key for key, tensor in state.items() if key not in known and tensor.numel()]
     if missing or unknown:
-        some = [f"{len(missing)} tensors of the model are missing, the first is {missing[0]}"] if missing else []
-        some += [f"{len(unknown)} are not of this model, the first is {unknown[0]}"] if unknown else []
-        raise DamagedError(f"{directory}: {'; '.join(some)}")
+        some = [f"{len(missing)} of the model's {len(state)} tensors missing, first {missing[0]}"] if missing else []
+        some += [f"{len(unknown)} of {len(names)} entries not in the model, first {unknown[0]}"] if unknown else []
+        raise DamagedError(f"{directory} does not match the model: {'; '.join(some)}")
     parts = {(str(index.fqn), tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
-    found = {own: _tensor(directory, key, metadata.state_dict_metadata[key], parts) for own, key in mine.items()}
+    found = {own: _tensor(directory, key, metadata.state_dict_metadata[key], parts) for own, key in known.items()}
     if titan is not None and _TITAN_TYPES[config.model_type]:
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
         for own in found:
             if match := re.fullmatch(r".*\.self_attn\.([qk])_proj\.weight", own):
                 found[own] = _halves(found[own], heads[match[1]])
-    notes = [f"{len(beside)} entries are no weights and left out, the first is {min(beside)}"] if beside else []
+    notes = [f"left out (not weights): {len(beside)} of {len(names)} entries, first {min(beside)}"] if beside else []
     return found, notes
 
 
@@ -166,7 +172,7 @@ def _titan_name(name: str, prefix: str) -> str:
 
 
 def _halves(tensor: Stored, heads: int) -> Stored:
-    """The same rows, in each head first the even ones and then the odd, as transformers rotates them."""
+    """Reorder the rows of each head, first the even ones and then the odd, as transformers rotates them."""
     width = tensor.shape[0] // heads
     pieces = []
     for piece in tensor.pieces:
@@ -174,13 +180,13 @@ def _halves(tensor: Stored, heads: int) -> Stored:
         for i in range(piece.sizes[0]):
             head, row = divmod(piece.offsets[0] + i, width)
             to = head * width + (row % 2) * (width // 2) + row // 2
-            at = piece.start + i * nbytes
-            pieces.append(piece._replace(offsets=(to, *piece.offsets[1:]), sizes=(1, *piece.sizes[1:]), start=at))
+            start = piece.start + i * nbytes
+            pieces.append(piece._replace(offsets=(to, *piece.offsets[1:]), sizes=(1, *piece.sizes[1:]), start=start))
     return tensor._replace(pieces=tuple(pieces))
 
 
 def _prefix(names: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
-    """What stands before the model's keys: of all that occur before one of them, what fits most keys."""
+    """Return the prefix of the model's keys: of all that occur before one of them, the one that fits most keys."""
     probe = max(state, key=len)
     candidates = {name[: -len(key)] for key in (probe, *list(state)[:3]) for name in names if name.endswith(key)}
     candidates = {prefix for prefix in candidates if not prefix or prefix.endswith(".")}
@@ -191,51 +197,54 @@ def _prefix(names: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
 def _tensor(directory: Path, key: str, metadata: Any, parts: Mapping[Any, Any]) -> Stored:
     dtype = metadata.properties.dtype
     if dtype not in DTYPE_NAMES:
-        raise DamagedError(f"{directory}: {key} is {dtype}, which ndtrain does not convert")
+        raise DamagedError(f"{directory}: {key} has dtype {dtype}, which ndtrain does not convert")
     pieces = []
     for chunk in metadata.chunks:
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         if any(type(n) is not int or n < 0 for n in (*offsets, *sizes, *metadata.size)):
-            raise DamagedError(f"{directory}: {key} has a piece of {sizes} at {offsets}")
+            raise DamagedError(
+                f"{directory}: {METADATA} gives {key} of shape {tuple(metadata.size)} a piece of shape {sizes} at "
+                f"{offsets}; only integers of at least 0 are valid"
+            )
         info = parts.get((key, offsets))
         if info is None:
-            raise DamagedError(f"{directory}: the place of {key} at {offsets} is missing in {METADATA}")
+            raise DamagedError(f"{directory}: {METADATA} does not say in which file the piece of {key} at {offsets} is")
         pieces.append(_piece(directory, key, info, offsets, sizes, dtype))
     return stored(key, tuple(metadata.size), dtype, pieces, directory)
 
 
 def _piece(directory: Path, key: str, info: Any, offsets: Any, sizes: Any, dtype: torch.dtype) -> Piece:
-    """Where the bytes of one `torch.save` archive within a file are."""
+    """Return where the values of one `torch.save` archive lie within a file. Raises `DamagedError`."""
     name = info.relative_path
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise DamagedError(f"{directory}: {METADATA} names the file {name!r}")
+        raise DamagedError(f"{directory}: {METADATA} names the file {name!r}, which is not a path inside the directory")
     path = directory / name
     if getattr(info, "transform_descriptors", None):
-        raise DamagedError(f"{path}: {key} is compressed, which ndtrain does not read")
+        raise DamagedError(f"{path}: {key} is compressed, and ndtrain reads only uncompressed tensors")
     try:
         with path.open("rb") as file, FakeTensorMode():
-            part = _Part(file, info.offset, info.length)
-            tensor: Any = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            archive = _FileRange(file, info.offset, info.length)
+            tensor: Any = torch.load(archive, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
             if tuple(tensor.shape) != sizes or tensor.dtype != dtype or not tensor.is_contiguous():
                 raise ValueError(f"{tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}")
-            # set by torch.load where tensors are fake (torch 2.7 on)
-            start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * dtype.itemsize
+            # torch.load sets the offset on fake tensors (torch 2.7 on).
+            start = offset_in_archive(tensor) + tensor.storage_offset() * dtype.itemsize
             if not 0 <= start <= info.length - tensor.numel() * dtype.itemsize:
                 raise ValueError("its values are outside its archive")
     except Exception as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedError(f"{path}: {key} at {offsets} cannot be read: {said}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedError(f"{path}: {key} at {offsets} cannot be read: {reason}") from error
     return Piece(path, offsets, sizes, DTYPE_NAMES[dtype], info.offset + start)
 
 
-class _Part(io.RawIOBase):
-    """Bytes `start` to `start + length` of a file, as a file."""
+class _FileRange(io.RawIOBase):
+    """Reads bytes `start` to `start + length` of a file as a file of its own."""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
+        self._file, self._start, self._length, self._offset = file, start, length, 0
         size = file.seek(0, io.SEEK_END)
         if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= size:
-            raise ValueError(f"bytes {start} to {start}+{length} of {size:,}")
+            raise ValueError(f"bytes {start} to {start}+{length} are not inside the file of {size:,} bytes")
 
     def readable(self) -> bool:
         return True
@@ -244,17 +253,17 @@ class _Part(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._offset
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        return self._at
+        self._offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._length}[whence]
+        return self._offset
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._length - self._at))
-        self._file.seek(self._start + self._at)
+        count = max(0, min(len(view), self._length - self._offset))
+        self._file.seek(self._start + self._offset)
         data = self._file.read(count)
         view[: len(data)] = data
-        self._at += len(data)
+        self._offset += len(data)
         return len(data)

@@ -1,9 +1,7 @@
-"""safetensors files whose tensors are written a part at a time, by any thread; and what they held read back."""
+"""Writes safetensors files whose tensors arrive a part at a time, from any thread."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import shutil
@@ -12,48 +10,34 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EINVAL, ENOSYS, EOPNOTSUPP, EXDEV
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
-from ndtrain.layout import Ints
+from ndtrain.storage.headers import Target, header_of
 from ndtrain.storage.paths import allocate
-from ndtrain.storage.pieces import DTYPE_NAMES, DTYPES, raw
+from ndtrain.storage.pieces import raw
 
 _UNITS = {
     "": 1,
     **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
     **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
 }
-_RANK = {name: i for i, name in enumerate(DTYPES)}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "0.5gb", "512MiB" or "1000". Raises `RecipeError`."""
+    """Return the bytes of "5GB", "0.5gb", "512MiB" or "1000". Raises `RecipeError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*((?:[KMGT]I?B)?)\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
-        raise RecipeError(f'--max-shard-size "{text}" is no size like 5GB or 500MiB')
+        raise RecipeError(f'--max-shard-size "{text}" is not a size; write one like 5GB or 500MiB')
     return size
 
 
-class Target(NamedTuple):
-    """Shape and dtype of a tensor that will be written."""
-
-    shape: Ints
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class ShardWriter:
-    """Files of a fixed layout in `directory`: headers first, then each tensor's bytes, wherever they come from.
+    """Writes files of a fixed layout in `directory`: first the headers, then each tensor's bytes in any order.
 
-    A file is synced as soon as its last byte is there. Raises `NdtrainError` where there is no room for them.
+    A file is synced as soon as its last byte is written. Raises `NdtrainError` if the disk has too little free space.
     """
 
     def __init__(
@@ -64,19 +48,22 @@ class ShardWriter:
         metadata: Callable[[list[str]], dict[str, str]],
     ) -> None:
         self.directory = directory
-        self._at: dict[str, tuple[str, int, Target]] = {}
+        self._targets: dict[str, tuple[str, int, Target]] = {}
         self._left: dict[str, int] = {}
         self._begun: set[str] = set()
         self._lock = threading.Lock()
         headers = {}
         for name, keys in files.items():
-            header, starts = _header({key: tensors[key] for key in keys}, metadata(keys))
+            header, starts = header_of({key: tensors[key] for key in keys}, metadata(keys))
             headers[name] = header
             self._left[name] = sum(tensors[key].nbytes for key in keys)
-            self._at |= {key: (name, len(header) + start, tensors[key]) for key, start in starts.items()}
+            self._targets |= {key: (name, len(header) + start, tensors[key]) for key, start in starts.items()}
         needed = sum(self._left.values()) + sum(map(len, headers.values()))
         if (free := shutil.disk_usage(directory).free) < needed:
-            raise NdtrainError(f"{directory.parent}: {needed:,} bytes are needed, {free:,} are free")
+            raise NdtrainError(
+                f"{directory.parent}: writing needs {needed:,} bytes of disk space and only {free:,} are free; free "
+                "some or choose another directory"
+            )
         for name, header in headers.items():
             with (directory / name).open("xb") as file:
                 allocate(file.fileno(), len(header) + self._left[name])
@@ -86,41 +73,41 @@ class ShardWriter:
                     os.fsync(file.fileno())
 
     def unfinished(self) -> list[Path]:
-        """The files that are begun and not yet synced."""
+        """Return the files that are begun and not yet synced."""
         with self._lock:
             return [self.directory / name for name in self._begun if self._left[name]]
 
     def write(self, key: str, start: int, values: Tensor) -> None:
-        """The elements of `key` from number `start` on; contiguous, in its dtype."""
-        name, at, target = self._at[key]
+        """Write `values` (contiguous, in the dtype of `key`) to `key`, from its element `start` on."""
+        name, begin, target = self._targets[key]
         assert values.dtype == target.dtype
         with self._open(name, values.numel() * values.dtype.itemsize) as descriptor:
-            _write(descriptor, raw(values), at + start * values.dtype.itemsize)
+            _write(descriptor, raw(values), begin + start * values.dtype.itemsize)
 
-    def copy(self, key: str, start: int, file: Path, begin: int, count: int) -> None:
-        """`count` bytes of `key` from its byte `start` on, which are those of `file` from `begin` on."""
-        name, at, _ = self._at[key]
+    def copy(self, key: str, start: int, file: Path, offset: int, count: int) -> None:
+        """Copy `count` bytes at `offset` of `file` to `key`, from its byte `start` on."""
+        name, begin, _ = self._targets[key]
         with self._open(name, count) as descriptor, file.open("rb", buffering=0) as source:
             done = 0
             while done < count:
                 try:
                     copied = os.copy_file_range(
-                        source.fileno(), descriptor, count - done, begin + done, at + start + done
+                        source.fileno(), descriptor, count - done, offset + done, begin + start + done
                     )
                 except OSError as error:
-                    # file systems that cannot, or not from one to another
+                    # The file system does not support it, or not from one file system to another.
                     if error.errno not in (EXDEV, EINVAL, ENOSYS, EOPNOTSUPP):
                         raise
-                    data = os.pread(source.fileno(), min(count - done, 1 << 23), begin + done)
-                    _write(descriptor, memoryview(data), at + start + done)
+                    data = os.pread(source.fileno(), min(count - done, 1 << 23), offset + done)
+                    _write(descriptor, memoryview(data), begin + start + done)
                     copied = len(data)
                 if not copied:
-                    raise DamagedError(f"{file} ends before its tensors do")
+                    raise DamagedError(f"{file} is truncated: it ends before its tensors do")
                 done += copied
 
     @contextmanager
     def _open(self, name: str, count: int) -> Iterator[int]:
-        """A descriptor to write `count` bytes with; the file is synced after its last ones."""
+        """Open a descriptor to write `count` bytes with; sync the file after its last ones."""
         descriptor = os.open(self.directory / name, os.O_WRONLY)
         try:
             yield descriptor
@@ -134,21 +121,7 @@ class ShardWriter:
             os.close(descriptor)
 
 
-def _write(descriptor: int, view: memoryview, position: int) -> None:
+def _write(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
-        count = os.pwrite(descriptor, view[: 1 << 30], position)
-        view, position = view[count:], position + count
-
-
-def _header(tensors: Mapping[str, Target], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header, byte for byte as the library `safetensors` writes it, and where each tensor starts after it."""
-    table: dict[str, Any] = {"__metadata__": metadata}
-    starts, end = {}, 0
-    for key in sorted(tensors, key=lambda k: (-_RANK[DTYPE_NAMES[tensors[k].dtype]], k)):
-        tensor = tensors[key]
-        starts[key], end = end, end + tensor.nbytes
-        name = DTYPE_NAMES[tensor.dtype]
-        table[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [starts[key], end]}
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, starts
+        count = os.pwrite(descriptor, view[: 1 << 30], offset)
+        view, offset = view[count:], offset + count

@@ -1,4 +1,4 @@
-"""Tensors that lie in files in pieces: where, and some rows of one at a time. Never a whole model in memory."""
+"""Tensors stored in pieces in files: where their pieces are, and reading some rows of one at a time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
+from ndtrain.storage.headers import DTYPES
 from ndtrain.storage.paths import is_local, read_into, read_range
-from ndtrain.storage.pieces import BLOCK_BYTES, DTYPES, Piece, raw
+from ndtrain.storage.pieces import BLOCK_BYTES, Piece, raw
 
 
 class Stored(NamedTuple):
-    """A tensor in files. A scalar is held as shape (1,) here."""
+    """Describes a tensor stored in files. A scalar has the shape (1,) here."""
 
     shape: Ints
     dtype: torch.dtype
@@ -29,12 +30,12 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows_of(self, nbytes: int) -> int:
-        """How many rows fit in `nbytes`; at least one."""
+        """Return how many rows fit in `nbytes`; at least one."""
         return max(1, nbytes * self.shape[0] // max(1, self.nbytes))
 
 
 def stored(key: str, shape: Iterable[int], dtype: torch.dtype, pieces: Iterable[Piece], where: Path) -> Stored:
-    """The tensor `key` of `shape`, its pieces checked to make it up. Raises `DamagedError`."""
+    """Return the tensor `key` of `shape`. Raises `DamagedError` if its pieces do not make it up."""
     shape = tuple(shape)
     pieces = tuple(p if shape else p._replace(offsets=(0,), sizes=(1,)) for p in pieces)
     whole = Stored(shape or (1,), dtype, tuple(p for p in pieces if math.prod(p.sizes)))
@@ -50,28 +51,28 @@ def stored(key: str, shape: Iterable[int], dtype: torch.dtype, pieces: Iterable[
 
 
 def checkpoint_tensors(pieces: Mapping[str, Iterable[Piece]], where: Path) -> dict[str, Stored]:
-    """The tensors of a directory of safetensors files, from their headers. Raises `DamagedError`."""
+    """Return the tensors of a directory of safetensors files, from their headers. Raises `DamagedError`."""
     found = {}
     for key, parts in pieces.items():
         parts = list(parts)
         names = {part.dtype for part in parts}
         if len(names) > 1 or len({len(part.sizes) for part in parts}) > 1:
-            raise DamagedError(f"{where}: the pieces of {key} are not of one tensor")
+            raise DamagedError(f"{where}: the pieces of {key} differ in dtype or number of dims")
         if not names <= DTYPES.keys():
-            raise DamagedError(f"{where}: {key} is {min(names)}, which ndtrain does not convert")
+            raise DamagedError(f"{where}: {key} has dtype {min(names)}, which ndtrain does not convert")
         ends = zip(*([o + n for o, n in zip(p.offsets, p.sizes, strict=True)] for p in parts), strict=True)
         found[key] = stored(key, [max(e) for e in ends], DTYPES[names.pop()], parts, where)
     return found
 
 
-class Room(threading.local):
-    """Memory that each thread uses again: touching new pages costs as much as copying into them."""
+class Buffers(threading.local):
+    """Keeps memory that each thread reuses, because touching new pages costs as much as copying into them."""
 
     def __init__(self) -> None:
         self._held: dict[str, bytearray] = {}
 
     def take(self, use: str, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor, until the next one for the same `use`."""
+        """Return an uninitialized tensor, valid until the next call for the same `use`."""
         shape = tuple(shape)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > BLOCK_BYTES or not nbytes:
@@ -81,8 +82,8 @@ class Room(threading.local):
         return torch.frombuffer(self._held[use], dtype=dtype, count=math.prod(shape)).view(shape)
 
 
-def read_rows(source: Stored, low: int, high: int, *, into: Tensor, room: Room) -> None:
-    """Rows low..high of `source`, cast to the dtype of `into` `[high - low, ...]`. Raises `DamagedError`."""
+def read_rows(source: Stored, low: int, high: int, *, into: Tensor, buffers: Buffers) -> None:
+    """Read rows low..high of `source` into `into` `[high - low, ...]`, cast to its dtype. Raises `DamagedError`."""
     for piece in source.pieces:
         first, last = max(low, piece.offsets[0]), min(high, piece.offsets[0] + piece.sizes[0])
         if first >= last:
@@ -91,20 +92,20 @@ def read_rows(source: Stored, low: int, high: int, *, into: Tensor, room: Room) 
         target = into[(slice(first - low, last - low), *inner)]
         direct = target.dtype == source.dtype and target.is_contiguous()
         shape = (last - first, *piece.sizes[1:])
-        buffer = target if direct else room.take("piece", shape, source.dtype)
+        buffer = target if direct else buffers.take("piece", shape, source.dtype)
         row = math.prod(piece.sizes[1:]) * source.dtype.itemsize
         _read(piece.file, piece.start + (first - piece.offsets[0]) * row, raw(buffer))
         if not direct:
             target.copy_(buffer)
 
 
-def read_all(source: Stored, dtype: torch.dtype, *, room: Room) -> Tensor:
-    """The whole tensor in `dtype`."""
+def read_all(source: Stored, dtype: torch.dtype, *, buffers: Buffers) -> Tensor:
+    """Return the whole tensor in `dtype`."""
     whole = torch.empty(source.shape, dtype=dtype)
     step = source.rows_of(BLOCK_BYTES if dtype != source.dtype or len(source.pieces) > 1 else source.nbytes)
     for low in range(0, source.shape[0] if source.nbytes else 0, step):
         high = min(low + step, source.shape[0])
-        read_rows(source, low, high, into=whole[low:high], room=room)
+        read_rows(source, low, high, into=whole[low:high], buffers=buffers)
     return whole
 
 
@@ -113,7 +114,7 @@ def _read(path: Path, start: int, into: memoryview) -> None:
         if not is_local(path):
             data = read_range(path, start, start + len(into))
             if len(data) < len(into):
-                raise DamagedError(f"{path} ends before its tensors do")
+                raise DamagedError(f"{path} is truncated: it ends before its tensors do")
             into[:] = data
             return
         with path.open("rb", buffering=0) as file:

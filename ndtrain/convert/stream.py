@@ -1,4 +1,4 @@
-"""Tensors from the files they lie in to the files they belong in, many at a time in bounded memory."""
+"""Streams tensors from source files to target files, many at a time in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ndtrain.convert.shards import ShardWriter, Target
-from ndtrain.convert.stored import Room, Stored, checkpoint_tensors, read_all, read_rows
+from ndtrain.convert.shards import ShardWriter
+from ndtrain.convert.stored import Buffers, Stored, checkpoint_tensors, read_all, read_rows
 from ndtrain.convert.weights import Group, Rows
 from ndtrain.errors import DamagedError
+from ndtrain.storage.headers import Target
 from ndtrain.storage.paths import flushing, is_local
 from ndtrain.storage.pieces import BLOCK_BYTES, pieces_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# (what, bytes done, bytes in all)
+# (what is being done, bytes done, total bytes)
 Progress = Callable[[str, int, int], None]
-# (key, number of the first element, elements)
+# (key, index of its first element, elements)
 Sink = Callable[[str, int, Tensor], None]
-# (key, where in its bytes, file, where in the file, bytes)
+# (key, offset in its bytes, file, offset in the file, number of bytes)
 Copy = Callable[[str, int, Path, int, int], None]
 COPY_BYTES = 64 * 2**20
 SPARE_BYTES = 128 * 2**20
-RUN_BYTES = 2**16  # of a run of rows that is worth to be moved by itself
+RUN_BYTES = 2**16  # shortest mean run of rows that is moved by itself
 
 
 @dataclass
 class Stream:
-    """The tensors of `source` on their way through `groups` to what `targets` says.
+    """Passes the tensors of `source` through `groups` to the tensors that `targets` describes.
 
-    A tensor that is only renamed, or made of long runs of rows of others, passes in blocks of rows. A group that is
-    converted in another way takes twice its bytes; as many are in memory at once as take no more than the largest
-    alone and `SPARE_BYTES`.
+    A tensor that is only renamed, or made of long runs of rows of others, passes in blocks of rows. Any other group
+    takes twice its bytes in memory; together such groups take at most what the largest alone takes, plus
+    `SPARE_BYTES`.
     """
 
     source: Mapping[str, Stored]
@@ -51,10 +52,11 @@ class Stream:
     model: PreTrainedModel
     ready: Mapping[str, Tensor]  # small tensors that are in memory already
     progress: Progress | None = None
-    _room: Room = field(default_factory=Room)
+    _buffers: Buffers = field(default_factory=Buffers)
     _rows_moved: dict[str, dict[str, list[Rows]] | None] = field(default_factory=dict)  # by name of the group
 
     def write(self, writer: ShardWriter) -> None:
+        """Write every target with `writer`."""
         with flushing(writer.unfinished):
             for key, tensor in self.ready.items():
                 writer.write(key, 0, tensor.contiguous())
@@ -67,11 +69,17 @@ class Stream:
             _forget(directory / name)
             written |= checkpoint_tensors({k: [p] for k, p in pieces_in(directory / name).items()}, directory)
         if wrong := sorted(written.keys() ^ self.targets.keys()):
-            raise DamagedError(f"{wrong[0]} is not in what was written, or should not be")
+            raise DamagedError(
+                f"verification failed: {wrong[0]} is "
+                + ("missing from the written files" if wrong[0] in self.targets else "in the written files by mistake")
+            )
         for key, target in self.targets.items():
             found = written[key]
             if (found.shape, found.dtype) != (target.shape or (1,), target.dtype):
-                raise DamagedError(f"{key} was written as {found.dtype} of shape {found.shape}")
+                raise DamagedError(
+                    f"verification failed: {key} was written as {found.dtype} of shape {found.shape}, not as "
+                    f"{target.dtype} of shape {target.shape}"
+                )
         flat = {key: _flat(found) for key, found in written.items()}
 
         def compare(key: str, start: int, values: Tensor) -> None:
@@ -79,10 +87,13 @@ class Stream:
             step = BLOCK_BYTES // own.dtype.itemsize
             for low in range(0, own.numel(), step):
                 high = min(low + step, own.numel())
-                block = self._room.take("verify", (high - low,), own.dtype)
-                read_rows(flat[key], start + low, start + high, into=block, room=self._room)
+                block = self._buffers.take("verify", (high - low,), own.dtype)
+                read_rows(flat[key], start + low, start + high, into=block, buffers=self._buffers)
                 if not _same_bits(own[low:high], block):
-                    raise DamagedError(f"{key} was not written as it was read")
+                    raise DamagedError(
+                        f"verification failed: the values of {key} read back differ from its source; check the disk "
+                        "and convert again"
+                    )
 
         for key, tensor in self.ready.items():
             compare(key, 0, tensor.contiguous())
@@ -91,7 +102,7 @@ class Stream:
     # ---- one group
 
     def _dtype_in_memory(self, group: Group) -> torch.dtype:
-        """Conversions move values and do not change them: the smaller dtype is the one to do them in."""
+        """Return the smaller dtype: conversions move values without changing them, so they need no more."""
         target = next(self.targets[key].dtype for key in group.outputs if key in self.targets)
         kinds = {self.source[key].dtype for key in group.sources}
         kind = min(kinds, key=lambda dtype: dtype.itemsize)
@@ -102,7 +113,7 @@ class Stream:
         return sum(math.prod(self.source[key].shape) for key in group.sources) * width
 
     def _moved(self, group: Group) -> dict[str, list[Rows]] | None:
-        """The runs of rows that the outputs of a group are made of; None where it has to be converted in memory."""
+        """Return the runs of rows that make up each output of a group; None where it must be converted in memory."""
         if group.name not in self._rows_moved:
             moved = None
             if group.transform is not None and all(_whole_rows(self.source[key]) for key in group.sources):
@@ -113,7 +124,7 @@ class Stream:
         return self._rows_moved[group.name]
 
     def _pass(self, group: Group, sink: Sink, copy: Copy | None, stop: threading.Event) -> Iterator[int]:
-        """Write one group; yields the bytes written, bit by bit."""
+        """Write one group; yield the number of bytes after each write."""
         if group.transform is None:
             source = self.source[group.sources[0]]
             yield from self._rows(source, 0, source.shape[0], group.outputs[0], 0, sink, copy, stop)
@@ -121,16 +132,16 @@ class Stream:
         if (moved := self._moved(group)) is not None:
             rows = {key: _as_rows(self.source[key]) for key in group.sources}
             for key, runs in moved.items():
-                at = 0
+                first = 0
                 for name, low, high in runs if key in self.targets else ():
-                    yield from self._rows(rows[name], low, high, key, at, sink, copy, stop)
-                    at += (high - low) * rows[name].shape[1]
+                    yield from self._rows(rows[name], low, high, key, first, sink, copy, stop)
+                    first += (high - low) * rows[name].shape[1]
             return
         dtype = self._dtype_in_memory(group)
         values = {}
         for key in group.sources:
             _check(stop)
-            values[key] = read_all(self.source[key], dtype, room=self._room)
+            values[key] = read_all(self.source[key], dtype, buffers=self._buffers)
         made = group.run(values, self.model)
         while made:
             key = next(iter(made))
@@ -146,8 +157,7 @@ class Stream:
             _check(stop)
             part = value[start : start + step]
             if part.dtype != target.dtype:
-                room = self._room.take("cast", part.shape, target.dtype)
-                part = room.copy_(part)
+                part = self._buffers.take("cast", part.shape, target.dtype).copy_(part)
             sink(key, start, part)
             yield part.numel() * part.element_size()
 
@@ -157,23 +167,23 @@ class Stream:
         low: int,
         high: int,
         key: str,
-        at: int,
+        start: int,
         sink: Sink,
         copy: Copy | None,
         stop: threading.Event,
     ) -> Iterator[int]:
-        """Rows low..high of `source` become the elements of `key` from `at` on."""
-        near = all(is_local(piece.file) for piece in source.pieces)
-        if copy is not None and near and _whole_rows(source) and source.dtype == self.targets[key].dtype:
-            yield from self._copies(source, low, high, key, at, copy, stop)
+        """Write rows low..high of `source` as the elements of `key` from `start` on."""
+        local = all(is_local(piece.file) for piece in source.pieces)
+        if copy is not None and local and _whole_rows(source) and source.dtype == self.targets[key].dtype:
+            yield from self._copies(source, low, high, key, start, copy, stop)
         else:
-            yield from self._blocks(source, low, high, key, at, sink, stop)
+            yield from self._blocks(source, low, high, key, start, sink, stop)
 
     def _copies(
-        self, source: Stored, low: int, high: int, key: str, at: int, copy: Copy, stop: threading.Event
+        self, source: Stored, low: int, high: int, key: str, start: int, copy: Copy, stop: threading.Event
     ) -> Iterator[int]:
-        """Bytes that go over as they are need not pass through this process."""
-        row, to = math.prod(source.shape[1:]) * source.dtype.itemsize, at * source.dtype.itemsize
+        """Copy unchanged bytes from file to file, which need not pass through this process."""
+        row, to = math.prod(source.shape[1:]) * source.dtype.itemsize, start * source.dtype.itemsize
         for piece in source.pieces:
             first = piece.offsets[0]
             begin, end = max(low, first) * row, min(high, first + piece.sizes[0]) * row
@@ -184,7 +194,7 @@ class Stream:
                 yield count
 
     def _blocks(
-        self, source: Stored, low: int, high: int, key: str, at: int, sink: Sink, stop: threading.Event
+        self, source: Stored, low: int, high: int, key: str, start: int, sink: Sink, stop: threading.Event
     ) -> Iterator[int]:
         target = self.targets[key]
         row = math.prod(source.shape[1:])
@@ -192,12 +202,12 @@ class Stream:
         for first in range(low, high if source.nbytes else low, step):
             _check(stop)
             last = min(first + step, high)
-            block = self._room.take("block", (last - first, *source.shape[1:]), target.dtype)
-            read_rows(source, first, last, into=block, room=self._room)
-            sink(key, at + (first - low) * row, block)
+            block = self._buffers.take("block", (last - first, *source.shape[1:]), target.dtype)
+            read_rows(source, first, last, into=block, buffers=self._buffers)
+            sink(key, start + (first - low) * row, block)
             yield block.numel() * block.element_size()
 
-    # ---- all of them
+    # ---- all groups
 
     def _run(self, what: str, sink: Sink, copy: Copy | None = None) -> None:
         heavy = {id(g): 2 * self._bytes(g) for g in self.groups if g.transform is not None}
@@ -214,7 +224,7 @@ class Stream:
                         with lock:
                             done[0] += count
                 except _Cancelled:
-                    pass  # another says why
+                    pass  # the group that failed raises the reason
                 except BaseException:
                     stop.set()
                     raise
@@ -223,15 +233,15 @@ class Stream:
 
         pool = ThreadPoolExecutor(max_workers=min(4, max(2, os.cpu_count() or 2)))
         try:
-            # the heaviest first: begun last, it would be waited for alone
+            # The heaviest start first: one that started last would run alone at the end.
             waiting = {pool.submit(one, group) for group in sorted(self.groups, key=lambda g: -heavy.get(id(g), 0))}
-            said = 0.0
+            reported = 0.0
             while waiting:
                 finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
-                if self.progress is not None and (time.monotonic() - said > 0.1 or not waiting):
-                    said = time.monotonic()
+                if self.progress is not None and (time.monotonic() - reported > 0.1 or not waiting):
+                    reported = time.monotonic()
                     self.progress(what, done[0], total)
         finally:
             stop.set()
@@ -239,32 +249,32 @@ class Stream:
 
 
 def _whole_rows(tensor: Stored) -> bool:
-    """Whether every piece has whole rows, which then lie one after another in its file."""
+    """Return whether every piece has whole rows, which then lie one after another in its file."""
     return all(piece.sizes[1:] == tensor.shape[1:] for piece in tensor.pieces)
 
 
 def _as_rows(tensor: Stored) -> Stored:
-    """A tensor of whole rows as `[rows, last dim]`."""
+    """View a tensor of whole rows as `[rows, last dim]`."""
     inner, last = math.prod(tensor.shape[1:-1]), tensor.shape[-1]
     pieces = (p._replace(offsets=(p.offsets[0] * inner, 0), sizes=(p.sizes[0] * inner, last)) for p in tensor.pieces)
     return Stored((tensor.shape[0] * inner, last), tensor.dtype, tuple(pieces))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors of one dtype are the same, NaNs too."""
+    """Return whether two contiguous tensors of one dtype have the same bits, including NaNs."""
     aligned = all(t.storage_offset() * t.dtype.itemsize % 8 == 0 and t.nbytes % 8 == 0 for t in (a, b))
     kind = torch.int64 if aligned else torch.uint8
     return torch.equal(a.view(kind), b.view(kind))
 
 
 def _flat(tensor: Stored) -> Stored:
-    """A tensor that lies in one piece, as one row of elements."""
+    """View a tensor of one piece as one row of elements."""
     count = math.prod(tensor.shape)
     return Stored((count,), tensor.dtype, tuple(p._replace(offsets=(0,), sizes=(count,)) for p in tensor.pieces))
 
 
 def _forget(path: Path) -> None:
-    """Let what is read next come from the disk and not from the memory that it was written to."""
+    """Drop a file from the page cache, so that the next read comes from the disk."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -274,7 +284,7 @@ def _forget(path: Path) -> None:
 
 
 class _Cancelled(Exception):
-    """Another part failed, or the user interrupted."""
+    """Raised where another group failed or the user interrupted."""
 
 
 def _check(stop: threading.Event) -> None:
@@ -283,14 +293,14 @@ def _check(stop: threading.Event) -> None:
 
 
 class _Budget:
-    """Bytes that may be in memory at once."""
+    """Limits the bytes in memory at once."""
 
     def __init__(self, most: int) -> None:
         self._free = most
         self._changed = threading.Condition()
 
     def take(self, count: int, stop: threading.Event) -> bool:
-        """Wait for `count` bytes; False where all is to stop."""
+        """Wait for `count` bytes; return False if `stop` is set."""
         with self._changed:
             while count > self._free and not stop.is_set():
                 self._changed.wait(0.2)

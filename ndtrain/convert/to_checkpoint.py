@@ -1,4 +1,4 @@
-"""A hub directory of safetensors to an ndtrain checkpoint: weights to start from, no optimizer and no place in data."""
+"""Converts a hub directory of safetensors to an ndtrain checkpoint: weights only, no optimizer and no data position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from ndtrain.checkpoint import check
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import listing
-from ndtrain.convert.shards import ShardWriter, Target
+from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stored import Stored, checkpoint_tensors
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.to_hub import INDEX, meta_model_of, state_to_store
@@ -22,6 +22,7 @@ from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import DamagedError, PlanError
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import kept_in_fp32, tied_keys
+from ndtrain.storage.headers import Target
 from ndtrain.storage.pieces import pieces_in
 
 if TYPE_CHECKING:
@@ -30,49 +31,53 @@ if TYPE_CHECKING:
 FILE_BYTES = 5 * 10**9
 SINGLE = "model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-# Configuration and tokenizers; weights of other kinds stay behind.
+# Endings of config and tokenizer files; weights in other formats are not copied.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe", ".md")
 
 
 def is_hub_directory(path: Path) -> bool:
-    """Whether `path` looks like what `save_pretrained` writes."""
+    """Return whether `path` looks like a directory that `save_pretrained` wrote."""
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
     return has_weights and (path / "config.json").is_file() and not (path / "manifest.json").exists()
 
 
 def hub_tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of the directory's index, or of its one file; no name leaves the directory. `DamagedError`."""
+    """Return every tensor of the directory's index, or of its one file. Raises `DamagedError`.
+
+    An index that names a file outside the directory is refused.
+    """
     if not (directory / INDEX).is_file():
         return checkpoint_tensors({k: [p] for k, p in pieces_in(directory / SINGLE).items()}, directory)
     try:
         weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
         for key, name in weight_map.items():
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{key} is in {name!r}")
+                raise ValueError(f"{key} is in {name!r}, which is not a safetensors file of the directory")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{directory / INDEX} is damaged ({type(error).__name__}: {error})") from error
     pieces: dict[str, list[Any]] = {}
     for name in sorted(set(weight_map.values())):
         if not (directory / name).is_file():
-            raise DamagedError(f"{directory}: {name} is missing")
+            raise DamagedError(f"{directory}: {name} is missing, which {INDEX} names")
         pieces |= {key: [p] for key, p in pieces_in(directory / name).items() if weight_map.get(key) == name}
     if lost := sorted(weight_map.keys() - pieces.keys()):
-        raise DamagedError(f"{directory}: {lost[0]} is not in {weight_map[lost[0]]}")
+        raise DamagedError(f"{directory}: {lost[0]} is not in {weight_map[lost[0]]}, where {INDEX} says it is")
     return checkpoint_tensors(pieces, directory)
 
 
 def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Progress | None) -> list[str]:
-    """Fill the directory `out`; returns what the user should know. Raises `DamagedError` and `PlanError`."""
+    """Fill the directory `out`; return notes for the user. Raises `DamagedError` and `PlanError`."""
     model, published = meta_model_of(directory, None)
     source = hub_tensors(directory)
     if quantized := [k for k, t in source.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1]:
         raise PlanError(
-            f"{directory}: {quantized[0]} is {source[quantized[0]].dtype}; only unquantized weights convert"
+            f"{directory}: {quantized[0]} has dtype {source[quantized[0]].dtype}, and only unquantized weights "
+            "convert; give the unquantized model"
         )
     unread = {key for key in source if extra_states.is_extra(key)}
     wanted = state_to_store(model)
     state = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in source.items() if k not in unread}
-    # a scalar is stored as one row
+    # A scalar is stored as one row.
     state |= {k: state[k].reshape(()) for k in state.keys() & wanted.keys() if not wanted[k].ndim}
     groups, unused = from_hub(model, state, wanted)
     made = {key for group in groups for key in group.outputs}
@@ -96,7 +101,7 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
 
 
 def copy_beside(directory: Path, out: Path) -> None:
-    """Copy config, tokenizer and the like that are not in `out` yet; nothing where `directory` is a file."""
+    """Copy config and tokenizer files that `out` does not have yet; do nothing where `directory` is a file."""
     for file in sorted(directory.iterdir()) if directory.is_dir() else ():
         wanted = file.suffix in _BESIDE and not file.name.startswith(".") and not file.name.endswith(".index.json")
         if wanted and file.is_file() and not (out / file.name).exists():
@@ -104,7 +109,7 @@ def copy_beside(directory: Path, out: Path) -> None:
 
 
 def _files(targets: dict[str, Target]) -> dict[str, list[str]]:
-    """The keys of each file, about `FILE_BYTES` a file."""
+    """Return the keys of each file, about `FILE_BYTES` a file."""
     files: list[list[str]] = [[]]
     held = 0
     for key, target in targets.items():
@@ -133,9 +138,9 @@ def _notes(
     notes = []
     aliases = tied_keys(model)
     if left := sorted(key for key in unused if key not in aliases):
-        notes.append(f"{len(left)} saved weights are not of this model and left out, the first is {left[0]}")
+        notes.append(f"left out (not in the model): {len(left)} of {len(source)} saved weights, first {left[0]}")
     if unread:
-        notes.append(f"the extra state of {len(unread)} modules is left out, the first is {min(unread)}")
+        notes.append(f"left out (extra state of modules): {len(unread)} of {len(source)} entries, first {min(unread)}")
     kept = kept_in_fp32(model, published)
     other = [
         key
@@ -146,7 +151,7 @@ def _notes(
     ]
     if other:
         notes.append(
-            f"{len(other)} weights are of another dtype than the config's {published}, the first is {other[0]}; "
-            "converted back, they have the config's"
+            f"dtype other than the config's {published}: {len(other)} of {len(source)} weights, first {other[0]}; "
+            "converting the checkpoint back gives them the config's dtype"
         )
     return notes

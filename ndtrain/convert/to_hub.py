@@ -1,4 +1,4 @@
-"""Stored tensors of a model to the directory that `save_pretrained` would have written, byte for byte."""
+"""Writes stored tensors of a model as the directory that `save_pretrained` would have written, byte for byte."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import transformers
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from ndtrain.convert.shards import ShardWriter, Target
+from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stored import Stored
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
 from ndtrain.errors import DamagedError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import ignored_on_save
 from ndtrain.hf.model import kept_in_fp32, tied_keys
-from ndtrain.storage.pieces import DTYPE_NAMES
+from ndtrain.storage.headers import DTYPE_NAMES, Target
+from ndtrain.torch_compat import storage_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,9 +32,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def meta_model_of(config_at: Path, dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model that a config file or directory describes, float32 on meta, and the dtype to publish it in.
+    """Return the model that a config file or directory describes, float32 on meta, and the dtype to publish it in.
 
-    `model.export_config` is the config to publish: building the model writes its own dtype into every part of it.
+    `model.export_config` is the config to publish; the model gets a copy, because building it writes its own dtype into
+    every part of the config. Raises `DamagedError` if no causal LM can be built.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(config_at)
@@ -41,26 +44,28 @@ def meta_model_of(config_at: Path, dtype: str | None) -> tuple[PreTrainedModel, 
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         model.export_config = config
     except Exception as error:
-        named = config_at if config_at.is_file() else config_at / "config.json"
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedError(f"{named} names no model: {said}") from error
+        path = config_at if config_at.is_file() else config_at / "config.json"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedError(f"{path} does not describe a causal language model: {reason}") from error
     return model, target
 
 
 def state_to_store(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a checkpoint of `model` holds: every parameter and persistent buffer once."""
+    """Return the tensors of a checkpoint of `model`: every parameter and persistent buffer once."""
     aliases = tied_keys(model)
     return {k: v for k, v in model.state_dict().items() if k not in aliases and not extra_states.is_extra(k)}
 
 
 def match(state: Mapping[str, Tensor], source: Mapping[str, Stored], where: Path) -> None:
-    """Raises `DamagedError` unless the stored tensors are exactly those of the model."""
+    """Raise `DamagedError` unless the stored tensors are exactly those of the model."""
     missing = [key for key, tensor in state.items() if key not in source and tensor.numel()]
     unknown = sorted(source.keys() - state.keys())
     if missing or unknown:
-        some = [f"{len(missing)} tensors are missing, the first is {missing[0]}"] if missing else []
-        some += [f"{len(unknown)} are not of this model, the first is {unknown[0]}"] if unknown else []
-        raise DamagedError(f"{where}: {'; '.join(some)}")
+        some = [f"{len(missing)} of the model's {len(state)} tensors missing, first {missing[0]}"] if missing else []
+        some += (
+            [f"{len(unknown)} of {len(source)} stored tensors not in the model, first {unknown[0]}"] if unknown else []
+        )
+        raise DamagedError(f"{where} does not match the model: {'; '.join(some)}")
     for key, tensor in state.items():
         if key not in source:
             continue
@@ -69,7 +74,7 @@ def match(state: Mapping[str, Tensor], source: Mapping[str, Stored], where: Path
             raise DamagedError(f"{where}: {key} has shape {found.shape}, the config says {tuple(tensor.shape)}")
         both_float = found.dtype.is_floating_point and tensor.dtype.is_floating_point and found.dtype.itemsize > 1
         if not both_float and found.dtype != tensor.dtype:
-            raise DamagedError(f"{where}: {key} is {found.dtype}, the model has {tensor.dtype}")
+            raise DamagedError(f"{where}: {key} has dtype {found.dtype}, the model has {tensor.dtype}")
 
 
 def write_hub(
@@ -91,8 +96,8 @@ def write_hub(
     extra_states.restore(model, states)
     _write_config(model, out)
 
-    left_out = {*tied_keys(model), *(model._keys_to_ignore_on_save or ())}
-    # transformers can save a state that is one tensor, and no other
+    left_out = {*tied_keys(model), *ignored_on_save(model)}
+    # transformers can save an extra state only if it is one tensor.
     whole = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor) and k not in left_out}
     ready = {k: v for k, v in whole.items() if extra_states.is_extra(k) and not v.is_meta}
     state = {k: v for k, v in whole.items() if not extra_states.is_extra(k) or k in ready}
@@ -100,8 +105,8 @@ def write_hub(
     by_name = {group.outputs[0]: ready[group.sources[0]] for group in groups if group.sources[0] in ready}
 
     def storage(tensor: Tensor) -> object:
-        # parts of one tensor stay together, as where save_pretrained has them in memory; so do all empty ones
-        return tensor.untyped_storage()._cdata if tensor.untyped_storage().nbytes() else 0
+        # Parts of one tensor stay in one file, as save_pretrained keeps what shares memory; so do all empty tensors.
+        return storage_key(tensor.untyped_storage()) if tensor.untyped_storage().nbytes() else 0
 
     split = split_state_dict_into_shards_factory(
         saved,
@@ -113,8 +118,8 @@ def write_hub(
     targets = {key: Target(tuple(tensor.shape), tensor.dtype) for key, tensor in saved.items()}
     for key, target in targets.items():
         if target.dtype not in DTYPE_NAMES:
-            raise DamagedError(f"{key}: {target.dtype} cannot be written")
-    # of empty tensors nothing is stored
+            raise DamagedError(f"{key} has dtype {target.dtype}, which safetensors files cannot hold")
+    # Checkpoints store nothing of empty tensors.
     empty = {k: Stored(tuple(v.shape), v.dtype, ()) for k, v in state.items() if not v.numel() and k not in source}
     groups = [group for group in groups if group.sources[0] not in ready]
     stream = Stream({**source, **empty}, groups, targets, model, ready=by_name, progress=progress)
@@ -138,6 +143,6 @@ def _write_config(model: PreTrainedModel, out: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(out)
     if model.can_generate():
-        # one that its own library refuses to save must not lose the weights
+        # transformers refuses to save some generation configs; the weights must still be written.
         with suppress(ValueError):
             cast(Any, model.generation_config).save_pretrained(out)

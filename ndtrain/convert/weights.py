@@ -1,7 +1,7 @@
-"""transformers' weight conversions one group of tensors at a time, in both directions (core_model_loading, 5.23).
+"""Runs transformers' weight conversions (core_model_loading, 5.23) on one group of tensors at a time, both ways.
 
-`save_pretrained` and `from_pretrained` convert a whole state dict. Here the same transforms are first run on meta
-tensors, which gives the groups and what comes out of each, and later on each group's values alone.
+`save_pretrained` and `from_pretrained` convert a whole state dict. Here the same transforms first run on meta tensors,
+which gives the groups and the outputs of each, and later on the values of one group.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from ndtrain.errors import DamagedError
+from ndtrain.hf.compat import (
     PrefixChange,
     apply_converters,
     apply_renamings,
     dot_natural_key,
+    get_model_conversion_mapping,
 )
-
-from ndtrain.errors import DamagedError
 from ndtrain.hf.weight_names import kinds, named
 from ndtrain.layout import Ints
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Rows low..high of a tensor seen as `[rows, last dim]`."""
+    """Names rows low..high of the tensor `source` seen as `[rows, last dim]`."""
 
     source: str
     low: int
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tensors that are converted together."""
+    """Describes tensors that are converted together."""
 
     sources: tuple[str, ...]
     outputs: tuple[str, ...]  # in the order in which the transform gives them
@@ -48,22 +48,24 @@ class Group(NamedTuple):
     transform: Any  # None where the tensor is only renamed
 
     def run(self, tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-        """What `tensors` become, by name; `tensors` is emptied, so that no more than needed is held."""
+        """Convert `tensors` and return the results by name; empties `tensors`, so that memory is freed early."""
         if self.transform is None:
             return {self.outputs[0]: tensors.pop(self.sources[0])}
         values = _run(self, tensors, model)
         return dict(zip(self.outputs, values.values(), strict=True))
 
     def moved(self, shapes: Mapping[str, Ints], model: PreTrainedModel) -> dict[str, list[Rows]] | None:
-        """The rows of the sources that each output consists of, in order; None where more than rows is moved.
+        """Return the rows of the sources that make up each output, in order; None if the transform does more than that.
 
-        Asked of the transform itself, which is given numbers of rows in place of rows. Any arithmetic would treat
-        two numberings differently.
+        Runs the transform on row numbers in place of rows, for two different numberings: arithmetic on the values
+        would treat them differently.
         """
         if self.transform is None or any(len(shapes[key]) < 2 for key in self.sources):
             return None
         counts = [math.prod(shapes[key][:-1]) for key in self.sources]
-        starts = [2 * sum(counts[:i]) for i in range(len(counts))]  # apart, so that no run goes on in the next source
+        starts = [
+            2 * sum(counts[:i]) for i in range(len(counts))
+        ]  # with gaps, so that no run continues in the next source
         found = []
         for scale, shift in ((1, 0), (3, 7)):
             numbered = {
@@ -100,7 +102,7 @@ def _run(group: Group, tensors: dict[str, Tensor], model: PreTrainedModel) -> di
 
 
 def _grouped(found: Iterable[tuple[str, str, str | None, Any]]) -> list[Group]:
-    """Groups of (source, name of the group, pattern that matched, transform), in order; without outputs as yet."""
+    """Group (source, name of the group, pattern that matched, transform), in order; the groups have no outputs yet."""
     groups: dict[str, Group] = {}
     for source, name, pattern, transform in found:
         before = groups.get(name)
@@ -114,8 +116,8 @@ def _grouped(found: Iterable[tuple[str, str, str | None, Any]]) -> list[Group]:
 
 
 def to_hub(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[list[Group], dict[str, Tensor]]:
-    """What `save_pretrained` makes of the meta tensors `state`: the groups, and the tensors to save in its order."""
-    # as revert_weight_conversion has it for a model that was not made by from_pretrained
+    """Return the groups in which `save_pretrained` converts the meta tensors `state`, and its outputs in its order."""
+    # As revert_weight_conversion does for a model that from_pretrained has not made.
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     mapping = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
     if not mapping:
@@ -146,9 +148,9 @@ def to_hub(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[list[Gr
 def from_hub(
     model: PreTrainedModel, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> tuple[list[Group], list[str]]:
-    """How the hub's tensors `state` (meta) become those of `wanted`: the groups, and the keys that have no place.
+    """Return the groups that convert the hub's tensors `state` (meta) to those of `wanted`, and the unused keys.
 
-    Raises `DamagedError` where what comes out lacks a tensor or has another shape.
+    Raises `DamagedError` if the result lacks a tensor or one has another shape.
     """
     all_of_it = model.state_dict()
     found: list[tuple[str, str, str | None, Any]] = []
@@ -167,7 +169,9 @@ def from_hub(
             try:
                 made = _run(group, {key: state[key] for key in group.sources}, model)
             except Exception as error:
-                raise DamagedError(f"{group.sources[0]} and what belongs to it do not make {group.name}") from error
+                raise DamagedError(
+                    f"{group.sources[0]} and the tensors of its group cannot be converted to {group.name}"
+                ) from error
         for key, value in made.items():
             if key in wanted and value.shape != wanted[key].shape:
                 raise DamagedError(f"{key} has shape {tuple(value.shape)}, the config says {tuple(wanted[key].shape)}")
@@ -175,5 +179,5 @@ def from_hub(
         groups.append(group._replace(outputs=tuple(made)))
     missing = [key for key, value in wanted.items() if key not in found_keys and value.numel()]
     if missing:
-        raise DamagedError(f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
+        raise DamagedError(f"{len(missing)} of the model's {len(wanted)} tensors missing, first {missing[0]}")
     return groups, unused

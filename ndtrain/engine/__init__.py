@@ -1,4 +1,4 @@
-"""What one optimizer step computes, whatever feeds it."""
+"""Computes one optimizer step, independent of the data loader."""
 
 from ndtrain.engine.engine import Batch, Engine
 

@@ -1,6 +1,4 @@
-"""What one optimizer step computes, whatever feeds it and whatever becomes of it: `run` trains with it, `inspect
---dry-run` runs it on tensors without content.
-"""
+"""One optimizer step on a mesh: `run` trains with it, `inspect --dry-run` runs it on tensors without content."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Engine:
-    """A model, its loss and its optimizer on a mesh. First `cut`, then `finish` once its parameters have memory."""
+    """Holds a model, its loss and its optimizer on a mesh. Call `cut`, then `finish` once parameters have memory."""
 
     meshes: Meshes
     loss_model: LossModel
@@ -48,9 +46,9 @@ class Engine:
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
 
     def finish(self) -> None:
-        """Put the loss around the model and make the optimizer."""
+        """Make the optimizer and put the loss around the model."""
         self.optimizer = build_optimizer(self.model, self.recipe)
-        # A part of a sequence does not show where it lies.
+        # A model cannot see from a part of a sequence which positions its tokens have.
         self.loss_model = LossModel(
             self.model,
             self.plan,
@@ -62,28 +60,28 @@ class Engine:
     # ---- one step
 
     def shape(self, batch: Batch) -> Batch:
-        """The micro batch as the model takes it: this rank's part of each sequence."""
+        """Return the micro batch as the model takes it: this rank's part of each sequence."""
         parts = self.context is not None and self.context.enabled
         ring = parts and self.plan.cp == "ring"
         if self.recipe.data.packing and "flash" in self.recipe.model.attn and not ring:
-            # Flash attention tells documents apart by their positions in a batch of one row only.
+            # Flash attention tells documents apart by their positions only in a batch of one row.
             batch = {key: value.reshape(1, -1) for key, value in batch.items()}
         if self.context is not None and parts:
             batch = self.context.split(batch, packed=self.recipe.data.packing)
         return batch
 
     def tp_summed(self) -> tuple[str, ...]:
-        """FQNs of parameters that each tp rank holds whole, but has only a part of the gradient of."""
+        """Return the FQNs of parameters that each tp rank holds whole, with only a part of the gradient."""
         along = self.plan.sequence if self.sequence is not None and self.sequence.enabled else None
         return self.plan.tp_summed + (along.norms if along is not None else ())
 
     def gradients(
         self, batches: Sequence[Batch], *, count: int, rows: int, done: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
-        """Forward and backward of every micro batch (as `LossModel.backward` takes them, before `shape`).
+        """Run forward and backward of every micro batch (as `LossModel.backward` takes them, before `shape`).
 
-        `count` and `rows` are the target tokens and sequences of the global batch; `done` is called after each. Returns
-        this rank's sums of the cross-entropy and of the auxiliary loss, in float64.
+        `count` and `rows` are the target tokens and sequences of the global batch; `done` is called after each micro
+        batch. Returns this rank's sums of the cross-entropy and of the auxiliary loss, in float64.
         """
         total = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
         for i, batch in enumerate(batches):
@@ -95,16 +93,13 @@ class Engine:
         return total
 
     def clip(self) -> torch.Tensor:
-        """Complete the gradients over tp and scale them to `optim.max_grad_norm`; returns their norm before."""
+        """Complete the gradients over tp and scale them to `optim.max_grad_norm`; return their norm before scaling."""
         if summed := self.tp_summed():
             sum_over_tp(self.model, summed, self.meshes.tp.get_group())
         return clip_grad_norm(self.model.parameters(), self.recipe.optim.max_grad_norm)
 
     def update(self, step: int, *, skip: bool = False) -> float:
-        """The optimizer's update of `step` (from 0), left out where `skip` says so; returns its learning rate.
-
-        The gradients are gone afterwards.
-        """
+        """Update the parameters for `step` (from 0) unless `skip`, drop the gradients, and return the learning rate."""
         lr = learning_rate(self.recipe, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -114,23 +109,23 @@ class Engine:
         return lr
 
     def _sequences(self, batch: Batch, total: int) -> Sequences | None:
-        """What a router's auxiliary loss must know of the micro batch; None where there is no such loss."""
+        """Return what a router's auxiliary loss needs of the micro batch; None where there is no such loss."""
         if self.loss_model.router is None:
             return None
-        # Split as labels are, so that padding belongs to no sequence.
+        # Split like labels, so that padding belongs to no sequence.
         ids = self.shape({**batch, "labels": sequence_ids(batch["labels"])})["labels"]
         return Sequences(ids, rows=len(batch["labels"]), total=total)
 
     # ---- the optimizer's state
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
-        """The optimizer's state as named tensors, sharded."""
+        """Return the optimizer's state as named tensors, sharded."""
         return state_tensors(self.model, self.optimizer, OPTIMIZERS[self.recipe.optim.name])
 
     def restore_optimizer(self, directory: Path, *, updates: int) -> None:
-        """Load the optimizer's state from a tensor directory, after so many updates; collective.
+        """Load the optimizer's state after `updates` updates from a tensor directory; collective.
 
-        Gradients need not be there, and do no harm. Raises `DamagedError` as `load_tensors`.
+        Works with and without gradients. Raises `DamagedError` as `load_tensors` does.
         """
         load_tensors(directory, self.optimizer_tensors(), all_of_it=True)
         set_step(self.model, self.optimizer, updates)

@@ -6,10 +6,10 @@ from ndtrain.plan import Plan
 
 
 def flops_per_token(plan: Plan, config: object, seq_len: int) -> float:
-    """Forward and backward FLOPs per token: 6 N plus causal attention 6 L H S (PaLM, arXiv:2204.02311, appendix B).
+    """Return the FLOPs per token of forward and backward: 6 N, and 6 L H S for causal attention.
 
-    N counts the weights that multiply: all but input embeddings, unless they are tied to the head, and of experts as
-    many as a token meets.
+    The formula is PaLM's (arXiv:2204.02311, appendix B). N counts the weights that a token is multiplied by: all but
+    input embeddings that are not tied to the head, and of the experts only the share that is active for a token.
     """
     tied = set(plan.tied.values())
     active = _active_experts(config)
@@ -24,13 +24,13 @@ def flops_per_token(plan: Plan, config: object, seq_len: int) -> float:
 
 
 def expert_count(config: object) -> int:
-    """The experts of a mixture's layer, by its config; 0 where it has none or does not say."""
+    """Return the number of experts in a layer by the config; 0 where it has none or does not say."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return next((n for name in names if (n := getattr(config, name, None))), 0)
 
 
 def _active_experts(config: object) -> float:
-    """Share of the experts that a token meets; 1 where the config does not say."""
+    """Return the share of the experts that is active for a token; 1 where the config does not say."""
     total = expert_count(config)
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None)
     return min(1.0, chosen / total) if total and chosen else 1.0

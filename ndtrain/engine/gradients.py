@@ -11,19 +11,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
+from ndtrain.torch_compat import foreach_mul_, foreach_norm
+
 
 def sum_over_tp(model: nn.Module, fqns: Iterable[str], group: dist.ProcessGroup) -> None:
-    """Add up the gradients of replicated parameters of which every tp rank has only its own heads' part.
+    """Sum over tp the gradients of replicated parameters, of which every rank has only the part of its own heads.
 
-    Once per step, after the last micro batch, in one all-reduce.
+    Call it once per step, after the last micro batch; it is one all-reduce.
     """
     grads = [model.get_parameter(fqn).grad for fqn in fqns]
-    given = [g for g in grads if g is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in given]
+    found = [g for g in grads if g is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in found]
     if not local:
         return
-    # Gradients in host memory are summed on the device, where the group's collectives are.
-    device = given[0].device_mesh.device_type if isinstance(given[0], DTensor) else local[0].device
+    # Gradients in host memory are summed on the device, because the group's collectives run there.
+    device = found[0].device_mesh.device_type if isinstance(found[0], DTensor) else local[0].device
     flat = torch.cat([g.reshape(-1).to(device) for g in local])
     dist.all_reduce(flat, group=group)
     for grad, total in zip(local, flat.split([g.numel() for g in local]), strict=True):
@@ -31,7 +33,7 @@ def sum_over_tp(model: nn.Module, fqns: Iterable[str], group: dist.ProcessGroup)
 
 
 def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """2-norm of all gradients, over all ranks and meshes; gradients are scaled in place to at most `max_norm`.
+    """Scale all gradients in place so that their 2-norm over all ranks and meshes is at most `max_norm`.
 
     Returns the norm before scaling, a float32 scalar equal on every rank. Replicas count once: a gradient's square is
     summed only over the mesh axes that shard it.
@@ -46,8 +48,8 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
             groups.setdefault((grad.device_mesh, cut, local.device), []).append(local)
     squares: list[Tensor] = []
     for (mesh, cut, _), grads in groups.items():
-        square = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
-        # Of gradients in host memory too: the groups' collectives are the device's.
+        square = torch.stack(foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
+        # Gradients may be in host memory, but the groups' collectives run on the device.
         square = square.to(mesh.device_type)
         for axis, is_cut in enumerate(cut):
             if is_cut and mesh.size(axis) > 1:
@@ -56,5 +58,5 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for (_, _, device), grads in groups.items():
-        torch._foreach_mul_(grads, scale.to(device))
+        foreach_mul_(grads, scale.to(device))
     return norm

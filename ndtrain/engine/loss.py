@@ -1,10 +1,10 @@
 """Summed cross-entropy over the target tokens, divided by their global count, without full float32 logits.
 
-Where the model passes its head's output on unchanged (`Plan.head`), the loss is taken inside the head: chunk by chunk
-the logits are made, used for loss and gradient, and dropped (the idea of Liger Kernel's fused linear cross-entropy,
-arXiv:2410.10989). A head cut by the vocabulary keeps its logits cut: the tp ranks exchange only the largest logit, the
-sum of exponentials and the target's logit of each token (loss parallelism, arXiv:1909.08053). Elsewhere the model's own
-logits are cast to float32 a chunk at a time.
+Where the model returns its head's output unchanged (`Plan.head`), the loss is computed inside the head: it makes the
+logits of one chunk of tokens, uses them for loss and gradient, and drops them (the idea of Liger Kernel's fused linear
+cross-entropy, arXiv:2410.10989). A head split by the vocabulary keeps its logits split: the tp ranks exchange only the
+largest logit, the sum of exponentials and the target's logit of each token (loss parallelism, arXiv:1909.08053).
+Elsewhere the model's own logits are cast to float32 one chunk at a time.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ CHUNK_TOKENS = 1024
 
 
 def chunk_rows(tokens: int) -> int:
-    """Rows per chunk: at most `CHUNK_TOKENS`, and never all tokens of a micro batch at once."""
+    """Return the rows per chunk: the smaller of `CHUNK_TOKENS` and a quarter of the micro batch."""
     return max(1, min(CHUNK_TOKENS, -(-tokens // 4)))
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over targets of the cross-entropy of `logits` `[T, V]` against `labels` `[T]` (-100 ignored), in float32."""
+    """Return the summed cross-entropy of `logits` `[T, V]` against `labels` `[T]` (-100 is ignored), in float32."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
-class _CutCrossEntropy(torch.autograd.Function):
-    """`cross_entropy_sum` of logits `[T, V/tp]` of which this rank has the part that begins at `start`."""
+class _SplitCrossEntropy(torch.autograd.Function):
+    """Computes `cross_entropy_sum` of logits `[T, V]` of which this rank has `[T, V/tp]`, from column `start` on."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -52,16 +52,16 @@ class _CutCrossEntropy(torch.autograd.Function):
         largest = logits.amax(dim=1) if width else logits.new_full((len(labels),), -torch.inf)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         exponentials = (logits - largest[:, None]).exp_()
-        mine = (labels >= start) & (labels < start + width)
-        at = torch.where(mine, labels - start, 0)
-        target = logits.gather(1, at[:, None])[:, 0] * mine if width else torch.zeros_like(largest)
+        is_own = (labels >= start) & (labels < start + width)
+        column = torch.where(is_own, labels - start, 0)
+        target = logits.gather(1, column[:, None])[:, 0] * is_own if width else torch.zeros_like(largest)
         sums = torch.stack([exponentials.sum(dim=1), target])
         dist.all_reduce(sums, group=group)
-        # Softmax, less 1 at the target; nothing where there is none.
+        # The gradient is the softmax less 1 at the target; it is 0 where the label is ignored.
         counted = (labels != IGNORE).float()
         gradient = exponentials.mul_((counted / sums[0])[:, None])
         if width:
-            gradient.scatter_add_(1, at[:, None], -(mine.float())[:, None])
+            gradient.scatter_add_(1, column[:, None], -(is_own.float())[:, None])
         ctx.save_for_backward(gradient)
         return ((sums[0].log() + largest - sums[1]) * counted).sum()
 
@@ -72,7 +72,7 @@ class _CutCrossEntropy(torch.autograd.Function):
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Loss and all its gradients in one pass over chunks of tokens; nothing of size `[T, V]` outlives a chunk."""
+    """Computes the loss and all its gradients in one pass over chunks of tokens; no logits outlive their chunk."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -115,10 +115,10 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 class LossModel:
-    """A model and its loss: `backward` runs one micro batch and adds to the gradients.
+    """Holds a model and its loss: `backward` runs one micro batch and adds to the gradients.
 
-    `pass_positions` hands the model each document's own positions, which packed rows need; rows of one document leave
-    them to the model.
+    With `pass_positions` the model gets each document's own positions, which packed rows need; without, it counts them
+    itself, which is right for rows of one document.
 
     The gradient is that of sum of cross-entropy / `count`, where `count` is the number of target tokens of the global
     batch, so that gradients summed over ranks and micro batches are those of the mean loss. Where the model's config
@@ -144,7 +144,7 @@ class LossModel:
         if plan.head is not None:
             head = model.get_submodule(plan.head)
             project = head.forward
-            # Else the head is whole on every tp rank, or there is but one.
+            # None where the head is whole on every tp rank, or tp is 1.
             group = tp_group if plan.tp_rules.get(plan.head) == "colwise_gather_output" else None
 
             def loss_of_part(hidden: Tensor, labels: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class LossModel:
                     return cross_entropy_sum(project(hidden), labels)
                 weights = [p if p is None else cast(DTensor, p).to_local() for p in (head.weight, head.bias)]
                 start, _ = chunk(cast(Tensor, head.weight).shape[0], group.size(), group.rank())
-                return _CutCrossEntropy.apply(F.linear(hidden, *weights), labels, start, group)
+                return _SplitCrossEntropy.apply(F.linear(hidden, *weights), labels, start, group)
 
             def loss_in_head(hidden: Tensor) -> Tensor:
                 if self._labels is None:
@@ -165,7 +165,7 @@ class LossModel:
             head.forward = loss_in_head  # type: ignore[method-assign]
 
     def backward(self, batch: dict[str, Tensor], *, count: int, sequences: Sequences | None = None) -> Tensor:
-        """Forward and backward of one micro batch of int64 `[B, S]` input_ids, labels (already shifted), position_ids.
+        """Run forward and backward on one micro batch of int64 `[B, S]` input_ids, shifted labels, and position_ids.
 
         `sequences` is needed where there is an auxiliary loss. Returns two detached sums in float32: of the
         cross-entropy of this micro batch's targets, and of the auxiliary loss (without its coefficient) of its
@@ -191,14 +191,14 @@ class LossModel:
         if self.router is not None:
             assert sequences is not None
             auxiliary = self.router(sequences)
-            # In one backward pass, for blocks that are recomputed hold both.
+            # One backward pass for both losses, because recomputed blocks contribute to both.
             target = target + auxiliary * (self.router.coefficient / max(1, sequences.total))
         target.backward()
         return torch.stack([loss.detach(), auxiliary.detach()])
 
     @staticmethod
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of cross-entropy of `[B, S, V]` logits, a chunk of them in float32 at a time, made again in backward."""
+        """Return the summed cross-entropy of `[B, S, V]` logits, in float32 chunk by chunk, recomputed in backward."""
         if isinstance(logits, DTensor):
             logits = logits.full_tensor()
         flat = logits.reshape(-1, logits.shape[-1])

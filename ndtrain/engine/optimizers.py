@@ -20,10 +20,10 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Kind:
-    """An optimizer: how it is built from parameter groups, and the tensors that it keeps for each parameter.
+    """Describes an optimizer: how it is built from parameter groups, and the tensors that it keeps for each parameter.
 
-    `state` has for the name of each tensor what makes it, sharded as it is to be, for a parameter that has none yet.
-    The count of updates, `step`, is the run's and no tensor of the optimizer's.
+    `state` maps the name of each tensor to a function that makes it, correctly sharded, for a parameter that has none
+    yet. The count of updates, `step`, belongs to the run and is not among these tensors.
     """
 
     build: Callable[[Groups, Recipe], torch.optim.Optimizer]
@@ -51,7 +51,7 @@ OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, {"exp_avg": _as_parameter, 
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer, with one parameter group per device mesh and device.
+    """Build the recipe's optimizer, with one parameter group per device mesh and device.
 
     A fused or foreach kernel cannot mix DTensors of two meshes.
     """
@@ -64,16 +64,19 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind) -> dict[str, Tensor]:
-    """The optimizer's tensors as {"<tensor>.<FQN>": …}, sharded as `kind` says; tied parameters once.
+    """Return the optimizer's tensors as {"<tensor>.<FQN>": …}, sharded as `kind` says; tied parameters once.
 
-    What is missing (of a fresh optimizer, of a parameter never used) is made. Raises `NdtrainError` if a trainable
-    parameter has no group.
+    Makes missing tensors (of a fresh optimizer, or of a parameter never used). Raises `NdtrainError` if a trainable
+    parameter is in no parameter group.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     tensors: dict[str, Tensor] = {}
     for fqn, param in _trainable(model):
         if id(param) not in groups:
-            raise NdtrainError(f"{fqn} is trainable, but the optimizer does not have it")
+            raise NdtrainError(
+                f"{fqn} is trainable, but in no parameter group of the optimizer; build the optimizer from all "
+                "trainable parameters"
+            )
         state, group = optimizer.state[param], groups[id(param)]
         if "step" not in state:
             on_device = group.get("fused") or group.get("capturable")
@@ -86,7 +89,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind
 
 
 def set_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set every parameter's count of updates, after its state was loaded."""
+    """Set every parameter's count of updates; call it after the state is loaded."""
     for _, param in _trainable(model):
         state = optimizer.state[param]
         state["step"] = torch.full_like(state["step"], step, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Learning rate over the steps."""
+"""The learning rate at each step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ndtrain.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of `step`, counted from 0.
+    """Return the learning rate of `step`, counted from 0.
 
     Warm-up rises linearly and reaches `optim.lr` at step `warmup_steps - 1`; cosine and linear then fall to
-    `min_lr_ratio * lr` at `train.steps`; wsd (warmup, stable, decay: arXiv:2404.06395) stays and falls linearly over
-    the last `decay_steps`.
+    `min_lr_ratio * lr` at `train.steps`; wsd (warmup, stable, decay: arXiv:2404.06395) is constant, then falls
+    linearly over the last `decay_steps`.
     """
     section, steps, lr = recipe.schedule, recipe.train.steps, recipe.optim.lr
     if step < section.warmup_steps:

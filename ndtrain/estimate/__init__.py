@@ -1,4 +1,4 @@
-"""What a run will hold, compute and send, known before it is started."""
+"""Estimate a run's memory, FLOPs, communication and time before it starts."""
 
 from ndtrain.estimate.record import KINDS
 from ndtrain.estimate.roofline import ASSUMPTIONS, RESERVED

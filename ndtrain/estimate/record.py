@@ -1,6 +1,6 @@
-"""What a rank allocates, computes, reads, writes and sends, told from the operations that it runs.
+"""Record what a rank allocates, computes, reads, writes and sends, from the operations that it runs.
 
-Works on real tensors as on fake ones: it looks at shapes and storages, never at contents.
+Works on real and on fake tensors: it looks at shapes and storages, never at values.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ndtrain import torch_compat as names
 from ndtrain.layout import local_part
+from ndtrain.torch_compat import (
+    TorchDispatchMode,
+    is_process_group,
+    packet_of,
+    resolve_process_group,
+    storage_key,
+    tree_leaves,
+)
 
 aten = torch.ops.aten
 
@@ -32,7 +39,7 @@ KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, UNSHARDED, UNSHARDED_GRADIENTS, REDUC
 
 
 class Work(NamedTuple):
-    """One operation's floating-point operations, and the bytes of what it reads and writes."""
+    """The cost of one operation: its dtype, its FLOPs, and the bytes that it reads and writes."""
 
     dtype: str
     flops: int
@@ -40,9 +47,9 @@ class Work(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One exchange: the mesh axis, how many ranks, what it does and its bytes, those of the whole message on a rank.
+    """One collective: mesh axis, number of ranks, name, and bytes of the whole message on one rank.
 
-    That is the larger of what goes in and what comes out: the gathered tensor, or the one to be reduced.
+    The message is the larger of input and output: the gathered tensor, or the one to be reduced.
     """
 
     axis: str
@@ -53,10 +60,10 @@ class Collective(NamedTuple):
 
 @dataclass
 class Record:
-    """A rank's step.
+    """One step of a rank: how often each `Work` and `Collective` occurred, and the memory.
 
-    `peaks` has for every stage the bytes by kind at the moment when it held the most. Stages are the forward and
-    backward passes of each FSDP unit, (direction, its name), and what comes after them.
+    `peaks` maps each stage to its bytes by kind at the moment when they were the most. A stage is (direction, name of
+    the FSDP unit) for forward and backward passes, and ("loss", "") or ("update", "").
     """
 
     work: Counter[Work] = field(default_factory=Counter)
@@ -68,7 +75,7 @@ class Record:
         return sum(w.flops * n for w, n in self.work.items())
 
 
-# How many times a query meets a key in attention is halved by a causal mask, which the kernels skip.
+# A causal mask halves the pairs of query and key, since the kernels skip the masked ones.
 def _attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> float:
     *batch, length, width = query.shape
     pairs = float(torch.Size(batch).numel() * length * key.shape[-2])
@@ -86,7 +93,7 @@ def _forward_masked(
 
 
 def _backward(causal_at: int) -> Callable[..., float]:
-    # The scores are made again, and each of the two products has two gradients (arXiv:2205.14135).
+    # The scores are recomputed, and each of the two products has two gradients (arXiv:2205.14135).
     def flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any, **_: Any) -> float:
         return 2.5 * _attention(q, k, v, bool(more[causal_at - 4]) if len(more) > causal_at - 4 else False)
 
@@ -94,23 +101,23 @@ def _backward(causal_at: int) -> Callable[..., float]:
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
-    """Rows sorted by expert times each expert's matrix, or (both 2-D) its gradient."""
+    """Count the product of rows sorted by expert with each expert's matrix, or (both 2-D) its gradient."""
     return 2.0 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
 _FORMULAS: dict[Any, Callable[..., float]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _forward_causal,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward(7),
-    aten._scaled_dot_product_flash_attention: _forward_causal,
-    aten._scaled_dot_product_flash_attention_backward: _backward(11),
-    aten._scaled_dot_product_efficient_attention: _forward_masked,
-    aten._scaled_dot_product_cudnn_attention: _forward_masked,
-    aten._grouped_mm: _grouped,
+    names.flash_for_cpu: _forward_causal,
+    names.flash_for_cpu_backward: _backward(7),
+    names.flash: _forward_causal,
+    names.flash_backward: _backward(11),
+    names.efficient: _forward_masked,
+    names.cudnn: _forward_masked,
+    names.grouped_mm: _grouped,
 }
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    packet = func._overloadpacket
+    packet = packet_of(func)
     if packet in _FORMULAS:
         return int(_FORMULAS[packet](*args, **kwargs))
     name = str(packet)
@@ -123,15 +130,15 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
     return 0
 
 
-# Operations that neither read nor write.
+# Operations that neither read nor write memory.
 _FREE = {
     aten.empty,
     aten.empty_like,
     aten.new_empty,
     aten.empty_strided,
     aten.new_empty_strided,
-    aten._unsafe_view,
-    aten._reshape_alias,
+    names.unsafe_view,
+    names.reshape_alias,
     aten.lift_fresh,
     aten.detach,
 }
@@ -162,10 +169,10 @@ _NAMES = {
 
 
 class Recorder(TorchDispatchMode):
-    """Records what runs under it. `axes` names the mesh axis of each process group by the group's name.
+    """Records the operations that run under it. `axes` maps the name of a process group to its mesh axis.
 
-    Entered before the first parameter has memory, so that every storage is known. Memory counts storages that are alive
-    (torch's allocator counts the same, and rounds up); what a kernel holds while it runs is not seen.
+    Enter it before the first parameter has memory, so that it sees every storage. Memory is the bytes of live storages
+    (torch's allocator counts the same, rounded up); a kernel's temporary memory is not seen.
     """
 
     def __init__(self, axes: Mapping[str, str]):
@@ -173,7 +180,7 @@ class Recorder(TorchDispatchMode):
         self.axes = axes
         self.record = Record()
         self.stage = ("forward", "")
-        self.times = 1  # how often what runs now is done in a step
+        self.times = 1  # how often a step repeats what runs now
         self._kind = ACTIVATIONS
         self._paused = False
         self._held: Counter[str] = Counter()
@@ -183,13 +190,13 @@ class Recorder(TorchDispatchMode):
     # ---- memory
 
     def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Say what the storages of `tensors` are."""
+        """Set the kind of the storages of `tensors`."""
         for tensor in tensors:
             if tensor is None:
                 continue
             storage = local_part(tensor).untyped_storage()
             self._see(storage)
-            key = storage._cdata
+            key = storage_key(storage)
             size, old = self._storages[key]
             self._held[old] -= size
             self._storages[key] = (size, kind)
@@ -197,7 +204,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """What is allocated inside is of `kind`."""
+        """Count what is allocated inside as `kind`."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -206,7 +213,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside is not the step's."""
+        """Record nothing inside."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -214,11 +221,11 @@ class Recorder(TorchDispatchMode):
             self._paused = before
 
     def restart(self) -> None:
-        """Forget what was recorded, but not what is alive."""
+        """Drop what was recorded, but keep the live storages."""
         self.record = Record()
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._storages:
             return
         size = storage.nbytes()
@@ -232,7 +239,7 @@ class Recorder(TorchDispatchMode):
         self._held[kind] -= size
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._storages:
             self._see(storage)
             return
@@ -251,7 +258,7 @@ class Recorder(TorchDispatchMode):
             self.record.peaks[self.stage] = {k: n for k, n in self._held.items() if n and k != HOST}
 
     def __enter__(self) -> Recorder:
-        # FSDP frees and refills storages in place, which no operation shows (torch 2.13).
+        # FSDP resizes storages in place, without an operation to record (torch 2.13).
         resize = self._resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
@@ -272,7 +279,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # its operations on local tensors come by themselves
+            return NotImplemented  # DTensor's operations on local tensors are recorded instead
         out = func(*args, **kwargs)
         if self._paused:
             return out
@@ -281,7 +288,7 @@ class Recorder(TorchDispatchMode):
             self._see(tensor.untyped_storage())
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"):
             self._count_collective(func, args, out)
-        elif not (func.namespace == "prim" or func.is_view or func._overloadpacket in _FREE):
+        elif not (func.namespace == "prim" or func.is_view or packet_of(func) in _FREE):
             self._count_work(func, args, kwargs, out, tensors)
         return out
 
@@ -297,7 +304,7 @@ class Recorder(TorchDispatchMode):
         self.record.work[Work(dtype, _flops(func, args, kwargs, out), moved)] += self.times
 
     def _count_collective(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        op = _NAMES.get(func._overloadpacket.__name__)
+        op = _NAMES.get(packet_of(func).__name__)
         if op is None:
             return
         group = _group(args)
@@ -314,9 +321,9 @@ def _bytes(tensor: Tensor) -> int:
 
 def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
     for arg in args:
-        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+        if is_process_group(arg):
             return dist.ProcessGroup.unbox(arg)
         if isinstance(arg, dist.ProcessGroup):
             return arg
-    names = [a for a in args if isinstance(a, str)]
-    return dist.distributed_c10d._resolve_process_group(cast(Any, names[-1])) if names else None
+    given = [a for a in args if isinstance(a, str)]
+    return resolve_process_group(given[-1]) if given else None

@@ -1,6 +1,6 @@
-"""How long a step takes at least: every operation at the device's peak, every exchange at its links' bandwidth.
+"""The least time of a step: every operation at the device's peak, every collective at the links' bandwidth.
 
-The model of S. Williams et al., "Roofline" (CACM 52, 2009), taken operation by operation.
+The model of S. Williams et al., "Roofline" (CACM 52, 2009), applied to each operation.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from ndtrain.accelerators import Device
 from ndtrain.estimate.record import Collective, Record
 
-# What FSDP exchanges while something else is computed.
+# FSDP's collectives, which overlap with computation.
 OVERLAPPED = ("fsdp", "efsdp", "dp_replicate")
-# Context, communication buffers and what the allocator cannot use.
+# Part of the memory for the driver, communication buffers and fragmentation.
 RESERVED = 0.06
 
 ASSUMPTIONS = (
-    "each operation takes what it computes or what it reads and writes, whichever is longer, at the device's peak; "
-    "nothing is fused",
-    "exchanges of FSDP go on beside the computation, all others are waited for; links give their full bandwidth, "
-    "latency is not counted",
-    "every token is a target; experts get as many tokens each",
-    f"{RESERVED:.0%} of the memory is kept for the driver, communication buffers and fragments",
+    "each operation takes the time of its arithmetic or of its reads and writes, whichever is longer, at the device's "
+    "peak; nothing is fused",
+    "FSDP's collectives overlap with computation, all others do not; links reach their full bandwidth, latency is not "
+    "counted",
+    "every token is a target; all experts get the same number of tokens",
+    f"{RESERVED:.0%} of the memory is reserved for the driver, communication buffers and fragmentation",
 )
 
 
@@ -31,9 +31,9 @@ class Times:
     """Seconds of one step on one rank."""
 
     compute: float
-    by_flops: float  # the part of `compute` in operations bound by arithmetic; the rest waits for memory
-    sent: dict[str, float]  # by axis, all of it
-    exposed: dict[str, float]  # by axis, what is not hidden behind the computation
+    by_flops: float  # the part of `compute` in operations bound by arithmetic; memory bounds the rest
+    sent: dict[str, float]  # by axis, in total
+    exposed: dict[str, float]  # by axis, the part that does not overlap with computation
 
     @property
     def step(self) -> float:
@@ -41,16 +41,17 @@ class Times:
 
     @property
     def bound(self) -> str:
-        """What takes the largest part of the step."""
+        """The name of the largest part of the step."""
         parts = {"compute": self.by_flops, "memory bandwidth": self.compute - self.by_flops}
         parts |= {f"communication over {axis}": seconds for axis, seconds in self.exposed.items()}
         return max(parts, key=lambda name: parts[name])
 
 
 def seconds(what: Collective, device: Device, *, on_node: int, nodes: int) -> float:
-    """Time of a collective of `on_node` ranks on each of `nodes`: the slower of the links inside a node and between.
+    """Return the seconds of a collective over `nodes` nodes of `on_node` ranks each, bound by the slower links.
 
-    A ring passes every byte but its own part; between nodes each rank's card takes its share (the busbw of nccl-tests).
+    In a ring every rank passes on all bytes but its own part; between nodes each rank's network card takes its share
+    (busbw of nccl-tests).
     """
     rounds = 2 if what.op == "all_reduce" else 1
     inside = what.bytes * rounds * (on_node - 1) / on_node / device.intra
@@ -64,7 +65,7 @@ def times(
     axes: dict[str, tuple[int, int]],
     device: Device,
 ) -> Times:
-    """The roofline of a step. `axes` has (ranks on a node, nodes) of each; `weighted` sums over records."""
+    """Return the times of a step. `axes` has (ranks on a node, nodes) of each axis; `weighted` sums over records."""
 
     def compute(record: Record) -> float:
         return sum(n * max(w.flops / device.peak(w.dtype), w.bytes / device.bandwidth) for w, n in record.work.items())

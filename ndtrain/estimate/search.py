@@ -1,4 +1,4 @@
-"""Meshes that fit, fastest first: a quick count orders what the plan may allow, and dry steps decide among the best."""
+"""Search for the fastest meshes that fit: formulas rank the candidates, and dry steps measure the best of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for
 
 SHOWN = 5
-# Dry steps of the best by the quick count, while they take no longer than this together.
-SEARCH_S = 30.0
-TRIES = 3
+SEARCH_S = 30.0  # no dry step starts later than this, once a mesh fits
+TRIES = 3  # dry steps of one mesh
 
 Change = dict[str, Any]
 _AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
@@ -32,7 +31,7 @@ _AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Keys of the recipe to set, and what the step is then."""
+    """Keys of the recipe to set, and the resulting step."""
 
     change: Change
     step: StepEstimate
@@ -44,7 +43,7 @@ class Suggestion:
 
 
 def changed(recipe: Recipe, change: Change) -> Recipe:
-    """`recipe` with other values of `section.key`s."""
+    """Return `recipe` with the values of `change`, by `section.key`."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in change.items():
         section, _, key = name.partition(".")
@@ -55,9 +54,9 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
 
 
 def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int) -> list[Suggestion]:
-    """The meshes and settings of `recipe` for `world_size` ranks that fit `device`, fastest first, at most `SHOWN`.
+    """Return at most `SHOWN` meshes and settings of `recipe` for `world_size` ranks that fit `device`, fastest first.
 
-    Nothing that the plan refuses is among them. Raises `PlanError` where none was found.
+    All of them are accepted by the plan. Raises `PlanError` if none was found.
     """
     count = _Count(recipe, device, ranks_per_node)
     ordered = sorted(
@@ -69,8 +68,8 @@ def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int
         key=lambda c: count.seconds(c, world_size),
     )
     found: list[Suggestion] = []
-    reason = "none has room for the weights and what belongs to them"
-    tries: Counter[tuple[Any, ...]] = Counter()  # of a mesh; enough of them once one fits or the plan refuses it
+    reason = "weights, gradients and optimizer state fit on none"
+    tries: Counter[tuple[Any, ...]] = Counter()  # by mesh; set to TRIES once it fits or the plan refuses it
     started = time.monotonic()
     for change in ordered:
         mesh = tuple(value for key, value in change.items() if key.startswith("mesh."))
@@ -83,7 +82,7 @@ def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int
             tries[mesh], reason = TRIES, str(error)
             continue
         if one is None:
-            reason = "it does not fit"
+            reason = "the step does not fit"
         else:
             tries[mesh] = TRIES
             found.append(one)
@@ -95,7 +94,7 @@ def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int
 
 
 def cheapest_fix(recipe: Recipe, step: StepEstimate, device: Device, ranks_per_node: int) -> Suggestion | None:
-    """The single change with which `recipe` fits that costs the least time; more ranks only where nothing else does."""
+    """Return the single change that makes `recipe` fit at the least step time; more ranks only if nothing else does."""
     sizes, train = step.plan.sizes, recipe.train
     single: list[Change] = (
         [{"train.activation_checkpointing": "full"}] if train.activation_checkpointing != "full" else []
@@ -124,7 +123,7 @@ def cheapest_fix(recipe: Recipe, step: StepEstimate, device: Device, ranks_per_n
 
 
 def _try(recipe: Recipe, change: Change, world_size: int, device: Device, ranks_per_node: int) -> Suggestion | None:
-    """None where it does not fit."""
+    """Return the suggestion of `change`, or None if its step does not fit."""
     other = changed(recipe, change)
     step = estimate_step(other, sizes_for(other, world_size))
     return Suggestion(change, step, step.times(device, ranks_per_node)) if step.room(device) >= 0 else None
@@ -137,7 +136,7 @@ def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int, experts: i
         rows = batch // (sizes[0] * sizes[1])
         micro = [n for n in (1, 2, 4, 8) if n <= rows]
         if sizes[3] > 1 and not recipe.tp.sequence_parallel:
-            mesh["tp.sequence_parallel"] = True  # what a tp rank keeps and computes is less, what it sends the same
+            mesh["tp.sequence_parallel"] = True  # less memory and computation on a tp rank for the same communication
         for number, recompute, reshard in product(micro, ("none", "full"), (True, False)):
             yield mesh | {
                 "train.micro_batch_size": number,
@@ -147,7 +146,7 @@ def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int, experts: i
 
 
 def _meshes(world_size: int, ranks_per_node: int, experts: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Sizes of `_AXES`: tp within a node, replicas of whole nodes, ep that divides the experts."""
+    """Yield sizes of `_AXES`: tp within a node, replicas of whole nodes, ep that divides the experts."""
     for tp in _divisors(min(world_size, ranks_per_node)):
         for cp in _divisors(world_size // tp) if world_size % tp == 0 else ():
             data = world_size // (tp * cp)
@@ -165,7 +164,7 @@ def _divisors(number: int) -> list[int]:
 
 
 class _Count:
-    """A step's memory and time by formulas: right enough to say what is worth a dry step."""
+    """A step's memory and time by formulas: exact enough to choose which changes to dry-run."""
 
     def __init__(self, recipe: Recipe, device: Device, ranks_per_node: int):
         model = meta_model(recipe)
@@ -181,7 +180,7 @@ class _Count:
         self.hidden = getattr(text, "hidden_size", 0) or 1024
         self.vocabulary = getattr(text, "vocab_size", 0) or 1
         self.itemsize = 2 if recipe.fsdp.param_dtype != "float32" else 4
-        # What a layer keeps of each token for its backward pass, in elements: the inputs of its products and norms.
+        # Elements that a layer keeps of each token for its backward pass: the inputs of its products and norms.
         shapes = [p.shape for p in plan.params if len(p.shape) == 2 and p.unit.startswith(plan.blocks[:1] or "?")]
         self.kept = 6 * self.hidden + 2 * sum(s[0] for s in shapes)
 

@@ -1,4 +1,4 @@
-"""A deep model as a shallow one: repeated layers cost each the same, so a few of them tell what all would."""
+"""Replace a deep model by shallow ones: repeated layers cost the same, so a few of them give the cost of all."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class Depths(NamedTuple):
-    """Two shallower models that differ by one period of layers, and how often the period is missing in the first."""
+    """The depths of two shallow models that differ by one period of layers."""
 
     short: int
     long: int
-    periods: int
-    first: int  # layers of which each stands for itself
+    periods: int  # how many periods the short model lacks
+    first: int  # layers at the beginning that keep their numbers in the whole model
 
 
 def depths(model: PreTrainedModel, plan: Plan) -> Depths | None:
-    """None where layers do not repeat, or are so few that all of them are run."""
+    """Return the depths to run instead of the whole model; None if layers do not repeat or are too few."""
     stem, total = _stem(plan)
     if stem is None:
         return None
@@ -30,7 +30,7 @@ def depths(model: PreTrainedModel, plan: Plan) -> Depths | None:
     for period in range(1, total // 3 + 1):
         head = next((i for i in range(total - period - 1, -1, -1) if kinds[i] != kinds[i + period]), -1) + 1
         rest = total - head
-        # The last period is told from the first, for the most memory is held between the passes of the last layers.
+        # Keep the last period apart from the first: memory peaks between the passes of the last layers.
         short = head + 2 * period + rest % period
         if short + period < total:
             return Depths(short, short + period, (total - short) // period, head + period)
@@ -38,9 +38,9 @@ def depths(model: PreTrainedModel, plan: Plan) -> Depths | None:
 
 
 def whole_name(name: str, plan: Plan, layers: int, found: Depths) -> str | None:
-    """What a module of a model of which `layers` were kept is called in the whole one.
+    """Return the name in the whole model of the module `name` of a model cut to `layers` blocks.
 
-    The first blocks keep their numbers, the last are the last; None for those between, which hold less than either.
+    The first blocks keep their numbers, the last stay the last. None for those between, which need less memory.
     """
     stem, total = _stem(plan)
     if stem is None or not name.startswith(f"{stem}."):
@@ -66,14 +66,14 @@ def cut_short(model: PreTrainedModel, plan: Plan, layers: int) -> None:
 
 
 def _stem(plan: Plan) -> tuple[str | None, int]:
-    """The list that all blocks are in, in order."""
+    """Return the name of the list of all blocks, or None if they are not in one, and the number of blocks."""
     stems = {name.rpartition(".")[0] for name in plan.blocks}
     in_order = [name.rpartition(".")[2] for name in plan.blocks] == [str(i) for i in range(len(plan.blocks))]
     return (stems.pop() if len(stems) == 1 and in_order else None), len(plan.blocks)
 
 
 def _kinds(model: PreTrainedModel, plan: Plan) -> list[object]:
-    """What tells one block from another: its modules, its parameters' shapes and places, its kind by the config."""
+    """Return a value for each block, equal for blocks with the same modules, parameters, placements and config."""
     config = model.config.get_text_config()
     total = len(plan.blocks)
     by_layer = [value for _, value in sorted(config.to_dict().items()) if isinstance(value, list | tuple)]

@@ -1,4 +1,4 @@
-"""What one optimizer step of one rank costs: memory by kind, FLOPs, collectives, and the least time they take."""
+"""Estimate one optimizer step of one rank: memory by kind, FLOPs, collectives, and the least time they take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sent:
-    """The collectives of one kind of a step: how many, their bytes together, whom they reach."""
+    """All collectives of one kind in a step: their number, their total bytes, the ranks and nodes they span."""
 
     axis: str
     op: str
@@ -36,28 +36,28 @@ class Sent:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """A step of `rank`, from one dry step, or from two of shallower models whose difference is repeated."""
+    """A step of `rank`, from one dry step, or extrapolated from two dry steps of shallower models."""
 
     recipe: Recipe
     plan: Plan
     rank: int
-    records: tuple[tuple[int, Record], ...]  # (weight, record): what is linear in the number of layers is their sum
+    records: tuple[tuple[int, Record], ...]  # (weight, record); their weighted sum gives the totals
     depths: Depths | None
-    model_flops: float  # of all ranks' model FLOPs this rank's share, as MFU counts them
+    model_flops: float  # this rank's share of the model FLOPs that MFU counts
 
     def total(self, of: Callable[[Record], float]) -> float:
         return sum(weight * of(record) for weight, record in self.records)
 
     @property
     def flops(self) -> int:
-        """Floating-point operations that are executed, those made again included."""
+        """Floating-point operations that are executed, recomputation included."""
         return round(self.total(lambda record: record.flops))
 
     @property
     def peaks(self) -> dict[tuple[str, str], dict[str, int]]:
-        """{(direction, FSDP unit): {kind: bytes}} at the fullest moment of each stage; see `Record`.
+        """{(direction, FSDP unit): {kind: bytes}} at the peak of each stage; see `Record`.
 
-        Of a model that was run with fewer layers, those of its first and its last.
+        If fewer layers were run, only the stages of the first and the last layers.
         """
         if self.depths is None:
             return self.records[0][1].peaks
@@ -85,7 +85,7 @@ class StepEstimate:
 
     @property
     def peak(self) -> tuple[tuple[str, str], dict[str, int]]:
-        """The stage that needs the most memory, and what is held then."""
+        """The stage that needs the most memory, and its bytes by kind."""
         return max(self.peaks.items(), key=lambda item: sum(item[1].values()))
 
     @property
@@ -93,7 +93,7 @@ class StepEstimate:
         return sum(self.peak[1].values())
 
     def room(self, device: Device) -> float:
-        """Bytes that are left of the device's memory; negative where the step does not fit."""
+        """Return the bytes of device memory that are left; negative if the step does not fit."""
         return device.memory * (1 - RESERVED) - self.peak_bytes
 
     def sent(self, ranks_per_node: int) -> list[Sent]:
@@ -118,27 +118,27 @@ class StepEstimate:
 
     def times(self, device: Device, ranks_per_node: int) -> Times:
         axes = dict.fromkeys(c.axis for _, record in self.records for c in record.sent)
-        # All wait for the group that is spread the most.
+        # All groups wait for the one that spans the most nodes.
         spread = {axis: self.plan.sizes.spreads(axis, ranks_per_node)[0] for axis in axes}
         return times(self.total, spread, device)
 
     def tokens_per_second(self, seconds: float) -> float:
-        """Of all ranks."""
+        """Return the tokens per second of all ranks together."""
         return self.recipe.train.global_batch_size * self.recipe.data.seq_len / seconds
 
     def mfu(self, seconds: float, device: Device) -> float:
-        """Model FLOPs over the device's peak in the dtype that most of the model computes in."""
+        """Return the model FLOPs per second over the device's peak in fsdp.param_dtype."""
         return self.model_flops / seconds / device.peak(self.recipe.fsdp.param_dtype)
 
 
 def estimate_step(recipe: Recipe, sizes: MeshSizes, *, rank: int = 0) -> StepEstimate:
-    """Dry-run a step of `recipe` on a mesh of `sizes`; raises what `run` would raise, and `dry_step`'s errors."""
+    """Dry-run a step of `recipe` on a mesh of `sizes`. Raises the errors of `run` and of `dry_step`."""
     model = meta_model(recipe)
     return estimate_plan(recipe, make_plan(model, sizes, recipe), model, rank=rank)
 
 
 def estimate_plan(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int = 0) -> StepEstimate:
-    """`estimate_step` of a plan that is made, and its model on meta, which may be used up."""
+    """Like `estimate_step`, for a plan and its model on meta; the model must not be reused."""
     sizes, length = plan.sizes, recipe.data.seq_len
     tokens = recipe.train.global_batch_size * length / sizes.world_size
     model_flops = flops_per_token(plan, model.config.get_text_config(), length) * tokens
@@ -152,7 +152,7 @@ def estimate_plan(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: i
                 records.append((weight, dry_step(recipe, make_plan(part, sizes, recipe), part, rank=rank)))
             except NdtrainError:
                 raise
-            except Exception:  # a model whose layers count on one another
+            except Exception:  # a model whose layers depend on one another
                 break
         if len(records) == 2:
             return StepEstimate(recipe, plan, rank, tuple(records), shallow, model_flops)

@@ -1,7 +1,7 @@
-"""All that is known of transformers: configs, models on meta, tokenizers, attention, routers, names of weights."""
+"""Everything that depends on transformers: configs, meta models, tokenizers, attention, routers, weight names."""
 
 import transformers
 
-# transformers reports plan and loading details as warnings; ndtrain's own plan says what matters of them.
+# transformers warns about plan and loading details; ndtrain's own notes report the ones that matter.
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

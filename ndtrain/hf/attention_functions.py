@@ -1,4 +1,4 @@
-"""Another attention function in a model's place of its own, through transformers' AttentionInterface."""
+"""Replace a model's attention function through transformers' AttentionInterface."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import ALL_ATTENTION_FUNCTIONS, attention_name, set_attention_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ _names = itertools.count()
 
 
 class _Name(str):
-    """The name of a function that wraps another, and for models that ask which they have, equal to that one's."""
+    """A name of a wrapping function that also equals the wrapped function's name, which some models compare with."""
 
     instead_of: str | None = None
     __hash__ = str.__hash__
@@ -32,27 +33,31 @@ class _Name(str):
 
 
 def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Have every module of `model` that takes the model's attention function take `attention`, with masks by `mask`."""
+    """Make every module of `model` that uses the model's attention function use `attention`, with masks from `mask`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    base = model.config._attn_implementation
-    name = _Name(f"{base}_ndtrain_{next(_names)}")  # models look for "flash" in it
+    base = str(attention_name(model.config))
+    name = _Name(f"{base}_ndtrain_{next(_names)}")  # keeps `base`: models search it for "flash"
     name.instead_of = base
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == base:
-            config._attn_implementation = name  # type: ignore[union-attr]
+        if attention_name(config) == base:
+            set_attention_name(config, name)
 
 
 def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function that `module` would have taken: eager attention is each model file's own."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    """Return the function of `module` that `take_attention` replaced; eager attention is defined in each model file.
 
+    Raises `PlanError` if the model file defines none.
+    """
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
-        raise PlanError(f"{type(module).__name__} has no attention function of its own; set mesh.cp = 1")
+        raise PlanError(
+            f"the file of {type(module).__name__} defines no eager_attention_forward, which ndtrain has to call; "
+            "set mesh.cp = 1"
+        )
     return own

@@ -1,4 +1,4 @@
-"""Recipe to Hugging Face config."""
+"""Load the Hugging Face config of a recipe."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.compat import causal_lm_class
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_config(recipe: Recipe) -> PreTrainedConfig:
-    """The model's config with the recipe's overrides. Raises `RecipeError` where it cannot be found or made."""
+    """Return the model's config with the recipe's overrides. Raises `RecipeError` if it cannot be loaded or made."""
     section = recipe.model
     overrides = copy.deepcopy(dict(section.config))
     what = f'model.type = "{section.type}"' if section.type else f'model.name = "{section.name}"'
@@ -31,7 +32,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
                 str(section.name), trust_remote_code=section.trust_remote_code
             )
     except Exception as error:
-        raise RecipeError(f"{what} gives no config: {first_line(error)}") from error
+        raise RecipeError(f"cannot load the config of {what}: {first_line(error)}") from error
     _check_keys(base, overrides)
     if not overrides:
         return base
@@ -40,10 +41,10 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
             return transformers.AutoConfig.for_model(section.type, **overrides)
         return type(base).from_dict(_overridden(base, overrides))
     except Exception as error:
-        raise RecipeError(f"[model.config] over {what} gives no config: {first_line(error)}") from error
+        raise RecipeError(f"[model.config] makes the config of {what} invalid: {first_line(error)}") from error
 
 
-# Older spellings that transformers still takes for a part of `rope_parameters`.
+# Older keys that transformers still accepts as parts of `rope_parameters`.
 _OLD_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
@@ -57,8 +58,8 @@ def _check_keys(base: PreTrainedConfig, overrides: dict[str, Any]) -> None:
 
 
 def _reads(config: PreTrainedConfig, key: str) -> bool:
-    """Whether the model's source has the word `key`: some keys have no default and are asked for by name."""
-    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    """Return whether the model's source contains the word `key`: some keys have no default in the config class."""
+    kind = causal_lm_class(config)
     if kind is None:
         return False
     source = inspect.getsource(sys.modules[kind.__module__])
@@ -66,7 +67,7 @@ def _reads(config: PreTrainedConfig, key: str) -> bool:
 
 
 def _overridden(base: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The saved form of `base` with `overrides`: tables are merged, and a shallower model keeps its first layers."""
+    """Return `base` as a dict with `overrides` applied: tables are merged, `layer_types` is cut to fewer layers."""
     values = base.to_dict()
     for key, value in overrides.items():
         key = base.attribute_map.get(key, key)

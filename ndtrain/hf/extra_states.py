@@ -1,8 +1,8 @@
-"""What modules keep beside parameters and buffers (`get_extra_state`): passed on as data, never as pickled bytes.
+"""Save and restore modules' extra states (`get_extra_state`) as data, never as pickled bytes.
 
-TransformerEngine keeps its fp8 scales so. A state is data where it consists of numbers, strings, None, lists, tuples,
-dicts with string keys, and tensors; it is kept where every rank has the same. Bytes, as a tensor too, are not data:
-only their module knows what they mean, and its way to read them may be pickle.
+TransformerEngine keeps its fp8 scales there. A state is data if it consists of numbers, strings, None, lists, tuples,
+dicts with string keys, and tensors; it is saved if every rank has the same. Bytes, also in a tensor, are not data:
+only their module can interpret them, and it may unpickle them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _BYTES = (torch.uint8, torch.int8)
 
 
 def is_extra(key: str) -> bool:
-    """Whether a key of a state dict is a module's extra state."""
+    """Return whether a key of a state dict is a module's extra state."""
     return key.rpartition(".")[2] == SUFFIX
 
 
 def states(model: nn.Module) -> dict[str, Any]:
-    """{module: its extra state, as data in JSON's types, or None if it is no data}; states without content left out."""
+    """Return {module: its extra state in JSON types, or None if it is not data}, without empty states."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if type(module).get_extra_state is nn.Module.get_extra_state:
@@ -50,7 +50,7 @@ def states(model: nn.Module) -> dict[str, Any]:
 
 
 def shared_states(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """The states that are data and the same on every rank, by module; the modules of those that are not. Collective."""
+    """Return {module: state} of data that is equal on all ranks, and the modules of other states. Collective."""
     mine = states(model)
     names = broadcast_json(list(mine))
     first = broadcast_json([json.dumps(state) for state in mine.values()])
@@ -66,7 +66,7 @@ def shared_states(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
 
 @contextmanager
 def withheld(model: nn.Module) -> Iterator[None]:
-    """Let no state reach the modules of any model of `model`'s kind: transformers would hand them a file's bytes."""
+    """Disable `set_extra_state` in the classes of `model`'s modules: transformers would pass them bytes from a file."""
     classes = {c for m in model.modules() for c in type(m).__mro__ if "set_extra_state" in vars(c)} - {nn.Module}
     before = {c: vars(c)["set_extra_state"] for c in classes}
     for kind in before:
@@ -80,14 +80,17 @@ def withheld(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Put the states that are data back as they were, after forwards that are no training."""
+    """Restore the states that are data on exit, for forwards that are not part of training."""
     before = states(model)
     yield
     restore(model, {name: state for name, state in before.items() if state is not None})
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The states of a checkpoint, the same on every rank; none where it has none. Collective. `DamagedError`."""
+    """Return a checkpoint's states, the same on every rank; {} if it has none. Collective.
+
+    Raises `DamagedError` if the file cannot be read.
+    """
 
     def load() -> Any:
         if not (directory / FILE).exists():
@@ -101,11 +104,13 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def restore(model: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Hand stored states to their modules. Raises `DamagedError` for what is no state of this model."""
+    """Pass stored states to their modules. Raises `DamagedError` for a state that this model cannot take."""
     modules = dict(model.named_modules())
     for name, state in stored.items():
         if name not in modules or type(modules[name]).set_extra_state is nn.Module.set_extra_state:
-            raise DamagedError(f"there is an extra state of {name}, but this model has none there")
+            raise DamagedError(
+                f"the files hold an extra state of {name}, but this model has no module of that name that takes one"
+            )
         try:
             value = from_json(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -114,13 +119,17 @@ def restore(model: nn.Module, stored: Mapping[str, Any]) -> None:
 
 
 def left_out_note(modules: list[str], what: str) -> str:
-    """What the user should know of states that are no data or that differ between ranks."""
-    more = f" and of {len(modules) - 1} more" if len(modules) > 1 else ""
-    return f"the extra state of {min(modules)}{more} is bytes, or differs between ranks: {what}, it starts anew"
+    """Return the note that the states of `modules` are left out; `what` says of what, and when they start anew."""
+    count = len(modules) - 1
+    more = f" and of {count} more module{'s' if count > 1 else ''}" if count else ""
+    return (
+        f"the extra state of {min(modules)}{more} is bytes or differs between ranks, so it is {what}, "
+        "it starts from its initial value"
+    )
 
 
 def to_json(value: Any) -> Any:
-    """`value` in JSON's types. Raises `TypeError` for what is no data."""
+    """Return `value` in JSON types. Raises `TypeError` if it is not data."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -133,7 +142,7 @@ def to_json(value: Any) -> Any:
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(value.dtype).removeprefix("torch.")
         return {"tensor": base64.b64encode(raw).decode(), "dtype": dtype, "shape": list(value.shape)}
-    raise TypeError(f"{type(value).__name__} is no data")
+    raise TypeError(f"{type(value).__name__} is not data")
 
 
 def _is_data(tensor: Tensor) -> bool:
@@ -142,7 +151,7 @@ def _is_data(tensor: Tensor) -> bool:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given."""
+    """Return the value from which `to_json` made `value`."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
@@ -153,9 +162,9 @@ def from_json(value: Any) -> Any:
         return {key: from_json(item) for key, item in value["dict"].items()}
     dtype = getattr(torch, value["dtype"])
     if not isinstance(dtype, torch.dtype) or dtype in _BYTES:
-        raise ValueError(f"dtype {value['dtype']}")
+        raise ValueError(f"its dtype is {value['dtype']}")
     raw = bytearray(base64.b64decode(value["tensor"], validate=True))
     shape = [int(n) for n in value["shape"]]
     if len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{len(raw)} bytes for shape {shape}")
+        raise ValueError(f"it has {len(raw)} bytes for shape {shape}")
     return torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Config to a model on the meta device: shapes and names, no memory."""
+"""Build models on the meta device (shapes and names, no memory), and answer questions about their weights."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 
 from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.compat import float32_patterns, is_causal_lm
 from ndtrain.hf.config import load_config
 from ndtrain.recipe import Recipe
+from ndtrain.torch_compat import device_constructors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """The causal LM on the meta device in its master dtype (float32): shapes and names, no memory.
+    """Return the causal LM on the meta device in its master dtype (float32).
 
     `model.export_config` is the config to publish with its weights, in the dtype to publish them in. Raises
-    `RecipeError` for a config that is no causal LM or that the model's own code rejects.
+    `RecipeError` for a config that is not of a causal LM or that the model's own code rejects.
     """
     config = config if config is not None else load_config(recipe)
-    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    known = is_causal_lm(config)
     if not known and not getattr(config, "auto_map", None):
-        raise RecipeError(f'model type "{config.model_type}" is not a causal language model of transformers')
+        raise RecipeError(
+            f'transformers has no causal language model of model type "{config.model_type}"; choose another model'
+        )
     export_dtype = getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
@@ -48,20 +51,23 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
             ) from error
         raise RecipeError(f'a "{config.model_type}" model cannot be built: {first_line(error)}') from error
     if not model.get_input_embeddings().weight.numel():  # type: ignore[union-attr,operator]
-        raise RecipeError(f'a "{config.model_type}" model of this config has no weights: a size in it is 0')
+        raise RecipeError(
+            f'a "{config.model_type}" model of this config has no weights, because a size in it is 0; '
+            "change it in [model.config]"
+        )
     model.export_config = copy.deepcopy(config)
     model.export_config.dtype = export_dtype
     model.export_config.architectures = [type(model).__name__]
-    # A cache of keys and values has no place in training.
+    # Training never reuses keys and values.
     model.config.use_cache = False
     model.train()
     return model
 
 
 def built_buffers(model: PreTrainedModel, names: Collection[str], recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Buffers of `model` as its construction makes them, on the CPU; without those that are large.
+    """Return the buffers of `names` with the values from construction, on the CPU, without large ones.
 
-    The model is built a second time, large tensors on meta and small ones in memory.
+    Builds the model a second time, with large tensors on meta and small ones in memory.
     """
     with _SmallInMemory():
         again = transformers.AutoModelForCausalLM.from_config(
@@ -74,13 +80,13 @@ def built_buffers(model: PreTrainedModel, names: Collection[str], recipe: Recipe
 
 
 class _SmallInMemory(TorchFunctionMode):
-    """Factory functions inside make tensors of more than `MOST` elements on meta (torch's list of them is private)."""
+    """Makes factory functions put tensors of more than `MOST` elements on meta."""
 
     MOST = 1 << 16
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
+        if func in device_constructors() and kwargs.get("device") is None:
             on_meta = func(*args, **{**kwargs, "device": "meta"})
             if on_meta.numel() > self.MOST:
                 return on_meta
@@ -88,23 +94,23 @@ class _SmallInMemory(TorchFunctionMode):
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens `model` has embeddings of."""
+    """Return the number of tokens that `model` embeds."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index,arg-type,union-attr]
 
 
 def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Matches the FQNs that stay in float32 when the model is used in `dtype`; None where there are none."""
-    plan = model._get_dtype_plan(dtype)
+    """Return a pattern of the FQNs that stay in float32 when the model is used in `dtype`; None if there are none."""
+    plan = float32_patterns(model, dtype)
     return re.compile("|".join(pattern.replace("*", r"\d+") for pattern in plan)) if plan else None
 
 
 def tied_keys(model: PreTrainedModel) -> dict[str, str]:
-    """FQN of each tied parameter -> FQN of the parameter it is the same as."""
+    """Return {FQN of each tied alias: FQN of the parameter it shares}."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Make tied parameters one object again, after a step that replaced parameters."""
+    """Make tied parameters one object again after parameters were replaced."""
     for alias, source in tied_keys(model).items():
         module, _, name = alias.rpartition(".")
         setattr(model.get_submodule(module), name, model.get_parameter(source))

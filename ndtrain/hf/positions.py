@@ -1,4 +1,4 @@
-"""What a model's code says of the positions of its tokens."""
+"""Find out how a model obtains the positions of its tokens, and fix rotary frequencies that depend on them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ndtrain.hf.compat import dynamic_rope_update
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -17,7 +19,7 @@ _FIXED = "fixed"
 
 
 def position_embeddings(model: nn.Module) -> list[nn.Module]:
-    """Embeddings that are told positions, or else count them from 0, whatever the model itself is told (BART)."""
+    """Return the embeddings whose forward takes positions and counts them from 0 if given none (BART)."""
     # Renamed in transformers 5.24
     offsets = {"past_key_values_length", "cache_length"}
 
@@ -29,7 +31,7 @@ def position_embeddings(model: nn.Module) -> list[nn.Module]:
 
 
 def positions_from_ids(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """How a model of RoBERTa's kind counts the positions of `[B, S]` ids: from its padding id on; None for others."""
+    """Return how a model like RoBERTa counts positions of `[B, S]` ids from its padding id on; None for others."""
     for module in model.modules():
         count: Any = getattr(module, "create_position_ids_from_input_ids", None)
         padding = getattr(module, "padding_idx", None)
@@ -39,7 +41,7 @@ def positions_from_ids(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether `model` is told positions by its caller, or hands on what it is told."""
+    """Return whether `model` takes `position_ids` itself or passes them on to its decoder."""
     own = _parameters(type(model).forward)
     if "position_ids" in own:
         return True
@@ -49,7 +51,7 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 
 def varying_frequencies(model: nn.Module) -> list[tuple[Any, str | None, str]]:
-    """Rotary embeddings whose frequencies change with the largest position they see: (module, layer type, kind)."""
+    """Return (module, layer type, kind) of rotary embeddings whose frequencies depend on the largest position."""
     found = []
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
@@ -60,15 +62,13 @@ def varying_frequencies(model: nn.Module) -> list[tuple[Any, str | None, str]]:
 
 
 def fix_frequencies(model: nn.Module, length: int | None) -> None:
-    """Give rotary embeddings whose frequencies vary those of a sequence of `length` tokens, once and for all.
+    """Set varying rotary frequencies to those of a sequence of `length` tokens, permanently.
 
-    Without a length they stay as they are.
+    With length None, keep their current values.
 
-    transformers takes them from the largest position of each call: of a part of a sequence under context parallelism,
-    of the longest document that a micro batch happens to have under packing.
+    transformers derives them from the largest position of each call, which is that of a part of a sequence under
+    context parallelism, and of the longest document in the micro batch under packing.
     """
-    from transformers.modeling_rope_utils import dynamic_rope_update
-
     update = dynamic_rope_update(lambda module, x, position_ids, layer_type=None: None)
     for module, layer, _ in varying_frequencies(model):
         if length is not None:

@@ -1,8 +1,8 @@
-"""The auxiliary loss of a mixture of experts' router: experts that get many tokens should become less likely.
+"""Compute the auxiliary loss of mixture-of-experts routers, which makes experts with many tokens less likely.
 
-It is the loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers' `load_balancing_loss_func`
-has it, taken of every sequence by itself and averaged over the sequences of the global batch, so that neither mesh nor
-accumulation changes it. A sequence is a row of the batch, packed documents and all.
+It is the loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as in transformers'
+`load_balancing_loss_func`, computed for each sequence and averaged over the sequences of the global batch, so that
+neither mesh nor accumulation changes it. A sequence is a whole row of the batch, even if it packs several documents.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import recorded_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sequence each token of this rank's micro batch counts for.
+    """Holds the sequence to which each token of this rank's micro batch belongs.
 
     `ids` has one entry per token, in the order in which the model sees them: the number of its sequence from 0 to
-    `rows` - 1, or negative where the token counts for none. `total` is the number of sequences of the global batch.
+    `rows` - 1, or a negative number for padding. `total` is the number of sequences of the global batch.
     """
 
     ids: Tensor
@@ -37,36 +38,36 @@ class Sequences:
 
 
 def sequence_ids(labels: Tensor) -> Tensor:
-    """`[B, S]` row numbers from (already shifted) labels `[B, S]`, -100 for padding.
+    """Return `[B, S]` row numbers, -100 for padding, from (already shifted) labels `[B, S]`.
 
-    Padding is what follows the token that a row's last label names; a row without a label is nothing but padding.
+    Padding is everything after the token that a row's last label names; a row without labels is all padding.
     """
-    place = torch.arange(labels.shape[1], device=labels.device)
-    last = place.where(labels >= 0, -2).amax(dim=1, keepdim=True)
+    positions = torch.arange(labels.shape[1], device=labels.device)
+    last = positions.where(labels >= 0, -2).amax(dim=1, keepdim=True)
     rows = torch.arange(labels.shape[0], device=labels.device)[:, None]
-    return rows.where(place <= last + 1, -100)
+    return rows.where(positions <= last + 1, -100)
 
 
 def sequence_count(labels: Tensor) -> int:
-    """The number of rows of labels `[B, S]` that count as sequences."""
+    """Return the number of rows of labels `[B, S]` that have a label."""
     return int((labels >= 0).any(dim=1).sum())
 
 
 def auxiliary_loss(
     logits: tuple[Tensor, ...], sequences: Sequences, *, top_k: int, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Sum over the sequences of this micro batch of their auxiliary loss, from each router's logits `[T, E]`.
+    """Return the sum of the auxiliary losses of this micro batch's sequences, from each router's logits `[T, E]`.
 
-    Where `group` holds the parts of the sequences, each rank gets its tokens' share: the shares add up to the loss,
-    and their gradients are the loss's, for how often an expert was chosen has none.
+    If the ranks of `group` hold parts of the sequences, each returns the share of its tokens. The shares add up to the
+    loss and their gradients to its gradient, since the counts of chosen experts have no gradient.
     """
     experts = logits[0].shape[-1]
     member = F.one_hot(sequences.ids.reshape(-1).clamp(min=-1) + 1, sequences.rows + 1)[:, 1:].T.float()  # [B, T]
     chosen = member.new_zeros(sequences.rows, experts, dtype=torch.float64)
     likely = member.new_zeros(sequences.rows, experts)
-    for of_layer in logits:
-        flat = of_layer.reshape(-1, experts)
-        # Only the logits are kept for backward, which the model holds anyway.
+    for layer_logits in logits:
+        flat = layer_logits.reshape(-1, experts)
+        # The checkpoint keeps only the logits for backward, which the model holds anyway.
         likely = likely + checkpoint(_probabilities, flat, member, use_reentrant=False, preserve_rng_state=False)
         with torch.no_grad():
             picks = flat.float().softmax(dim=-1).topk(top_k, dim=-1).indices
@@ -79,12 +80,12 @@ def auxiliary_loss(
 
 
 def _probabilities(logits: Tensor, member: Tensor) -> Tensor:
-    """`[B, E]` sums over each sequence's tokens of the experts' probabilities."""
+    """Return `[B, E]`: the experts' probabilities summed over each sequence's tokens."""
     return member @ logits.float().softmax(dim=-1)
 
 
 class RouterLoss:
-    """Takes the routers' logits out of every forward of `model`, whose config asks for them."""
+    """Removes the routers' logits from every output of `model` and computes the auxiliary loss from them."""
 
     def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup | None):
         self.coefficient, self.top_k = _settings(model)
@@ -94,45 +95,48 @@ class RouterLoss:
 
     def _take(self, module: nn.Module, args: Any, output: Any) -> None:
         self._logits = output.router_logits
-        # Without them the model does not compute a loss of its own, of the whole micro batch.
+        # Without them the model does not compute its own loss, which is over the whole micro batch.
         output.router_logits = None
 
     def __call__(self, sequences: Sequences) -> Tensor:
-        """Sum of the auxiliary loss over the sequences of the micro batch that was last forwarded."""
+        """Return the sum of the auxiliary losses of the sequences of the last forward."""
         logits, self._logits = self._logits, ()
         return auxiliary_loss(logits, sequences, top_k=self.top_k, group=self._group)
 
 
 def wanted(model: PreTrainedModel) -> bool:
-    """Whether the model's config asks for the auxiliary loss."""
+    """Return whether the model's config asks for the auxiliary loss."""
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 def router_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the modules whose output transformers records as the router's logits."""
-    # Private, read at transformers 5.23: what a base model lets be recorded.
-    recorders = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits", ())
-    recorders = recorders if isinstance(recorders, list | tuple) else [recorders]
+    """Return the names of the modules whose output transformers records as the router's logits."""
+    recorders = recorded_outputs(model, "router_logits")
     kinds = tuple(kind for r in recorders if isinstance(kind := getattr(r, "target_class", r), type))
     return tuple(name for name, module in model.named_modules() if isinstance(module, kinds))
 
 
 def check(model: PreTrainedModel) -> None:
-    """Raise `PlanError` if `model` has no auxiliary loss, or one that is not `auxiliary_loss`."""
+    """Raise `PlanError` if `model` has no auxiliary loss, or one that differs from `auxiliary_loss`."""
     what, way_out = model.config.model_type, "set model.config.output_router_logits = false"
     theirs = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     if theirs is None:
         raise PlanError(f"{what} records its router's logits but has no auxiliary loss; {way_out}")
     if not _is_ours(theirs):
-        raise PlanError(f"{what} has an auxiliary loss of its own kind, which is not supported; {way_out}")
+        raise PlanError(
+            f"{what} has an auxiliary loss that differs from transformers' load_balancing_loss_func and is not "
+            f"supported; {way_out}"
+        )
     if not router_names(model):
         raise PlanError(f"{what} of this config has no router, so there is no auxiliary loss; {way_out}")
     if None in _settings(model):
-        raise PlanError(f"{what} names no coefficient of its auxiliary loss, or no number of experts; {way_out}")
+        raise PlanError(
+            f"{what} does not give the coefficient of its auxiliary loss, or the number of experts per token; {way_out}"
+        )
 
 
 def _settings(model: PreTrainedModel) -> tuple[Any, Any]:
-    """The loss's coefficient, and how many experts a token is sent to; None where the model does not say."""
+    """Return the loss's coefficient and the number of experts per token; None for what the model does not give."""
     found = []
     for names in (("router_aux_loss_coef", "aux_loss_coef"), ("num_experts_per_tok",)):
         holders = (model, model.config.get_text_config())
@@ -142,7 +146,7 @@ def _settings(model: PreTrainedModel) -> tuple[Any, Any]:
 
 
 def _is_ours(theirs: Any) -> bool:
-    """Whether a model file's `load_balancing_loss_func` gives what `auxiliary_loss` gives, padding and all."""
+    """Return whether a model file's `load_balancing_loss_func` equals `auxiliary_loss` on an example with padding."""
     logits = tuple(torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0)))
     mask = (torch.arange(12) < 9).long()[None]
     try:

@@ -1,4 +1,4 @@
-"""The tokenizers that a recipe can name, seen as ids of whole documents."""
+"""The tokenizers that a recipe can name, behind one interface: bytes of a document in, token ids out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes, 256 begins and 257 ends a document, 258 pads."""
+    """Encodes bytes as ids 0 to 255; 256 begins a document, 257 ends it, 258 pads."""
 
     key = "bytes-1"
     vocab_size = 259
@@ -27,14 +27,14 @@ class ByteTokenizer:
     pad_id = 258
 
     def encode_bytes(self, raw: bytes) -> np.ndarray:
-        """`[n]` uint16 ids of a document, without the begin and end marks."""
+        """Return the `[n]` uint16 ids of a document, without begin and end marks."""
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write a tokenizer that `AutoTokenizer` loads and that gives the same ids."""
+        """Write a tokenizer that `AutoTokenizer` loads and that returns the same ids."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        # Byte-level BPE without a merge is the identity on bytes; its alphabet names each byte by a printable letter.
+        # Byte-level BPE without merges maps each byte to one id; its alphabet has a printable letter for each byte.
         letters = _byte_letters()
         vocab = {letter: byte for byte, letter in enumerate(letters)}
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -47,7 +47,7 @@ class ByteTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for every byte value."""
+    """Return GPT-2's printable letter for each byte value."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -58,7 +58,7 @@ def _byte_letters() -> list[str]:
 
 
 class HubTokenizer:
-    """Any tokenizer of transformers, seen as ids of whole documents."""
+    """Wraps a tokenizer of transformers. Raises `RecipeError` if it has no end-of-text token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str):
         self.inner = tokenizer
@@ -66,15 +66,17 @@ class HubTokenizer:
         self.vocab_size = len(tokenizer)
         eos = tokenizer.eos_token_id
         if eos is None:
-            raise RecipeError("data.tokenizer has no end-of-text token, which separates documents; choose another")
+            raise RecipeError(
+                "data.tokenizer has no end-of-text token, which has to separate documents; choose another"
+            )
         self.eos_id: int = eos
-        # What the tokenizer does counts, not what its attributes say.
+        # Some tokenizers name a begin token but do not add it, so test what this one does.
         first = tokenizer.encode("a")[:1]
         self.bos_id: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
 
     def encode_bytes(self, raw: bytes) -> np.ndarray:
-        """`[n]` int64 ids of a document, without the begin and end marks."""
+        """Return the `[n]` int64 ids of a document, without begin and end marks."""
         ids: Iterable[int] = self.inner.encode(raw.decode("utf-8", errors="replace"), add_special_tokens=False)
         return np.asarray(list(ids), dtype=np.int64)
 
@@ -83,11 +85,11 @@ class HubTokenizer:
 
 
 def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
-    """The recipe's tokenizer. Raises `RecipeError` where it cannot be found."""
+    """Return the recipe's tokenizer. Raises `RecipeError` if it cannot be loaded."""
     name = recipe.data.tokenizer or recipe.model.name
     if name == "bytes":
         return ByteTokenizer()
-    # Tokenizing happens in one process; the library's warning about forks would only confuse.
+    # Only one process tokenizes, so the library's warning about forks does not apply.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         inner = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
@@ -97,7 +99,7 @@ def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
 
 
 def _tokenizer_key(tokenizer: Any) -> str:
-    """Identity of what a tokenizer does: its class and a digest of its vocabulary and rules."""
+    """Return a key that identifies what a tokenizer does: its class and a digest of its vocabulary and rules."""
     import hashlib
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -1,9 +1,11 @@
-"""Which tensor of a model a saved one becomes, by transformers' weight conversions (core_model_loading, 5.23)."""
+"""Map saved tensors to a model's tensors by transformers' weight conversions (core_model_loading, 5.23)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ndtrain.hf.compat import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -11,18 +13,16 @@ if TYPE_CHECKING:
 
 
 class Named(NamedTuple):
-    """A saved tensor, what it becomes (with others, where it is converted), and how."""
+    """A saved tensor, and the model's tensor that it becomes, alone or (if converted) together with others."""
 
     key: str
     name: str
-    pattern: str | None  # of the converter, that the key matches
-    converter: Any  # None where the tensor is only renamed
+    pattern: str | None  # the converter's pattern that the key matches
+    converter: Any  # None if the tensor is only renamed
 
 
 def kinds(mapping: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings and converters apart."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
+    """Split transformers' mapping into renamings and converters."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
@@ -30,9 +30,10 @@ def kinds(mapping: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def named(
     model: PreTrainedModel, keys: Iterable[str], state: Mapping[str, Tensor], mapping: Sequence[Any]
 ) -> list[Named]:
-    """What each saved key becomes in the model of this `state`, in transformers' order; a name may be of no tensor."""
-    from transformers.core_model_loading import dot_natural_key, rename_source_key
+    """Return what each saved key becomes in `model` with this `state`, in transformers' order.
 
+    A returned name need not be in `state`.
+    """
     renamings, converters = kinds(mapping)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, known = model.base_model_prefix, dict(state)

@@ -1,11 +1,12 @@
-"""Weights into the sharded model: from rank 0, from each rank's own slices of the files, or initialized.
+"""Fill the sharded model with weights: from rank 0, from each rank's own slices of the files, or initialized.
 
-Comes in: a parallelized model on meta. Goes out: the same model on the device, every parameter and buffer set.
+In: a parallelized model on meta. Out: the same model on the device, with every parameter and buffer set.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.errors import RecipeError
@@ -20,6 +21,7 @@ from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import broadcast_json, on_rank0, together
 from ndtrain.runs.process import Runtime
+from ndtrain.storage.pieces import pieces_in, read_piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,9 +30,9 @@ __all__ = ["fill_with_noise", "load_weights", "materialize", "model_tensors", "u
 
 
 def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
-    """Fill the materialized `model` as `[model] init` and `[load] mode` say; the same weights on every mesh.
+    """Fill the materialized `model` as `[model] init` and `[load] mode` say, with the same weights on every mesh.
 
-    Returns what the user should know, on rank 0.
+    Returns notes for the user, on rank 0.
     """
     notes: list[str] = []
     if recipe.model.init == "random":
@@ -46,22 +48,19 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
 
 
 def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
-    """Hand the extra states that the files hold as data to their modules, on every rank the same."""
-    from safetensors import safe_open
-
+    """Pass the extra states that the files hold as data to their modules, the same on every rank."""
     found: dict[str, Any] = {}
 
     def read() -> None:
-        with suppress(RecipeError):  # files of another kind, which transformers has read
+        with suppress(RecipeError):  # no safetensors files; transformers has read the others
             for path in weight_files(recipe):
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    for key in filter(extra_states.is_extra, file.keys()):
-                        tensor = file.get_tensor(key)
-                        with suppress(TypeError):
-                            found[key.removesuffix(extra_states.SUFFIX).rstrip(".")] = (
-                                extra_states.to_json(tensor) if tensor.numel() else None
-                            )
-                        found.setdefault(key.removesuffix(extra_states.SUFFIX).rstrip("."), "bytes")
+                for key, piece in pieces_in(Path(path)).items():
+                    if not extra_states.is_extra(key):
+                        continue
+                    tensor, name = read_piece(piece), key.removesuffix(extra_states.SUFFIX).rstrip(".")
+                    with suppress(TypeError):
+                        found[name] = extra_states.to_json(tensor) if tensor.numel() else None
+                    found.setdefault(name, "bytes")
 
     on_rank0(read)
     found = broadcast_json(found)
@@ -70,4 +69,4 @@ def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> Non
         model, {name: state for name, state in found.items() if isinstance(state, dict) and name in modules}
     )
     if left_out := [name for name, state in found.items() if state == "bytes" or name not in modules]:
-        notes.append(extra_states.left_out_note(left_out, "not read from the weights"))
+        notes.append(extra_states.left_out_note(left_out, "not read from the weights; in this run"))

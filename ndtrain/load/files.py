@@ -1,4 +1,4 @@
-"""The saved weights that a recipe names: their files, and what to say of them."""
+"""Find the files of the weights that a recipe names, and write the errors and notes on what they hold."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import cached_file, get_checkpoint_shard_files
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import has_nan
 
 
 def weight_files(recipe: Recipe) -> list[str]:
-    """Paths of the model's safetensors files, from a local directory or through the hub's cache."""
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+    """Return the paths of the model's safetensors files, in a local directory or in the hub's cache.
 
+    Raises `RecipeError` if there are none.
+    """
     name = str(recipe.model.name)
     index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:
@@ -32,12 +34,15 @@ def weight_files(recipe: Recipe) -> list[str]:
 
 
 def unused(keys: Iterable[Any]) -> list[str]:
-    """What to tell of saved weights that the model does not have."""
+    """Return the note on saved weights that the model does not have; [] without any."""
     names = sorted(key for key in map(str, keys) if not extra_states.is_extra(key))
-    return [f"{len(names)} saved weights are not of this model and left out, the first is {names[0]}"] if names else []
+    if len(names) <= 1:
+        return [f"1 saved weight is not in this model and is left out: {name}" for name in names]
+    return [f"{len(names)} saved weights are not in this model and are left out; the first is {names[0]}"]
 
 
 def unreadable(recipe: Recipe, error: Exception) -> Exception:
+    """Return the error to raise for weights that could not be read because of `error`."""
     line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
     if "no file named" in line:
         return RecipeError(
@@ -47,21 +52,23 @@ def unreadable(recipe: Recipe, error: Exception) -> Exception:
 
 
 def check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:
+    """Raise `DamagedError` if weights are missing or, as (name, saved shape, model's shape), mismatched."""
     missing = [key for key in missing if not extra_states.is_extra(key)]
     if missing:
+        lacks = "1 weight of the model:" if len(missing) == 1 else f"{len(missing)} weights of the model; the first is"
         raise DamagedError(
-            f'model.name = "{recipe.model.name}" lacks {len(missing)} weights of the model, the first is '
-            f'{sorted(missing)[0]}; complete it, or set model.init = "random"'
+            f'model.name = "{recipe.model.name}" lacks {lacks} {sorted(missing)[0]}; complete its files, or set '
+            'model.init = "random"'
         )
     if mismatched:
         raise DamagedError(
-            f'model.name = "{recipe.model.name}" has weights of another shape than its config says: '
-            f"{sorted(map(str, mismatched))[0]}"
+            f'model.name = "{recipe.model.name}" has weights whose shapes differ from its config; the first is '
+            f"(name, saved shape, shape by the config) = {sorted(map(str, mismatched))[0]}"
         )
 
 
 def refuse_nan(tensors: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """Raise `DamagedError` naming a tensor of which this rank's part has NaN, or was never set."""
+    """Raise `DamagedError` naming a tensor whose part on this rank contains NaN, as it does if it was never set."""
     for name, tensor in tensors.items():
         if has_nan(local_part(tensor)):
-            raise DamagedError(f"{recipe.model.name}: {name} has NaN")
+            raise DamagedError(f"{recipe.model.name}: {name} contains NaN")

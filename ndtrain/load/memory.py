@@ -1,4 +1,4 @@
-"""Memory for a model that was built on meta, and what is in it before its weights are."""
+"""Allocate a model that was built on meta, and fill it with NaN or noise until its weights are read."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import mark_initialized
 from ndtrain.hf.model import built_buffers, tie, tied_keys
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.recipe import Recipe
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
+from ndtrain.torch_compat import apply_to_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Elements from one NaN to the next in a large tensor whose memory is new.
+# Distance in elements between the NaNs that mark a large tensor in new memory.
 MARK_EVERY = 2**16
 
 
 def materialize(model: PreTrainedModel, runtime: Runtime, *, recipe: Recipe, on_host: Collection[str] = ()) -> None:
-    """Give every parameter and buffer memory on the device, marked with NaN, and compute the buffers anew.
+    """Allocate every parameter and buffer on the device, mark them with NaN, and compute the buffers.
 
-    Parameters whose FQN is in `on_host` get it in host memory. Buffers that are not in a checkpoint (rotary
+    Parameters whose FQN is in `on_host` are allocated in host memory. Buffers that are not in a checkpoint (rotary
     frequencies) come from the model's own initialization or construction, as they do in one process. Raises `PlanError`
-    naming a buffer that cannot be made again.
+    naming a buffer that cannot be computed again.
     """
     hosted = {param for fqn, param in model.named_parameters() if fqn in on_host}
-    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device))
+    apply_to_tensors(
+        model, lambda tensor: torch.empty_like(tensor, device="cpu" if tensor in hosted else runtime.device)
+    )
     tie(model)
     saved = set(model.state_dict().keys())
     _mark([*model.parameters(), *model.buffers()])
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
+        mark_initialized(tensor, isinstance(tensor, nn.Parameter))
     with torch.no_grad():
         model.initialize_weights()
     lost = {
@@ -47,13 +51,16 @@ def materialize(model: PreTrainedModel, runtime: Runtime, *, recipe: Recipe, on_
     made = built_buffers(model, lost, recipe) if lost else {}
     for name, buffer in lost.items():
         if name not in made or bool(made[name].isnan().any()):
-            raise PlanError(f"buffer {name} is made only when the model is built, too large to be made again")
+            raise PlanError(
+                f"buffer {name} is computed only when the model is built, and is too large to be computed again; "
+                "ndtrain cannot train this model"
+            )
         buffer.copy_(made[name])
 
 
 @torch.no_grad()
 def unset(tensors: Iterable[Tensor]) -> None:
-    """Fill with NaN, so that what is never loaded is found."""
+    """Fill floating-point tensors with NaN, so that weights that are never loaded are found."""
     for tensor in tensors:
         if tensor.is_floating_point():
             local_part(tensor).fill_(float("nan"))
@@ -61,7 +68,7 @@ def unset(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def _mark(tensors: Iterable[Tensor]) -> None:
-    """`unset` for new memory, of which it touches little: for the first time that costs as much as to read weights."""
+    """Mark new memory like `unset`, but touch little of it: the first touch costs as much as reading the weights."""
     for tensor in tensors:
         local = local_part(tensor)
         if not tensor.is_floating_point():
@@ -74,15 +81,15 @@ def _mark(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def fill_with_noise(model: PreTrainedModel) -> None:
-    """Give the materialized `model` weights of ordinary size that mean nothing: enough to see what depends on what.
+    """Fill the materialized `model` with random weights of ordinary size, to test which outputs depend on which inputs.
 
-    Parts of one tensor differ, replicas are equal.
+    The parts of a tensor differ, its replicas are equal.
     """
     for name, tensor in model_tensors(model).items():
         local = local_part(tensor)
         torch.manual_seed(random_seed(name, *(box.offsets for box in held_boxes(tensor))))
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-            # Sizes and numbers of buckets, by which some models divide.
+            # Some models divide by buffers that hold sizes or numbers of buckets.
             local.fill_(1 if not tensor.is_floating_point() and tensor.dtype != torch.bool else 0)
         elif tensor.ndim < 2 or not tensor.numel():
             local.normal_(mean=1.0, std=0.1)
@@ -91,7 +98,7 @@ def fill_with_noise(model: PreTrainedModel) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
+    """Return every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
     aliases = tied_keys(model)  # type: ignore[arg-type]
     return {
         k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_states.is_extra(k)

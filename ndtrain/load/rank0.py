@@ -1,4 +1,4 @@
-"""Rank 0 reads the weights, whole, through transformers; each rank receives them and keeps its slices."""
+"""Read whole weights on rank 0 through transformers and broadcast them; each rank keeps its boxes."""
 
 from __future__ import annotations
 
@@ -20,53 +20,57 @@ from ndtrain.runs.process import Runtime
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Weights travel in pieces of at most this many bytes: all that another rank holds beyond its shards.
-PIECE_BYTES = 64 * 2**20
+# Weights are broadcast in chunks of about this many bytes, so that a rank holds no more than one beside its shards.
+CHUNK_BYTES = 64 * 2**20
 
 
 def load_rank0(model: PreTrainedModel, *, recipe: Recipe, runtime: Runtime, notes: list[str]) -> None:
-    """Rank 0 reads the whole model through transformers; the others receive it piece by piece and keep their slices."""
+    """Fill `model` from rank 0, which reads all of it through transformers and broadcasts it in chunks.
+
+    Adds to `notes` on rank 0. Raises `DamagedError` for missing, unreadable, mismatched or NaN weights.
+    """
     source: dict[str, Tensor] = {}
     on_rank0(lambda: source.update(_read_whole(model, recipe, notes)))
-    # Memory touched for the first time costs as much as the transfer: every piece is received into the same.
-    room = torch.empty(0 if runtime.is_main else PIECE_BYTES, dtype=torch.uint8, device=runtime.device)
+    # The first touch of memory costs as much as the transfer, so all chunks are received into one buffer.
+    received = torch.empty(0 if runtime.is_main else CHUNK_BYTES, dtype=torch.uint8, device=runtime.device)
     for name, target in model_tensors(model).items():
-        _send(source.pop(name, None), target, room=room, runtime=runtime)
-    # One rank alone may hold the damaged shard; the others must not go on to wait for it.
+        _send(source.pop(name, None), target, received=received, runtime=runtime)
+    # One rank alone may hold the damaged shard; the others must stop with it.
     together(lambda: refuse_nan(model_tensors(model), recipe))
 
 
 @torch.no_grad()
-def _send(full: Tensor | None, target: Tensor, *, room: Tensor, runtime: Runtime) -> None:
+def _send(full: Tensor | None, target: Tensor, *, received: Tensor, runtime: Runtime) -> None:
     """Fill each rank's part of `target` from rank 0's `full` tensor of the global shape (None on the other ranks).
 
-    The global tensor is broadcast in pieces of whole rows, so that no other rank holds more than one piece of it, in
-    `room` where it fits.
+    The global tensor is broadcast in chunks of whole rows, so that other ranks hold only one chunk of it at a time: in
+    `received` (uint8) if it fits.
     """
     local, boxes = local_part(target), held_boxes(target)
     shape = tuple(target.shape)
     rows = shape[0] if shape else 1
     row_bytes = max(1, target.numel() // max(1, rows)) * target.element_size()
-    step = max(1, PIECE_BYTES // row_bytes)
+    step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         if full is not None:
-            piece = (full[start:stop] if shape else full).to(runtime.device, target.dtype).contiguous()
+            chunk = (full[start:stop] if shape else full).to(runtime.device, target.dtype).contiguous()
         else:
             size = (stop - start) * row_bytes
-            own = room if size <= room.numel() else torch.empty(size, dtype=torch.uint8, device=runtime.device)
-            piece = own[:size].view(target.dtype).view((stop - start, *shape[1:]) if shape else ())
+            fits = size <= received.numel()
+            memory = received if fits else torch.empty(size, dtype=torch.uint8, device=runtime.device)
+            chunk = memory[:size].view(target.dtype).view((stop - start, *shape[1:]) if shape else ())
         if runtime.world_size > 1:
-            dist.broadcast(piece, src=0)
+            dist.broadcast(chunk, src=0)
         if not shape:
-            local.copy_(piece)
+            local.copy_(chunk)
             continue
         for box in boxes:
             low, high = max(start, box.offsets[0]), min(stop, box.offsets[0] + box.sizes[0])
             if low < high:
-                at = box.local_offsets[0] + low - box.offsets[0]
-                part = piece[(slice(low - start, high - start), *box.inside[1:])]
-                local[(slice(at, at + high - low), *box.local[1:])] = part
+                offset = box.local_offsets[0] + low - box.offsets[0]
+                part = chunk[(slice(low - start, high - start), *box.inside[1:])]
+                local[(slice(offset, offset + high - low), *box.local[1:])] = part
 
 
 def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dict[str, Tensor]:
@@ -77,14 +81,14 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
 
     try:
         with extra_states.withheld(model):
-            # (model, report), as output_loading_info says; transformers' annotation knows of the model alone
+            # With output_loading_info it returns (model, report); transformers' annotation has only the model.
             whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 str(recipe.model.name),
                 config=copy.deepcopy(model.export_config),
                 dtype=torch.float32,
                 trust_remote_code=recipe.model.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused below with their names
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
             )
     except Exception as error:
         raise unreadable(recipe, error) from error

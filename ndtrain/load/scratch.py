@@ -1,14 +1,15 @@
-"""Weights drawn by the model's own initialization, the same on every mesh."""
+"""Draw weights with the model's own initialization, the same on every mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ndtrain.errors import PlanError, RecipeError
+from ndtrain.hf.compat import guard_torch_init_functions, initialize_own
 from ndtrain.hf.model import meta_model
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.memory import model_tensors
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
     """Draw the weights from (train.seed, FQN) with the model's own initialization, the same on every mesh.
 
-    One block at a time is drawn whole on the CPU and its slices are kept. Raises `PlanError` naming a weight that the
-    model's own initialization leaves unset.
+    Draws one whole block at a time on the CPU and keeps this rank's boxes. Raises `PlanError` naming a weight that the
+    model's own initialization leaves unset, and `RecipeError` if a block does not fit the memory.
     """
     reference = meta_model(recipe)
     targets = model_tensors(model)
@@ -36,18 +37,22 @@ def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
             if fqn not in targets:
                 continue
             if value.is_floating_point() and bool(value.isnan().any()):
-                raise PlanError(f"{fqn} is not set by the model's own initialization; start from saved weights")
+                raise PlanError(_unset_message(fqn))
             target = targets.pop(fqn)
             local = local_part(target)
             for box in held_boxes(target):
                 local[box.local] = value[box.inside]
         module.to("meta")
     if targets:
-        raise PlanError(f"{min(targets)} is not set by the model's own initialization; start from saved weights")
+        raise PlanError(_unset_message(min(targets)))
+
+
+def _unset_message(fqn: str) -> str:
+    return f"the model's own initialization does not set {fqn}; start from saved weights (model.name)"
 
 
 def _initialized_together(model: nn.Module, plan: Plan) -> Iterator[str]:
-    """Blocks, then every remaining module with tensors of its own: a cut that is the same on every mesh."""
+    """Yield the blocks, then every other module with tensors of its own: the same names on every mesh."""
     yield from plan.blocks
     for name, module in model.named_modules():
         inside = any(name == b or name.startswith(f"{b}.") for b in plan.blocks)
@@ -58,30 +63,31 @@ def _initialized_together(model: nn.Module, plan: Plan) -> Iterator[str]:
 
 @torch.no_grad()
 def _draw(model: PreTrainedModel, module: nn.Module, *, seed: int) -> None:
-    import transformers.initialization as init
-
+    """Draw the weights of `module` on the CPU; tensors that its initialization does not set stay NaN."""
     try:
         module.to_empty(device="cpu")
     except RuntimeError as error:
-        raise RecipeError(f"{type(module).__name__} does not fit this machine's memory; see model.config") from error
+        raise RecipeError(
+            f"{type(module).__name__} does not fit this machine's memory; reduce its sizes in [model.config]"
+        ) from error
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
-    with torch.random.fork_rng(devices=[]), init.guard_torch_init_functions():
+    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
         torch.manual_seed(seed)
-        _apply_inside_out(module, _owner(model, module)._init_weights)
+        _apply_inside_out(module, _owner(model, module))
 
 
-def _apply_inside_out(module: nn.Module, fn: Callable[[nn.Module], None]) -> None:
+def _apply_inside_out(module: nn.Module, owner: PreTrainedModel) -> None:
     from transformers import PreTrainedModel
 
     for child in module.children():
-        _apply_inside_out(child, child._init_weights if isinstance(child, PreTrainedModel) else fn)
-    fn(module)
+        _apply_inside_out(child, child if isinstance(child, PreTrainedModel) else owner)
+    initialize_own(owner, module)
 
 
 def _owner(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:
-    """The innermost model whose `_init_weights` is responsible for `module`."""
+    """Return the innermost model that contains `module`, whose `_init_weights` initializes it."""
     from transformers import PreTrainedModel
 
     owner = model

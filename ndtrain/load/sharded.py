@@ -1,7 +1,7 @@
-"""Every rank reads its slices of the weights' files.
+"""Read each rank's boxes from the files of the weights.
 
-What is saved as the model has it is read straight into the shards; only what transformers converts, such as experts
-that were saved one by one, goes through its own converting loader (core_model_loading, 5.23).
+Tensors that are saved in the model's own form are read directly into the shards. Only tensors that transformers
+converts, such as experts that were saved one by one, go through its converting loader (core_model_loading, 5.23).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.compat import LoadStateDictConfig, convert_and_load_state_dict_in_model, get_model_conversion_mapping
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.weight_names import Named, named
 from ndtrain.layout import local_part
@@ -27,19 +28,18 @@ from ndtrain.load.files import check_report, refuse_nan, unreadable, unused, wei
 from ndtrain.load.memory import model_tensors
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import Piece, converts, pieces_in, read_held
+from ndtrain.torch_compat import StridedShard, class_before_fsdp, put_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
-    """Read this rank's slices of every weight; what the user should know is added to `notes`.
+    """Read this rank's boxes of every weight, and add notes for the user to `notes`.
 
-    Raises `DamagedError` for weights that are missing, unreadable, of another shape or NaN, and `PlanError` for those
+    Raises `DamagedError` for weights that are missing, unreadable, of another shape or NaN, and `PlanError` for weights
     that transformers converts along a dim that this mesh cuts.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     report = None
     try:
         pieces = {key: piece for path in weight_files(recipe) for key, piece in pieces_in(Path(path)).items()}
@@ -56,7 +56,7 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     wanted = model_tensors(model)
     missing, mismatched = wanted.keys() - direct.keys(), []
     if report is not None:
-        # Of experts that all are other ranks' the loader gives nothing.
+        # The loader returns nothing for experts that are all on other ranks.
         missing = {name for name in missing & report.missing_keys if local_part(wanted[name]).numel()}
         mismatched = list(report.mismatched_keys)
         notes += unused(report.unexpected_keys)
@@ -74,7 +74,7 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
 def _apart(
     model: PreTrainedModel, pieces: Mapping[str, Piece], mapping: Sequence[Any]
 ) -> tuple[dict[str, Piece], list[Named]]:
-    """What is saved as the model has it, by FQN, and the rest. Of tied weights the one is taken that is saved."""
+    """Split `pieces` into {FQN: piece} of those in the model's own form (tied weights by either name) and others."""
     state, aliases = model.state_dict(keep_vars=True), tied_keys(model)
     direct: dict[str, Piece] = {}
     tied: dict[str, Piece] = {}
@@ -93,13 +93,11 @@ def _apart(
 def _load_converted(
     model: PreTrainedModel, pieces: Mapping[str, Piece], others: Sequence[Named], mapping: Sequence[Any]
 ) -> Any:
-    """Load what transformers converts, casts or does not know, by its own loader; returns what that tells."""
+    """Load the tensors that transformers converts, casts or does not know by its own loader, and return its report."""
     from safetensors import safe_open
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
 
     params = dict(model.named_parameters())
-    _refuse_stitched(params, [saved.converter for saved in others if saved.converter is not None])
+    _refuse_converted(params, [saved.converter for saved in others if saved.converter is not None])
     keys = [saved.key for saved in others]
     files = {file: safe_open(file, framework="pt", device="cpu") for file in {pieces[key].file for key in keys}}
     config = LoadStateDictConfig(
@@ -115,10 +113,10 @@ def _load_converted(
 
 @contextmanager
 def _own_classes(model: nn.Module) -> Iterator[None]:
-    """Modules have the classes that FSDP found them with, by whose names transformers keeps its conversions."""
+    """Give modules their classes from before FSDP inside: transformers looks up conversions by class name."""
     wrapped = {module: type(module) for module in model.modules() if isinstance(module, FSDPModule)}
-    for module, given in wrapped.items():
-        module.__class__ = given.__mro__[2]  # after FSDP's own two, as in FSDPModule.__new__ (torch 2.13)
+    for module in wrapped:
+        module.__class__ = class_before_fsdp(module)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -126,14 +124,14 @@ def _own_classes(model: nn.Module) -> Iterator[None]:
             module.__class__ = given
 
 
-def _refuse_stitched(params: Mapping[str, nn.Parameter], converters: Iterable[Any]) -> None:
-    """Raise `PlanError` where a weight is stitched from saved pieces, or cut into them, along a dim that ranks share.
+def _refuse_converted(params: Mapping[str, nn.Parameter], converters: Iterable[Any]) -> None:
+    """Raise `PlanError` if a weight is merged from saved tensors, or split from one, along a dim that the mesh cuts.
 
-    transformers' loader takes each rank's part of every piece and stitches those (5.23): right for a packed cut, which
-    takes as much of gate as of up; any other gets rows of other ranks, without an error.
+    transformers' loader (5.23) takes each rank's part of every saved tensor and merges those parts. That is correct for
+    a packed cut, which takes as much of gate as of up; other cuts silently get rows of other ranks.
     """
     for converter in {id(converter): converter for converter in converters}.values():
-        # Experts saved one by one are stacked: that loader knows which are this rank's.
+        # MergeModulelist stacks experts saved one by one; the loader knows which of them this rank has.
         operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
         dims = {getattr(operation, "dim", None) for operation in operations}
         targets = [_as_regex(pattern) for pattern in converter.target_patterns]
@@ -143,29 +141,29 @@ def _refuse_stitched(params: Mapping[str, nn.Parameter], converters: Iterable[An
             axes = range(param.device_mesh.ndim)
             for dim in range(param.ndim) if None in dims else {d % param.ndim for d in dims if d is not None}:
                 cuts = [i for i in axes if _cuts(param.placements[i], dim, param) and param.device_mesh.size(i) > 1]
-                packed = [i for i in cuts if isinstance(param.placements[i], _StridedShard) and i == axes[-1]]
+                packed = [i for i in cuts if isinstance(param.placements[i], StridedShard) and i == axes[-1]]
                 if cuts != packed:
                     raise PlanError(
-                        f'{fqn} is saved in another form along dim {dim}, which this mesh cuts; set load.mode = "rank0"'
+                        f"{fqn} is saved in a form that has to be converted along dim {dim}, which this mesh cuts; "
+                        'set load.mode = "rank0"'
                     )
 
 
 def _as_regex(pattern: str) -> re.Pattern[str]:
-    """A pattern of transformers' weight conversions, in which `*` stands for a number."""
+    """Compile a pattern of transformers' weight conversions, in which `*` matches a number."""
     return re.compile(pattern.replace("*", r"\d+"))
 
 
 def _cuts(placement: Placement, dim: int, param: Tensor) -> bool:
-    return isinstance(placement, Shard | _StridedShard) and placement.dim % param.ndim == dim
+    return isinstance(placement, Shard | StridedShard) and placement.dim % param.ndim == dim
 
 
 @torch.no_grad()
 def _put_back(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
-    """Move loaded values into the parameters that FSDP knows: the loader replaces parameter objects."""
+    """Copy loaded values into the parameters that FSDP holds, since the loader replaces parameter objects."""
     for name, param in before.items():
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
-        loaded = owner._parameters[leaf]
+        loaded = put_parameter(owner, leaf, param)
         if loaded is not param and loaded is not None:
             local_part(param).copy_(local_part(loaded))
-            owner._parameters[leaf] = param

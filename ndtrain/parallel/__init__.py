@@ -1,6 +1,6 @@
 """Apply a `Plan` to a model on meta: one transform after another, in the order of `TRANSFORMS`. They decide nothing.
 
-What comes later is one file and one line here.
+A new kind of parallelism is one file and one entry here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ndtrain.mesh import Meshes
 from ndtrain.parallel.cp import ContextParallel, apply_context_parallelism
-from ndtrain.parallel.dropout import drop_by_rank
+from ndtrain.parallel.dropout import apply_dropout_by_rank
 from ndtrain.parallel.ep import apply_expert_parallelism
 from ndtrain.parallel.fsdp import apply_fsdp
 from ndtrain.parallel.recompute import apply_recomputation
@@ -26,7 +26,7 @@ __all__ = ["TRANSFORMS", "ContextParallel", "SequenceParallel", "Splits", "Trans
 
 
 class Transform(NamedTuple):
-    """A change to the model: what it is called, when the plan asks for it, and how it is made."""
+    """Names a change to the model; `wanted` says whether the plan asks for it, `apply` makes it."""
 
     name: str
     wanted: Callable[[Plan, Recipe], bool]
@@ -34,14 +34,14 @@ class Transform(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """What splits batches along the sequence over cp, and activations over tp."""
+    """Holds the objects that split batches along the sequence over cp, and activations over tp."""
 
     context: ContextParallel | None
     sequence: SequenceParallel | None
 
 
 TRANSFORMS = (
-    # Its hooks gather before those of the layers inside look at what they are given, so they are set first.
+    # Its hooks must gather before the hooks of the layers inside see their inputs, so they are registered first.
     Transform(
         "sequence parallelism",
         lambda plan, recipe: plan.sequence is not None,
@@ -62,14 +62,14 @@ TRANSFORMS = (
     Transform(
         "dropout by tp rank",
         lambda plan, recipe: plan.drops_by_rank,
-        drop_by_rank,
+        apply_dropout_by_rank,
     ),
     Transform("fsdp", lambda plan, recipe: True, apply_fsdp),
 )
 
 
 def transforms_of(plan: Plan, recipe: Recipe) -> tuple[Transform, ...]:
-    """The transforms that this plan asks for, in the order in which they are applied."""
+    """Return the transforms that this plan asks for, in the order in which they are applied."""
     return tuple(transform for transform in TRANSFORMS if transform.wanted(plan, recipe))
 
 

@@ -1,7 +1,8 @@
 """Dropout under tensor parallelism.
 
-The ranks of a tp group draw the same random numbers, which is right for activations that all of them hold whole. What
-they have parts of needs other numbers on each: the attention function, which works on a rank's own heads, gets them.
+The ranks of a tp group draw the same random numbers, which is right for activations that all of them hold whole. An
+activation that is split over them needs different numbers on each rank; the attention function, which works on a rank's
+own heads, gets those.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ndtrain.hf.attention_functions import own_attention, take_attention
+from ndtrain.hf.compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_name
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.runs.seeds import random_seed
@@ -23,15 +25,16 @@ if TYPE_CHECKING:
 
 
 def generator_of(device: torch.device) -> torch.Generator:
+    """Return the default random generator of `device`."""
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 @contextmanager
-def own_draws(device: torch.device, rank: int) -> Iterator[None]:
-    """Random numbers of this rank alone inside; after it every rank goes on with those they share.
+def random_numbers_of(device: torch.device, rank: int) -> Iterator[None]:
+    """Draw random numbers of `rank` alone inside; afterwards every rank continues with the shared ones.
 
-    They follow from a number that the ranks' CPUs draw alike, so that a block which is computed again, from the
-    generators' old states, drops the same elements again.
+    The seed comes from a number that the CPUs of all ranks draw alike, so a block that is recomputed from the
+    generators' old states drops the same elements again.
     """
     seed = int(torch.randint(2**62, ()))
     generator = generator_of(device)
@@ -43,15 +46,13 @@ def own_draws(device: torch.device, rank: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-def drop_by_rank(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
-    """Have the attention of `model` draw numbers of this tp rank alone where the rank has heads of its own.
+def apply_dropout_by_rank(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
+    """Make the attention of `model` draw random numbers of this tp rank alone where the rank has heads of its own.
 
-    Where projections are gathered, every rank has all heads and must drop the same.
+    Where projections are gathered, every rank has all heads and must drop the same elements.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     rank = meshes.tp.get_local_rank()
-    base = str(model.config._attn_implementation)
+    base = str(attention_name(model.config))
     cut = {model.get_submodule(name.rpartition(".")[0]) for name, style in plan.tp_rules.items() if style == "colwise"}
 
     def attention(
@@ -60,7 +61,7 @@ def drop_by_rank(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
         attend = own_attention(base, module)
         if module not in cut or not kwargs.get("dropout"):
             return attend(module, query, key, value, attention_mask, **kwargs)
-        with own_draws(query.device, rank):
+        with random_numbers_of(query.device, rank):
             return attend(module, query, key, value, attention_mask, **kwargs)
 
     take_attention(model, attention, ALL_MASK_ATTENTION_FUNCTIONS[base])

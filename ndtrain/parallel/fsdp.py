@@ -1,4 +1,4 @@
-"""FSDP2: every unit of the plan sharded over its mesh, also on a mesh of one rank: one path serves all meshes."""
+"""FSDP2: shards every unit of the plan over its mesh. A mesh of one rank takes the same path as all others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def apply_fsdp(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
-    """Shard the parameters of `model` (on meta), in place; gradients are then summed, never averaged."""
+    """Shard the parameters of `model` (on meta) in place; gradients are then summed, never averaged."""
     for parameter in model.parameters():
         if not parameter.numel():
-            # Nothing to train, and FSDP's reduce-scatter takes no empty gradient (torch <= 2.13).
+            # It has nothing to train, and FSDP's reduce-scatter takes no empty gradient (torch <= 2.13).
             parameter.requires_grad_(False)
     planned = {param.fqn: _fsdp_dim(param) for param in plan.params}
     dims = {param: planned[fqn] for fqn, param in model.named_parameters()}
@@ -32,7 +32,7 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
             reshard_after_forward=unit.reshard,
             shard_placement_fn=dims.__getitem__,
             mp_policy=_mixed_precision(unit),
-            # Only memory that a device copies from needs pinning.
+            # Only memory that a device copies from needs to be pinned.
             offload_policy=CPUOffloadPolicy(mesh.device_type != "cpu") if unit.cpu_offload else OffloadPolicy(),
         )
     for module in model.modules():
@@ -53,6 +53,6 @@ def _mixed_precision(unit: Unit) -> MixedPrecisionPolicy:
 
 
 def _fsdp_dim(param: ParamPlan) -> Shard:
-    """Return what `fully_shard` is told: the dim alone, it knows itself what tp or ep have cut before."""
+    """Return the dim that `fully_shard` splits, without strides: it sees for itself what tp or ep have split before."""
     over: Placement = next(p for a, p in zip(param.axes, param.placements, strict=True) if a in ("fsdp", "efsdp"))
     return Shard(over.dim)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Recomputation: a block's activations are computed again in the backward pass instead of being kept."""
+"""Recomputation: computes a block's activations again in the backward pass instead of keeping them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,5 @@ if TYPE_CHECKING:
 
 
 def apply_recomputation(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
-    """Have every block of `model` recomputed, in place."""
-    # Its name in transformers until 5.17
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    """Make every block of `model` recompute its activations, in place."""
+    model.activation_checkpointing_enable({"use_reentrant": False})

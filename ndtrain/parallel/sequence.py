@@ -1,8 +1,8 @@
-"""Sequence parallelism: the residual stream of the blocks cut along the sequence over the tp ranks.
+"""Sequence parallelism: splits the residual stream of the blocks along the sequence over the tp ranks.
 
-Norms and residuals work on `[B, S/tp, H]`; a region gets `[B, S, H]`, gathered, and what it gives is scattered. An
-all-gather and a reduce-scatter take the place of the all-reduce after each cut layer, and send what it sent. Sequences
-that do not divide are padded at their end inside the blocks.
+Norms and residuals work on `[B, S/tp, H]`; a region gets `[B, S, H]`, gathered, and its output is scattered. An
+all-gather and a reduce-scatter replace the all-reduce after each split layer and send the same number of bytes. Where
+tp does not divide a sequence, it is padded at its end inside the blocks.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from torch import Tensor, nn
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.plan.sequence import Region, SequencePlan
+from ndtrain.torch_compat import all_gather_single, reduce_scatter_single
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Their names until torch 2.12
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather, _reduce_scatter = all_gather_single(), reduce_scatter_single()
 
 
 class _Gather(torch.autograd.Function):
-    """`[B, L, H]` on every rank -> `[B, S, H]`; the gradients of the ranks are equal, or parts of a sum."""
+    """Gathers `[B, L, H]` of every rank into `[B, S, H]`; the ranks' gradients are equal, or `partial` sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
@@ -43,7 +42,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """`[B, S, H]`, equal on every rank or parts of a sum -> this rank's `[B, L, H]`."""
+    """Takes this rank's `[B, L, H]` of `[B, S, H]`, which is equal on every rank or a `partial` sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
@@ -56,7 +55,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Parts of a sum `[...]` -> the sum, on every rank; the gradients of the ranks are equal."""
+    """Adds up the ranks' partial sums `[...]` on every rank; the gradients of the ranks are equal."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
@@ -70,7 +69,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """The same `[...]` on every rank, whose gradients are parts of a sum."""
+    """Passes on `[...]`, the same on every rank, and adds up its gradients, which are partial sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
@@ -85,10 +84,10 @@ class _SumOfGradients(torch.autograd.Function):
 
 
 def _parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`[tp, B, L, H]` of `[B, S, H]`, padded with zeros."""
+    """Return `[B, S, H]` as `[tp, B, L, H]`, padded with zeros."""
     tp = group.size()
-    room = -x.shape[1] % tp
-    padded = nn.functional.pad(x, (0, 0, 0, room)) if room else x
+    padding = -x.shape[1] % tp
+    padded = nn.functional.pad(x, (0, 0, 0, padding)) if padding else x
     return padded.unflatten(1, (tp, -1)).movedim(1, 0)
 
 
@@ -106,13 +105,13 @@ def _summed_part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _gathered(x: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
     parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     _all_gather(parts, x.contiguous(), group=group)
-    # Never a view: FSDP and what follows may hook or change it in place.
+    # Never a view: FSDP and later modules may hook it or change it in place.
     whole = torch.cat(parts.chunk(group.size()), dim=1)
     return whole if whole.shape[1] == length else whole[:, :length].clone()
 
 
 class SequenceParallel:
-    """The hooks that cut and gather the residual stream of one model, while `enabled` and outside `off()`."""
+    """Splits and gathers the residual stream of one model by hooks, while `enabled` and outside `off()`."""
 
     def __init__(self, model: PreTrainedModel, plan: SequencePlan, group: dist.ProcessGroup):
         self.group = group
@@ -128,7 +127,7 @@ class SequenceParallel:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Every rank works on whole sequences inside."""
+        """Let every rank work on whole sequences inside."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -139,47 +138,49 @@ class SequenceParallel:
         if not self.enabled:
             return None
 
-        def cut(x: Tensor) -> Tensor:
+        def split(x: Tensor) -> Tensor:
             self._length = x.shape[1]
             part: Tensor = _Scatter.apply(x, self.group, False)
             return part
 
-        return _replace(cut, args, kwargs, "hidden_states")
+        return _replace(split, args, kwargs, "hidden_states")
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
         return _first_of(output, lambda x: _Gather.apply(x, self._length, self.group, False)) if self.enabled else None
 
     def _before(self, region: Region) -> Any:
-        def whole(x: Tensor) -> Tensor:
+        def gather(x: Tensor) -> Tensor:
             if self.enabled:
                 return _Gather.apply(x, self._length, self.group, region.row is not None)  # type: ignore[no-any-return]
             return _SumOfGradients.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return _replace(whole, args, kwargs, region.takes)
+            return _replace(gather, args, kwargs, region.takes)
 
         return hook
 
     def _after(self, region: Region) -> Any:
-        def given(x: Tensor) -> Tensor:
+        def scatter(x: Tensor) -> Tensor:
             if self.enabled:
                 return _Scatter.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
             return _Sum.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
 
-        return lambda module, args, output: _first_of(output, given)
+        return lambda module, args, output: _first_of(output, scatter)
 
 
 def apply_sequence_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> SequenceParallel:
-    """Cut the residual stream of `model` (on meta) over the tp axis, in place."""
+    """Split the residual stream of `model` (on meta) over the tp axis, in place; return its hooks' owner."""
     assert plan.sequence is not None
     return SequenceParallel(model, plan.sequence, meshes.tp.get_group())
 
 
 def _replace(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments with `change` applied to the first positional one, or else to the keyword `name`."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     return args, {**kwargs, name: change(kwargs[name])}
 
 
 def _first_of(output: Any, change: Any) -> Any:
+    """Return `output` with `change` applied to it, or to its first element if it is a tuple."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)

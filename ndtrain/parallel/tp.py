@@ -1,4 +1,4 @@
-"""Tensor parallelism: each matrix cut over the tp ranks, by transformers' own styles and those it lacks."""
+"""Tensor parallelism: splits each matrix over the tp ranks, by transformers' own styles and those it lacks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-# transformers.distributed moves between releases (read at 5.23).
-from transformers.distributed import tensor_parallel as styles
-
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel
+from ndtrain.hf.compat import apply_tensor_parallelism as transformers_apply
 from ndtrain.hf.model import tie
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
 from ndtrain.plan.tensor import CUTTING
+from ndtrain.torch_compat import own_parameter, put_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
-    """Cut the parameters of `model` (on meta) over the tp axis and put the exchanges around its modules, in place."""
-    # Parameters, then the modules around them; a tied alias gets its parameter from `tie`.
+    """Split the parameters of `model` (on meta) over the tp axis and put the exchanges around its modules, in place."""
+    # Rules for parameters, then for the modules around them; a tied alias gets its parameter from `tie`.
     params = {p.fqn: p.style for p in plan.params if p.style in CUTTING}
     cut = _cut_by_modules(model, plan, meshes)
     rules = {name: style for name, style in params.items() if name not in cut}
@@ -34,9 +34,9 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     for region in plan.sequence.regions if plan.sequence else ():
         if region.row:
             rules |= {**dict.fromkeys(region.columns, "colwise_in_region"), region.row: "rowwise_in_region"}
-    styles.apply_tensor_parallelism(model, meshes.tp, rules)
+    transformers_apply(model, meshes.tp, rules)
     tie(model)
-    # What these give is a view of what DTensor made, whose later in-place change autograd refuses.
+    # These return a view of DTensor's output, and autograd refuses a later in-place change of such a view.
     views = {"embedding_rowwise", "colwise_gather_output", "conv1d_colwise_gather_output"}
     if _works_in_place(model):
         views |= {"rowwise", "rowwise_split_input"}
@@ -47,15 +47,15 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
 
 
 def _works_in_place(model: PreTrainedModel) -> bool:
-    """Whether the source of `model` changes a tensor in place."""
+    """Return whether the source of `model` changes a tensor in place."""
     source = inspect.getsource(sys.modules[type(model).__module__])
     return re.search(r"\.(add|mul)_\(|^ *\w+ [+*]= (?!\(|1\b)", source, re.MULTILINE) is not None
 
 
 def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[str]:
-    """Let modules that cut their own weights once they are given a mesh do so; returns those parameters.
+    """Let modules that shard their own weights, such as TransformerEngine's, do so; return the FQNs of these weights.
 
-    As TransformerEngine's `set_device_mesh` does. Raises `PlanError` where one does other than the plan says.
+    Such modules have a method `set_device_mesh`. Raises `PlanError` where the result differs from the plan.
     """
     cut: set[str] = set()
     for param in plan.params:
@@ -69,24 +69,24 @@ def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[s
         found = (tuple(own.shape), own.placements, own.device_mesh) if isinstance(own, DTensor) else tuple(own.shape)
         if found != (param.shape, (param.placements[-1],), meshes.tp):
             raise PlanError(
-                f"{plan.model_type}: set_device_mesh of {name} makes {leaf} {found}, but base_model_tp_plan says "
-                f"{param.style} of {param.shape}; set mesh.tp = 1"
+                f"{plan.model_type}: set_device_mesh of {name} lays out {leaf} as {found}, but base_model_tp_plan asks "
+                f"for {param.style} of {param.shape}; set mesh.tp = 1"
             )
         cut.add(param.fqn)
     return cut
 
 
 class _Conv1D:
-    """A style of linear layers for transformers' Conv1D, whose weight is `[in, out]`."""
+    """Adapts a style for linear layers to transformers' Conv1D, whose weight is `[in, out]`."""
 
     weight: Placement
     bias: Placement
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        full = module._parameters[param]
+        full = own_parameter(module, param)
         assert full is not None
         placed = distribute_tensor(full, mesh, [getattr(self, param)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(placed, requires_grad=full.requires_grad)
+        put_parameter(module, param, nn.Parameter(placed, requires_grad=full.requires_grad))
 
     def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.in_features, module.out_features = module.nx, module.nf
@@ -94,16 +94,16 @@ class _Conv1D:
         return installed
 
 
-class _Conv1DColwise(_Conv1D, styles.ColwiseParallel):
+class _Conv1DColwise(_Conv1D, ColwiseParallel):
     weight, bias = Shard(1), Shard(0)
 
 
-class _Conv1DRowwise(_Conv1D, styles.RowwiseParallel):
+class _Conv1DRowwise(_Conv1D, RowwiseParallel):
     weight, bias = Shard(0), Replicate()
 
 
-class _ColwiseInRegion(styles.ColwiseParallel):
-    """A layer of a region that `SequenceParallel` brings its input and reduces the gradient of that once for all."""
+class _ColwiseInRegion(ColwiseParallel):
+    """Leaves a region's input to `SequenceParallel`, which gathers it and reduces its gradient once for all layers."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
@@ -112,8 +112,8 @@ class _ColwiseInRegion(styles.ColwiseParallel):
         return args, kwargs
 
 
-class _RowwiseInRegion(styles.RowwiseParallel):
-    """A layer that gives this rank's part of a sum, which `SequenceParallel` adds up; rank 0's has the bias."""
+class _RowwiseInRegion(RowwiseParallel):
+    """Returns this rank's part of a sum, which `SequenceParallel` adds up; only rank 0 adds the bias."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
@@ -122,7 +122,7 @@ class _RowwiseInRegion(styles.RowwiseParallel):
         return args, kwargs
 
     def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
-        bias = module._parameters.get("bias")
+        bias = own_parameter(module, "bias")
         if bias is None:
             return output
         return output + cast(DTensor, bias).to_local() * float(mesh.get_local_rank() == 0)
@@ -136,4 +136,4 @@ _STYLES: dict[str, Any] = {
     "conv1d_rowwise": _Conv1DRowwise(),
 }
 for _name, _style in _STYLES.items():
-    styles.ALL_PARALLEL_STYLES.register(_name, _style)
+    ALL_PARALLEL_STYLES.register(_name, _style)

@@ -1,7 +1,7 @@
 """The sharding plan: for every parameter its style, placements, FSDP unit and local shape, or a refusal.
 
-Pure: a meta model, `MeshSizes` and a recipe come in, a `Plan` comes out or a `PlanError` is raised. `parallelize.py`
-applies a plan and decides nothing; `inspect` prints it.
+A pure function: from a meta model, `MeshSizes` and a recipe, `make_plan` returns a `Plan` or raises `PlanError`.
+`ndtrain.parallel` applies a plan and decides nothing; `inspect` prints it.
 """
 
 from ndtrain.plan.make import make_plan

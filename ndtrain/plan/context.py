@@ -1,4 +1,4 @@
-"""Which kind of context parallelism: what a model and a mesh allow, and what moves fewer bytes."""
+"""Choose the kind of context parallelism that a model and a mesh allow and that sends fewer bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def choose(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> tuple[str, str | None]:
-    """The kind for cp > 1, and for `cp.kind = "auto"` a note that says which and why; `PlanError` where none works."""
+    """Return the kind for cp > 1, and for `cp.kind = "auto"` a note with the reason.
+
+    Raises `PlanError` if the recipe's kind, or every kind, is impossible.
+    """
     kind = recipe.cp.kind
     no_ulysses, no_ring = _no_ulysses(model, sizes), _no_ring(model)
     if no_ulysses and no_ring:
@@ -37,14 +40,14 @@ def choose(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> tuple[st
     chosen = "ring" if moved["ring"] < moved["ulysses"] else "ulysses"
     other = "ulysses" if chosen == "ring" else "ring"
     share = moved[chosen] / moved[other]
-    return chosen, f"cp.kind = {chosen}: its attention sends {share:.2f} x the bytes that {other} would"
+    return chosen, f"cp.kind = {chosen}: attention sends {share:.2f} x the bytes that it would with {other}"
 
 
 def numbers_moved(model: PreTrainedModel, sizes: MeshSizes, *, gradient_size: int) -> dict[str, float] | None:
-    """What a rank sends per local token and layer, forward and backward, in units of one head.
+    """Return {kind: what a rank sends per local token and layer, forward and backward, in units of one head}.
 
-    `gradient_size` is that of float32 gradients of keys and values, which travel round the ring, over the compute
-    dtype's. None if the config does not say.
+    `gradient_size` is the size of the float32 gradients of keys and values, which travel around the ring, relative to
+    the compute dtype's. Returns None if the config does not give the number of heads.
     """
     config, cp = model.config.get_text_config(), sizes.cp
     heads = max(_counts(config, "num_attention_heads"), default=0)
@@ -52,7 +55,7 @@ def numbers_moved(model: PreTrainedModel, sizes: MeshSizes, *, gradient_size: in
         return None
     keys = max(_counts(config, "num_key_value_heads"), default=heads)
     if getattr(config, "kv_lora_rank", None):
-        keys = heads  # expanded before the attention
+        keys = heads  # latent attention expands its keys before it attends
     heads, keys = max(1, heads // sizes.tp), max(1, keys // sizes.tp)
     held = keys * (cp // math.gcd(keys, cp))
     return {
@@ -65,27 +68,29 @@ def _no_ulysses(model: PreTrainedModel, sizes: MeshSizes) -> str | None:
     for count in _counts(model.config.get_text_config(), "num_attention_heads"):
         if count % (sizes.tp * sizes.cp):
             return (
-                f"mesh.cp = {sizes.cp} x tp = {sizes.tp} does not divide the {count} attention heads of "
-                f"{model.config.model_type}, which ulysses needs"
+                f"ulysses needs whole heads on each rank, but mesh.cp = {sizes.cp} x tp = {sizes.tp} does not divide "
+                f"the {count} attention heads of {model.config.model_type}"
             )
     return None
 
 
 def on_whole_sequences(model: PreTrainedModel) -> str | None:
-    """The attention that chooses its keys itself, and so must see whole sequences; None for a model without one."""
+    """Return the class name of attention that selects its keys itself, so needs whole sequences; None without any."""
     return next((type(m).__name__ for m in model.modules() if chooses_keys(m)), None)
 
 
 def _no_ring(model: PreTrainedModel) -> str | None:
     if choosing := on_whole_sequences(model):
-        return f"ring does not know the keys that {choosing} chooses"
+        return f"ring cannot compute {choosing}, which selects the keys of each query itself"
     for key, rate in dropouts(model).items():
         if "att" in key:
-            return f"ring does not drop attention weights, and {model.config.model_type} has {key} = {rate}"
+            return (
+                f"ring does not support dropout of attention weights, but {model.config.model_type} has {key} = {rate}"
+            )
     return None
 
 
 def _counts(config: Any, key: str) -> list[int]:
-    """One number, one for each layer, or none."""
+    """Return the integers of a config entry: one, one per layer, or none."""
     found = getattr(config, key, None)
     return [n for n in (found if isinstance(found, list | tuple) else [found]) if isinstance(n, int)]

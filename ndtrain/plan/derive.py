@@ -1,8 +1,8 @@
-"""A tensor-parallel plan from a model's structure, for models that declare none that can be used.
+"""Derive a tensor-parallel plan from a model's structure, for models without a usable plan of their own.
 
-Every linear layer of a block can be cut by its outputs and its outputs gathered: right whatever the model does with
-them. Pairs of layers between which each feature goes its own way (the two of an MLP, the projections of attention
-heads) need no gathering between them: the first is cut by outputs, the second by inputs, and what comes out is summed.
+Every linear layer of a block can be cut by outputs if its outputs are gathered: that is correct whatever the model does
+with them. Pairs of layers between which the features stay independent (the two of an MLP, the projections of attention
+heads) need no gathering: the first is cut by outputs, the second by inputs, and its results are summed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ndtrain.hf.compat import Conv1D
 from ndtrain.hf.model import tied_keys
 from ndtrain.plan.units import embeddings, is_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Names of layers cut by outputs, and of the one after them that is cut by inputs.
+# Names of layers cut by outputs, and of the layer after them that is cut by inputs.
 HEADS = (("q_proj", "k_proj", "v_proj"), ("self.query", "self.key", "self.value"), ("q_lin", "k_lin", "v_lin"))
 PAIRS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     *((names, ("o_proj", "out_proj", "out_lin", "output.dense")) for names in HEADS),
@@ -36,14 +37,14 @@ PAIRS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("dense_h_to_4h",), ("dense_4h_to_h",)),
     (("intermediate.dense",), ("output.dense",)),
 )
-# Sizes that stay what they are when a module works on a share of its heads or features.
+# Sizes that do not change when a module works on a share of its heads or features.
 _PER_HEAD = {"head_dim", "attention_head_size", "layer_idx", "layer_id", "num_key_value_groups", "sliding_window"}
 
 
 def rules(model: PreTrainedModel, tp: int, *, blocks: tuple[str, ...], without: tuple[str, ...]) -> dict[str, str]:
-    """Style of every linear layer that tensor parallelism of `tp` ranks can cut; empty where there is none.
+    """Return {name: style} of every linear layer that `tp` ranks can cut; empty if there is none.
 
-    Modules in `without` and what they contain are left out.
+    The modules of `without` and their children are left out.
     """
     modules = dict(model.named_modules())
     layers = {
@@ -63,26 +64,24 @@ def rules(model: PreTrainedModel, tp: int, *, blocks: tuple[str, ...], without: 
             found[row] = _style(layers[row], "rowwise")
     for name, layer in layers.items():
         inputs, outputs = features(layer)
-        # What is much narrower than its input (a router) is not worth an exchange.
+        # A layer much narrower than its input (a router) is not worth the communication.
         if name not in found and min(inputs, outputs) >= tp and 8 * outputs >= inputs:
             found[name] = _style(layer, "colwise_gather_output")
     return found | _vocabulary(model, modules) if found else {}
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer; transformers' Conv1D is one with its weight transposed."""
+    """Return the (inputs, outputs) of a linear layer; transformers' Conv1D has its weight transposed."""
     weight = layer.weight
     return (weight.shape[0], weight.shape[1]) if is_conv1d(layer) else (weight.shape[1], weight.shape[0])  # type: ignore[index,union-attr,return-value]
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(module, Conv1D)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer that works on a share of its outputs or inputs as on all of them."""
+    """Return whether `module` is a linear layer whose forward also works on a share of its inputs or outputs."""
     plain = isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or not _names_a_size(module))
     return plain or is_conv1d(module)
 
@@ -105,7 +104,7 @@ def _pairs(layers: dict[str, nn.Module]) -> Iterator[tuple[list[str], str]]:
 
 
 def _divide(model: PreTrainedModel, columns: list[str], layers: dict[str, nn.Module], tp: int) -> bool:
-    """Whether each rank gets whole heads; features of an MLP need not divide."""
+    """Return whether each rank gets whole heads; the features of an MLP need not divide evenly."""
     if not any(columns[0].endswith(names[0]) for names in HEADS):
         return True
     config = model.config.get_text_config()
@@ -118,13 +117,13 @@ def _divide(model: PreTrainedModel, columns: list[str], layers: dict[str, nn.Mod
 
 
 def _works_on_a_share(modules: dict[str, nn.Module], name: str, pair: set[str], blocks: tuple[str, ...]) -> bool:
-    """Whether the module that owns layer `name` names no size of the whole and does nothing else between the pair."""
+    """Return whether the parent of layer `name` reads no full size and has no other parameters between the pair."""
     parent_name = name.rpartition(".")[0]
     parent = modules[parent_name]
     if _names_a_size(parent):
         return False
     if parent_name in blocks or not any(c.startswith(f"{parent_name}.") for c in pair - {name}):
-        # A block has its norms before and after the pair, and so may what holds the last layer alone.
+        # Norms of a block, or of a module with the last layer alone, lie before or after the pair, not between.
         return True
     own = {c.removeprefix(f"{parent_name}.") for c in pair}
     return not any(n.rpartition(".")[0] not in own for n, _ in parent.named_parameters())
@@ -135,12 +134,12 @@ def _names_a_size(module: nn.Module) -> bool:
 
 
 def _sizes_read(module: nn.Module) -> Iterator[object]:
-    """Values of `self.NAME` and `self.config.NAME` that the methods of `module` use, but for sizes of a head."""
-    for path in _attributes(type(module)):  # type: ignore[arg-type]
-        if path[-1] in _PER_HEAD or isinstance(getattr(type(module), path[-1], None), property):
+    """Yield the values of `self.NAME` and `self.config.NAME` that `module`'s methods read, except sizes of one head."""
+    for names in _attributes(type(module)):  # type: ignore[arg-type]
+        if names[-1] in _PER_HEAD or isinstance(getattr(type(module), names[-1], None), property):
             continue
         value: object = module
-        for part in path:
+        for part in names:
             value = getattr(value, part, None)
         if not isinstance(value, bool):
             yield value
@@ -148,7 +147,7 @@ def _sizes_read(module: nn.Module) -> Iterator[object]:
 
 @cache
 def _attributes(kind: type) -> tuple[tuple[str, ...], ...]:
-    """Every `self.a` and `self.a.b` in the source of a class, its constructor left out."""
+    """Return (a,) and (a, b) for each `self.a` and `self.a.b` in the source of a class, except in its constructor."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):
@@ -158,22 +157,22 @@ def _attributes(kind: type) -> tuple[tuple[str, ...], ...]:
         if not isinstance(method, ast.FunctionDef) or method.name == "__init__":
             continue
         for node in ast.walk(method):
-            path: list[str] = []
+            names: list[str] = []
             while isinstance(node, ast.Attribute):
-                path.insert(0, node.attr)
+                names.insert(0, node.attr)
                 node = node.value
-            if path and isinstance(node, ast.Name) and node.id == "self":
-                found.append(tuple(path[:2]))
+            if names and isinstance(node, ast.Name) and node.id == "self":
+                found.append(tuple(names[:2]))
     return tuple(found)
 
 
 def _weight_is_read(parent: nn.Module, name: str) -> bool:
-    """Whether the parent uses the parameters of its layer `name` itself, instead of calling it."""
-    return any(path in ((name, "weight"), (name, "bias")) for path in _attributes(type(parent)))  # type: ignore[arg-type]
+    """Return whether the parent reads the parameters of its layer `name` itself instead of calling the layer."""
+    return any(names in ((name, "weight"), (name, "bias")) for names in _attributes(type(parent)))  # type: ignore[arg-type]
 
 
 def _vocabulary(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Cut an ordinary embedding and head by the vocabulary, unless what they are tied to is neither."""
+    """Return styles that cut a plain embedding and head by the vocabulary; {} if one is tied to an uncut module."""
     found = {}
     embed, head = (
         next((n for n, m in modules.items() if m is of), None)

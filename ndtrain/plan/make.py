@@ -1,4 +1,4 @@
-"""`make_plan`: every parameter's place."""
+"""Make the plan: the style, placements and FSDP unit of every parameter."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 
 def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
-    """Decide every parameter's place for `model` (on meta) on a mesh of `sizes`.
+    """Return the plan for `model` (on meta) on a mesh of `sizes`.
 
-    Raises `PlanError`, before any weight is read, for what cannot be trained rightly, with the reason and what to
-    change.
+    Raises `PlanError`, with the reason and what to change, if the model cannot be trained correctly. Reads no weights.
     """
     model_type = model.config.model_type
     refuse.check(model, sizes, recipe)
@@ -34,18 +33,20 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     for fqn, param in model.named_parameters():
         if isinstance(param, DTensor):
             raise PlanError(
-                f"{model_type}: {fqn} is a DTensor already, {param.placements}: ndtrain cuts a model itself, the same "
-                "for every reader of its weights. Let it be plain until set_device_mesh(tp_mesh=...) is called, and "
-                "name the cut in base_model_tp_plan"
+                f"{model_type}: {fqn} is already a DTensor with placements {param.placements}, but ndtrain shards the "
+                "model itself; build it as a plain tensor, make it a DTensor only in set_device_mesh(tp_mesh=...), and "
+                "declare its style in base_model_tp_plan"
             )
         if not param.ndim:
-            raise PlanError(f"{model_type}: {fqn} is a scalar, which FSDP cannot hold; make it a tensor of one element")
+            raise PlanError(
+                f"{model_type}: {fqn} is a scalar, which FSDP cannot shard; make it a tensor of one element"
+            )
     cp, why = context.choose(model, sizes, recipe) if sizes.cp > 1 else (None, None)
     if why:
         notes.append(why)
     if cp and (choosing := context.on_whole_sequences(model)):
         notes.append(
-            f"{choosing} chooses its keys itself: it works on whole sequences on each of the {sizes.cp} cp ranks"
+            f"{choosing} selects its keys itself, so each of the {sizes.cp} cp ranks computes it on whole sequences"
         )
     ep_rules = expert.rules(model, sizes, overrides=recipe.ep.plan) if sizes.ep > 1 else {}
     experts = tuple(name for name, style in ep_rules.items() if style == expert.MODULE)
@@ -57,7 +58,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         refuse.check_dropout(model)
     along_sequence = None
     if sizes.tp > 1 and recipe.tp.sequence_parallel:
-        decided = "dropout" if refuse.dropouts(model) else sequence.decide(model, blocks, tp_rules)
+        decided = "the model has dropout" if refuse.dropouts(model) else sequence.decide(model, blocks, tp_rules)
         if isinstance(decided, str):
             notes.append(f"no sequence parallelism: {decided}")
         else:
@@ -72,12 +73,12 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         notes.append(f"{model_type}: no repeated blocks found; the model is one FSDP unit")
     head = fsdp.plain_head(model)
     if head is None:
-        notes.append("the head's output is changed before the loss: logits are held in the compute dtype")
+        notes.append("the model changes its head's output before the loss: logits are held in the compute dtype")
     owner = {module: unit.name for unit in units for module in unit.modules}
     for alias, source in tied.items():
         if _unit_of(alias, owner) != _unit_of(source, owner):
             raise PlanError(
-                f"{model_type}: {alias} and {source} are one tied weight in two FSDP units; not supported yet"
+                f"{model_type}: {alias} and {source} are one tied weight in two FSDP units, which is not supported"
             )
     params = tuple(
         _param_plan(fqn, param, sizes, tp_rules=tp_rules, ep_rules=ep_rules, unit=_unit_of(fqn, owner))
@@ -85,7 +86,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     )
     summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
     if along_sequence:
-        # The bias of a region's last layer is added by one tp rank.
+        # One tp rank alone adds the bias of a region's last layer.
         biases = {f"{region.row}.bias" for region in along_sequence.regions if region.row}
         summed += tuple(fqn for fqn, _ in model.named_parameters() if fqn in biases)
     refuse.check_router(model, summed)
@@ -142,10 +143,10 @@ def _param_plan(
 
 
 def _over_fsdp(shape: tuple[int, ...], inner: Placement, mesh: tuple[int, int]) -> Placement:
-    """How FSDP cuts what `inner` has placed over the second axis of `mesh`: along dim 0, as `fully_shard` prefers.
+    """Return FSDP's placement over the first axis of `mesh` for a tensor that `inner` places over the second.
 
-    Where that fills some ranks much more than others, as with fewer experts or rows than ranks, along a dim that
-    divides evenly, which `fully_shard` asks of every dim but 0.
+    That is dim 0, as `fully_shard` prefers. If dim 0 fills some ranks much more than others (fewer experts or rows than
+    ranks), it is a dim that divides evenly, which `fully_shard` requires of every dim but 0.
     """
     usual = fsdp_over(inner, mesh[1])
     others = [

@@ -1,4 +1,4 @@
-"""FSDP units chosen by the recipe: `[fsdp] mode = "manual"` and the patterns of `[fsdp.modules]`."""
+"""Make the FSDP units that the recipe chooses: `[fsdp] mode = "manual"` and the patterns of `[fsdp.modules]`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def units(model: PreTrainedModel, tied: dict[str, str], recipe: Recipe, *, experts: tuple[str, ...]) -> list[Unit]:
-    """The matched modules as units, in the order in which FSDP wraps them; without the root.
+    """Return the matched modules as units, in the order in which FSDP wraps them, without the root.
 
-    Experts under ep and modules that the model keeps in float32 are units in any case: where no pattern matches them,
-    with the policies of the unit around them. Raises `PlanError` naming the pattern.
+    Experts under ep and modules that the model keeps in float32 are always units. If no pattern matches them, they have
+    the policies of the unit around them. Raises `PlanError` naming the pattern.
     """
     usual = replace(root(recipe), reshard=recipe.fsdp.reshard_after_forward)
     matched = _matched(model, usual, recipe)
@@ -33,8 +33,8 @@ def units(model: PreTrainedModel, tied: dict[str, str], recipe: Recipe, *, exper
         for outer in experts:
             if name.startswith(f"{outer}."):
                 raise PlanError(
-                    f"{_at(pattern)} matches {name}, a part of experts that mesh.ep sends tokens to as a whole; name "
-                    f"{outer}, or set mesh.ep = 1"
+                    f"{_at(pattern)} matches {name}, a part of experts, which have to be one unit under mesh.ep; name "
+                    f"{outer} instead, or set mesh.ep = 1"
                 )
     for name in experts:
         around = _around(name, chosen, usual)
@@ -42,9 +42,9 @@ def units(model: PreTrainedModel, tied: dict[str, str], recipe: Recipe, *, exper
         if unit.param_dtype != around.param_dtype:
             raise PlanError(
                 f"{_at(matched[name])} gives {name} a mixed_precision of its own, but experts under mesh.ep compute in "
-                f"the dtype of what is around them, {around.param_dtype}"
+                f"the dtype of the unit around them, {around.param_dtype}; leave mixed_precision out"
             )
-        # Routing weights stay in their own dtype, as where experts are gathered with their block.
+        # Routing weights keep their dtype, as they do when experts are gathered with their block.
         chosen[name] = replace(unit, experts=True, cast_inputs=False)
     kept = kept_owners(model, "bfloat16") if low else []
     for name in kept:
@@ -59,8 +59,8 @@ def units(model: PreTrainedModel, tied: dict[str, str], recipe: Recipe, *, exper
     _check_none_is_empty(model, matched, chosen)
     head = embeddings(model, "output")
     for name in matched:
-        # Modules in other dtypes work side by side if each takes and gives the dtype of what is around it. What the
-        # head gives is the model's result, to be kept as exact as it is.
+        # Units of different dtypes work together if each casts its inputs to its own dtype and its outputs to that of
+        # the unit around it. The head's output is the model's result, so it keeps its precision.
         around = _around(name, chosen, usual)
         if low and name not in (*experts, *kept):
             differs = chosen[name].param_dtype != around.param_dtype and model.get_submodule(name) is not head
@@ -75,13 +75,13 @@ def _at(pattern: str) -> str:
 
 
 def _matches(pattern: str, name: str, module: nn.Module) -> bool:
-    """Whether `pattern` means this module: by its FQN, where `*` is any letters but a dot, or by its class."""
+    """Return whether `pattern` matches a module's FQN (`*` matches anything but a dot) or is its class name."""
     by_name = "".join("[^.]*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern))
     return type(module).__name__ == pattern or re.fullmatch(by_name, name) is not None
 
 
 def _matched(model: PreTrainedModel, usual: Unit, recipe: Recipe) -> dict[str, str]:
-    """Module with parameters -> the pattern that chose it."""
+    """Return {module with parameters: the pattern that matches it}."""
     modules = {name: module for name, module in model.named_modules() if name}
     found: dict[str, str] = {}
     for pattern in recipe.fsdp.modules:
@@ -94,8 +94,8 @@ def _matched(model: PreTrainedModel, usual: Unit, recipe: Recipe) -> dict[str, s
             module, other = modules[name], found.get(name)
             if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
                 raise PlanError(
-                    f"{_at(pattern)} matches {name}, a {type(module).__name__} without a forward of its own, around "
-                    f'which FSDP could gather weights; name what is in it, e.g. "{name}.*"'
+                    f"{_at(pattern)} matches {name}, a {type(module).__name__} without a forward of its own, so FSDP "
+                    f'cannot gather its weights before a call; name its modules instead, e.g. "{name}.*"'
                 )
             if other is not None and _unit(name, other, usual, recipe) != _unit(name, pattern, usual, recipe):
                 raise PlanError(f"{_at(pattern)} and {_at(other)} both match {name}, with different policies; keep one")
@@ -121,7 +121,7 @@ def _some(names: dict[str, None]) -> str:
 
 
 def _unit(name: str, pattern: str, usual: Unit, recipe: Recipe) -> Unit:
-    """The unit of one module, where what the policy leaves out is as [fsdp] says."""
+    """Return the unit of one module; [fsdp] gives the values that its policy leaves out."""
     given = recipe.fsdp.modules[pattern]
     dtype: str = usual.param_dtype
     if given.mixed_precision is False:
@@ -139,7 +139,7 @@ def _unit(name: str, pattern: str, usual: Unit, recipe: Recipe) -> Unit:
 
 
 def _owner(module: str, chosen: dict[str, Unit]) -> str | None:
-    """The innermost chosen module that is or contains `module`; None for the root."""
+    """Return the innermost chosen module that is or contains `module`; None for the root."""
     while module and module not in chosen:
         module = module.rpartition(".")[0]
     return module or None
@@ -161,7 +161,7 @@ def _check_none_is_empty(model: nn.Module, matched: dict[str, str], chosen: dict
 
 
 def _tied_together(chosen: dict[str, Unit], matched: dict[str, str], tied: dict[str, str]) -> list[Unit]:
-    """The units, with modules that share a weight in one. Raises `PlanError` where they cannot be."""
+    """Return the units, with modules that share a weight merged. Raises `PlanError` if they cannot be merged."""
     leader: dict[str, str] = {}
     for alias, source in tied.items():
         modules = [key.rpartition(".")[0] for key in (source, alias)]
@@ -173,7 +173,7 @@ def _tied_together(chosen: dict[str, Unit], matched: dict[str, str], tied: dict[
         if first is None or second is None or policies[0] != policies[1]:
             named = next(matched[owner] for owner in owners if owner in matched)
             raise PlanError(
-                f"{_at(named)}: {alias} and {source} are one tied weight, which has to be in one FSDP unit; give "
+                f"{_at(named)}: {alias} and {source} are one tied weight, which must be in one FSDP unit; give "
                 f'"{modules[0]}" and "{modules[1]}" the same policies, or match neither'
             )
         leader[modules[1]] = leader.get(modules[0], modules[0])

@@ -1,4 +1,4 @@
-"""`[tp.plan]` and `[ep.plan]`: styles of the recipe over those of a plan."""
+"""Replace styles of a plan by those of the recipe's `[tp.plan]` and `[ep.plan]`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 def overridden(
     model: PreTrainedModel, own: Mapping[str, str], overrides: Mapping[str, str], *, key: str, styles: tuple[str, ...]
 ) -> dict[str, str]:
-    """`own` (FQN of a module or parameter to style) with `overrides` (FQN pattern to style) in its place.
+    """Return `own` ({FQN of a module or parameter: style}) with the styles of `overrides` ({FQN pattern: style}).
 
-    `*` in a pattern stands for one part between dots. A module's style is that of its parameters, unless they have
-    their own. Raises `PlanError` for a style that is none of `styles` and a pattern that matches nothing.
+    `*` in a pattern matches one part between dots. A module's style applies to its parameters without a style of their
+    own. Raises `PlanError` for a style that is not in `styles` and for a pattern that matches nothing.
     """
     found = dict(own)
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     for pattern, style in overrides.items():
         if style not in styles:
-            raise PlanError(f'{key}."{pattern}" = "{style}" is no style; take one of {", ".join(styles)}')
+            raise PlanError(f'{key}."{pattern}" = "{style}" is not a style; use one of {", ".join(styles)}')
         expression = re.compile(r"\.".join("[^.]+" if part == "*" else re.escape(part) for part in pattern.split(".")))
         chosen = [name for name in names if expression.fullmatch(name)]
         if not chosen:

@@ -1,4 +1,4 @@
-"""Refusals that concern the whole model, and notes on what a user should know."""
+"""Refuse models that cannot be trained correctly, and write notes for the user."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _MIXING = re.compile(
 
 
 def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
+    """Raise `PlanError` if `model` cannot be trained correctly by this recipe on a mesh of `sizes`."""
     what = model.config.model_type
     if routers.wanted(model):
         routers.check(model)
@@ -37,7 +38,7 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     if recipe.data.packing and (reason := _no_packing(model, forward)):
         raise PlanError(f"{what}: {reason}, so packed documents would see each other; set data.packing = false")
     if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
-        raise PlanError(f'{what} cannot recompute its blocks; set train.activation_checkpointing = "none"')
+        raise PlanError(f'{what} does not support recomputing its blocks; set train.activation_checkpointing = "none"')
     if sizes.cp > 1:
         _check_cp(model, sizes)
     # A sequence may be padded to a multiple of 2 cp.
@@ -46,11 +47,14 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
     learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings(model, "input")]
     if counted and length > counted - before and any(m.num_embeddings <= counted + 8 for m in learned):
         limit = counted - before
-        raise PlanError(f"data.seq_len = {recipe.data.seq_len} exceeds the {limit} learned positions of {what}")
+        padded = f" (padded to {length} for mesh.cp = {sizes.cp})" if length != recipe.data.seq_len else ""
+        raise PlanError(
+            f"data.seq_len = {recipe.data.seq_len}{padded} exceeds the {limit} learned positions of {what}; shorten it"
+        )
 
 
 def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
-    """Refuse what is known not to work on parts of sequences; `Trainer` proves the rest on the model itself."""
+    """Refuse models known not to work on parts of sequences; `Trainer` tests the others by running them."""
     what = model.config.model_type
     if mixing := _mixing(model):
         raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
@@ -64,7 +68,7 @@ def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
 
 
 def _positions(model: PreTrainedModel) -> tuple[int | None, int]:
-    """How many positions the config counts, and how many of them no token has: those up to the padding id, if any."""
+    """Return the number of positions in the config, and how many of them (up to the padding id) no token can have."""
     config = model.config.get_text_config()
     keys = ("max_position_embeddings", "max_target_positions")
     counted = next((n for key in keys if isinstance(n := getattr(config, key, None), int)), None)
@@ -72,10 +76,10 @@ def _positions(model: PreTrainedModel) -> tuple[int | None, int]:
 
 
 def dropouts(model: PreTrainedModel) -> dict[str, float]:
-    """The config's rates of dropout and jitter above 0."""
+    """Return {config key: rate} of dropout and jitter above 0."""
     rates = {}
     for key, value in model.config.get_text_config().to_dict().items():
-        # summary_* and classifier_* belong to other heads than the causal LM's
+        # summary_* and classifier_* belong to heads other than the causal LM's.
         named = ("drop" in key or "jitter" in key) and not key.startswith(("summary", "classifier"))
         if named and isinstance(value, float) and value > 0:
             rates[key] = value
@@ -83,26 +87,26 @@ def dropouts(model: PreTrainedModel) -> dict[str, float]:
 
 
 def notes(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Iterator[str]:
-    """What a user should know before paying for the run."""
+    """Yield what a user should know before starting the run."""
     given = {"tp": ("plan", recipe.tp.plan), "ep": ("plan", recipe.ep.plan), "cp": ("kind", recipe.cp.kind != "auto")}
     for axis, (key, is_set) in given.items():
         if is_set and getattr(sizes, axis) == 1:
             yield f"{axis}.{key} has no effect: mesh.{axis} = 1"
     if found := dropouts(model):
         rates = ", ".join(f"{key} = {value}" for key, value in found.items())
-        yield f"dropout ({rates}) draws other random numbers on another mesh or micro_batch_size"
+        yield f"dropout ({rates}) draws different random numbers on another mesh or with another micro_batch_size"
     if recipe.data.packing and (kinds := {kind for *_, kind in varying_frequencies(model)}):
         yield (
-            f"its {', '.join(sorted(kinds))} position embedding is that of data.seq_len = "
-            f"{recipe.data.seq_len} tokens, however short a document is"
+            f"its {', '.join(sorted(kinds))} position embedding uses the frequencies of data.seq_len = "
+            f"{recipe.data.seq_len} tokens for every document, also for shorter ones"
         )
     limit, _ = _positions(model)
     if limit is not None and recipe.data.seq_len > limit:
-        yield f"data.seq_len = {recipe.data.seq_len} is beyond the model's max_position_embeddings = {limit}"
+        yield f"data.seq_len = {recipe.data.seq_len} exceeds the model's max_position_embeddings = {limit}"
 
 
 def check_dropout(model: PreTrainedModel) -> None:
-    """Refuse random numbers under tp other than dropout, whose place `Trainer` looks at in the model itself."""
+    """Refuse jitter under tp; `Trainer` finds out by running the model where it applies dropout."""
     for key, value in dropouts(model).items():
         if "jitter" in key:
             raise PlanError(
@@ -112,25 +116,25 @@ def check_dropout(model: PreTrainedModel) -> None:
 
 
 def check_router(model: PreTrainedModel, summed: tuple[str, ...]) -> None:
-    """Refuse routers whose gradients are summed over tp: every rank has that of the auxiliary loss whole."""
+    """Refuse routers whose gradients are summed over tp: each rank has the full gradient of the auxiliary loss."""
     if not routers.wanted(model):
         return
     for name in routers.router_names(model):
         if part := next((fqn for fqn in summed if fqn.startswith(f"{name}.")), None):
             raise PlanError(
                 f"{model.config.model_type} sums the gradients of {part} over tp, which would count its auxiliary loss "
-                "on every tp rank; set mesh.tp = 1 or model.config.output_router_logits = false"
+                "once per tp rank; set mesh.tp = 1 or model.config.output_router_logits = false"
             )
 
 
 def _mixing(model: PreTrainedModel) -> str | None:
-    """What mixes tokens other than by attention, as a sentence, or None."""
+    """Return what mixes tokens other than attention, as a clause for a message, or None."""
     from transformers import PreTrainedModel
 
     text = _text_model(model)
     inner = [type(m).__name__ for m in _text_modules(text) if isinstance(m, PreTrainedModel) and m is not text]
     if len(inner) > 1:
-        return f"{', '.join(inner)} work on sequences of their own, which are not of tokens"
+        return f"{', '.join(inner)} work on sequences of their own, not on the tokens"
     for module in _text_modules(text):
         if isinstance(module, nn.Conv1d) or _MIXING.search(type(module).__name__):
             return f"{type(module).__name__} mixes along the sequence without a mask"
@@ -141,12 +145,12 @@ def _text_model(model: PreTrainedModel) -> nn.Module:
     from transformers import PreTrainedModel
 
     decoder = model.get_decoder()
-    # Some call their head a decoder.
+    # Some models call their head a decoder.
     return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 def _text_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """`module` and what is in it, without towers for images and sound, which are models of their own."""
+    """Yield `module` and the modules in it, except towers for images and sound, which are models of their own."""
     from transformers import PreTrainedModel
 
     yield module
@@ -156,7 +160,7 @@ def _text_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _no_packing(model: PreTrainedModel, forward: Mapping[str, object]) -> str | None:
-    """Why packed documents are not kept apart by this model's attention, or None if they are."""
+    """Return why this model's attention does not separate packed documents; None if it does."""
     if mixing := _mixing(model):
         return mixing
     if "position_ids" not in forward:
@@ -165,5 +169,5 @@ def _no_packing(model: PreTrainedModel, forward: Mapping[str, object]) -> str | 
     if "create_causal_mask" not in source and "create_masks_for_generate" not in source:
         return "it does not build its mask from position_ids"
     if "position_ids_from_input_ids" in source or re.search(r"attention_mask = torch\.ones", source):
-        return "it replaces the mask or the positions that tell documents apart"
+        return "it replaces the mask or the positions that separate documents"
     return None

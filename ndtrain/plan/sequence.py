@@ -1,7 +1,8 @@
-"""Sequence parallelism: which parts of the blocks work on a tp rank's share of each sequence (arXiv:2205.05198).
+"""Plan sequence parallelism: which parts of the blocks work on a tp rank's share of each sequence (arXiv:2205.05198).
 
-Between the layers that tensor parallelism cuts, norms and residuals are the same on every tp rank. Here each rank does
-them for its share of the tokens; what mixes tokens or features gets the whole sequence.
+Between the layers that tensor parallelism cuts, norms and residuals are the same on every tp rank. Under sequence
+parallelism each rank computes them for its share of the tokens; modules that mix tokens or features get the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Region:
-    """A module inside a block that takes whole sequences, and the name of the argument that brings them.
+    """A module inside a block that needs whole sequences, and the name `takes` of the argument that holds them.
 
-    Where it hands them to cut layers alone, these are its `columns`, and what its last layer `row` gives is this rank's
-    part of a sum over the tp ranks.
+    If only layers cut by outputs use the argument, they are `columns`, and the output of the last layer `row` is this
+    rank's part of a sum over the tp ranks.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Region:
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Blocks whose residual stream is cut along the sequence, and their regions that need it whole.
+    """Blocks whose residual stream is cut along the sequence, and the regions in them that need whole sequences.
 
     Gradients of `norms` (FQNs of parameters) cover a rank's share of the tokens and are summed over tp.
     """
@@ -47,31 +48,31 @@ class SequencePlan:
 
 
 def decide(model: PreTrainedModel, blocks: tuple[str, ...], rules: dict[str, str]) -> SequencePlan | str:
-    """The plan, or why there is none."""
+    """Return the plan, or why the model allows none."""
     if not blocks or len({name.rpartition(".")[0] for name in blocks}) > 1:
-        return "its blocks are not one list"
+        return "its blocks are not in one list"
     regions: list[Region] = []
     norms: list[str] = []
     for name in blocks:
         block = model.get_submodule(name)
         if own := [n for n, _ in block.named_parameters(recurse=False)]:
-            return f"{name} has {own[0]} of its own"
+            return f"{name} has a parameter {own[0]} outside its modules"
         for child_name, child in block.named_children():
             fqn, params = f"{name}.{child_name}", dict(child.named_parameters())
             if fqn in rules:
-                return f"{fqn} is cut outside a module of its own"
+                return f"tensor parallelism cuts {fqn}, which lies directly in a block"
             if "norm" in type(child).__name__.lower() and all(p.ndim == 1 for p in params.values()):
                 norms += [f"{fqn}.{n}" for n in params]
             elif params:
                 takes = _first(child)
                 if takes is None:
-                    return f"{fqn} takes no activations"
+                    return f"the forward of {fqn} takes no argument"
                 regions.append(_region(fqn, child, rules, takes))
     return SequencePlan(blocks, tuple(regions), tuple(norms))
 
 
 def _first(module: nn.Module) -> str | None:
-    """Name of the first argument of the module's forward."""
+    """Return the name of the first argument of the module's forward."""
     names = list(inspect.signature(type(module).forward).parameters)
     return names[1] if len(names) > 1 else None
 
@@ -90,7 +91,7 @@ def _region(fqn: str, module: nn.Module, rules: dict[str, str], takes: str) -> R
 
 @cache
 def _passes(forward: Callable[..., Any], takes: str, columns: frozenset[str], row: str) -> bool:
-    """Whether `forward` hands the argument `takes` to `columns` alone, and returns what `row` gives."""
+    """Return whether `forward` passes its argument `takes` only to `columns` and returns the output of `row`."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
@@ -106,12 +107,12 @@ def _passes(forward: Callable[..., Any], takes: str, columns: frozenset[str], ro
 
 
 def _calls(node: ast.AST, names: frozenset[str]) -> bool:
-    """Whether `node` is a call of `self.NAME`."""
+    """Return whether `node` is a call of `self.NAME` for a NAME in `names`."""
     return isinstance(node, ast.Call) and ast.unparse(node.func) in {f"self.{name}" for name in names}
 
 
 def _is_returned(tree: ast.AST, parents: dict[ast.AST, ast.AST], name: str) -> bool:
-    """Whether what `self.NAME(...)` gives is returned as it is, alone or first of several."""
+    """Return whether the output of `self.NAME(...)` is returned unchanged, alone or in a tuple."""
     calls = [node for node in ast.walk(tree) if _calls(node, frozenset([name]))]
     if len(calls) != 1:
         return False
@@ -120,8 +121,8 @@ def _is_returned(tree: ast.AST, parents: dict[ast.AST, ast.AST], name: str) -> b
         return True
     if not isinstance(user, ast.Assign) or not isinstance(user.targets[0], ast.Name):
         return False
-    result, at = user.targets[0].id, user.lineno
-    later = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == result and n.lineno > at]
+    result, line = user.targets[0].id, user.lineno
+    later = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == result and n.lineno > line]
     return bool(later) and all(
         isinstance(parents[n], ast.Return)
         or (isinstance(parents[n], ast.Tuple) and isinstance(parents[parents[n]], ast.Return))

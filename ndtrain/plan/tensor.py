@@ -1,4 +1,4 @@
-"""Tensor parallelism: the model's own plan or a derived one, checked against what can be done rightly."""
+"""Plan tensor parallelism: take the model's own plan or derive one, and check that it gives correct gradients."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import expanded_plan
 from ndtrain.hf.model import tied_keys
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import derive
 from ndtrain.plan.override import overridden
 from ndtrain.plan.units import is_within
+from ndtrain.torch_compat import StridedShard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Styles of transformers' TP plans (5.23) whose gradients the matrix covers. The first cut the parameters they name
-# (with the sizes that their module must have), the others work on a module's inputs and outputs.
+# Styles of transformers' TP plans (5.23) whose gradients the matrix covers. `CUTTING` styles cut the parameters they
+# name (each with the attributes that its module must have), `WRAPPING` styles change a module's inputs and outputs.
 CUTTING = {
     "colwise": ("out_features",),
     "colwise_gather_output": ("out_features",),
@@ -34,8 +36,8 @@ CUTTING = {
     "conv1d_rowwise": ("nx",),
 }
 WRAPPING = ("moe_tp_experts", "mla_kv_a_proj", "local_params", "all_reduce", "replicate")
-# Its hook all-reduces the accumulated gradient at every micro batch, which is wrong from the second one on
-# (transformers <= 5.23): ndtrain sums these gradients itself, once, at the step boundary.
+# transformers' hook (<= 5.23) all-reduces the accumulated gradient at every micro batch, which is wrong from the second
+# one on, so ndtrain sums these gradients itself, once per step.
 SUMMED = "replicated_with_grad_allreduce"
 STYLES = (*CUTTING, *WRAPPING, SUMMED)
 
@@ -48,14 +50,15 @@ def rules(
     without: tuple[str, ...],
     overrides: Mapping[str, str],
 ) -> tuple[dict[str, str], str | None]:
-    """The tensor-parallel plan, one entry per module, checked against what can be done rightly; and a note on it.
+    """Return the checked tensor-parallel plan {FQN: style}, one entry per module, and a note on it or None.
 
-    The model's own plan, or where that cannot be used one derived from its structure; `overrides` (FQN pattern to
-    style) over it. Modules in `without` and what they contain are left out.
+    It is the model's own plan, or one derived from its structure if that cannot be used, with styles replaced by
+    `overrides` ({FQN pattern: style}). Modules in `without` and their children are left out. Raises `PlanError` if no
+    plan is correct or tp does not divide the heads.
     """
     what = model.config.model_type
     # transformers expands `*` to the model's layer numbers, parameters before modules (private, 5.23).
-    declared: dict[str, str] = model._expand_parallel_plan(dict(model.tp_plan or {}))
+    declared: dict[str, str] = expanded_plan(model, dict(model.tp_plan or {}))
     own = {name: style for name, style in declared.items() if not is_within(name, without)}
     note = None
     reason = _unusable(model, own, blocks) if own else "declares no tensor-parallel plan"
@@ -75,9 +78,9 @@ def rules(
 
 
 def _unusable(model: PreTrainedModel, found: dict[str, str], blocks: tuple[str, ...]) -> str | None:
-    """Why tensor parallelism by these styles would not be right, as the end of a sentence; None where nothing shows.
+    """Return why these styles would be incorrect, as the end of a sentence; None if no reason is found.
 
-    Leaves in `found` one entry per module, and a parameter's own where it has another style.
+    Deletes from `found` the parameters that have the style of their module.
     """
     if unknown := sorted(set(found.values()) - set(STYLES)):
         return f"has style {unknown[0]} in its tensor-parallel plan, which is not supported"
@@ -86,36 +89,36 @@ def _unusable(model: PreTrainedModel, found: dict[str, str], blocks: tuple[str, 
         del found[name]
     for name, style in found.items():
         if name in modules and not all(hasattr(modules[name], n) for n in CUTTING.get(style, ())):
-            return f"cuts {name}, which is a {type(modules[name]).__name__} and no linear layer"
+            return f"cuts {name}, which is a {type(modules[name]).__name__}, not a linear layer"
         if name in modules and style in CUTTING and _does_more(modules[name]):
-            return f"cuts {name}, whose forward does more than one layer's"
+            return f"cuts {name}, whose forward does more than that of one layer"
     cut = {
         name: placement(of_it, name.rpartition(".")[2], param.ndim)
         for name, param in model.named_parameters(remove_duplicate=False)
         if (of_it := rule_of(name, found))
     }
-    if not any(place is not None for name, place in cut.items() if is_within(name, blocks) or not blocks):
-        return "leaves every block replicated by its tensor-parallel plan"
-    for name, place in cut.items():
+    if not any(placed is not None for name, placed in cut.items() if is_within(name, blocks) or not blocks):
+        return "leaves every block replicated in its tensor-parallel plan"
+    for name, placed in cut.items():
         if "gate_up" in name and rule_of(name, found) == "colwise":
-            return f"cuts {name} in one piece, which mixes gate and up"
-        if isinstance(place, _StridedShard) and place.dim == 0:
+            return f"cuts the fused {name} as one matrix, which mixes gate and up"
+        if isinstance(placed, StridedShard) and placed.dim == 0:
             return f"has {name} packed and cut along dim 0, which is not supported"
     for alias, source in tied_keys(model).items():
         if cut.get(alias) != cut.get(source):
-            return f"has one tied weight, {alias} and {source}, with two styles"
+            return f"gives one tied weight, {alias} and {source}, two styles"
     return _bare(modules, found)
 
 
 def _does_more(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer of another kind, or an embedding with a layer behind it."""
+    """Return whether `module` is a linear layer with its own forward, or an embedding with a layer inside."""
     if isinstance(module, nn.Linear):
         return not derive.is_linear(module)
     return isinstance(module, nn.Embedding) and any(True for _ in module.children())
 
 
 def placement(style: str, name: str, ndim: int) -> Placement | None:
-    """How `style` cuts a parameter called `name` over tp, or None where it does not."""
+    """Return how `style` places a parameter called `name` over tp; None if it does not cut parameters."""
     if style in ("colwise", "colwise_gather_output"):
         return Shard(max(0, ndim - 2))
     if style in ("rowwise", "rowwise_split_input"):
@@ -127,13 +130,14 @@ def placement(style: str, name: str, ndim: int) -> Placement | None:
     if style == "conv1d_rowwise":
         return Replicate() if name == "bias" else Shard(0)
     if style == "packed_colwise":
-        return Shard(0) if ndim == 1 else _StridedShard(ndim - 2, split_factor=2)
+        return Shard(0) if ndim == 1 else StridedShard(ndim - 2, split_factor=2)
     if style == "packed_rowwise":
-        return Replicate() if ndim == 1 else _StridedShard(ndim - 1, split_factor=2)
+        return Replicate() if ndim == 1 else StridedShard(ndim - 1, split_factor=2)
     return None
 
 
 def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> None:
+    """Raise `PlanError` if the projections of heads are cut and tp does not divide the heads."""
     if not any(style == "colwise" and name.endswith(("q_proj", "k_proj")) for name, style in rules.items()):
         return
     heads = getattr(config, "num_attention_heads", None)
@@ -148,10 +152,10 @@ def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> N
 
 
 def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:
-    """A parameter among cut layers that has no style, so that its gradient would cover this rank's share only.
+    """Return a reason if a parameter beside cut layers has no style: its gradient would cover only this rank's share.
 
-    A learned activation's scalars between two layers of an MLP are added to `found`: their gradients are summed. What
-    deeper modules do shows in the gradients: `Trainer` compares them.
+    Adds to `found` the scalars of learned activations between two layers of an MLP, whose gradients are summed. Does
+    not look into deeper modules: `Trainer` compares their gradients.
     """
     for parent in sorted({name.rpartition(".")[0] for name, style in found.items() if style == "colwise"}):
         if parent not in modules:
@@ -168,5 +172,5 @@ def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:
 
 
 def rule_of(fqn: str, rules: dict[str, str]) -> str | None:
-    """The style for a parameter: its own, else its module's."""
+    """Return a parameter's style: its own, else its module's; None if there is neither."""
     return rules.get(fqn, rules.get(fqn.rpartition(".")[0]))

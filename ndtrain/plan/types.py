@@ -1,4 +1,4 @@
-"""What a plan says, as data."""
+"""The data of a plan: `Plan`, its parameters and its FSDP units."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ndtrain.layout import Box, local_boxes, local_shape
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.sequence import SequencePlan
 
-# What a fullest rank may hold over the mean before a plan says why.
+# A plan explains its imbalance if the fullest rank holds more than this many times the mean.
 EVEN = 1.15
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that FSDP gathers together. Dtypes are names of torch's."""
+    """Modules that FSDP gathers together. Dtypes are torch's names."""
 
     name: str
     modules: tuple[str, ...]
     reshard: bool
-    param_dtype: str = "float32"  # of the gathered weights, and so of the computation
+    param_dtype: str = "float32"  # of the gathered weights and the computation
     reduce_dtype: str = "float32"
     cast_inputs: bool = False
-    output_dtype: str | None = None  # to which outputs are cast, where the modules around compute in another dtype
+    output_dtype: str | None = None  # outputs are cast to it, if the unit around computes in another dtype
     cpu_offload: bool = False
     experts: bool = False  # sharded over efsdp instead of fsdp
 
@@ -47,22 +47,23 @@ class ParamPlan:
     placements: tuple[Placement, ...]
 
     def local_shape(self, sizes: MeshSizes, rank: int) -> tuple[int, ...]:
-        """Shape of what `rank` holds."""
-        return local_shape(self.shape, *self._place(sizes, rank))
+        """Return the shape of the part that `rank` holds."""
+        return local_shape(self.shape, *self._layout(sizes, rank))
 
     def boxes(self, sizes: MeshSizes, rank: int) -> list[Box]:
-        """The boxes of the global tensor that `rank` holds."""
-        return local_boxes(self.shape, *self._place(sizes, rank))
+        """Return the boxes of the global tensor that `rank` holds."""
+        return local_boxes(self.shape, *self._layout(sizes, rank))
 
-    def _place(self, sizes: MeshSizes, rank: int) -> tuple[list[int], list[int], tuple[Placement, ...]]:
-        place = sizes.coordinate(rank)
-        return [getattr(sizes, a) for a in self.axes], [place[a] for a in self.axes], self.placements
+    def _layout(self, sizes: MeshSizes, rank: int) -> tuple[list[int], list[int], tuple[Placement, ...]]:
+        """Return the sizes of the parameter's axes, the rank's coordinate on them, and the placements."""
+        coordinate = sizes.coordinate(rank)
+        return [getattr(sizes, a) for a in self.axes], [coordinate[a] for a in self.axes], self.placements
 
     def local_numel(self, sizes: MeshSizes, rank: int) -> int:
         return math.prod(self.local_shape(sizes, rank))
 
     def copies(self, sizes: MeshSizes) -> int:
-        """How many times the mesh holds this parameter, all ranks together."""
+        """Return how many copies of this parameter all ranks together hold."""
         cuts = (
             getattr(sizes, a) for a, p in zip(self.axes, self.placements, strict=True) if not isinstance(p, Replicate)
         )
@@ -73,11 +74,11 @@ class ParamPlan:
         return math.prod(self.shape)
 
     def excess(self, sizes: MeshSizes) -> float:
-        """Elements that rank 0 holds above the mean of all ranks."""
+        """Return the number of elements that rank 0 holds above the mean of all ranks."""
         return self.local_numel(sizes, 0) - self.numel * self.copies(sizes) / sizes.world_size
 
     def uneven_dims(self, sizes: MeshSizes) -> dict[int, int]:
-        """{tensor dim: ranks it is cut over} of the dims of which rank 0 holds more than the mean."""
+        """Return {tensor dim: ranks that it is cut over} of the dims of which rank 0 holds more than the mean."""
         over: dict[int, int] = defaultdict(lambda: 1)
         for axis, placement in zip(self.axes, self.placements, strict=True):
             if not isinstance(placement, Replicate):
@@ -88,12 +89,12 @@ class ParamPlan:
 
 @dataclass(frozen=True)
 class Uneven:
-    """Parameters alike (the same of repeated layers) of which rank 0 holds more than the mean of all ranks."""
+    """Equal parameters of repeated layers, of which rank 0 holds more than the mean of all ranks."""
 
     fqns: tuple[str, ...]
     shape: tuple[int, ...]
-    dims: dict[int, int]  # tensor dim -> ranks it is cut over
-    excess: float  # elements above the mean, of all of them
+    dims: dict[int, int]  # tensor dim -> ranks that it is cut over
+    excess: float  # elements above the mean, summed over `fqns`
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,15 @@ class Plan:
     sizes: MeshSizes
     params: tuple[ParamPlan, ...]
     units: tuple[Unit, ...]  # in the order in which FSDP wraps them
-    root: Unit  # what no other unit has; wrapped last
+    root: Unit  # the parameters of no other unit; wrapped last
     blocks: tuple[str, ...]
     tied: dict[str, str]
     tp_rules: dict[str, str]
     ep_rules: dict[str, str]
     tp_summed: tuple[str, ...]
     sequence: SequencePlan | None
-    cp: str | None  # "ulysses" or "ring" where cp > 1
-    drops_by_rank: bool  # whether attention drops elements by numbers of each tp rank's own
+    cp: str | None  # "ulysses" or "ring" if cp > 1
+    drops_by_rank: bool  # whether each tp rank draws its own numbers for attention dropout
     head: str | None
     notes: tuple[str, ...]
 
@@ -122,7 +123,7 @@ class Plan:
 
     @cached_property
     def on_host(self) -> frozenset[str]:
-        """FQNs of the parameters whose shards, gradients and optimizer state are in host memory."""
+        """The FQNs of the parameters whose shards, gradients and optimizer state are in host memory."""
         offloaded = {unit.name for unit in (*self.units, self.root) if unit.cpu_offload}
         return frozenset(p.fqn for p in self.params if p.unit in offloaded)
 
@@ -136,21 +137,21 @@ class Plan:
 
     @property
     def mean_numel(self) -> float:
-        """Elements that a rank holds on average."""
+        """The number of elements that a rank holds on average."""
         return sum(p.numel * p.copies(self.sizes) for p in self.params) / self.sizes.world_size
 
     @property
     def imbalance(self) -> float:
-        """What the fullest rank holds over the mean of all ranks.
+        """The ratio of the elements of the fullest rank to the mean of all ranks.
 
-        That is rank 0, since every cut gives its first part the most: nothing has to be counted rank by rank.
+        Rank 0 is always the fullest, since every cut makes its first part the largest.
         """
         return self.rank_numel(0) / self.mean_numel
 
     def uneven(self) -> tuple[Uneven, ...]:
-        """The parameters without whose excess the fullest rank would hold at most `EVEN` times the mean, worst first.
+        """Return the fewest groups of parameters that explain an `imbalance` above `EVEN`, worst first.
 
-        Empty where the plan is even.
+        Without their excess the fullest rank would hold at most `EVEN` times the mean. Empty if the plan is even.
         """
         alike: dict[tuple[object, ...], list[ParamPlan]] = defaultdict(list)
         for param in self.params:
@@ -174,7 +175,7 @@ class Plan:
 
     @property
     def tp_coverage(self) -> float:
-        """Share of the parameters that tensor parallelism cuts."""
+        """The share of the elements that tensor parallelism cuts."""
         return sum(p.numel for p in self.params if "tp" in p.axes and not _replicated(p)) / max(1, self.numel)
 
 

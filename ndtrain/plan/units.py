@@ -1,4 +1,4 @@
-"""FSDP units: which modules are gathered together, and where the loss can be taken."""
+"""Make the FSDP units (modules that are gathered together), and find the head in which the loss can be computed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ndtrain.hf.compat import GradientCheckpointingLayer, no_split_modules
 from ndtrain.hf.model import kept_in_fp32
 from ndtrain.plan.types import Unit
 from ndtrain.recipe import Recipe
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
 
 
 def find_blocks(model: nn.Module) -> Iterator[str]:
-    """Names of the repeated blocks: what the model declares indivisible, or checkpoints one by one."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    declared = set(getattr(model, "_no_split_modules", None) or ())
+    """Yield the names of the repeated blocks: modules that the model declares indivisible or checkpoints one by one."""
+    declared = no_split_modules(model)
     found: list[str] = []
     for name, module in model.named_modules():
         listed = name.rpartition(".")[2].isdigit()
@@ -35,21 +34,21 @@ def find_blocks(model: nn.Module) -> Iterator[str]:
 
 
 def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether `name` is one of `modules` or in one."""
+    """Return whether `name` is one of `modules` or inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def units(
     model: PreTrainedModel, blocks: tuple[str, ...], tied: dict[str, str], recipe: Recipe, *, experts: tuple[str, ...]
 ) -> Iterator[Unit]:
-    """Units in the order in which FSDP wraps them: a module before the one that contains it; without the root."""
+    """Yield the units in the order in which FSDP wraps them (a module before the one around it), without the root."""
     names = {module: name for name, module in model.named_modules()}
     usual = root(recipe)
     for name in kept_owners(model, recipe.fsdp.param_dtype):
         yield kept_in_float32(replace(usual, name=name, modules=(name,), reshard=True))
     usual = replace(usual, reshard=recipe.fsdp.reshard_after_forward)
     for name in experts:
-        # Routing weights stay in their own dtype, as where experts are gathered with their block.
+        # Routing weights keep their dtype, as they do when experts are gathered with their block.
         yield replace(usual, name=name, modules=(name,), experts=True, cast_inputs=False)
     for name in blocks:
         yield replace(usual, name=name, modules=(name,))
@@ -57,7 +56,7 @@ def units(
     norm = _final_norm(model, blocks)
     together = {name.rpartition(".")[0] for name in {*tied, *tied.values()}}
     if together & {embed, head} and together - {embed, head}:
-        embed = head = None  # tied to a third: all of them are the root's
+        embed = head = None  # tied to a third module: the root gathers all of them
     is_tied = head in together
     if embed is not None and not is_tied:
         yield replace(usual, name=embed, modules=(embed,))
@@ -68,7 +67,7 @@ def units(
 
 
 def root(recipe: Recipe) -> Unit:
-    """The unit of what no other has. It stays gathered: backward begins where forward ends."""
+    """Return the unit of the remaining parameters. It stays gathered, since backward begins where forward ends."""
     fsdp = recipe.fsdp
     return Unit(
         "root",
@@ -82,23 +81,24 @@ def root(recipe: Recipe) -> Unit:
 
 
 def joined(modules: Sequence[str]) -> str:
-    """Name of a unit of these modules."""
+    """Return the name of a unit of these modules."""
     return modules[0] if len(modules) == 1 else "+".join(m.rpartition(".")[2] for m in modules)
 
 
 def kept_owners(model: PreTrainedModel, dtype: str) -> list[str]:
-    """Modules with parameters that the model keeps in float32 when it is used in `dtype`, inner ones first."""
+    """Return the modules whose parameters stay in float32 when the model is used in `dtype`, inner ones first."""
     kept = kept_in_fp32(model, getattr(torch, dtype))
     owners = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters() if kept is not None and kept.search(fqn)}
     return sorted(owners, key=lambda n: (-n.count("."), n))
 
 
 def kept_in_float32(unit: Unit) -> Unit:
-    """`unit` as the model's own code wants it, which casts where it must."""
+    """Return `unit` in float32 without casts: the model's own code casts where necessary."""
     return replace(unit, param_dtype="float32", reduce_dtype="float32", cast_inputs=False)
 
 
 def embeddings(model: PreTrainedModel, which: str) -> nn.Module | None:
+    """Return the model's "input" or "output" embeddings; None if it has none."""
     try:
         return model.get_input_embeddings() if which == "input" else model.get_output_embeddings()
     except (NotImplementedError, AttributeError):
@@ -106,7 +106,7 @@ def embeddings(model: PreTrainedModel, which: str) -> nn.Module | None:
 
 
 def _final_norm(model: nn.Module, blocks: tuple[str, ...]) -> str | None:
-    """The norm that follows the list of blocks inside the module that holds the list."""
+    """Return the name of the norm after the list of blocks, in the module that holds the list; None without one."""
     if not blocks:
         return None
     container = blocks[-1].rpartition(".")[0]
@@ -120,10 +120,10 @@ def _final_norm(model: nn.Module, blocks: tuple[str, ...]) -> str | None:
 
 
 def plain_head(model: PreTrainedModel) -> str | None:
-    """Name of the output head if the model's forward passes its output on unchanged, else None.
+    """Return the name of the output head if the model's forward returns its output unchanged, else None.
 
-    Only then can the loss be taken inside the head, chunk by chunk. A soft cap or a logit scale shows in the source
-    as a second assignment to `logits`, or as more than a call in the first.
+    Only then can the loss be computed inside the head, chunk by chunk. A soft cap or a logit scale appears in the
+    source as a second assignment to `logits`, or as more than a call in the first.
     """
     head = embeddings(model, "output")
     name = next((n for n, m in model.named_modules() if m is head), None)
@@ -151,7 +151,7 @@ def plain_head(model: PreTrainedModel) -> str | None:
 
 
 def _drop_unset(tree: ast.Module, config: object) -> ast.Module:
-    """`tree` without the blocks that run only `if self.config.NAME is not None`, where this config has None."""
+    """Return `tree` without the bodies of `if self.config.NAME is not None` for each NAME that is None in `config`."""
 
     class Dropper(ast.NodeTransformer):
         def visit_If(self, node: ast.If) -> ast.AST:

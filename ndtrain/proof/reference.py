@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.plan import Plan
+from ndtrain.torch_compat import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,8 +1,8 @@
-"""TOML (tomli) to frozen, validated sections; everything wrong raises `RecipeError`. Imports no torch.
+"""Read a TOML recipe into frozen, validated sections; everything wrong raises `RecipeError`. Imports no torch.
 
-`schema` says what a recipe may hold, `rules` what its keys may not say together or not yet, `aliases` how
-the peers spell the same keys, and `reader` turns a file and `--set` arguments into a `Recipe`, or into an
-error that names the key, the value, the rule and the line.
+`schema` declares the sections and their keys, `rules` refuses contradictions and what is not supported yet, `aliases`
+accepts other tools' spellings, and `reader` turns a file and `--set` arguments into a `Recipe`, or into an error that
+names the key, the value, the rule and the line.
 """
 
 from ndtrain.recipe.reader import json_schema, load_recipe, to_toml

@@ -1,4 +1,4 @@
-"""`python -m ndtrain.recipe > recipes/schema.json`: print the JSON schema that editors use."""
+"""`python -m ndtrain.recipe > recipes/schema.json`: print the JSON schema for editors."""
 
 import json
 

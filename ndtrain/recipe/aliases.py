@@ -1,9 +1,9 @@
-"""How the peers spell keys of the recipe: accepted, with a note that names ndtrain's own spelling."""
+"""Accept other tools' spellings of the recipe's keys, with a note that names ndtrain's own spelling."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ndtrain.recipe.problems import Path, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
 
 # (section, alias) -> key of the same section.
 ALIASES: dict[tuple[str, str], str] = {
@@ -52,7 +52,7 @@ ALIASES: dict[tuple[str, str], str] = {
     ("run", "output_dir"): "dir",
 }
 
-# Values that the peers' spelling of a key has and ndtrain's has not.
+# (section, alias) -> [(the other tool's value, ndtrain's)], where they differ.
 VALUES: dict[tuple[str, str], list[tuple[Any, Any]]] = {
     ("train", "gradient_checkpointing"): [(True, "full"), (False, "none")],
     ("schedule", "lr_scheduler_type"): [("constant_with_warmup", "constant"), ("warmup_stable_decay", "wsd")],
@@ -61,11 +61,11 @@ VALUES: dict[tuple[str, str], list[tuple[Any, Any]]] = {
 
 
 class Meaning(NamedTuple):
-    """What a key of the HF Trainer's `fsdp_config` or of accelerate's FSDP plugin says in ndtrain's words."""
+    """Translation of a key of the HF Trainer's `fsdp_config` or of accelerate's FSDP plugin."""
 
-    sets: Path | None  # the key that says the same; None where ndtrain does nothing else anyway
-    values: tuple[tuple[Any, Any], ...]  # their value, ndtrain's
-    otherwise: str  # what to do about any other value
+    sets: Key | None  # ndtrain's key; None where ndtrain always behaves so
+    values: tuple[tuple[Any, Any], ...]  # (their value, ndtrain's)
+    otherwise: str  # way out for any other value
 
 
 # Keys of [fsdp], with or without the prefix `fsdp_` (transformers 5.23, accelerate 1.15).
@@ -79,77 +79,77 @@ FSDP: dict[str, Meaning] = {
     "auto_wrap_policy": Meaning(
         ("fsdp", "mode"),
         (("TRANSFORMER_BASED_WRAP", "auto"),),
-        'take "TRANSFORMER_BASED_WRAP", or fsdp.mode = "manual" with the modules to wrap in [fsdp.modules]',
+        'use "TRANSFORMER_BASED_WRAP", or fsdp.mode = "manual" with the modules to wrap in [fsdp.modules]',
     ),
     "state_dict_type": Meaning(
         None,
         (("SHARDED_STATE_DICT", None),),
-        'checkpoints are always sharded ("SHARDED_STATE_DICT"); `ndtrain convert` makes whole files of one',
+        'checkpoints are always sharded ("SHARDED_STATE_DICT"); `ndtrain convert` writes unsharded files',
     ),
-    "version": Meaning(None, ((2, None),), "ndtrain shards with FSDP2 alone; set 2, or leave it out"),
+    "version": Meaning(None, ((2, None),), "ndtrain uses FSDP2 only; set 2, or leave it out"),
 }
 WRAPPED_CLASSES = ("transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap")
-# Keys that mean something in FSDP1 alone, or nothing here, and what replaces them.
+# Refused keys -> the reason and what replaces them.
 REFUSED: dict[str, str] = {
-    "sync_module_states": 'is of FSDP1; load.mode = "rank0" sends every rank the weights that rank 0 has read',
-    "use_orig_params": "is of FSDP1; FSDP2 always keeps the original parameters: leave it out",
-    "limit_all_gathers": "is of FSDP1; FSDP2 gathers at most one unit ahead: leave it out",
-    "backward_prefetch": "is of FSDP1; FSDP2 always gathers the next unit while one runs backward: leave it out",
-    "forward_prefetch": "is of FSDP1; FSDP2 gathers on a stream of its own, ahead of the computation: leave it out",
-    "sharding_strategy": "is of FSDP1; set fsdp.reshard_after_forward = true for FULL_SHARD, false for SHARD_GRAD_OP, "
-    "and mesh.dp_replicate for HYBRID_SHARD",
-    "min_num_params": 'cannot be used; set fsdp.mode = "manual" and name the modules to wrap in [fsdp.modules]',
-    "mixed_precision_policy": "cannot be used; set fsdp.param_dtype and fsdp.reduce_dtype",
-    "ignored_modules": "cannot be used; every parameter is sharded",
-    "activation_checkpointing_offload": 'cannot be used; set train.activation_checkpointing = "full"',
-    "xla": "cannot be used; ndtrain runs on CUDA and CPU",
+    "sync_module_states": 'applies to FSDP1 only; load.mode = "rank0" sends every rank the weights that rank 0 reads',
+    "use_orig_params": "applies to FSDP1 only; FSDP2 always keeps the original parameters: leave it out",
+    "limit_all_gathers": "applies to FSDP1 only; FSDP2 gathers at most one unit ahead: leave it out",
+    "backward_prefetch": "applies to FSDP1 only; FSDP2 always gathers the next unit during a backward: leave it out",
+    "forward_prefetch": "applies to FSDP1 only; FSDP2 gathers ahead on a separate stream: leave it out",
+    "sharding_strategy": "applies to FSDP1 only; set fsdp.reshard_after_forward = true for FULL_SHARD, "
+    "false for SHARD_GRAD_OP, and mesh.dp_replicate for HYBRID_SHARD",
+    "min_num_params": 'is not supported; set fsdp.mode = "manual" and name the modules to wrap in [fsdp.modules]',
+    "mixed_precision_policy": "is not supported; set fsdp.param_dtype and fsdp.reduce_dtype",
+    "ignored_modules": "is not supported; every parameter is sharded",
+    "activation_checkpointing_offload": 'is not supported; set train.activation_checkpointing = "full"',
+    "xla": "is not supported; ndtrain runs on CUDA and CPU",
 }
 
 
-def canonical(document: dict[str, Any], spelled: dict[Path, Path], notes: list[str]) -> dict[str, Any]:
+def canonical(document: dict[str, Any], spelled: dict[Key, Key], notes: list[str]) -> dict[str, Any]:
     """Return `document` with every alias under its canonical key, which may be in another section.
 
-    `spelled` gets the path as written of each key that was renamed, `notes` a sentence for each. Raises `RulesBroken`
-    if one key is given in two spellings, or an alias says what ndtrain cannot mean.
+    For each renamed key, adds its spelling in the file to `spelled` and a sentence to `notes`. Raises `RulesBroken` if
+    a key is given in two spellings, or an alias has a value that ndtrain does not support.
     """
     result: dict[str, Any] = {section: {} if isinstance(t, dict) else t for section, t in document.items()}
-    written: dict[Path, tuple[Path, Any]] = {}
+    written: dict[Key, tuple[Key, Any]] = {}
     problems: list[Problem] = []
     for section, table in document.items():
-        for key, value in table.items() if isinstance(table, dict) else ():
-            at = (section, key)
+        for name, value in table.items() if isinstance(table, dict) else ():
+            at = (section, name)
             try:
                 meant = list(_meant(at, value, table))
             except RulesBroken as broken:
                 problems += broken.problems
                 continue
-            for path, new in meant:
-                if path in written:
-                    before, old = written[path]
+            for key, new in meant:
+                if key in written:
+                    before, old = written[key]
                     problems.append(
                         (
                             at,
                             f"{dotted(before)} = {show(old)} and {dotted(at)} = {show(value)} are the same key; "
-                            f"keep one, {dotted(path)}",
+                            f"keep one, {dotted(key)}",
                         )
                     )
                     continue
-                written[path] = (at, value)
-                if isinstance(target := result.setdefault(path[0], {}), dict):
-                    target[path[1]] = new
-                if path != at:
-                    spelled[path] = at
-            if [path for path, _ in meant] != [at]:
-                said = " and ".join(f"{dotted(path)} = {show(new)}" for path, new in meant)
-                as_now = f"{dotted(at)} = {show(value)} is what ndtrain does anyway"
-                notes.append(f"{dotted(at)} is read as {said}" if said else as_now)
+                written[key] = (at, value)
+                if isinstance(target := result.setdefault(key[0], {}), dict):
+                    target[key[1]] = new
+                if key != at:
+                    spelled[key] = at
+            if [key for key, _ in meant] != [at]:
+                settings = " and ".join(f"{dotted(key)} = {show(new)}" for key, new in meant)
+                unneeded = f"{dotted(at)} = {show(value)} is not needed: ndtrain always does this"
+                notes.append(f"{dotted(at)} is read as {settings}" if settings else unneeded)
     if problems:
         raise RulesBroken(problems)
     return result
 
 
-def _meant(at: Path, value: Any, table: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """The canonical keys and values of what is written at `at` in the section `table`."""
+def _meant(at: Key, value: Any, table: dict[str, Any]) -> Iterator[tuple[Key, Any]]:
+    """Yield the canonical keys and values of the key `at`, written in the section `table`."""
     section, key = at
     name = key.removeprefix("fsdp_")
     if at in ALIASES:
@@ -166,8 +166,8 @@ def _meant(at: Path, value: Any, table: dict[str, Any]) -> Iterator[tuple[Path, 
         given = value.upper() if isinstance(value, str) else value
         means = [new for old, new in values if given == old and type(given) is type(old)]
         if not means:
-            raise RulesBroken([(at, f"{dotted(at)} = {show(value)} cannot be used: {otherwise}")])
-        # The classes to wrap say the same more closely.
+            raise RulesBroken([(at, f"{dotted(at)} = {show(value)} is not supported: {otherwise}")])
+        # With classes to wrap, _units_of_classes sets the mode.
         if sets is not None and not (name == "auto_wrap_policy" and _names_classes(table)):
             yield sets, means[0]
     else:
@@ -178,8 +178,8 @@ def _names_classes(table: dict[str, Any]) -> bool:
     return any(key.removeprefix("fsdp_") in WRAPPED_CLASSES for key in table)
 
 
-def _units_of_classes(at: Path, value: Any, table: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Units of modules of these classes, the rest in the root: what [fsdp.modules] says by the names of classes."""
+def _units_of_classes(at: Key, value: Any, table: dict[str, Any]) -> Iterator[tuple[Key, Any]]:
+    """Yield the mode and the [fsdp.modules] that make each module of the given classes a unit."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise RulesBroken([(at, f"{dotted(at)} = {show(value)} must be a class name or an array of class names")])
@@ -190,8 +190,8 @@ def _units_of_classes(at: Path, value: Any, table: dict[str, Any]) -> Iterator[t
             [
                 (
                     at,
-                    f"fsdp.mode = {show(table['mode'])} and {dotted(at)} = {show(value)} contradict each other; the "
-                    'units of given classes need mode = "manual"',
+                    f"fsdp.mode = {show(table['mode'])} and {dotted(at)} = {show(value)} contradict each other; "
+                    'wrapping given classes needs mode = "manual"',
                 )
             ]
         )

@@ -1,12 +1,12 @@
-"""The policies of [fsdp.modules], which may be written short."""
+"""Expand the short forms of the policies in [fsdp.modules]."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ndtrain.recipe.problems import Path, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
 
-# The keys of a policy in [fsdp.modules] and the values each may have.
+# Key of a policy in [fsdp.modules] -> its allowed values.
 MODULE_POLICY: dict[str, tuple[Any, ...]] = {
     "policy": ("free_full_weight", "keep_full_weight"),
     "cpu_offload": (True, False),
@@ -15,24 +15,26 @@ MODULE_POLICY: dict[str, tuple[Any, ...]] = {
 
 
 def module_policies(modules: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The table of each pattern of [fsdp.modules]; a name or an array of names is short for one.
+    """Return the policy table of each pattern of [fsdp.modules]; a name or an array of names is short for a table.
 
-    Raises `RulesBroken` for what is no policy.
+    Raises `RulesBroken` for anything that is not a policy.
     """
     problems: list[Problem] = []
     tables: dict[str, dict[str, Any]] = {}
     for pattern, given in modules.items():
-        at: Path = ("fsdp", "modules", pattern)
+        at: Key = ("fsdp", "modules", pattern)
         table: dict[str, Any] = dict(given) if isinstance(given, dict) else {}
         for name in () if isinstance(given, dict) else given if isinstance(given, list) else [given]:
             key, value = ("policy", name) if name in MODULE_POLICY["policy"] else (name, True)
             if not isinstance(name, str) or key not in MODULE_POLICY or name == "policy":
                 names = ", ".join([*map(show, MODULE_POLICY["policy"]), '"cpu_offload" and "mixed_precision"'])
-                problems.append((at, f"{dotted(at)} = {show(given)}: {show(name)} is no policy; there are {names}"))
+                problems.append(
+                    (at, f"{dotted(at)} = {show(given)}: {show(name)} is not a policy; the policies are {names}")
+                )
             elif table.setdefault(key, value) != value:
                 problems.append((at, f"{dotted(at)} = {show(given)} both frees and keeps the full weight; keep one"))
         if not pattern:
-            problems.append((at, "[fsdp.modules] has an empty pattern; name a module"))
+            problems.append((at, "[fsdp.modules] has an empty pattern; give the name of a module"))
         for key, value in table.items():
             allowed = MODULE_POLICY.get(key, ())
             if not allowed:

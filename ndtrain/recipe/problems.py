@@ -1,32 +1,31 @@
-"""What is wrong in a recipe: the path of the key to point at, and a sentence about it."""
+"""Problems found in a recipe: the key to point at, and a sentence about it."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-Path = tuple[str, ...]
-
-
-Problem = tuple[Path, str]
+# The names from the section inwards: ("tp", "plan", "a.b").
+Key = tuple[str, ...]
+Problem = tuple[Key, str]
 
 
 class RulesBroken(ValueError):
-    """Sections that are each well formed break these rules."""
+    """Raised by validators for rules that span several keys, with one problem for each."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("; ".join(sentence for _, sentence in problems))
         self.problems = problems
 
 
-def dotted(path: Path) -> str:
-    """`("tp", "plan", "a.b")` as TOML spells it: `tp.plan."a.b"`."""
+def dotted(key: Key) -> str:
+    """Return the key as TOML spells it: `tp.plan."a.b"` for `("tp", "plan", "a.b")`."""
     return ".".join(
-        key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else show(key) for key in path
+        name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else show(name) for name in key
     )
 
 
 def show(value: Any) -> str:
-    """A value as TOML spells it, on one line and cut to a length that a message can bear."""
+    """Return the value as TOML spells it, on one line and cut to 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

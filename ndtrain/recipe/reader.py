@@ -1,11 +1,11 @@
-"""A recipe file and `--set` arguments in, a `Recipe` out; or a `RecipeError` of one line per problem."""
+"""Read a recipe file and `--set` arguments into a `Recipe`, or raise a `RecipeError` with one line per problem."""
 
 import datetime
 import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import tomli
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ndtrain.errors import RecipeError
 from ndtrain.recipe.aliases import ALIASES, canonical
-from ndtrain.recipe.problems import Path, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
 from ndtrain.recipe.rules import contradictions, not_yet
 from ndtrain.recipe.schema import Recipe
 
@@ -25,10 +25,10 @@ _HEADER = re.compile(rf"[ \t]*\[\[?[ \t]*({_DOTTED})[ \t]*\]")
 _ASSIGNMENT = re.compile(rf"[ \t]*({_DOTTED})[ \t]*=")
 
 
-def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe at `path`, with each `section.key=value` of `overrides` set over it.
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path`, with each `section.key=value` of `overrides` applied.
 
-    Raises `RecipeError` whose message has one line for each problem, at most five.
+    Raises `RecipeError` with one line for each problem, at most five.
     """
     name = str(path) if str(path).isprintable() else ascii(str(path))
     text = _read(path, name)
@@ -37,17 +37,17 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
     except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
         reason = re.sub(r"\(at (line.*)\)$", r"(\1)", " ".join(str(error).split())) or "nested too deeply"
         raise RecipeError(f"{name} is not valid TOML: {reason}") from None
-    spelled: dict[Path, Path] = {}
+    spelled: dict[Key, Key] = {}
     notes: list[str] = []
-    arguments: dict[Path, str] = {}
+    arguments: dict[Key, str] = {}
     lines = _line_numbers(text)
 
-    def line(at: Path) -> int | None:
-        """The line of the key at `at`, or of the innermost table around it."""
+    def line(at: Key) -> int | None:
+        """Return the line of the key `at`, or of the innermost table around it."""
         prefixes = (at[:length] for length in range(len(at), 0, -1))
         return next((lines[found] for p in prefixes if (found := spelled.get(p, p)) in lines), None)
 
-    def where(at: Path) -> str:
+    def where(at: Key) -> str:
         for length in range(len(at), 0, -1):
             if at[:length] in arguments:
                 return f"(--set {arguments[at[:length]]})"
@@ -62,7 +62,7 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
     problems = list(_unusable(document, ()))
     if not problems:
         for section in Recipe.model_fields:
-            document.setdefault(section, {})  # so that a missing section is reported key by key
+            document.setdefault(section, {})  # a missing section is then reported key by key
         try:
             recipe = Recipe.model_validate(document)
         except ValidationError as error:
@@ -74,7 +74,7 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
                 return recipe
 
     def last_if_missing(problem: Problem) -> tuple[bool, int]:
-        # A misspelt key makes another one missing; the cause comes first.
+        # A misspelt key leaves another one missing; list the cause first.
         section, *key = at = problem[0]
         there = section in document and (not key or key[0] in document[section])
         return not there, line(at) or 0
@@ -84,7 +84,7 @@ def load_recipe(path: FilePath, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _listed(problems: list[str]) -> str:
-    """The first problems, one a line."""
+    """Return the first problems, one a line, and the number of the others."""
     shown = problems[:MAX_PROBLEMS]
     if len(problems) > MAX_PROBLEMS:
         shown[-1] += f"; and {len(problems) - MAX_PROBLEMS} more"
@@ -92,64 +92,64 @@ def _listed(problems: list[str]) -> str:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe, all defaults filled in, as TOML that `load_recipe` reads back to an equal one."""
+    """Return the recipe with all defaults filled in, as TOML that `load_recipe` reads back to an equal recipe."""
     return tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True))
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file."""
+    """Return the JSON schema of a recipe file."""
     schema = Recipe.model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ndtrain recipe"}
 
 
-def _read(path: FilePath, name: str) -> str:
+def _read(path: Path, name: str) -> str:
     try:
         return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {name}") from None
+        raise RecipeError(f"the recipe {name} does not exist") from None
     except IsADirectoryError:
         raise RecipeError(f"{name} is a directory, not a recipe file") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{name} is not UTF-8 text (byte {error.start})") from None
+        raise RecipeError(f"{name} is not UTF-8 text: invalid byte at offset {error.start}") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"the recipe {name} cannot be read: {reason}") from None
 
 
-def _override(document: dict[str, Any], argument: str, arguments: dict[Path, str], notes: list[str]) -> None:
-    """Set the `key=value` of one `--set` in `document`, in place."""
+def _override(document: dict[str, Any], argument: str, arguments: dict[Key, str], notes: list[str]) -> None:
+    """Apply one `--set key=value` to `document`, in place."""
     shown = argument if argument.isprintable() else ascii(argument)
     key, equals, text = argument.partition("=")
-    path: list[str] = []
+    parts: list[str] = []
     try:
-        argument.encode()  # argv that is not UTF-8 comes as lone surrogates, which no file could hold
+        argument.encode()  # fails on lone surrogates, which stand for bytes of argv that are not UTF-8
         table: Any = tomli.loads(f"{key} = 0") if equals and "\n" not in key else {}
         while isinstance(table, dict) and table:
             ((part, table),) = table.items()
-            path.append(part)
+            parts.append(part)
     except (ValueError, RecursionError):
-        path = []
-    if not path:
+        parts = []
+    if not parts:
         raise RecipeError(f"--set {shown} is not of the form section.key=value")
     value = _override_value(text, shown)
-    for part in reversed(path[1:]):
+    for part in reversed(parts[1:]):
         value = {part: value}
     try:
-        change = canonical({path[0]: value}, {}, notes)
+        change = canonical({parts[0]: value}, {}, notes)
     except RulesBroken as broken:
         raise RecipeError(_listed([f"{sentence} (--set {shown})" for _, sentence in broken.problems])) from None
     for section, table in change.items():
         if not isinstance(table, dict):
             document[section], arguments[(section,)] = table, shown
             continue
-        for key, new in table.items():  # a whole section: its other keys stay
-            at, target = (section, key, *path[2:]), document
+        for key, new in table.items():  # a whole section keeps its other keys
+            at, target = (section, key, *parts[2:]), document
             for part in at[:-1]:
                 inner = target.get(part)
                 if not isinstance(inner, dict):
                     inner = target[part] = {}
                 target = inner
-            for part in path[2:]:
+            for part in parts[2:]:
                 new = new[part]
             target[at[-1]], arguments[at] = new, shown
 
@@ -161,18 +161,20 @@ def _override_value(text: str, shown: str) -> Any:
         table = {}
     if list(table) == ["value"]:
         value = table["value"]
-        # `--set run.dir=2026-01-31` means the text; no key of a recipe is a date
+        # `--set run.dir=2026-01-31` means the string: no key of a recipe is a date
         return text.strip() if isinstance(value, datetime.date | datetime.time) else value
     if text.lstrip()[:1] in {'"', "'", "[", "{"}:
-        raise RecipeError(f"--set {shown} has a value that looks like TOML but is not valid")
+        raise RecipeError(
+            f"--set {shown} has a value that looks like TOML but is not valid; check its quotes and brackets"
+        )
     return text
 
 
-def _line_numbers(text: str) -> dict[Path, int]:
-    """The first line of each key and table, found by a scan that need only be right on well-formed TOML."""
-    lines: dict[Path, int] = {}
-    table: Path = ()
-    inside: str | None = None  # the quotes of a multi-line string
+def _line_numbers(text: str) -> dict[Key, int]:
+    """Return the first line of each key and table. `text` must be well-formed TOML."""
+    lines: dict[Key, int] = {}
+    table: Key = ()
+    inside: str | None = None  # the quotes that end the multi-line string around this line
     for number, line in enumerate(text.split("\n"), start=1):
         if inside is None:
             if header := _HEADER.match(line):
@@ -189,12 +191,12 @@ def _line_numbers(text: str) -> dict[Path, int]:
     return lines
 
 
-def _parts(key: str) -> Path:
+def _parts(key: str) -> Key:
     return tuple(part.strip("\"'") for part in re.findall(_KEY, key))
 
 
-def _unusable(value: Any, at: Path) -> Iterator[Problem]:
-    """Values that TOML can say and no key of a recipe can mean."""
+def _unusable(value: Any, at: Key) -> Iterator[Problem]:
+    """Yield a problem for each value that is valid TOML but that no key of a recipe accepts."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _unusable(inner, (*at, key))
@@ -208,20 +210,20 @@ def _unusable(value: Any, at: Path) -> Iterator[Problem]:
     elif isinstance(value, datetime.date | datetime.time):
         yield (
             at,
-            f"{dotted(at)} = {value} is a date or time, which no key takes; put it in quotes if it is a text",
+            f"{dotted(at)} = {value} is a date or time, which no key accepts; put it in quotes to give a string",
         )
 
 
 def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Problem]:
-    """The errors of pydantic in the recipe's own words, one for each key."""
-    seen: set[Path] = set()
+    """Yield pydantic's errors as problems, one for each key."""
+    seen: set[Key] = set()
     for item in error.errors(include_url=False):
         broken = item.get("ctx", {}).get("error")
         if isinstance(broken, RulesBroken):
             yield from broken.problems
             continue
         extra = item["type"] == "extra_forbidden"
-        at: Path = tuple(str(part) for part in item["loc"][:2])
+        at: Key = tuple(str(part) for part in item["loc"][:2])
         if at in seen:  # a union reports each of its members
             continue
         seen.add(at)
@@ -235,13 +237,13 @@ def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Prob
             yield at, f"{dotted(at)} = {show(document[at[0]][at[1]])} must be {_rule(at)}"
 
 
-def _unknown(at: Path) -> str:
+def _unknown(at: Key) -> str:
     sections = {name: _keys(name) for name in Recipe.model_fields}
     if len(at) == 1:
         homes = [name for name, keys in sections.items() if at[0] in keys]
         close = difflib.get_close_matches(at[0], sections, n=1)
         if homes and not close:
-            return f"the recipe has no section or key {show(at[0])} at its top; " + _home(homes)
+            return f"the recipe has no section or top-level key {show(at[0])}; " + _home(homes)
         hint = f"did you mean [{close[0]}]?" if close else "its sections are " + ", ".join(sections)
         return f"the recipe has no section [{dotted(at)}]; {hint}"
     section, key = at
@@ -264,8 +266,8 @@ def _keys(section: str) -> list[str]:
     return [field.alias or name for name, field in annotation.model_fields.items()]
 
 
-def _rule(at: Path) -> str:
-    """What the schema allows at `at`, in words."""
+def _rule(at: Key) -> str:
+    """Return in words what the schema allows for the key `at`."""
     annotation: Any = Recipe.model_fields[at[0]].annotation
     return _words(annotation.model_json_schema(by_alias=True)["properties"][at[1]])
 

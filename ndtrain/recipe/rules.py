@@ -1,53 +1,53 @@
-"""What the keys of a recipe may not say together, and what they may not say yet."""
+"""Find keys of a recipe that contradict each other, and values that are not supported yet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from ndtrain.recipe.problems import Path, Problem, dotted, show
+from ndtrain.recipe.problems import Key, Problem, dotted, show
 from ndtrain.recipe.schema import Recipe
 
-# Path -> values that work today, and why the others do not.
-NOT_YET: dict[Path, tuple[tuple[Any, ...], str]] = {
+# Key -> (the supported values, why the others are refused).
+NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
     ("fsdp", "param_dtype"): (
         ("float32", "bfloat16"),
-        'float16 needs loss scaling, which ndtrain does not have; take "bfloat16" or "float32"',
+        'float16 needs loss scaling, which ndtrain does not have; use "bfloat16" or "float32"',
     ),
     ("fsdp", "reduce_dtype"): (
         ("float32", "bfloat16"),
-        'sums of float16 gradients overflow without loss scaling; take "float32" or "bfloat16"',
+        'sums of float16 gradients overflow without loss scaling; use "float32" or "bfloat16"',
     ),
     ("model", "experts"): (
         ("auto",),
-        'the choice of an experts implementation comes later; leave it at "auto"',
+        'ndtrain cannot choose an experts implementation yet; leave it at "auto"',
     ),
     ("model", "dtype"): (
         ("float32",),
-        "master parameters are float32 for now; fsdp.param_dtype sets the compute dtype",
+        "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
     ),
-    ("data", "format"): (("text",), 'only "text" can be read for now'),
-    ("train", "compile"): ((False,), "torch.compile comes later; leave it false"),
+    ("data", "format"): (("text",), 'use "text", the only format that ndtrain reads'),
+    ("train", "compile"): ((False,), "ndtrain does not support torch.compile yet; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
-        'selective activation checkpointing comes later; take "full" or "none"',
+        'ndtrain does not support selective activation checkpointing yet; use "full" or "none"',
     ),
 }
 
 
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what the keys of `recipe` say against each other."""
+    """Yield a problem for each contradiction between keys of `recipe`."""
     model, data, schedule, train = recipe.model, recipe.data, recipe.schedule, recipe.train
     if model.name is None and model.type is None:
         yield (
             ("model", "name"),
-            'model.name is required: a local directory or hub id; or, to start from scratch, model.type, e.g. "qwen3"',
+            'model.name is required: a directory or a hub id; to train from scratch, set model.type, e.g. "qwen3"',
         )
     if model.name is not None and model.type is not None:
         yield (
             ("model", "type"),
             f"model.name = {show(model.name)} and model.type = {show(model.type)} exclude each other; "
-            "keep name to use an existing model or its config, type to start from scratch",
+            "keep name to use an existing model or its config, or type to train from scratch",
         )
     elif model.type is not None and model.init == "pretrained":
         yield (
@@ -59,14 +59,14 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     if model.name is None and model.type is not None and data.tokenizer is None:
         yield (
             ("data", "tokenizer"),
-            f"data.tokenizer is required with model.type = {show(model.type)}, which brings none; "
-            'name a directory or hub id, or "bytes"',
+            f"data.tokenizer is required with model.type = {show(model.type)}, which has no tokenizer of its own; "
+            'set it to a directory, a hub id or "bytes"',
         )
     if train.micro_batch_size > train.global_batch_size:
         yield (
             ("train", "micro_batch_size"),
             f"train.micro_batch_size = {train.micro_batch_size} is larger than "
-            f"train.global_batch_size = {train.global_batch_size}; it may be at most that",
+            f"train.global_batch_size = {train.global_batch_size}; lower it",
         )
     if schedule.warmup_steps >= train.steps:
         yield (
@@ -76,19 +76,19 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     elif schedule.min_lr_ratio and schedule.kind == "constant":
         yield (
             ("schedule", "min_lr_ratio"),
-            f'schedule.min_lr_ratio = {schedule.min_lr_ratio} has no meaning with schedule.kind = "constant"',
+            f'schedule.min_lr_ratio = {schedule.min_lr_ratio} does not apply to kind = "constant"; leave it out',
         )
     elif schedule.kind == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps:
         yield (
             ("schedule", "decay_steps"),
             f"schedule.decay_steps = {schedule.decay_steps} and warmup_steps = {schedule.warmup_steps} are "
-            f"together more than train.steps = {train.steps}",
+            f"together more than train.steps = {train.steps}; lower one of them",
         )
     if schedule.decay_steps is not None and schedule.kind != "wsd":
         yield (
             ("schedule", "decay_steps"),
-            f"schedule.decay_steps = {schedule.decay_steps} has no meaning with schedule.kind = "
-            f'{show(schedule.kind)}; it belongs to kind = "wsd"',
+            f"schedule.decay_steps = {schedule.decay_steps} does not apply to schedule.kind = "
+            f'{show(schedule.kind)}; leave it out, or set kind = "wsd"',
         )
 
 
@@ -116,9 +116,9 @@ def _fsdp(recipe: Recipe) -> Iterator[Problem]:
 
 
 def not_yet(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what `recipe` asks for that this version cannot do: refused, never ignored."""
+    """Yield a problem for each value of `recipe` that this version does not support, so that none is ignored."""
     values = recipe.model_dump(by_alias=True)
-    for path, (works, why) in NOT_YET.items():
-        value = values[path[0]][path[1]]
-        if value not in works:
-            yield path, f"{dotted(path)} = {show(value)} is not available in this version: {why}"
+    for key, (supported, why) in NOT_YET.items():
+        value = values[key[0]][key[1]]
+        if value not in supported:
+            yield key, f"{dotted(key)} = {show(value)} is not available in this version: {why}"

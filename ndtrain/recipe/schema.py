@@ -1,4 +1,4 @@
-"""What a recipe may hold: one frozen pydantic model per section, types taken strictly."""
+"""The sections and keys of a recipe: one frozen pydantic model per section, with strict types."""
 
 from typing import Annotated, Any, Literal
 
@@ -21,21 +21,21 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which model, and in which dtype it is kept. Exactly one of `name` and `type` is set."""
+    """The model. Set exactly one of `name` and `type`."""
 
     name: Text | None = Field(
         None, description="Local directory, hub id, or an ndtrain checkpoint or run to start from."
     )
-    type: Text | None = Field(None, description='From scratch: any model_type of transformers, e.g. "qwen3".')
+    type: Text | None = Field(None, description='To train from scratch: any model_type of transformers, e.g. "qwen3".')
     init: Literal["pretrained", "random"] = Field(
         "pretrained",
-        description='"random" draws the weights from train.seed, the same on every mesh; implied by type.',
+        description='"random" draws the weights from train.seed, the same on every mesh; the default with type.',
     )
     dtype: Dtype = Field("float32", description="Dtype of the sharded (master) parameters.")
-    attn: Text = Field("sdpa", description="Any name the AttentionInterface knows.")
-    experts: Text = Field("auto", description="Any name transformers' experts interface knows.")
+    attn: Text = Field("sdpa", description="Attention implementation: any name in transformers' AttentionInterface.")
+    experts: Text = Field("auto", description="Experts implementation: any name in transformers' experts interface.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    config: dict[str, Any] = Field({}, description="The model's config, or overrides of it.")
+    config: dict[str, Any] = Field({}, description="Keys of the model's config; with name, they override its own.")
 
     @model_validator(mode="before")
     @classmethod
@@ -49,10 +49,12 @@ class MeshSection(Section):
     """Sizes of the mesh axes; world size = dp_replicate x dp_shard x cp x tp."""
 
     dp_replicate: Size = Field(1, description="Replicas of the sharded model.")
-    dp_shard: Literal[-1] | Size = Field(-1, description="Ranks that shard parameters; -1 takes what is left.")
+    dp_shard: Literal[-1] | Size = Field(
+        -1, description="Ranks that shard parameters; -1 uses all ranks that are left."
+    )
     cp: Size = Field(1, description="Ranks that split a sequence.")
     tp: Size = Field(1, description="Ranks that split each matrix.")
-    ep: Size = Field(1, description="Ranks that split the experts; carved out of dp_shard x cp x tp.")
+    ep: Size = Field(1, description="Ranks that split the experts, among the dp_shard x cp x tp ranks.")
 
 
 Policy = Literal["free_full_weight", "keep_full_weight"]
@@ -60,7 +62,7 @@ PolicyName = Literal["free_full_weight", "keep_full_weight", "cpu_offload", "mix
 
 
 class ModulePolicy(Section):
-    """What the FSDP units of one pattern do. What is left out is as [fsdp] says."""
+    """Policy of the FSDP units that one pattern matches. [fsdp] gives the defaults."""
 
     policy: Policy | None = Field(None, description="Free the full weights after forward, or keep them for backward.")
     cpu_offload: bool | None = Field(None, description="Keep shards in host memory.")
@@ -76,15 +78,15 @@ _Modules = dict[str, ModulePolicy | PolicyName | list[PolicyName]]
 class FsdpSection(Section):
     """How parameters are sharded over dp_shard x cp."""
 
-    mode: Literal["auto", "manual"] = Field("auto", description='"manual" takes [fsdp.modules].')
+    mode: Literal["auto", "manual"] = Field("auto", description='"manual" takes the units from [fsdp.modules].')
     reshard_after_forward: bool = Field(True, description="Free full weights between forward and backward.")
     cpu_offload: bool = Field(False, description="Keep shards in host memory.")
     param_dtype: Dtype = Field("bfloat16", description="Compute dtype.")
     reduce_dtype: Dtype = Field("float32", description="Dtype in which gradients are summed.")
     modules: dict[str, ModulePolicy] = Field(
         {},
-        description='FQN pattern ("*": any letters but a dot) or class name to policies; needs mode = "manual". '
-        "Each matched module is a unit, the rest is the root's.",
+        description='Policies by FQN pattern ("*": any characters but a dot) or class name; needs mode = "manual". '
+        "Each matched module is a unit; the root holds the rest.",
     )
 
     @field_validator("modules", mode="before", json_schema_input_type=_Modules)
@@ -94,43 +96,47 @@ class FsdpSection(Section):
 
 
 class TpSection(Section):
-    """Tensor parallelism, over the model's own plan."""
+    """Tensor parallelism; `plan` overrides the model's own."""
 
     sequence_parallel: bool = Field(
-        True, description="Split norms and residuals along the sequence, where the model allows."
+        True, description="Split norms and residuals along the sequence, where the model allows it."
     )
-    plan: dict[str, str] = Field({}, description="FQN pattern to style.")
+    plan: dict[str, str] = Field({}, description="Styles by FQN pattern.")
 
 
 class EpSection(Section):
-    """Expert parallelism, over the model's own plan."""
+    """Expert parallelism; `plan` overrides the model's own."""
 
-    plan: dict[str, str] = Field({}, description="FQN pattern to style.")
+    plan: dict[str, str] = Field({}, description="Styles by FQN pattern.")
 
 
 class CpSection(Section):
     """Context parallelism."""
 
-    kind: Literal["auto", "ulysses", "ring"] = Field("auto", description="How attention crosses the cp axis.")
+    kind: Literal["auto", "ulysses", "ring"] = Field(
+        "auto", description="How attention exchanges data along the cp axis."
+    )
 
 
 class LoadSection(Section):
-    """How pretrained weights reach the shards."""
+    """How pretrained weights are read."""
 
     mode: Literal["rank0", "sharded"] = Field(
-        "rank0", description="rank 0 reads and sends; or each rank reads its slices."
+        "rank0", description='"rank0": rank 0 reads the weights and sends them; "sharded": each rank reads its slices.'
     )
 
 
 class DataSection(Section):
-    """What is trained on."""
+    """The training data."""
 
-    format: Literal["text", "chat", "tokens"] = Field("text", description="Kind of the data.")
+    format: Literal["text", "chat", "tokens"] = Field("text", description="Format of the data.")
     path: Text = Field(description="File, directory, glob or hub dataset.")
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
-    packing: bool = Field(True, description="Pack documents into sequences; they never see each other.")
-    tokenizer: Text | None = Field(None, description='Default: model.name. "bytes" is built in.')
-    shuffle: bool = Field(True, description="Shuffle by train.seed and epoch.")
+    packing: bool = Field(True, description="Pack documents into sequences; they never attend to each other.")
+    tokenizer: Text | None = Field(
+        None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
+    )
+    shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
 
 
 class OptimSection(Section):
@@ -149,7 +155,9 @@ class ScheduleSection(Section):
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="Shape after the warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Final lr over peak lr.")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Final learning rate divided by the peak."
+    )
     decay_steps: Size | None = Field(
         None, description="wsd only: length of the decay at the end; default 10 % of train.steps."
     )
@@ -160,16 +168,18 @@ class TrainSection(Section):
 
     steps: Size = Field(description="Optimizer steps.")
     global_batch_size: Size = Field(32, description="Sequences per optimizer step, on every mesh.")
-    micro_batch_size: Size = Field(4, description="Sequences per batch rank per forward.")
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(0, description="Seed of weights and order.")
+    micro_batch_size: Size = Field(4, description="Sequences per forward on one rank.")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
+        0, description="Seed of the random weights and of the sample order."
+    )
     activation_checkpointing: Literal["none", "full", "selective"] = Field(
-        "none", description="What is recomputed in the backward."
+        "none", description="Activations that are recomputed in the backward pass."
     )
     compile: bool = Field(False, description="torch.compile each block.")
     max_bad_steps: Size = Field(
         10,
-        description="A step whose loss or gradient is not finite is skipped; so many in a row end the run "
-        "(1 = the first does).",
+        description="A step whose loss or gradient is not finite is skipped; this many in a row end the run "
+        "(1 = the first one does).",
     )
 
 
@@ -177,32 +187,33 @@ class CheckpointSection(Section):
     """Saving and resuming."""
 
     every: Annotated[int, Field(ge=0)] = Field(100, description="Steps between checkpoints; 0 = only at the end.")
-    keep: Size = Field(2, description="Newest checkpoints kept.")
+    keep: Size = Field(2, description="How many of the newest checkpoints to keep.")
     async_: bool = Field(
         True, alias="async", description="Write while training goes on; host memory holds a copy of this rank's part."
     )
     on_error: Literal["warn", "stop"] = Field(
-        "warn", description="When a checkpoint cannot be written: go on with the older ones, or end the run."
+        "warn",
+        description='When a checkpoint cannot be written: "warn" goes on with the older ones, "stop" ends the run.',
     )
     resume: Text = Field(
-        "auto", description='"auto": newest valid one in run.dir; "never"; or the path of a checkpoint.'
+        "auto", description='"auto": the newest valid one in run.dir; "never"; or the path or URL of a checkpoint.'
     )
     verify: bool = Field(False, description="On resume, check the hash of every file.")
 
 
 class LogSection(Section):
-    """What is reported while training."""
+    """Reports during training."""
 
     every: Size = Field(1, description="Steps between lines on the console.")
     tensorboard: bool = Field(False, description="Write TensorBoard events too.")
 
 
 class RunSection(Section):
-    """Where the run leaves its files."""
+    """The run's directory and its time limit."""
 
     dir: Text = Field(description="Run directory.")
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        1800.0, description="A forward, backward or update that takes longer ends the run."
+        1800.0, description="Seconds; a forward, backward or update that takes longer ends the run."
     )
 
 
@@ -228,5 +239,5 @@ class Recipe(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about aliases that were accepted, for the user to see once. Not part of the schema."""
+        """One sentence for each accepted alias, to be shown once. Not part of the schema."""
         return self._notes

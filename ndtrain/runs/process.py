@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.runs.limits import STEP_TIMEOUT, WAIT_TIMEOUT, process_groups, set_timeouts
+from ndtrain.runs.limits import STEP_TIMEOUT, WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.rendezvous import launcher_store
+from ndtrain.torch_compat import process_groups
 
 if TYPE_CHECKING:
     import torch

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from ndtrain.runs.limits import STEP_TIMEOUT, process_groups, set_timeouts
+from ndtrain.runs.limits import STEP_TIMEOUT, set_timeouts
 from ndtrain.runs.messages import together
 from ndtrain.runs.process import rank, world_size
+from ndtrain.torch_compat import default_store, process_groups
 
 # How often a rank writes its progress: at least ten times within the limit, and at most 1,000 ranks each second.
 INTERVAL_S = 2.0
@@ -62,8 +63,8 @@ class Watch:
         """Launch the watchdog thread if there are other ranks to wait for; collective."""
         if world_size() == 1:
             return
-        # A connection of its own, which no waiting collective blocks (private API in torch 2.13).
-        store: Any = dist.distributed_c10d._get_default_store()
+        # A connection of its own, which no waiting collective blocks.
+        store: Any = default_store()
         self._store = dist.PrefixStore("ndtrain/watch", store.clone())
         self._interval_s = max(self._interval_s, world_size() / RANKS_PER_SECOND)
         # Groups made later, for background saves, have timeouts of their own.

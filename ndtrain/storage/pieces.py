@@ -23,19 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
+from ndtrain.storage.headers import DTYPES, read_header
 from ndtrain.storage.paths import is_local, read_into, read_range, read_ranges
 
-# In safetensors' order: its files store tensors of the last of these first, then by name.
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 4 * 2**20  # read, cast and checked for NaN while they are in a processor's cache
 _THREAD_BYTES = 1 << 26  # that one thread reads at a time
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_HEADER_BYTES = 1 << 16  # read first, since most headers are shorter
 _REQUEST_BYTES = 1 << 25  # of one request to an object store
 _READ_BYTES = 1 << 28  # of all requests at once
 
@@ -106,41 +98,28 @@ def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
     Raises `DamagedError`, whose message calls the file `name`.
     """
     try:
-        size = file.stat().st_size
-        begin = read_range(file, 0, min(size, _HEADER_BYTES))
-        length = int.from_bytes(begin[:8], "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"its header does not fit in its {size:,} bytes")
-        if 8 + length > len(begin):
-            begin += read_range(file, len(begin), 8 + length)
-        header = json.loads(begin[8 : 8 + length])
-        info = header.pop("__metadata__", {})
+        begin, entries, info = read_header(file)
         sharding = json.loads(info["DCP_SHARDING_INFO"]) if "DCP_SHARDING_INFO" in info else None
-        found, spans = {}, []
-        for key, entry in header.items():
-            shape, dtype = tuple(entry["shape"]), entry["dtype"]
-            offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(shape)
-            numbers = (*shape, *offsets)
-            if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError(f"{key} has shape {shape} at offsets {offsets}")
-            start, stop = entry["data_offsets"]
-            width = DTYPES[dtype].itemsize if dtype in DTYPES else None
-            if type(start) is not int or (width is not None and stop - start != math.prod(shape) * width):
-                raise ValueError(f"{key} has shape {shape} in bytes {start} to {stop}")
-            spans.append((start, stop))
-            found[key] = Piece(file, offsets, shape, dtype, 8 + length + start)
-        end = 0
-        for start, stop in sorted(spans):
-            if not start == end <= stop:
-                raise ValueError(
-                    f"its tensors do not follow one another: one ends at {end:,}, the next is at {start:,} to {stop:,}"
-                )
-            end = stop
-        if size != 8 + length + end:
-            raise ValueError(f"it has {size:,} of {8 + length + end:,} bytes")
+        found = {}
+        for key, entry in entries.items():
+            offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(entry.shape)
+            if len(offsets) != len(entry.shape) or any(type(n) is not int or n < 0 for n in offsets):
+                raise ValueError(f"{key} has shape {entry.shape} at offsets {offsets}")
+            found[key] = Piece(file, offsets, entry.shape, entry.dtype, begin + entry.start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedError(f"{name or file.name}: damaged tensor file ({type(error).__name__}: {error})") from error
     return found
+
+
+def read_piece(piece: Piece) -> Tensor:
+    """Return the values of a piece. Raises `DamagedError` if they cannot be read."""
+    dtype = DTYPES[piece.dtype]
+    stop = piece.start + math.prod(piece.sizes) * dtype.itemsize
+    try:
+        data = bytearray(read_range(piece.file, piece.start, stop))
+    except OSError as error:
+        raise DamagedError(f"{piece.file}: damaged tensor file ({error})") from error
+    return torch.frombuffer(data, dtype=dtype).reshape(piece.sizes) if data else torch.empty(piece.sizes, dtype=dtype)
 
 
 def local_and_boxes(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:

@@ -15,11 +15,12 @@ from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
-from ndtrain.runs.limits import WAIT_TIMEOUT, process_groups, set_timeouts
+from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.messages import of_rank0, on_rank0
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Attempt
 from ndtrain.storage.paths import open_to_write, os_errors
+from ndtrain.torch_compat import process_groups
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state, save_extras

@@ -14,6 +14,7 @@ from torch import Tensor
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_part
 from ndtrain.runs.messages import together
+from ndtrain.torch_compat import foreach_norm
 
 
 @dataclass
@@ -62,7 +63,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], *, step: int) -> None:
     def check() -> None:
         named = [(name, local_part(t)) for name, t in tensors.items() if t.requires_grad and local_part(t).numel()]
         # The largest magnitude is NaN if any value is, and cannot overflow as a sum can. One transfer to the host.
-        largest = torch._foreach_norm([local for _, local in named], float("inf")) if named else []
+        largest = foreach_norm([local for _, local in named], float("inf")) if named else []
         bad = [not math.isfinite(x) for x in torch.stack([x.to(largest[0]) for x in largest]).tolist()] if named else []
         if True in bad:
             name = named[bad.index(True)][0]

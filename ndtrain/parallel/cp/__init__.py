@@ -1,8 +1,8 @@
 """Context parallelism: every rank of the cp axis works on its own part of each sequence.
 
-Around the model's own attention function either heads are traded for sequence (`ulysses`), or keys and values travel
-round the ranks (`ring`). Everything else in a causal LM works token by token and needs no communication; `proof`
-proves that for the model at hand before its weights are read.
+`ulysses` trades heads for sequence around the model's own attention function; `ring` passes keys and values round the
+ranks. Everything else in a causal LM works token by token and needs no communication; `proof` proves that for the
+model at hand before its weights are read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,6 @@ __all__ = ["KINDS", "ContextParallel", "Ring", "Ulysses", "apply_context_paralle
 
 
 def apply_context_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> ContextParallel:
-    """Have the attention of `model` (on meta) work on parts of sequences, in place."""
+    """Make the attention of `model` (on meta) work on this rank's part of each sequence, in place."""
     assert plan.cp is not None
     return KINDS[plan.cp](model, meshes.dense["cp"].get_group())

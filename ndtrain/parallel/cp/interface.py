@@ -1,12 +1,11 @@
-"""What both kinds of context parallelism share: the cut of a batch, whole positions, masks of whole sequences."""
+"""Base class of both kinds of context parallelism: splits batches, keeps positions and masks of whole sequences."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.hf.attention_functions import own_attention, take_attention
+from ndtrain.hf.compat import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    attention_name,
+    blockwise_overlay,
+    find_packed_sequence_indices,
+    masks_made_by,
+    remap_positions_for_packed_sequence,
+)
 from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions
 
 if TYPE_CHECKING:
@@ -23,29 +30,29 @@ IGNORE = -100
 
 
 class ContextParallel(ABC):
-    """The attention of one model over the ranks of one cp group, and the split of its batches.
+    """Spreads the attention of one model over the ranks of one cp group, and splits its batches.
 
-    `split` is called with every micro batch and remembers the positions of the whole sequences, from which masks are
-    made. Outside `off()` the model takes and returns this rank's part of each sequence.
+    Call `split` with every micro batch: it remembers the positions of the whole sequences, from which masks are made.
+    Outside `off()` the model takes and returns this rank's part of each sequence.
     """
 
     kind: str
 
     def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, group.size(), group.rank()
-        self.base = str(model.config._attn_implementation)
+        self.base = str(attention_name(model.config))
         self.enabled = True
         self.positions: Tensor | None = None
         self.own_positions: Tensor | None = None
         self._count_positions = positions_from_ids(model)
         take_attention(model, self._attention, self._mask)
-        forward, told = model.forward, takes_positions(model)
-        if not told:
+        forward, model_takes_positions = model.forward, takes_positions(model)
+        if not model_takes_positions:
             for module in position_embeddings(model):
-                self._tell_positions(module)
+                self._pass_own_positions(module)
 
         def with_whole_positions(*args: Any, **kwargs: Any) -> Any:
-            if not told:
+            if not model_takes_positions:
                 kwargs.pop("position_ids", None)
             with self._masks_of_whole_sequences(model):
                 return forward(*args, **kwargs)
@@ -54,56 +61,57 @@ class ContextParallel(ABC):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The model works on whole sequences inside, on every rank the same."""
+        """Let the model work on whole sequences inside, the same on every rank."""
         self.enabled = False
         try:
             yield
         finally:
             self.enabled = True
 
-    # ---- the cut of a sequence
+    # ---- splitting a sequence
 
     @abstractmethod
-    def pieces(self, rank: int) -> tuple[int, ...]:
-        """Which of the equal pieces of a sequence `rank` holds, in order; every rank holds as many."""
+    def segments(self, rank: int) -> tuple[int, ...]:
+        """Return which of the equal segments of a sequence `rank` holds, in order; every rank holds as many."""
 
     def split(self, batch: dict[str, Tensor], *, packed: bool) -> dict[str, Tensor]:
-        """This rank's part of `[B, S]` input_ids, labels, position_ids; S is padded to a multiple of all pieces.
+        """Return this rank's part of `[B, S]` input_ids, labels, position_ids.
 
-        The padding follows every target and has none, so that it changes nothing.
+        S is padded to a multiple of the number of segments. The padding comes after every target and has none itself,
+        so it changes nothing.
         """
-        mine = self.pieces(self.rank)
-        count = self.size * len(mine)
-        room = -batch["input_ids"].shape[1] % count
-        if room:
+        own = self.segments(self.rank)
+        count = self.size * len(own)
+        padding = -batch["input_ids"].shape[1] % count
+        if padding:
             last = batch["position_ids"][:, -1:]
-            more = torch.arange(room, device=last.device)[None].expand(last.shape[0], -1)
+            steps = torch.arange(padding, device=last.device)[None].expand(last.shape[0], -1)
             filler = {"labels": IGNORE, "input_ids": 0}
             batch = {
-                key: torch.cat([v, more if packed else last + 1 + more], dim=1)
+                key: torch.cat([v, steps if packed else last + 1 + steps], dim=1)
                 if key == "position_ids"
-                else nn.functional.pad(v, (0, room), value=filler[key])
+                else nn.functional.pad(v, (0, padding), value=filler[key])
                 for key, v in batch.items()
             }
         self.positions = batch["position_ids"]
         if self._count_positions is not None:
             batch = {**batch, "position_ids": self._count_positions(batch["input_ids"])}
-        parts = {key: torch.cat([v.chunk(count, dim=1)[i] for i in mine], dim=1) for key, v in batch.items()}
+        parts = {key: torch.cat([v.chunk(count, dim=1)[i] for i in own], dim=1) for key, v in batch.items()}
         self.own_positions = parts["position_ids"]
         return parts
 
     def gather(self, local: Tensor) -> Tensor:
-        """`[B, S/cp, ...]` on every rank -> `[B, S, ...]` in the order of the sequence, without gradient."""
+        """Return `[B, S, ...]` in the order of the sequence from `[B, S/cp, ...]` on every rank, without gradient."""
         parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, local.contiguous(), group=self.group)
         ordered: dict[int, Tensor] = {}
         for rank, part in enumerate(parts):
-            mine = self.pieces(rank)
-            ordered.update(zip(mine, part.chunk(len(mine), dim=1), strict=True))
+            held = self.segments(rank)
+            ordered.update(zip(held, part.chunk(len(held), dim=1), strict=True))
         return torch.cat([ordered[i] for i in range(len(ordered))], dim=1)
 
-    def _tell_positions(self, embedding: nn.Module) -> None:
-        """Have an embedding that counts positions from 0 take those of this rank's part, equal in every row."""
+    def _pass_own_positions(self, embedding: nn.Module) -> None:
+        """Give an embedding that counts positions from 0 those of this rank's part, equal in every row."""
         forward = embedding.forward
         signature = inspect.signature(forward)
 
@@ -112,8 +120,8 @@ class ContextParallel(ABC):
                 return forward(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
             counted = given.arguments.get("position_ids")
-            several = isinstance(counted, Tensor) and counted.ndim > 1
-            given.arguments["position_ids"] = self.own_positions if several else self.own_positions[0]
+            per_row = isinstance(counted, Tensor) and counted.ndim > 1
+            given.arguments["position_ids"] = self.own_positions if per_row else self.own_positions[0]
             return forward(*given.args, **given.kwargs)
 
         embedding.forward = with_own_positions  # type: ignore[method-assign]
@@ -124,11 +132,11 @@ class ContextParallel(ABC):
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
-        """Attention of this rank's queries `[B, H, S/cp, D]` to whole sequences: `[B, S/cp, H, D]`."""
+        """Return the attention `[B, S/cp, H, D]` of this rank's queries `[B, H, S/cp, D]` to whole sequences."""
 
     @abstractmethod
     def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Any:
-        """What the model hands to `attend` as its mask; arguments as of a transformers mask function."""
+        """Return the mask that the model passes to `attend`; takes the arguments of a transformers mask function."""
 
     def _attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -142,42 +150,22 @@ class ContextParallel(ABC):
 
     def _mask(self, *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if not self.enabled:
-            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
             make = ALL_MASK_ATTENTION_FUNCTIONS[self.base]
             return make(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
         if attention_mask is not None:
-            # Made by the model from its part of the tokens; masks are of whole sequences.
+            # The model made it from its part of the tokens, but masks are of whole sequences.
             attention_mask = self.gather(attention_mask.byte()).bool()
         return self.mask(q_length, kv_length, attention_mask=attention_mask, **kwargs)
 
-    @contextmanager
-    def _masks_of_whole_sequences(self, model: PreTrainedModel) -> Iterator[None]:
-        """Masks see documents and images of whole sequences; the model has only what is of its part.
+    def _masks_of_whole_sequences(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Build masks inside from the documents and images of whole sequences; the model sees only its part."""
 
-        These functions of transformers.masking_utils are private (5.24), and some model files import them; every mask
-        with documents or images goes through them.
-        """
-        from transformers import masking_utils
+        def whole(position_ids: Tensor) -> Tensor:
+            return self.positions if self.enabled and self.positions is not None else position_ids
 
-        find, remap = masking_utils.find_packed_sequence_indices, masking_utils.remap_positions_for_packed_sequence
-        overlay = masking_utils.blockwise_overlay
-
-        def find_whole(position_ids: Tensor) -> Tensor | None:
-            return find(self.positions if self.enabled and self.positions is not None else position_ids)
-
-        def remap_whole(mask_function: Callable[..., Any], position_ids: Tensor) -> Callable[..., Any]:
-            return remap(mask_function, self.positions if self.enabled and self.positions is not None else position_ids)
-
-        def overlay_whole(block_sequence_ids: Tensor) -> Callable[..., Any]:
-            return overlay(self.gather(block_sequence_ids) if self.enabled else block_sequence_ids)
-
-        instead = {find: find_whole, remap: remap_whole, overlay: overlay_whole}
-        own = sys.modules[type(model).__module__]
-        with ExitStack() as patches:
-            for module in (masking_utils, own):
-                for function, whole in instead.items():
-                    if getattr(module, function.__name__, None) is function:
-                        setattr(module, function.__name__, whole)
-                        patches.callback(setattr, module, function.__name__, function)
-            yield
+        return masks_made_by(
+            model,
+            find=lambda position_ids: find_packed_sequence_indices(whole(position_ids)),
+            remap=lambda mask, position_ids: remap_positions_for_packed_sequence(mask, whole(position_ids)),
+            overlay=lambda ids: blockwise_overlay(self.gather(ids) if self.enabled else ids),
+        )

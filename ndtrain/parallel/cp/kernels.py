@@ -1,8 +1,7 @@
-"""Attention of some queries to some keys, with its log-sum-exp, forward and backward: what a ring merges.
+"""Kernels for one block of ring attention: some queries, some keys, with the log-sum-exp, forward and backward.
 
 All take query `[B, H, Q, D]`, key `[B, G, K, D]`, value `[B, G, K, E]` with H a multiple of G. The backward pass takes
-the output and the log-sum-exp over all keys, not only those of its block: with them its probabilities are the final
-ones.
+the output and the log-sum-exp over all keys, not only the block's, so that it computes the final probabilities.
 """
 
 from __future__ import annotations
@@ -15,13 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ndtrain.errors import PlanError
+from ndtrain.torch_compat import (
+    efficient,
+    efficient_backward,
+    flash,
+    flash_backward,
+    flash_for_cpu,
+    flash_for_cpu_backward,
+)
 
-aten = torch.ops.aten
 INF = float("inf")
 
 
 class Kernel(ABC):
-    """One way to compute a block."""
+    """Computes the attention of a block, forward and backward."""
 
     multiple = 1  # head sizes are padded to a multiple of this
     one_size = True  # keys and values have the same head size
@@ -29,13 +35,16 @@ class Kernel(ABC):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`[B, H, Q, E]` and the float32 log-sum-exp `[B, H, Q]`; 0 and -inf where a query sees none of the keys."""
+        """Return the output `[B, H, Q, E]` and the float32 log-sum-exp `[B, H, Q]`.
+
+        They are 0 and -inf where a query sees none of the keys.
+        """
         size = value.shape[-1]
         query, key, value = self._fit(query, key, value)
         if mask is None:
             out, lse = self._forward(query, key, value, scale=scale, causal=causal, mask=None)
             return out[..., :size], lse
-        # Kernels disagree on what a row is that sees nothing.
+        # Kernels disagree on the output of a row that sees nothing.
         seen = mask.any(-1, keepdim=True)
         out, lse = self._forward(query, key, value, scale=scale, causal=causal, mask=mask | ~seen)
         return out[..., :size].masked_fill(~seen, 0), lse.masked_fill(~seen.squeeze(-1), -INF)
@@ -53,7 +62,7 @@ class Kernel(ABC):
         causal: bool,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value; `out` and `lse` (finite) are those over all keys."""
+        """Return the gradients of query, key and value; `out` and `lse` (finite) are those over all keys."""
         groups = key.shape[1]
         sizes = query.shape[-1], key.shape[-1], value.shape[-1]
         query, key, value = self._fit(query, key, value)
@@ -72,7 +81,7 @@ class Kernel(ABC):
         if self.one_size:
             sizes = [max(sizes)] * 3
         sizes = [size + -size % self.multiple for size in sizes]
-        # Zeros change no score (the scale is given) and add columns of zeros to the output.
+        # Zeros change no score (the scale is an argument) and add columns of zeros to the output.
         query, key, value = (
             F.pad(t, (0, size - t.shape[-1])) if size > t.shape[-1] else t
             for t, size in zip((query, key, value), sizes, strict=True)
@@ -101,7 +110,7 @@ class Kernel(ABC):
 
 
 class Plain(Kernel):
-    """Scores in memory, in float32: right for everything, soft caps (Gemma 2) included."""
+    """Holds all scores in memory in float32; works for everything, including soft caps (Gemma 2)."""
 
     one_size = False
 
@@ -150,12 +159,12 @@ class Plain(Kernel):
 
 
 class CpuFlash(Kernel):
-    """torch's flash attention on CPU (private; read at 2.13)."""
+    """Calls torch's flash attention on CPU."""
 
     def _forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        return flash_for_cpu(  # type: ignore[no-any-return]
             query, key, value, 0.0, causal, attn_mask=_bias(mask, query), scale=scale
         )
 
@@ -172,16 +181,16 @@ class CpuFlash(Kernel):
         causal: bool,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+        return flash_for_cpu_backward(  # type: ignore[no-any-return]
             grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(mask, query), scale=scale
         )
 
 
 class CudaFused(Kernel):
-    """torch's flash and memory-efficient attention on CUDA (private; read at 2.13, proven by `prove` before use).
+    """Calls torch's flash and memory-efficient attention on CUDA (checked by `prove` before use).
 
-    Flash attention takes half precision and no mask; the memory-efficient one takes the rest, pads its log-sum-exp to
-    multiples of 32 and wants rows of its bias aligned to 16 elements.
+    Flash attention takes half precision without a mask. Memory-efficient attention takes the rest; it pads its
+    log-sum-exp to multiples of 32 and needs the rows of its bias aligned to 16 elements.
     """
 
     multiple = 8
@@ -190,12 +199,10 @@ class CudaFused(Kernel):
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if _flash(query, mask):
-            found = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+            found = flash(query, key, value, 0.0, causal, False, scale=scale)
         else:
             bias = _bias(mask, query, expand=True)
-            found = aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, True, 0.0, causal, scale=scale
-            )
+            found = efficient(query, key, value, bias, True, 0.0, causal, scale=scale)
         return found[0], found[1][..., : query.shape[2]]
 
     def _backward(
@@ -215,15 +222,15 @@ class CudaFused(Kernel):
         if _flash(query, mask):
             rows, columns = query.shape[2], key.shape[2]
             state = torch.zeros(2, dtype=torch.int64, device=query.device).view(torch.uint64)
-            return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            return flash_backward(  # type: ignore[no-any-return]
                 *(grad_out, query, key, value, out, lse.contiguous(), None, None, rows, columns),
                 *(0.0, causal, state, no_seed),
                 scale=scale,
             )
         padded = F.pad(lse, (0, 0 if torch.version.hip else -lse.shape[-1] % 32), value=INF).contiguous()
-        # It takes the output to lie in memory as [B, Q, H, E] and does not ask.
+        # The kernel assumes without a check that the output lies in memory as [B, Q, H, E].
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dq, dk, dv, _ = efficient_backward(
             *(grad_out, query, key, value, _bias(mask, query, expand=True), out, padded, no_seed, no_seed),
             *(0.0, [True, True, True, False], causal),
             scale=scale,
@@ -232,7 +239,7 @@ class CudaFused(Kernel):
 
 
 def choose(query: Tensor, *, softcap: float | None, plain: bool) -> Kernel:
-    """The kernel for queries like this one."""
+    """Return the kernel for queries of this device, dtype and head size."""
     if plain or softcap is not None:
         return Plain(softcap)
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -243,10 +250,10 @@ def choose(query: Tensor, *, softcap: float | None, plain: bool) -> Kernel:
 
 
 def prove(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise `PlanError` unless `kernel` computes what plain arithmetic does on random tensors of these head sizes.
+    """Raise `PlanError` unless `kernel` agrees with `Plain` on random tensors of these head sizes.
 
-    Under a bias and without, with part of the keys only, so that its backward pass meets a log-sum-exp of more keys
-    than it sees.
+    Compares with and without a mask. With the mask the kernel sees only part of the keys, while its backward pass gets
+    the log-sum-exp of all of them.
     """
     length, repeats = 40, query.shape[1] // key.shape[1]
     generator = torch.Generator(query.device).manual_seed(0)
@@ -282,8 +289,8 @@ def prove(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> None:
         for got, want in pairs:
             if not float((got - want).float().norm()) <= limit * float(want.float().norm()):
                 raise PlanError(
-                    f"{type(kernel).__name__} of torch {torch.__version__} does not give the attention of a block for "
-                    f'{q.dtype} heads of {q.shape[-1]}; set model.attn = "eager" or cp.kind = "ulysses"'
+                    f"{type(kernel).__name__} of torch {torch.__version__} computes wrong attention for {q.dtype} "
+                    f'and head size {q.shape[-1]}; set model.attn = "eager" or cp.kind = "ulysses"'
                 )
 
 
@@ -296,7 +303,7 @@ def _float(tensor: Tensor) -> Tensor:
 
 
 def _bias(mask: Tensor | None, query: Tensor, *, expand: bool = False) -> Tensor | None:
-    """0 and -inf in the dtype of `query`, as `[B, H, Q, K]` if `expand`."""
+    """Return `mask` as 0 and -inf in the dtype of `query`, expanded to `[B, H, Q, K]` if `expand`."""
     if mask is None:
         return None
     columns = mask.shape[-1]

@@ -1,8 +1,8 @@
-"""Ring attention (arXiv:2310.01889): keys and values travel round the ranks, each rank attends from its own queries.
+"""Ring attention (arXiv:2310.01889): keys and values travel round the ranks; each rank attends from its own queries.
 
-The parts of one softmax are merged by their log-sum-exp, forward and backward, with what `visible` says of masks and
-`kernels` computes of a block. Heads need not divide by cp, and key-value heads travel once, however many query heads
-share them.
+`visible` says which keys of a block each query sees, `kernels` computes the block's attention, and the parts of one
+softmax are merged here by their log-sum-exp, forward and backward. Heads need not divide by cp, and key-value heads
+travel once, however many query heads share them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.compat import sdpa_mask
 from ndtrain.parallel.cp import kernels, visible
 from ndtrain.parallel.cp.interface import ContextParallel
 from ndtrain.parallel.cp.kernels import Kernel
@@ -22,7 +23,7 @@ from ndtrain.parallel.cp.visible import Visible
 
 
 def pass_on(buffer: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Send `buffer` to the next rank of `group`; the result waits for the previous rank's, of the same shape."""
+    """Send `buffer` to the next rank of `group`; the result waits for the previous rank's buffer, of the same shape."""
     rank, size = group.rank(), group.size()
     received = torch.empty_like(buffer)
     works = dist.batch_isend_irecv(
@@ -41,7 +42,7 @@ def pass_on(buffer: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 class _RingAttention(torch.autograd.Function):
-    """`[B, H, S/cp, D]` queries of this rank to the keys and values of all ranks; sinks `[H]` are one more key."""
+    """Attends from this rank's queries `[B, H, S/cp, D]` to the keys and values of all ranks; sinks `[H]` add a key."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -94,8 +95,8 @@ class _RingAttention(torch.autograd.Function):
         for step in range(size):
             arriving = pass_on(block, group) if step + 1 < size else None
             k, v = _unpack(block, key, value)
-            mine = torch.zeros_like(block, dtype=lse.dtype)
-            grad_k, grad_v = _unpack(mine, key, value)
+            block_grad = torch.zeros_like(block, dtype=lse.dtype)
+            grad_k, grad_v = _unpack(block_grad, key, value)
             for span in ctx.seen.spans((rank - step) % size):
                 rows, columns = span.queries, span.keys
                 dq, dk, dv = ctx.kernel.backward(
@@ -108,17 +109,17 @@ class _RingAttention(torch.autograd.Function):
                 grad_query[:, :, rows] += dq
                 grad_k[:, :, columns] += dk
                 grad_v[:, :, columns] += dv
-            # The gradients of a block follow it round the ring, in float32, and after the last step come home.
+            # The gradients of a block follow it round the ring in float32 and are back on its rank after the last step.
             if travelling is not None:
-                mine += travelling()
-            travelling = pass_on(mine, group)
+                block_grad += travelling()
+            travelling = pass_on(block_grad, group)
             if arriving is not None:
                 block = arriving()
         assert travelling is not None
         grad_key, grad_value = _unpack(travelling(), key, value)
         grad_sinks = None
         if sinks is not None:
-            # The sink's value is 0, so that its score moves only what the others lose.
+            # The sink's value is 0, so its score only takes weight from the other keys.
             weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
             grad_sinks = -(weight * (grad.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
         grads = grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
@@ -136,40 +137,44 @@ def ring_attention(
     group: dist.ProcessGroup,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of `[B, H, S/cp, D]` queries to the keys `[B, G, S/cp, D]` and values of all ranks of `group`."""
+    """Return the attention of queries `[B, H, S/cp, D]` to the keys `[B, G, S/cp, D]` and values of all ranks."""
     out: Tensor = _RingAttention.apply(query, key, value, sinks, seen, kernel, scale, group)
     return out
 
 
 class Ring(ContextParallel):
-    """Keys and values round the ring; any number of heads."""
+    """Context parallelism that passes keys and values round the ring; works with any number of heads."""
 
     kind = "ring"
-    # What attention functions of transformers are given and this one reads, or has in its masks.
+    # Arguments of transformers' attention functions that `attend` reads or that its masks already contain.
     _KNOWN = ("dropout", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "position_ids")
 
     def __init__(self, model: Any, group: dist.ProcessGroup):
         super().__init__(model, group)
         self._proven: set[tuple[Any, ...]] = set()
 
-    def pieces(self, rank: int) -> tuple[int, ...]:
-        return visible.pieces(rank, self.size)
+    def segments(self, rank: int) -> tuple[int, ...]:
+        return visible.segments(rank, self.size)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
-        what = type(module).__name__
+        caller = type(module).__name__
         for name, given in kwargs.items():
             if name not in self._KNOWN and isinstance(given, Tensor) and given.ndim:
-                raise PlanError(f'{what} hands its attention {name}, which cp.kind = "ring" cannot cut; {_OTHERWISE}')
+                raise PlanError(
+                    f'{caller} passes {name} to its attention function, and cp.kind = "ring" cannot split it; '
+                    f"{_OTHERWISE}"
+                )
         if kwargs.get("dropout"):
             raise PlanError(
-                f'{what} drops attention weights, which cp.kind = "ring" does not; set its rate to 0 or {_OTHERWISE}'
+                f'{caller} drops attention weights, which cp.kind = "ring" does not support; set its dropout rate '
+                f"to 0 or {_OTHERWISE}"
             )
         if not query.shape[2] == key.shape[2] == self._length() * 2:
             raise PlanError(
-                f'{what} attends from {query.shape[2]} to {key.shape[2]} places, and cp.kind = "ring" to as many as it '
-                f"has tokens; {_OTHERWISE}"
+                f"{caller} attends from {query.shape[2]} queries to {key.shape[2]} keys, but cp.kind = "
+                f'"ring" needs one query and one key for each token ({self._length() * 2} on this rank); {_OTHERWISE}'
             )
         softcap, scale = kwargs.get("softcap"), kwargs.get("scaling")
         kernel = kernels.choose(query, softcap=softcap, plain=self.base == "eager")
@@ -187,10 +192,8 @@ class Ring(ContextParallel):
         return out.transpose(1, 2).contiguous()
 
     def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Tensor:
-        """A tensor without memory that stands for the mask, which is made piece by piece in `attend`."""
-        from transformers.masking_utils import sdpa_mask
-
-        # As sdpa_mask decides that no mask is needed (transformers 5.23)
+        """Return a stand-in without memory; the mask itself is made for one pair of segments at a time in `attend`."""
+        # The conditions under which sdpa_mask makes no mask (transformers 5.23).
         local, padding = kwargs.get("local_size"), kwargs.get("attention_mask")
         skips = (padding is None or bool(padding.all())) and (local is None or local > self._length() * 2 * self.size)
         make: Any
@@ -220,20 +223,23 @@ class Ring(ContextParallel):
                 )
             return found
         if self.base not in ("sdpa", "eager"):
-            raise PlanError(f'{type(module).__name__} attends without a mask; under cp.kind = "ring" {_OTHERWISE}')
+            raise PlanError(
+                f"{type(module).__name__} calls its attention function without a mask, so that cp.kind = "
+                f'"ring" cannot know which keys its queries see; {_OTHERWISE}'
+            )
         causal = self.base == "sdpa" and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         return Visible("causal" if causal else "full", length=self._length(), rank=self.rank, cp=self.size)
 
     def _length(self) -> int:
-        """Of a piece."""
+        """Return the tokens of a segment."""
         assert self.positions is not None
         return self.positions.shape[1] // (2 * self.size)
 
     def _prove(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> None:
-        what = (type(kernel), query.dtype, query.shape[1] // key.shape[1], query.shape[-1], value.shape[-1])
-        if not isinstance(kernel, kernels.Plain) and what not in self._proven:
+        case = (type(kernel), query.dtype, query.shape[1] // key.shape[1], query.shape[-1], value.shape[-1])
+        if not isinstance(kernel, kernels.Plain) and case not in self._proven:
             kernels.prove(kernel, query, key, value)
-            self._proven.add(what)
+            self._proven.add(case)
 
 
 _OTHERWISE = 'set cp.kind = "ulysses" or mesh.cp = 1'
@@ -244,19 +250,19 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _pack(key: Tensor, value: Tensor) -> Tensor:
-    """One flat buffer for one message."""
+    """Return both in one flat buffer, to be sent as one message."""
     return torch.cat([key.reshape(-1), value.reshape(-1)])
 
 
 def _unpack(flat: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of `flat`, of the shapes of `key` and `value`."""
+    """Return views of `flat` with the shapes of `key` and `value`."""
     return flat[: key.numel()].view(key.shape), flat[key.numel() :].view(value.shape)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add to one softmax, in place, what it has of further keys."""
+    """Merge the softmax over further keys (`part`, `part_lse`) into `out` and `lse`, in place."""
     total = torch.logaddexp(lse, part_lse)
-    # Where nothing is seen yet, -inf less -inf
+    # -inf less -inf is NaN where no key has been seen yet.
     kept, added = ((each - total).exp().nan_to_num(0.0) for each in (lse, part_lse))
     out.mul_(kept[..., None]).add_(part * added[..., None])
     lse.copy_(total)

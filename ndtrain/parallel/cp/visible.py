@@ -1,7 +1,7 @@
-"""Which keys of another rank's part each query of this rank sees: the work of one step of the ring.
+"""Finds the work of each step of the ring: which keys of another rank's part each query of this rank sees.
 
-A sequence is cut into 2 cp pieces, of which rank r holds r and 2 cp - 1 - r, so that under causal attention all ranks
-have the same work. Masks are made for one pair of pieces at a time, from places in whole sequences.
+A sequence is split into 2 cp segments, of which rank r holds r and 2 cp - 1 - r, so that under causal attention all
+ranks have the same work. Masks are made for one pair of segments at a time, from positions in whole sequences.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 PairMask = Callable[[int, int, int], Tensor]
 
 
-def pieces(rank: int, cp: int) -> tuple[int, int]:
-    """The two pieces of 2 cp that `rank` holds."""
+def segments(rank: int, cp: int) -> tuple[int, int]:
+    """Return the two segments of 2 cp that `rank` holds."""
     return rank, 2 * cp - 1 - rank
 
 
@@ -32,9 +32,10 @@ class Span:
 
 
 class Visible:
-    """The spans of every step of the ring.
+    """Finds and keeps the spans of every step of the ring.
 
-    `mask` is "causal", "full", or makes the mask of a pair of pieces; `length` is that of a piece.
+    `mask` is "causal", "full", or a function that makes the mask of a pair of segments; `length` is the tokens of a
+    segment.
     """
 
     def __init__(self, mask: PairMask | Literal["causal", "full"], *, length: int, rank: int, cp: int):
@@ -42,8 +43,8 @@ class Visible:
         self._spans: dict[int, tuple[Span, ...]] = {}
 
     def spans(self, source: int) -> tuple[Span, ...]:
-        """What is to be computed with the keys of rank `source`; what nobody sees is left out."""
-        # Every layer asks for the same.
+        """Return what to compute with the keys of rank `source`, without the blocks that no query sees."""
+        # Every layer asks for the same spans.
         if source not in self._spans:
             self._spans[source] = self._find(source)
         return self._spans[source]
@@ -55,11 +56,11 @@ class Visible:
         if self.mask == "causal":
             if source == self.rank:
                 return (Span(whole, whole, causal=True),)
-            # Pieces of lower ranks come first and, mirrored, last.
+            # Segments of lower ranks come before this rank's in the first half, and after them in the mirrored second.
             return (Span(whole, first) if source < self.rank else Span(second, whole),)
         found = []
-        for rows, query in zip((first, second), pieces(self.rank, self.cp), strict=True):
-            for columns, key in zip((first, second), pieces(source, self.cp), strict=True):
+        for rows, query in zip((first, second), segments(self.rank, self.cp), strict=True):
+            for columns, key in zip((first, second), segments(source, self.cp), strict=True):
                 mask = self.mask(query * self.length, key * self.length, self.length)
                 if mask.all():
                     found.append(Span(rows, columns))

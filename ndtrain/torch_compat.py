@@ -1,0 +1,261 @@
+"""Every private name of torch that ndtrain uses, with what it is for: the next release that moves one is one red test.
+
+`from ndtrain.torch_compat import StridedShard` looks the name up in `NAMES` when it is asked for, so that importing
+this module does not import torch. The functions below reach private attributes of torch's objects.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Private(NamedTuple):
+    """A name that no promise of its library covers: where it is, what it is for, and what ndtrain passes to it.
+
+    `where` is "module:attribute.path". `takes` has the parameters that are passed, in the order of the signature; None
+    where the name is not called, or its signature cannot be asked.
+    """
+
+    where: str
+    purpose: str
+    takes: str | None = None
+
+    def find(self) -> Any:
+        """Return the object itself. Raises `ImportError` or `AttributeError` where it is gone."""
+        module, _, path = self.where.partition(":")
+        found: Any = importlib.import_module(module)
+        for part in path.split(".") if path else ():
+            found = getattr(found, part)
+        return found
+
+    def check(self) -> str | None:
+        """Return in what way the name is not what it was when ndtrain was written; None where it is."""
+        try:
+            found = self.find()
+        except (ImportError, AttributeError) as error:
+            return f"{self.where} is gone ({error})"
+        if self.takes is None:
+            return None
+        try:
+            parameters = _parameters(found)
+        except ValueError:  # a built-in: StridedShard is one in torch 2.11
+            return None
+        wanted = self.takes.split()
+        if [name for name in parameters if name in wanted] != wanted:
+            return f"{self.where} takes ({', '.join(parameters)}), not ({', '.join(wanted)}) in this order"
+        if left := [name for name, needed in parameters.items() if needed and name not in wanted]:
+            return f"{self.where} needs {', '.join(left)} too"
+        return None
+
+
+def _parameters(function: Any) -> dict[str, bool]:
+    """Return {parameter: whether it must be given} of a function, a class or an operator of torch."""
+    if hasattr(function, "overloads"):
+        schema = getattr(function, function.overloads()[0])._schema
+        return {argument.name: not argument.has_default_value() for argument in schema.arguments}
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: parameter.default is parameter.empty and parameter.kind not in kinds
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self"
+    }
+
+
+# Read in torch 2.11 (the lowest that pyproject.toml allows), 2.13 and 2.14.
+_FAKE, _FSDP = "torch._subclasses.fake_tensor", "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup"
+_GROUPS, _PROPAGATION = "torch.distributed.distributed_c10d", "torch.distributed.tensor._sharding_prop"
+_SDPA, _RING, _FLOPS = "torch:ops.aten._scaled_dot_product", "a block of ring attention", "FLOPs of a step"
+_DRY, _FREE, _TREE = "a dry step", "an operation that moves nothing", "what a block takes and gives"
+NAMES: dict[str, Private] = {
+    # ---- shapes and placements
+    "StridedShard": Private(
+        "torch.distributed.tensor.placement_types:_StridedShard", "FSDP over tp; packed weights", "dim split_factor"
+    ),
+    "flatten_mesh": Private(
+        "torch.distributed.device_mesh:DeviceMesh._flatten", "the mesh of the loss", "mesh_dim_name"
+    ),
+    # ---- trees, modes, functions that make tensors
+    "tree_map": Private("torch.utils._pytree:tree_map", _TREE, "func tree"),
+    "tree_leaves": Private("torch.utils._pytree:tree_leaves", _TREE, "tree"),
+    "TorchDispatchMode": Private("torch.utils._python_dispatch:TorchDispatchMode", "the operations of a step"),
+    "device_constructors": Private("torch.utils._device:_device_constructors", "functions that make tensors", ""),
+    "foreach_norm": Private("torch:_foreach_norm", "norms of many tensors at once"),
+    "foreach_mul_": Private("torch:_foreach_mul_", "scaling of many tensors at once"),
+    # ---- tensors without contents, and ranks that are not there
+    "FakeTensor": Private(f"{_FAKE}:FakeTensor", _DRY),
+    "FakeTensorMode": Private(f"{_FAKE}:FakeTensorMode", _DRY, "allow_non_fake_inputs"),
+    "DataDependentOutputException": Private(f"{_FAKE}:DataDependentOutputException", "a step that needs contents"),
+    "DynamicOutputShapeException": Private(f"{_FAKE}:DynamicOutputShapeException", "a step that needs contents"),
+    "FakeStore": Private("torch.testing._internal.distributed.fake_pg:FakeStore", _DRY),
+    "fake_collectives": Private("torch.distributed._tools.fake_collectives", "shapes of collectives on fake tensors"),
+    # ---- operators
+    "flash_for_cpu": Private(
+        f"{_SDPA}_flash_attention_for_cpu", _RING, "query key value dropout_p is_causal attn_mask scale"
+    ),
+    "flash_for_cpu_backward": Private(
+        f"{_SDPA}_flash_attention_for_cpu_backward",
+        _RING,
+        "grad_out query key value out logsumexp dropout_p is_causal attn_mask scale",
+    ),
+    "flash": Private(f"{_SDPA}_flash_attention", _RING, "query key value dropout_p is_causal return_debug_mask scale"),
+    "flash_backward": Private(
+        f"{_SDPA}_flash_attention_backward",
+        _RING,
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal philox_seed "
+        "philox_offset scale",
+    ),
+    "efficient": Private(
+        f"{_SDPA}_efficient_attention",
+        _RING,
+        "query key value attn_bias compute_log_sumexp dropout_p is_causal scale",
+    ),
+    "efficient_backward": Private(
+        f"{_SDPA}_efficient_attention_backward",
+        _RING,
+        "grad_out_ query key value attn_bias out logsumexp philox_seed philox_offset dropout_p grad_input_mask "
+        "is_causal scale",
+    ),
+    "cudnn": Private(f"{_SDPA}_cudnn_attention", _FLOPS),
+    "grouped_mm": Private("torch:ops.aten._grouped_mm", _FLOPS),
+    "unsafe_view": Private("torch:ops.aten._unsafe_view", _FREE),
+    "reshape_alias": Private("torch:ops.aten._reshape_alias", _FREE),
+    # ---- process groups
+    "world": Private(f"{_GROUPS}:_world", "every process group of this rank"),
+    "set_pg_timeout": Private(f"{_GROUPS}:_set_pg_timeout", "limits that differ by phase", "timeout group"),
+    "default_store": Private(f"{_GROUPS}:_get_default_store", "the store through which ranks are watched", ""),
+    "resolve_process_group": Private(f"{_GROUPS}:_resolve_process_group", "the group of a functional collective"),
+    # ---- the inside of FSDP and DTensor, watched during a dry step
+    "FSDPParamGroup": Private(_FSDP, _DRY),
+    "fsdp_pre_forward": Private(f"{_FSDP}.pre_forward", _DRY, "module args kwargs"),
+    "fsdp_pre_backward": Private(f"{_FSDP}.pre_backward", _DRY, "default_prefetch"),
+    "fsdp_unshard": Private(f"{_FSDP}.unshard", _DRY, "async_op"),
+    "fsdp_wait_for_unshard": Private(f"{_FSDP}.wait_for_unshard", _DRY, ""),
+    "fsdp_post_backward": Private(f"{_FSDP}.post_backward", _DRY, ""),
+    "ShardingPropagator": Private(f"{_PROPAGATION}:ShardingPropagator", _DRY),
+    "propagate_tensor_meta": Private(
+        f"{_PROPAGATION}:ShardingPropagator._propagate_tensor_meta_non_cached", _DRY, "op_schema"
+    ),
+    # ---- modules
+    "apply_to_tensors": Private("torch.nn:Module._apply", "memory for a model that was built on meta", "fn"),
+    "FSDPModule_new": Private("torch.distributed.fsdp:FSDPModule.__new__", "the class that FSDP found a module with"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return NAMES[name].find()
+
+
+# ---- attributes of objects
+
+
+def process_groups() -> list[torch.distributed.ProcessGroup]:
+    """Return every process group that this rank is in."""
+    return list(NAMES["world"].find().pg_map)
+
+
+def packet_of(operator: Any) -> Any:
+    """Return the operator without its overload, from what a dispatch mode is given."""
+    return operator._overloadpacket
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that is the storage's while it lives: Python's object for it may be another each time."""
+    return storage._cdata
+
+
+def offset_in_archive(tensor: torch.Tensor) -> int:
+    """Return where a fake tensor's storage begins in the archive that `torch.load` took it from."""
+    return tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined,no-any-return,return-value]
+
+
+def is_process_group(argument: Any) -> bool:
+    """Return whether an operator's argument is a process group in its scripted form."""
+    import torch
+
+    return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+
+
+def class_before_fsdp(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before `fully_shard`: behind FSDP's own two, as in `FSDPModule.__new__`."""
+    return type(module).__mro__[2]
+
+
+def put_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+    """Replace a module's own parameter without a look at what it is; returns the one before."""
+    before = module._parameters[name]
+    module._parameters[name] = param
+    return before
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a module's own parameter, past what FSDP or a parametrization shows in its place."""
+    return module._parameters.get(name)
+
+
+# ---- a dry step
+
+
+def give_collectives_shapes() -> None:
+    """Have collectives work on fake tensors, as the import of torch's own module for that does."""
+    NAMES["fake_collectives"].find()
+
+
+@contextmanager
+def fsdp_stages_wrapped(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, FSDP calls `wrap(name, method)` in place of its methods of these names, on a group of parameters."""
+    group = NAMES["FSDPParamGroup"].find()
+    with ExitStack() as patches:
+        for name in ("pre_forward", "pre_backward", "unshard", "wait_for_unshard", "post_backward"):
+            patches.enter_context(mock.patch.object(group, name, wrap(name, getattr(group, name))))
+        yield
+
+
+@contextmanager
+def shape_propagation_wrapped(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, DTensor asks for the shapes of an operation through `wrap(method)`."""
+    propagator, name = NAMES["ShardingPropagator"].find(), "_propagate_tensor_meta_non_cached"
+    with mock.patch.object(propagator, name, wrap(getattr(propagator, name))):
+        yield
+
+
+def fsdp_name(group: Any) -> str:
+    """Return the FQN of the module whose parameters FSDP gathers together in `group`."""
+    return group._module_fqn or ""
+
+
+def unsharded_parameters(group: Any) -> Iterator[torch.Tensor]:
+    """Yield the gathered parameters of `group` that are there."""
+    for held in group.fsdp_params:
+        whole = getattr(held, "_unsharded_param", None)
+        if whole is not None:
+            yield whole
+
+
+# ---- names that changed between versions
+
+
+def all_gather_single() -> Callable[..., Any]:
+    """Return the collective of this name: `all_gather_into_tensor` until torch 2.12."""
+    import torch.distributed as dist
+
+    found: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return found
+
+
+def reduce_scatter_single() -> Callable[..., Any]:
+    """Return the collective of this name: `reduce_scatter_tensor` until torch 2.12."""
+    import torch.distributed as dist
+
+    found: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return found

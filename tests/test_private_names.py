@@ -1,0 +1,118 @@
+"""Private names of torch and transformers: all in two modules, all as they were when ndtrain was written."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from ndtrain import torch_compat
+from ndtrain.hf import compat
+from ndtrain.torch_compat import Private
+
+ROOT = Path(torch_compat.__file__).parent
+FENCED = {ROOT / "torch_compat.py", ROOT / "hf" / "compat.py"}
+# Named tuples' own methods, which have an underscore to keep clear of the fields' names.
+OF_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_every_private_name_is_where_it_was_and_takes_what_is_passed(library: str) -> None:
+    names = (torch_compat if library == "torch" else compat).NAMES
+    found = {name: changed for name, private in names.items() if (changed := private.check()) is not None}
+    assert not found, f"torch {torch.__version__}, transformers {transformers.__version__}: {found}"
+
+
+def test_a_name_that_moved_or_takes_other_parameters_is_told() -> None:
+    assert "gone" in str(Private("torch.nn:Module._applied", "").check())
+    assert "gone" in str(Private("torch.nowhere:x", "").check())
+    assert "in this order" in str(Private("torch.nn:Module._apply", "", "recurse fn").check())
+    assert "in this order" in str(Private("torch.nn:Module._apply", "", "function").check())
+    assert "needs fn too" in str(Private("torch.nn:Module._apply", "", "").check())
+    assert Private("torch.nn:Module._apply", "", "fn").check() is None
+    assert "in this order" in str(Private("torch:ops.aten._grouped_mm", "", "self weight").check())
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _own(trees: dict[Path, ast.Module]) -> set[str]:
+    """Attributes that ndtrain's own classes and modules define."""
+    found = set(OF_TUPLES)
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef):
+                        found.add(member.name)
+                    elif isinstance(member, ast.AnnAssign | ast.Assign):
+                        targets = [member.target] if isinstance(member, ast.AnnAssign) else member.targets
+                        found |= {t.id for t in targets if isinstance(t, ast.Name)}
+            stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            if stored and ast.unparse(node) == f"self.{node.attr}":  # type: ignore[attr-defined]
+                found.add(node.attr)  # type: ignore[attr-defined]
+        # Reached as `module._name` from another module.
+        found |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return found
+
+
+def _foreign(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, name) of what `tree` takes from the inside of torch or transformers."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("torch", "transformers"):
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            if any(map(_is_private, names)) or "_internal" in names or str(node.module).startswith("transformers."):
+                yield node.lineno, f"from {node.module}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                if parts[0] in ("torch", "transformers") and (
+                    any(map(_is_private, parts)) or alias.name.startswith("transformers.")
+                ):
+                    yield node.lineno, f"import {alias.name}"
+        elif isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own:
+            if ast.unparse(node) != "os._exit":
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            *("getattr", "setattr", "hasattr", "delattr"),
+            *("object", "patch"),
+        ):
+            for argument in node.args[:2]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    last = argument.value.rpartition(".")[2]
+                    if (_is_private(last) and last not in own) or argument.value.startswith(
+                        ("torch.", "transformers.")
+                    ):
+                        yield node.lineno, ast.unparse(node)
+
+
+def test_no_module_but_the_two_names_anything_private() -> None:
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+    own = _own({path: tree for path, tree in trees.items() if path not in FENCED})
+    found = [
+        f"{path.relative_to(ROOT.parent)}:{line}: {name}"
+        for path, tree in trees.items()
+        if path not in FENCED
+        for line, name in _foreign(tree, own)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_fence_sees_each_way_to_name_something_private() -> None:
+    for source in (
+        "from torch._subclasses import fake_tensor",
+        "from torch.nn import _x",
+        "from transformers.masking_utils import sdpa_mask",
+        "import torch.distributed._tools.x",
+        "model._apply(f)",
+        "getattr(config, '_attn_implementation')",
+        "mock.patch('transformers.masking_utils.sdpa_mask', f)",
+    ):
+        assert list(_foreign(ast.parse(source), set())), source
+    for source in ("from torch.nn import functional", "import torch", "self._x", "box._replace(a=1)", "os._exit(1)"):
+        assert not list(_foreign(ast.parse(source), {"_x", *OF_TUPLES})), source
