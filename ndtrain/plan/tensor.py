@@ -150,8 +150,8 @@ def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> N
 def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:
     """A parameter among cut layers that has no style, so that its gradient would cover this rank's share only.
 
-    A learned activation's scalars between two layers of an MLP are added to `found`: their gradients are summed. What
-    deeper modules do shows in the gradients: `Trainer` compares them.
+    A learned activation's scalars between two layers of an MLP, and norms of each head, are added to `found`: their
+    gradients are summed. What deeper modules do shows in the gradients: `Trainer` compares them.
     """
     for parent in sorted({name.rpartition(".")[0] for name, style in found.items() if style == "colwise"}):
         if parent not in modules:
@@ -160,9 +160,12 @@ def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:
             fqn = f"{parent}.{param_name}" if parent else param_name
             if fqn not in found:
                 return f"has {fqn} among its cut layers without a style of its own"
+        cut = {n for n, _ in modules[parent].named_children() if found.get(f"{parent}.{n}") == "colwise"}
+        # Norms of each head: what heads share is no longer than one, where the projections are cut between heads.
+        head = getattr(modules[parent], "head_dim", 1) if any(cut.issuperset(names) for names in derive.HEADS) else 1
         for name, child in modules[parent].named_children():
             params = list(child.parameters())
-            if f"{parent}.{name}" not in found and params and all(p.numel() == 1 for p in params):
+            if f"{parent}.{name}" not in found and params and all(p.numel() in (1, head) for p in params):
                 found[f"{parent}.{name}"] = SUMMED
     return None
 
