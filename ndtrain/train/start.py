@@ -99,7 +99,9 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
         load_tensors(resumed.directory / "model", model_tensors(model), all_of_it=True)
         extra_states.restore(model, extra_states.read(resumed.directory))
     if not known and not _prove(engine, references, reporter):
-        raise PlanError(f"{engine.plan.model_type}: the logits or gradients of its weights are not finite")
+        raise PlanError(
+            f"{engine.plan.model_type}: the logits or gradients of its weights are not finite, or follow rounding alone"
+        )
     engine.finish()
 
 
