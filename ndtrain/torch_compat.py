@@ -144,6 +144,8 @@ NAMES: dict[str, Private] = {
     "propagate_tensor_meta": Private(
         f"{_PROPAGATION}:ShardingPropagator._propagate_tensor_meta_non_cached", _DRY, "op_schema"
     ),
+    # ---- autograd
+    "current_graph_task_id": Private("torch:_C._current_graph_task_id", "whether a backward pass is at work", None),
     # ---- modules
     "apply_to_tensors": Private("torch.nn:Module._apply", "memory for a model that was built on meta", "fn"),
     "FSDPModule_new": Private("torch.distributed.fsdp:FSDPModule.__new__", "the class that FSDP found a module with"),
@@ -162,6 +164,11 @@ def __getattr__(name: str) -> Any:
 def process_groups() -> list[torch.distributed.ProcessGroup]:
     """Return every process group that this rank is in."""
     return list(NAMES["world"].find().pg_map)
+
+
+def in_backward() -> bool:
+    """Return whether this code runs inside a backward pass, as a block does that is recomputed."""
+    return bool(NAMES["current_graph_task_id"].find()() != -1)
 
 
 def packet_of(operator: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils._pytree import tree_map
 
 from ndtrain.errors import PlanError
 from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes, build_mesh
 from ndtrain.parallel import parallelize
+from ndtrain.parallel.fsdp import exchange_repeated_at_once
 from ndtrain.plan import Plan, make_plan
+from tests.matrix.worker import whole
 from tests.ranks import get_pool
 from tests.test_plan import plan_for
 from tests.test_plan import recipe_for as meta_recipe
@@ -69,6 +72,51 @@ def test_units_and_offloading_train_like_plain_transformers(world: dict[str, Any
     for metrics, (loss, norm) in zip(result["metrics"], reference(model_dir(world, kind), recipe), strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.later = torch.nn.Linear(8, 8), torch.nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor, again: bool) -> torch.Tensor:
+        scale = self.later(x).sigmoid().sum(-1, keepdim=True) if again else torch.ones(())
+        return scale * self.first(x).tanh()
+
+
+class Looped(torch.nn.Module):
+    """A block that runs twice, with a layer that its second run alone uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.block(self.block(x, False), True))
+
+
+def looped_gradients() -> float:
+    """How far the gradients of a looped block, replicated and accumulated, are from those of one process."""
+    torch.manual_seed(0)
+    plain, rows = Looped(), torch.randn(2, 4, 3, 8)
+    model = copy.deepcopy(plain)
+    plain(rows.flatten(0, 2)).square().sum().backward()
+    mesh = build_mesh(MeshSizes(2, 2), "cpu").fsdp
+    for module in (model.block, model):
+        fully_shard(module, mesh=mesh)
+    for module in (model.block, model):
+        module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+    exchange_repeated_at_once(model)
+    for i, micro in enumerate(rows):
+        model.set_requires_all_reduce(i == 1)  # type: ignore[attr-defined]
+        model(micro[torch.distributed.get_rank()]).square().sum().backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    return max(float((whole(p.grad)[0] - q.grad).norm() / q.grad.norm()) for p, q in pairs)  # type: ignore[arg-type,operator,union-attr]
+
+
+def test_replicas_of_a_block_that_runs_twice_get_the_whole_gradient() -> None:
+    assert max(get_pool(4).run(looped_gradients, timeout=120)) < 1e-5
 
 
 def compute_in(module: torch.nn.Module, dtype: torch.dtype, output: torch.dtype | None) -> None:

@@ -383,6 +383,15 @@ def test_gradients_of_a_learned_activation_are_summed_over_tp(tmp_path: Path) ->
     assert {"model.layers.0.mlp.act_fn.alpha_p", "model.layers.0.mlp.act_fn.alpha_n"} <= set(plan.tp_summed)
 
 
+def test_norms_of_heads_that_a_plan_leaves_out_are_summed(tmp_path: Path) -> None:
+    model, _ = plan_for(recipe_for(tmp_path, "glm4_moe", **NO_PACKING), TP2)
+    assert not any("_norm" in name for name in model.config.base_model_tp_plan)
+    config = tiny.MATRIX["glm4_moe"] | {"use_qk_norm": True, "head_dim": 16}
+    _, plan = plan_for(recipe_for(tmp_path, "glm4_moe", config, **NO_PACKING), TP2)
+    norms = {f"model.layers.{i}.self_attn.{n}_norm.weight" for i in range(2) for n in "qk"}
+    assert set(plan.tp_summed) == norms
+
+
 @pytest.mark.parametrize(
     ("config", "cp", "kind", "words"),
     [

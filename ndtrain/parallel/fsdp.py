@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.mesh import Meshes
 from ndtrain.plan import ParamPlan, Plan, Unit
+from ndtrain.torch_compat import in_backward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +43,30 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
             # sum (torch <= 2.13).
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if plan.sizes.dp_replicate > 1:
+        exchange_repeated_at_once(model)
+
+
+def exchange_repeated_at_once(model: nn.Module) -> None:
+    """Let units that run more than once in a forward pass exchange gradients between replicas after each run.
+
+    FSDP adds up what it defers in one buffer a unit, whatever parameters a run has used (torch <= 2.13): a looped block
+    that uses some of them in its later runs alone would get gradients of other parameters, or none.
+    """
+    ran: set[nn.Module] = set()
+
+    def before(module: nn.Module, args: object) -> None:
+        if in_backward():
+            return  # recomputed
+        if module is model:
+            ran.clear()
+        elif module in ran:
+            cast(FSDPModule, module).set_requires_all_reduce(True, recurse=False)
+        ran.add(module)
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.register_forward_pre_hook(before)
 
 
 def _mixed_precision(unit: Unit) -> MixedPrecisionPolicy:

@@ -154,8 +154,8 @@ def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> N
 def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:
     """Return a reason if a parameter beside cut layers has no style: its gradient would cover only this rank's share.
 
-    Adds to `found` the scalars of learned activations between two layers of an MLP, whose gradients are summed. Does
-    not look into deeper modules: `Trainer` compares their gradients.
+    Adds to `found` the scalars of learned activations between two layers of an MLP, and the norms of each head: their
+    gradients are summed. Does not look into deeper modules: `proof` compares their gradients.
     """
     for parent in sorted({name.rpartition(".")[0] for name, style in found.items() if style == "colwise"}):
         if parent not in modules:
@@ -164,9 +164,12 @@ def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:
             fqn = f"{parent}.{param_name}" if parent else param_name
             if fqn not in found:
                 return f"has {fqn} among its cut layers without a style of its own"
+        cut = {n for n, _ in modules[parent].named_children() if found.get(f"{parent}.{n}") == "colwise"}
+        # Norms of each head: what heads share is no longer than one, where the projections are cut between heads.
+        head = getattr(modules[parent], "head_dim", 1) if any(cut.issuperset(names) for names in derive.HEADS) else 1
         for name, child in modules[parent].named_children():
             params = list(child.parameters())
-            if f"{parent}.{name}" not in found and params and all(p.numel() == 1 for p in params):
+            if f"{parent}.{name}" not in found and params and all(p.numel() in (1, head) for p in params):
                 found[f"{parent}.{name}"] = SUMMED
     return None
 

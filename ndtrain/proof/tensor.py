@@ -22,10 +22,11 @@ def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
     """Raise `PlanError` if a cut block's outputs or gradients differ from a whole one's, or between tp ranks.
 
     If tp ranks differ in the gradient of a parameter that each holds whole, each has only its part of the gradient, as
-    of attention sinks beside cut heads, and their sum would be missing. Returns False if these weights give no finite
-    gradients, so that nothing can be checked. Collective.
+    of attention sinks beside cut heads, and their sum would be missing. Returns False if these weights give gradients
+    that are not finite, or that follow rounding alone, so that nothing can be checked. Collective.
     """
     plan, model = engine.plan, engine.model
+    limit = 1e-2 if not plan.low_precision else 0.5 if any("experts" in p.fqn for p in plan.params) else 0.2
     model.train(not dropouts(model))
     with ExitStack() as whole_sequences:
         for split in (engine.context, engine.sequence):
@@ -36,7 +37,8 @@ def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
                 learn(engine)
             spreads = dict(_replica_spreads(engine))
             sum_over_tp(model, plan.tp_summed, engine.meshes.tp.get_group())
-            differences = dict(references.differences(model, copies=plan.sizes.world_size // plan.sizes.tp))
+            copies = plan.sizes.world_size // plan.sizes.tp
+            differences = dict(references.differences(model, copies=copies, limit=limit))
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise does_not_run(engine, error) from error
     model.zero_grad(set_to_none=True)
@@ -51,7 +53,6 @@ def check_tensor_parallel(engine: Engine, references: ReferenceBlocks) -> bool:
     if unknown:
         return False
     dist.all_reduce(amounts, op=dist.ReduceOp.MAX)
-    limit = 1e-2 if not plan.low_precision else 0.5 if any("experts" in p.fqn for p in plan.params) else 0.2
     for what, amount in zip(found, amounts.tolist(), strict=True):
         if not amount < limit:
             raise PlanError(

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from tests.matrix import peer, worker
-from tests.matrix.results import CONFIGS, UNBUILT, Results, build_all, outcome, parser, report, unknown_types
+from tests.matrix.results import (
+    CONFIGS,
+    UNBUILT,
+    Results,
+    build_all,
+    how_to_add,
+    outcome,
+    parser,
+    report,
+    unknown_types,
+)
 from tests.ranks import RankPool
 
 ULYSSES, RING = {"cp": {"kind": "ulysses"}}, {"cp": {"kind": "ring"}}
@@ -43,7 +53,9 @@ def main() -> None:
     options = arguments.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results, peers = Results(options.out / "results.json"), Results(options.out / "peer.json")
-    print(f"{len(CONFIGS)} types, {len(UNBUILT)} that cannot be built, new ones: {unknown_types()}", flush=True)
+    print(f"{len(CONFIGS)} types, {len(UNBUILT)} that cannot be built", flush=True)
+    if unknown := unknown_types():
+        print(how_to_add(unknown), flush=True)
     built = build_all(options.types, options.out, results, peers, router_loss=options.router_loss)
     pools: dict[int, RankPool] = {}
     for name in options.meshes:

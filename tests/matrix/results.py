@@ -34,6 +34,23 @@ def unknown_types() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(CONFIGS) - set(UNBUILT))
 
 
+def how_to_add(kinds: list[str]) -> str:
+    """What to do about causal LM types that the matrix does not know."""
+    return (
+        f"transformers {transformers.__version__} has causal LM types that are not in the matrix: {', '.join(kinds)}. "
+        "Add a tiny config of each to tests/matrix/configs.json and try it with "
+        f"`OMP_NUM_THREADS=1 python -m tests.matrix --out DIR --types {' '.join(kinds)}`; "
+        "one that cannot be built goes to tests/matrix/unbuilt.json with the reason"
+    )
+
+
+def absent(kind: str) -> str | None:
+    """Why a type of the tables is passed over, which several versions of transformers share; None where it is not."""
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return None
+    return f"transformers {transformers.__version__} has no such causal LM type"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one step: a run that is killed leaves the old file or the new one."""
     part = path.with_suffix(".part")
@@ -104,16 +121,23 @@ def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = F
     """The saved models and their references, by type, {"error": …} for those that could not be built.
 
     A type whose config, length or router loss is another since is built again, and what `kept` has of it is forgotten.
+    One that the installed transformers does not have is passed over, with a line that says so.
     """
     built_file = out / "built.json"
     built: dict[str, Any] = json.loads(built_file.read_text()) if built_file.exists() else {}
     pool = RankPool(1, cases=1000)
     for kind in kinds:
         made_of = {"config": CONFIGS[kind], "router_loss": router_loss, "seq": worker.SEQ}
-        if made_of.items() <= built.get(kind, {}).items():
+        reason = absent(kind)
+        if not reason and made_of.items() <= built.get(kind, {}).items():
             continue
         for results in kept:
             results.forget(kind)
+        if reason:
+            built[kind] = {"error": reason}
+            write_json(built_file, built)
+            print(f"passed over {kind}: {reason}", flush=True)
+            continue
         shutil.rmtree(out / "models" / kind, ignore_errors=True)
         try:
             args = (kind, CONFIGS[kind], str(out / "models"), router_loss)
@@ -136,12 +160,15 @@ def report(out: Path, meshes: list[str], ways: list[str]) -> str:
     reasons: dict[str, int] = {}
     rows = []
     for kind in sorted({*CONFIGS, *UNBUILT}):
-        error = UNBUILT.get(kind) or built.get(kind, {"error": "not tried yet"}).get("error")
+        error = absent(kind) or UNBUILT.get(kind) or built.get(kind, {"error": "not tried yet"}).get("error")
         if error:
             rows.append([kind, f"no [{reasons.setdefault(error, len(reasons) + 1)}]", *("" for _ in columns)])
         else:
             rows.append([kind, "yes", *(_shown(results.get(kind, c), kind, reasons) for c, results in columns)])
-    made = sum("error" not in v for v in built.values())
+    made = sum("error" not in built.get(kind, {"error": ""}) for kind in CONFIGS)
+    lacking = [kind for kind in CONFIGS if absent(kind)]
+    failed = len(CONFIGS) - len(lacking) - made
+    unbuilt = sum(not absent(kind) for kind in UNBUILT)
     commits = {row[c].get("commit", "unknown") for c, results in columns for row in results.cells.values() if c in row}
     counts = []
     for column, results in columns:
@@ -154,8 +181,9 @@ def report(out: Path, meshes: list[str], ways: list[str]) -> str:
             "--table FILE`.",
             "",
             f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here, "
-            f"{len(CONFIGS) - made} have a config that failed or was not tried, {len(UNBUILT)} cannot be built and "
-            f"{len(unknown_types())} are new to the matrix. Cells of each kind:",
+            f"{failed} have a config that failed or was not tried, {unbuilt} cannot be built and "
+            f"{len(unknown_types())} are new to the matrix. It lacks {len(lacking)} that have a config. Cells of each "
+            "kind:",
             "",
             *_markdown(["", *STATUSES, "all"], counts),
             "",
