@@ -101,8 +101,8 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
         extra_states.restore(model, extra_states.read(resumed.directory))
     if not known and not _prove(engine, references, reporter):
         raise PlanError(
-            f"{engine.plan.model_type}: its weights give logits or gradients that are not finite, or that follow rounding "
-            "alone; check the weights"
+            f"{engine.plan.model_type}: its weights give logits or gradients that are not finite, or that follow "
+            "rounding alone; check the weights"
         )
     engine.finish()
 
