@@ -117,7 +117,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
         if ranks > 1:
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
-    Attempt.of_process(run_dir).open(is_main=os.environ.get("RANK", "0") == "0")
+    Attempt.of_process(run_dir).refuse_stopped()
     _print_notes(resolved)
 
     with _without_gc():

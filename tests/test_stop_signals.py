@@ -216,16 +216,21 @@ def test_restarts_of_a_stopped_launch_do_not_train(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv("MASTER_PORT", str(port))
         return Attempt.of_process(tmp_path)
 
+    def opened(attempt: Attempt, *, is_main: bool) -> None:
+        attempt.refuse_stopped()
+        if is_main:
+            attempt.forget_others()
+
     for agent_store in (True, False):
-        attempt(0, agent_store=agent_store).open(is_main=True)
+        opened(attempt(0, agent_store=agent_store), is_main=True)
         attempt(0, agent_store=agent_store).record_begin(-1)
-        attempt(1, agent_store=agent_store).open(is_main=True)
+        opened(attempt(1, agent_store=agent_store), is_main=True)
         attempt(1, agent_store=agent_store).record_stop()
         with pytest.raises(Stopped, match="this launch was stopped on request"):
-            attempt(2, agent_store=agent_store).open(is_main=False)
-    attempt(2, port=2).open(is_main=False)
-    attempt(0, agent_store=False).open(is_main=True)  # a later launch of the same name
-    attempt(1, agent_store=False).open(is_main=True)
+            opened(attempt(2, agent_store=agent_store), is_main=False)
+    opened(attempt(2, port=2), is_main=False)
+    opened(attempt(0, agent_store=False), is_main=True)  # a later launch of the same name
+    opened(attempt(1, agent_store=False), is_main=True)
 
 
 @pytest.mark.parametrize(

@@ -58,17 +58,20 @@ class Attempt:
         if self.max_restarts:
             replace_text(self.run_dir / FILE, json.dumps({"launch": self.launch, **fields}))
 
-    def open(self, *, is_main: bool) -> None:
-        """Remove the record of other launches, which may have the same name. Raises `Stopped` if this one was stopped.
+    def refuse_stopped(self) -> None:
+        """Raise `Stopped` if this launch was stopped on request.
 
         torchrun restarts workers that ended with exit code 75 like those that failed.
         """
         earlier = self._read()
-        if earlier is None and is_main:
-            with suppress(OSError):
-                (self.run_dir / FILE).unlink()
         if earlier is not None and earlier.get("stopped"):
             raise Stopped("this launch was stopped on request before its workers were restarted; start a new launch")
+
+    def forget_others(self) -> None:
+        """Remove the record of other launches, which may have the same name. For rank 0, once it owns the directory."""
+        if self._read() is None:
+            with suppress(OSError):
+                (self.run_dir / FILE).unlink()
 
     def resume_from(self, requested: str, newest: int | None) -> str:
         """Return what to resume from: "auto" once this launch has saved a checkpoint, else the `requested` value.

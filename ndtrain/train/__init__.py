@@ -9,13 +9,15 @@ from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.messages import broadcast_json, together
+from ndtrain.runs.lock import RunLock
+from ndtrain.runs.messages import broadcast_json, on_rank0, together
 from ndtrain.runs.process import env_world_size, start
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals, nothing_to_save
 from ndtrain.runs.watch import lost_peer
 from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
+from ndtrain.train.setup import open_run_dir
 from ndtrain.train.source import with_checkpoint
 from ndtrain.train.trainer import Trainer
 
@@ -37,7 +39,16 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
         for note in notes:
             own.info(f"note: {note}")
         first: int | None = None
+        attempt = Attempt.of_process(trainer.run_dir)
+        lock = RunLock(trainer.run_dir, launch=attempt.launch if attempt.max_restarts else "")
+
+        def own_run_dir() -> None:
+            open_run_dir(trainer.run_dir)
+            lock.take()
+            attempt.forget_others()
+
         try:
+            on_rank0(own_run_dir)
             _same_everywhere(recipe)
             trainer.prepare()
             first = trainer.step
@@ -46,7 +57,7 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
         except Stopped:
             # torchrun also sends SIGTERM to workers that it will restart, so only other requests stop the launch.
             if runtime.is_main and (trainer.requested[0] or stop_signals.signal) != signal.SIGTERM:
-                Attempt.of_process(trainer.run_dir).record_stop()
+                attempt.record_stop()
             raise
         except RuntimeError as error:
             # Another rank raised on its signal while this one waited for it in a collective.
@@ -57,6 +68,7 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
                 trainer.watch.end(f"a collective failed ({' '.join(str(error).split())[:200]})")
             raise
         finally:
+            lock.release()
             trainer.watch.stop()
             own.close()
 
