@@ -85,8 +85,10 @@ class RunLock:
         while time.monotonic() < end:
             time.sleep(min(1.0, self._stale_s / 10))
             now = self._read()
-            if now != owner:
-                return now is None
+            if now is not None and now != owner:
+                return False
+            if now is None and not self._exists():
+                return True
         return True
 
     def _remove(self, owner: dict[str, Any]) -> None:
@@ -139,6 +141,11 @@ class RunLock:
 
     def _text(self) -> str:
         return json.dumps({**self._own, "beats": self._beats})
+
+    def _exists(self) -> bool:
+        with suppress(OSError), os_errors(self._file):
+            return self._file.exists()
+        return True  # a file system that does not answer
 
     def _is_own(self, owner: dict[str, Any] | None) -> bool:
         return owner is not None and owner.get("token") == self._own["token"]
