@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ndtrain.console.inspect import inspect_text
 from ndtrain.recipe import load_recipe
+from ndtrain.runs.lock import RunLock
 from tests import tiny
 from tests.ranks import RanksFailed, get_pool
 from tests.test_train import MESHES, trained
@@ -80,6 +81,17 @@ def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path:
 
     with pytest.raises(RanksFailed, match=r"RecipeError: .* already has a checkpoint of step 5"):
         get_pool(1).run(trained, str(recipe), ["checkpoint.resume=never", "mesh.tp=1", "mesh.dp_shard=1"], timeout=200)
+
+
+def test_a_second_run_in_a_run_directory_is_refused_and_names_the_first(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    owner = RunLock(tmp_path / "run", launch="")
+    owner.take()
+    second = ndtrain("run", str(recipe), "--set", "mesh.tp=1")
+    owner.release()
+    assert second.returncode == 2, second.stderr
+    assert f"is in use by process {os.getpid()} on " in second.stderr and "Traceback" not in second.stderr
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize(

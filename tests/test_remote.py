@@ -20,6 +20,7 @@ from ndtrain.convert import convert
 from ndtrain.errors import RecipeError
 from ndtrain.loggers.tensorboard import require_tensorboard
 from ndtrain.recipe import load_recipe
+from ndtrain.runs.lock import FILE, RunLock
 from ndtrain.runs.stop_signals import LOOK_EVERY_S, StopSignals
 from ndtrain.storage.paths import is_local, to_path
 from ndtrain.train import with_checkpoint
@@ -195,3 +196,17 @@ def test_urls_are_paths_and_a_missing_package_is_named(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(RecipeError, match=r"pip install 'ndtrain\[remote\]'"):
         to_path("s3://bucket/x")
+
+
+def test_a_run_in_an_object_store_has_one_owner(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ndtrain.runs.lock.SETTLE_S", 0.05)
+    run_dir = to_path(f"s3://{BUCKET}/owned")
+    first = RunLock(run_dir, launch="")
+    first.take()
+    with pytest.raises(RecipeError, match=f'owned" is in use by process {os.getpid()}'):
+        RunLock(run_dir, launch="").take()
+    first.release()
+    second = RunLock(run_dir, launch="")
+    second.take()
+    second.release()
+    assert not (run_dir / FILE).exists()
