@@ -13,13 +13,29 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests import proofs
+
 ROOT = Path(__file__).resolve().parent.parent
-_CASES = 6  # then fresh workers: every process group leaves threads behind that poll
+_CASES = 60  # then fresh workers: every process group leaves threads behind
 _GRACE_S = 10  # for the other ranks to fail too, after one has
 
 
 class RanksFailed(AssertionError):
     """At least one rank raised, died or ran out of time; the message has every traceback."""
+
+
+def _share_device() -> None:
+    """Have all gloo groups of this process use one device: the thread of each wakes up a hundred times a second."""
+    from torch.distributed import ProcessGroupGloo
+
+    make, device = ProcessGroupGloo.__init__, ProcessGroupGloo.create_default_device()
+
+    def sharing(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout, options._threads = [device], timeout, 2
+        make(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = sharing  # type: ignore[method-assign,assignment]
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
@@ -29,6 +45,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_device()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
@@ -64,7 +81,11 @@ class RankPool:
         # Workers are forked from a server that has imported everything, and has no threads yet.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
-        wanted = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        wanted = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            proofs.VARIABLE: proofs.folder(),
+        }
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)  # read when the server starts
         try:

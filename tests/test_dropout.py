@@ -66,7 +66,7 @@ def recorded(path: str) -> dict[str, Any]:
 
     Trainer.optimize = watched  # type: ignore[method-assign]
     try:
-        metrics = trained(path, ["model.attn=recorded_of_the_test"])["metrics"]
+        metrics = trained(path, ["model.attn=recorded_of_the_test"], proves=True)["metrics"]
     finally:
         Trainer.optimize = first  # type: ignore[method-assign]
     return {"metrics": metrics, **seen}
@@ -195,7 +195,7 @@ def trained_with_dropout_inside(path: str) -> None:
 
     make.refuse.check_dropout = spoil
     try:
-        trained(path, [])
+        trained(path, [], proves=True)
     finally:
         make.refuse.check_dropout = check
 

@@ -24,7 +24,7 @@ from ndtrain.runs.lock import FILE, RunLock
 from ndtrain.runs.stop_signals import LOOK_EVERY_S, StopSignals
 from ndtrain.storage.paths import is_local, to_path
 from ndtrain.train import with_checkpoint
-from tests import tiny
+from tests import proofs, tiny
 from tests.ranks import get_pool
 
 BUCKET = "bucket"
@@ -70,7 +70,8 @@ def trained(path: str, env: dict[str, str], overrides: list[str]) -> dict[str, A
     os.environ.update(env)
     reporter = Said()
     trainer = trainer_of(path, overrides, said=reporter)
-    trainer.prepare()
+    with proofs.remembered():
+        trainer.prepare()
     trainer.train()
     dist.barrier()
     lines = (to_path(trainer.recipe.run.dir) / "metrics.jsonl").read_text().splitlines()

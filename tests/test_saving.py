@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from ndtrain.checkpoint import check
-from tests import tiny
+from tests import proofs, tiny
 from tests.chaos.run import losses
 from tests.ranks import get_pool
 
@@ -44,7 +44,8 @@ def run_failing(path: str, failing: list[int], free: int | None = None) -> tuple
         patches.enter_context(mock.patch.object(module, "_write_file", full))
         if free is not None:
             patches.enter_context(mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=free)))
-        trainer.prepare()
+        with proofs.remembered():
+            trainer.prepare()
         try:
             trainer.train()
         except NdtrainError as raised:

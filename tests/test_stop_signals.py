@@ -22,7 +22,7 @@ from ndtrain.errors import Stopped
 from ndtrain.runs import launcher as launchers
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import FILE, STOP_SIGNALS, StopSignals
-from tests import tiny
+from tests import proofs, tiny
 from tests.ranks import get_pool
 from tests.test_train import trained
 
@@ -164,7 +164,8 @@ def stop_message(path: str, how: str) -> str:
         if how == "tokenizing":
             with mock.patch("ndtrain.train.inputs.build_cache", build):
                 trainer.prepare()
-        trainer.prepare()
+        with proofs.remembered():
+            trainer.prepare()
         backward = trainer.engine.loss_model.backward
 
         def asking(*args: Any, **kwargs: Any) -> Any:
