@@ -17,11 +17,12 @@ import typer
 import ndtrain
 from ndtrain.errors import NdtrainError, RecipeError, Stopped
 from ndtrain.runs.launcher import launch_workers, local_world_size
-from ndtrain.runs.process import under_torchrun
+from ndtrain.runs.process import speaks_for_all, under_torchrun
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals
 from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
+from ndtrain.storage.urls import without_secrets
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
@@ -51,14 +52,14 @@ SetOption = Annotated[
 
 def main() -> None:
     """Run the command line. An `NdtrainError` is printed without a traceback and exits with its own code."""
-    prints = os.environ.get("RANK", "0") == "0"  # under torchrun every rank meets the same error
+    prints = speaks_for_all()  # under torchrun every rank meets the same error
     try:
         code = app(prog_name="ndtrain", standalone_mode=False)
     except NdtrainError as error:
         if prints:
             kind = "" if isinstance(error, Stopped) else "error: "
             for line in str(error).splitlines() or [type(error).__name__]:
-                print(f"ndtrain: {kind}{line}", file=sys.stderr, flush=True)
+                print(f"ndtrain: {kind}{without_secrets(line)}", file=sys.stderr, flush=True)
         _leave(error.exit_code, first=prints)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -271,7 +272,7 @@ def _check_written(files: list[Path], read: list[Path]) -> None:
 
 def _print_notes(recipe: "Recipe | None" = None) -> None:
     """Print what the user should know before anything else; on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if speaks_for_all():
         for note in (*outside_bounds(), *(recipe.notes if recipe is not None else ())):
             print(f"ndtrain: note: {note}", file=sys.stderr)
 

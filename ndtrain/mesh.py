@@ -52,15 +52,14 @@ class MeshSizes:
             if world_size % others:
                 raise RecipeError(
                     f"{_product(given, skip='dp_shard')} = {others} does not divide the {_ranks(world_size)}; "
-                    f"start a multiple of {others} ranks ({_multiples(others, world_size)}), "
+                    f"use a multiple of {others} ranks ({_multiples(others, world_size)}), "
                     f"or {_nearest(given, world_size)}"
                 )
             dp_shard = world_size // others
         elif others * dp_shard != world_size:
             raise RecipeError(
-                f"the mesh {_product(given)} needs {_ranks(others * dp_shard)}, but {world_size} "
-                f"{'was' if world_size == 1 else 'were'} started; start {others * dp_shard}, "
-                f"or {_nearest(given, world_size)}"
+                f"the mesh {_product(given)} is {_ranks(others * dp_shard)}, but there are to be {world_size}; "
+                f"use {_ranks(others * dp_shard)}, or {_nearest(given, world_size)}"
             )
         sizes = cls(dp_replicate, dp_shard, cp, tp, ep)
         sizes._check_ep()
@@ -181,10 +180,11 @@ def _nearest(given: dict[str, int], world_size: int) -> str:
         if kept["tp"] != tp:
             continue
         mesh = {**kept, "dp_shard": rest}
-        text = ", ".join(f"{axis} = {mesh[axis]}" for axis in AXES if mesh[axis] > 1) or "dp_shard = 1"
+        changed = {axis: n for axis, n in mesh.items() if given[axis] not in (n, -1)}
+        text = " ".join(f"--set mesh.{axis}={changed[axis]}" for axis in AXES if axis in changed)
         if text not in found:
             found.append(text)
-    return "set " + " or ".join(f"[{text}]" for text in found[:3])
+    return " or ".join(found[:3])
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,15 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return caught.value.code
 
 
+def as_worker(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Set what torchrun sets for a worker."""
+    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "LEAVE_AFTER_S", 0.0)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+
+
 @pytest.fixture
 def bad(tmp_path: Path) -> str:
     path = tmp_path / "bad.toml"
@@ -119,7 +128,7 @@ def test_usage_errors_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: Any, argum
     assert call(monkeypatch, *arguments) == 2
     err = capsys.readouterr().err
     assert "Usage: ndtrain" in err
-    monkeypatch.setenv("RANK", "1")
+    as_worker(monkeypatch, 1)
     assert call(monkeypatch, *arguments) == 2
     assert capsys.readouterr().err == ""
 
@@ -127,10 +136,48 @@ def test_usage_errors_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: Any, argum
 def test_only_rank_0_prints_the_error_and_every_rank_exits_with_its_code(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, bad: str
 ) -> None:
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+    for rank in (0, 1):
+        as_worker(monkeypatch, rank)
         assert call(monkeypatch, "run", bad) == 2
-        assert ("error" in capsys.readouterr().err) == (rank == "0")
+        assert ("error" in capsys.readouterr().err) == (rank == 0)
+
+
+@pytest.mark.parametrize("verb", ["convert", "run", "inspect"])
+def test_a_rank_that_no_launcher_gave_silences_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, verb: str, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "3")  # as some schedulers set it, without the rest
+    assert call(monkeypatch, verb, str(tmp_path / "no" / "such"), *["x"] * (verb == "convert")) == 2
+    assert "ndtrain: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["recipe", "--set", "convert"])
+def test_a_secret_in_a_url_is_refused_and_never_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str, tmp_path: Path
+) -> None:
+    url = "s3://AKIAKEY:SECRETSECRET@bucket/run"
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[run]\ndir = "{url if where == "recipe" else "x"}"\n')
+    arguments = {
+        "recipe": ["run", str(recipe)],
+        "--set": ["run", str(recipe), "--set", f"run.dir={url}"],
+        "convert": ["convert", url, str(tmp_path / "out")],
+    }
+    assert call(monkeypatch, *arguments[where]) == 2
+    err = capsys.readouterr().err
+    assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in err and "SECRETSECRET" not in err and "AKIAKEY" not in err
+
+
+def test_an_older_python_is_told_which_one_is_needed(tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy; sys.version_info = (3, 10, 12, 'final', 0); sys.argv = ['ndtrain']\n"
+        "runpy.run_module('ndtrain', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(cli.__file__).parents[1]
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"ndtrain: error: needs Python 3.11 or later; this is 3.10.12 ({sys.executable})\n"
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,20 @@ REFUSALS: list[tuple[int, dict[str, int], list[str]]] = [
     (8, {"dp_replicate": -2}, ["mesh.dp_replicate = -2 must be at least 1"]),
     (8, {"dp_shard": 0}, ["mesh.dp_shard = 0 must be -1 or at least 1"]),
     (8, {"dp_shard": -2}, ["mesh.dp_shard = -2 must be -1 or at least 1"]),
-    (8, {"tp": 3}, ["dp_replicate 1 x cp 1 x tp 3 = 3 does not divide the 8 ranks", "(6 or 9)", "tp = 2"]),
-    (1, {"tp": 2}, ["tp 2 = 2 does not divide the 1 rank;", "multiple of 2 ranks (2)", "[dp_shard = 1]"]),
+    (8, {"tp": 3}, ["dp_replicate 1 x cp 1 x tp 3 = 3 does not divide the 8 ranks", "(6 or 9)", "--set mesh.tp=2"]),
+    (1, {"tp": 2}, ["tp 2 = 2 does not divide the 1 rank;", "multiple of 2 ranks (2)", "--set mesh.tp=1"]),
     (12, {"dp_replicate": 2, "cp": 2, "tp": 2}, ["= 8 does not divide the 12 ranks", "(8 or 16)"]),
-    (8, {"dp_shard": 2, "tp": 2}, ["dp_shard 2 x cp 1 x tp 2 needs 4 ranks, but 8 were started; start 4"]),
-    (1, {"dp_shard": 4}, ["needs 4 ranks, but 1 was started; start 4, or set [dp_shard = 1]"]),
-    (4, {"dp_replicate": 2, "dp_shard": 4, "tp": 2}, ["needs 16 ranks, but 4 were started"]),
+    (
+        8,
+        {"dp_shard": 2, "tp": 2},
+        ["cp 1 x tp 2 is 4 ranks, but there are to be 8; use 4 ranks", "or --set mesh.dp_shard=4"],
+    ),
+    (1, {"dp_shard": 4}, ["is 4 ranks, but there are to be 1; use 4 ranks, or --set mesh.dp_shard=1"]),
+    (
+        4,
+        {"dp_replicate": 2, "dp_shard": 4, "tp": 2},
+        ["is 16 ranks, but there are to be 4", "--set mesh.dp_shard=1 or"],
+    ),
     (8, {"tp": 2, "ep": 3}, ["mesh.ep = 3 must be a multiple of tp = 2", "= 8; ep may be 1, 2, 4 or 8"]),
     (8, {"ep": 16}, ["mesh.ep = 16", "divide dp_shard x cp x tp = 8; ep may be 1, 2, 4 or 8"]),
     (8, {"tp": 4, "ep": 2}, ["multiple of tp = 4", "ep may be 1, 4 or 8"]),
@@ -74,14 +82,14 @@ def test_every_mesh_that_the_message_suggests_fits_the_ranks() -> None:
             message = str(error)
         else:
             continue
-        suggestions = re.findall(r"\[([^]]*)\]", message)
+        numbers, *suggestions = re.split(r", or | or (?=--set)", message.split("; use ")[1])
         assert suggestions, message
         for text in suggestions:
-            mesh = {axis: int(n) for axis, n in re.findall(r"(\w+) = (\d+)", text)}
-            # What the message leaves out is 1, as in a recipe, dp_shard too.
-            assert MeshSizes.resolve(world, **{"dp_shard": 1, **mesh}).world_size == world, (message, text)
+            assert re.fullmatch(r"(--set mesh\.\w+=\d+ ?)+", text), message
+            # The message leaves out what stays as it was given.
+            mesh = given | {axis: int(n) for axis, n in re.findall(r"mesh\.(\w+)=(\d+)", text)}
             assert MeshSizes.resolve(world, **mesh).world_size == world, (message, text)
-        starts = [int(n) for n in re.findall(r"\d+", message.split("; start ")[1].split(", or set")[0])]
+        starts = [int(n) for n in re.findall(r"\d+", numbers)]
         if "multiple of" in message:
             starts = starts[1:]
         for ranks in starts:

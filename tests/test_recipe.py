@@ -487,3 +487,42 @@ def test_every_quickstart_command_loads_its_recipe() -> None:
     assert len(runs) == 3
     for line in runs:
         load_recipe(root / "recipes" / "quickstart.toml", ["data.path=x", *re.findall(r"--set (\S+)", line)])
+
+
+def test_a_byte_order_mark_is_read_past(recipe: Any) -> None:
+    assert recipe("\ufeff" + MINIMAL) == recipe()
+
+
+def test_a_learning_rate_of_zero_works(recipe: Any) -> None:
+    assert recipe(MINIMAL.replace("1e-3", "0.0")).optim.lr == 0.0
+    assert recipe(MINIMAL, "optim.lr=0").optim.lr == 0.0
+    with pytest.raises(RecipeError, match="optim.lr = -1.0 must be a number of at least 0"):
+        recipe(MINIMAL, "optim.lr=-1.0")
+
+
+@pytest.mark.parametrize("key", ["model.name", "data.path", "data.tokenizer", "checkpoint.resume", "run.dir"])
+def test_paths_are_expanded_in_the_recipe_and_in_overrides(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    section, name = key.split(".")
+    for given, wanted in {
+        "~/x": "/home/ada/x",
+        "$SCRATCH/x": "/scratch/x",
+        "a/${SCRATCH}b": "a//scratchb",
+        "a~b": "a~b",
+        "5$": "5$",
+    }.items():
+        line = f'{name} = "{given}"'
+        there = re.search(rf"\[{section}\]\n{name} = .*", MINIMAL)
+        text = MINIMAL.replace(there[0], f"[{section}]\n{line}") if there else with_line(line, section)
+        assert getattr(getattr(recipe(text), section), name) == wanted
+        assert getattr(getattr(recipe(MINIMAL, f"{key}={given}"), section), name) == wanted
+    with pytest.raises(RecipeError, match=rf"{key} needs the environment variable NOWHERE.*--set {key}=\$NOWHERE"):
+        recipe(MINIMAL, f"{key}=$NOWHERE/x")
+
+
+def test_expanded_paths_are_what_a_run_writes_down(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert recipe(to_toml(recipe(MINIMAL, "run.dir=$SCRATCH/x"))).run.dir == "/scratch/x"

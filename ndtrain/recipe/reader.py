@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from ndtrain.errors import RecipeError
 from ndtrain.recipe.aliases import ALIASES, canonical
+from ndtrain.recipe.paths import expand_paths
 from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
 from ndtrain.recipe.rules import contradictions, not_yet
 from ndtrain.recipe.schema import Recipe
+from ndtrain.storage.urls import without_secrets
 
 MAX_PROBLEMS = 5
 _KEY = r"""(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')"""
@@ -59,7 +61,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(_listed([f"{sentence} {where(at)}" for at, sentence in broken.problems])) from None
     for argument in overrides:
         _override(document, argument, arguments, notes)
-    problems = list(_unusable(document, ()))
+    problems = [*_unusable(document, ()), *expand_paths(document)]
     if not problems:
         for section in Recipe.model_fields:
             document.setdefault(section, {})  # a missing section is then reported key by key
@@ -80,7 +82,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return not there, line(at) or 0
 
     problems.sort(key=last_if_missing)
-    raise RecipeError(_listed([f"{sentence} {where(at)}" for at, sentence in problems]))
+    raise RecipeError(without_secrets(_listed([f"{sentence} {where(at)}" for at, sentence in problems])))
 
 
 def _listed(problems: list[str]) -> str:
@@ -104,7 +106,7 @@ def json_schema() -> dict[str, Any]:
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         raise RecipeError(f"the recipe {name} does not exist") from None
     except IsADirectoryError:

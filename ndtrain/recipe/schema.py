@@ -143,7 +143,7 @@ class OptimSection(Section):
     """The optimizer."""
 
     name: Literal["adamw"] = Field("adamw", description="Optimizer.")
-    lr: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
+    lr: Annotated[float, Field(ge=0)] = Field(description="Peak learning rate.")
     betas: Betas = Field((0.9, 0.95), description="Decay of the running averages.")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the denominator.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay.")

@@ -40,6 +40,11 @@ def under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def speaks_for_all() -> bool:
+    """Return whether this process prints what all ranks have to say: rank 0, or a process outside a launch."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def start() -> Iterator[Runtime]:
     """Join the process group that torchrun describes, or one of a single rank, and leave it at the end."""

@@ -18,12 +18,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from ndtrain.errors import NdtrainError, RecipeError
+from ndtrain.storage.urls import expanded, secret_in, without_secrets
 
 _FLUSH_S = 0.05
 
 
 def to_path(text: str) -> Path:
     """Return the path of `text`, a local path or a URL. Raises `RecipeError` for a URL that cannot be used here."""
+    try:
+        text = expanded(text)
+    except KeyError as error:
+        raise RecipeError(f"{text} needs the environment variable {error.args[0]}, which is not set") from None
+    if reason := secret_in(text):
+        raise RecipeError(f"{without_secrets(text)} {reason}")
     if "://" not in text:
         return Path(text)
     if text.startswith("file://"):
