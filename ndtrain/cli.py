@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML recipe.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", parser=to_path, help="The TOML recipe.")]
 
 
 SetOption = Annotated[
@@ -142,7 +142,8 @@ def inspect(
         typer.Option(metavar="PATTERN", help="Show only parameters whose names or modules match, e.g. '*.layers.3'."),
     ] = None,
     diff: Annotated[
-        Path | None, typer.Option(metavar="OTHER", help="A recipe to compare with; --set applies to both.")
+        Path | None,
+        typer.Option(metavar="OTHER", parser=to_path, help="A recipe to compare with; --set applies to both."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run one step on tensors without data: peak memory, FLOPs, collectives.")
@@ -159,9 +160,12 @@ def inspect(
         typer.Option("--suggest", help="Search for the fastest meshes that fit --world-size devices of type --device."),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the plan and a step as one self-contained HTML page.")
+        Path | None,
+        typer.Option(metavar="FILE", parser=to_path, help="Write the plan and a step as one self-contained HTML page."),
     ] = None,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the mesh as an SVG picture.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=to_path, help="Write the mesh as an SVG picture.")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Print the mesh, the plan, the memory and the cost of a run, without starting it."""
@@ -221,7 +225,12 @@ def convert(
         bool, typer.Option("--verify", help="Read everything back and compare it before OUT appears.")
     ] = False,
     config: Annotated[
-        Path | None, typer.Option(help="The model's config.json, for a DCP directory that another tool wrote.")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            parser=to_path,
+            help="The model's config.json, for a DCP directory that another tool wrote.",
+        ),
     ] = None,
 ) -> None:
     """Convert a checkpoint to a directory that from_pretrained reads, or such a directory to a checkpoint."""

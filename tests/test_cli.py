@@ -168,6 +168,19 @@ def test_a_secret_in_a_url_is_refused_and_never_printed(
     assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in err and "SECRETSECRET" not in err and "AKIAKEY" not in err
 
 
+def test_paths_of_the_command_line_are_expanded(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, bad: str
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(bad).parent))
+    monkeypatch.setenv("HERE", str(Path(bad).parent))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for given in ("~/bad.toml", "$HERE/bad.toml"):
+        assert call(monkeypatch, "run", given) == 2
+        assert f'no key "stpes"; did you mean "steps"? ({bad}' in capsys.readouterr().err
+    assert call(monkeypatch, "inspect", bad, "--html=$NOWHERE/x.html") == 2
+    assert "needs the environment variable NOWHERE" in capsys.readouterr().err
+
+
 def test_an_older_python_is_told_which_one_is_needed(tmp_path: Path) -> None:
     code = (
         "import sys, runpy; sys.version_info = (3, 10, 12, 'final', 0); sys.argv = ['ndtrain']\n"

@@ -496,7 +496,7 @@ def test_a_byte_order_mark_is_read_past(recipe: Any) -> None:
 def test_a_learning_rate_of_zero_works(recipe: Any) -> None:
     assert recipe(MINIMAL.replace("1e-3", "0.0")).optim.lr == 0.0
     assert recipe(MINIMAL, "optim.lr=0").optim.lr == 0.0
-    with pytest.raises(RecipeError, match="optim.lr = -1.0 must be a number of at least 0"):
+    with pytest.raises(RecipeError, match=r"optim\.lr = -1\.0 must be a number of at least 0"):
         recipe(MINIMAL, "optim.lr=-1.0")
 
 
