@@ -219,7 +219,10 @@ def convert(
         typer.Argument(metavar="CHECKPOINT", help="A step-... directory (or URL), or a Hugging Face or DCP directory."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The local directory to write.")],
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the floating-point tensors; by default as saved.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype of the floating-point tensors; by default the one that the model's config names."),
+    ] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest file, e.g. 500MiB; by default 5GB.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything back and compare it before OUT appears.")
@@ -239,10 +242,11 @@ def convert(
         from ndtrain import console
         from ndtrain import convert as converter
 
+    target = to_path(out)
     with console.ByteProgress() as progress:
         notes = converter.convert(
             to_path(checkpoint),
-            to_path(out),
+            target,
             dtype=dtype,
             max_shard_size=max_shard_size,
             verify=verify,
@@ -251,6 +255,13 @@ def convert(
         )
     for note in notes:
         print(f"ndtrain: note: {note}", file=sys.stderr)
+    found = converter.written(target)
+    parts = [
+        ", ".join(found.dtypes),
+        f"{console.size(found.nbytes)} in {found.files} safetensors file{'s' * (found.files != 1)}",
+        *["every bit read back and compared"] * verify,
+    ]
+    _print(f"wrote {target}: {', '.join(parts)}")
 
 
 @contextlib.contextmanager

@@ -440,6 +440,25 @@ def test_hostile_pickles_never_run_and_hostile_names_never_leave_the_directory(
     assert capsys.readouterr().err.startswith("ndtrain: error: bad/")
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_convert_says_where_in_which_dtype_and_how_much_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verify: bool
+) -> None:
+    """A config of bfloat16 makes bfloat16 of float32 masters, as `save_pretrained` does, and says so."""
+    model = build("llama")
+    model.config.dtype = torch.bfloat16
+    step = save_checkpoint(model, tmp_path / "step")
+    monkeypatch.setattr(sys, "argv", ["ndtrain", "convert", str(step), str(tmp_path / "out"), *["--verify"] * verify])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    nbytes = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    said = capsys.readouterr().out
+    assert said.startswith(f"wrote {tmp_path / 'out'}: bfloat16, ") and " in 1 safetensors file" in said
+    assert abs(float(said.split("bfloat16, ")[1].split(" KiB")[0]) * 1024 / nbytes - 1) < 0.05
+    assert ("every bit read back and compared" in said) == verify
+
+
 def test_extra_states_that_are_tensors_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     norm = type(build("llama").model.norm)
     monkeypatch.setattr(norm, "get_extra_state", lambda self: getattr(self, "kept", torch.zeros(2)), raising=False)

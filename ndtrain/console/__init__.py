@@ -4,5 +4,6 @@
 """
 
 from ndtrain.console.progress import ByteProgress, Reporter
+from ndtrain.console.units import size
 
-__all__ = ["ByteProgress", "Reporter"]
+__all__ = ["ByteProgress", "Reporter", "size"]

@@ -7,10 +7,11 @@ whole model.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ndtrain.checkpoint import CheckpointStore, check
 from ndtrain.checkpoint.manifest import check_hashes, read_manifest
@@ -24,6 +25,7 @@ from ndtrain.convert.to_hub import match, meta_model_of, state_to_store, write_h
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import tied_keys
+from ndtrain.storage import headers
 from ndtrain.storage.paths import is_local, local_copy_of, os_errors, sync
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,6 +126,24 @@ def convert(
             for parent in made:
                 parent.rmdir()
     return notes
+
+
+class Written(NamedTuple):
+    """What a conversion wrote: the names of its dtypes, most bytes first, and its safetensors files."""
+
+    dtypes: tuple[str, ...]
+    nbytes: int
+    files: int
+
+
+def written(out: Path) -> Written:
+    """Return what the safetensors files of the converted directory `out` hold."""
+    by_dtype: Counter[str] = Counter()
+    files = sorted(out.rglob("*.safetensors"))
+    for file in files:
+        for entry in headers.read_header(file)[1].values():
+            by_dtype[str(headers.DTYPES[entry.dtype]).removeprefix("torch.")] += entry.stop - entry.start
+    return Written(tuple(dtype for dtype, _ in by_dtype.most_common()), by_dtype.total(), len(files))
 
 
 @contextmanager
