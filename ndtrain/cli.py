@@ -116,10 +116,13 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     if not under_torchrun():
         ranks = local_world_size(resolved)
         if ranks > 1:
+            _print(f"ndtrain {ndtrain.__version__}: {recipe}: starting {ranks} workers")
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
     Attempt.of_process(run_dir).refuse_stopped()
     _print_notes(resolved)
+    if speaks_for_all():
+        _print(f"ndtrain {ndtrain.__version__}: {recipe}: loading torch and transformers")
 
     with _without_gc():
         from transformers import PreTrainedModel  # noqa: F401
@@ -181,6 +184,7 @@ def inspect(
     if html is not None and layer is not None:
         raise RecipeError("--html shows the whole plan; leave out --layer")
     _print_notes(resolved)
+    _print_waiting()
 
     with _without_gc():
         from transformers import PreTrainedModel  # noqa: F401
@@ -238,6 +242,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to a directory that from_pretrained reads, or such a directory to a checkpoint."""
     _print_notes()
+    _print_waiting()
     with _without_gc():
         from ndtrain import console
         from ndtrain import convert as converter
@@ -295,6 +300,12 @@ def _print_notes(recipe: "Recipe | None" = None) -> None:
     if speaks_for_all():
         for note in (*outside_bounds(), *(recipe.notes if recipe is not None else ())):
             print(f"ndtrain: note: {note}", file=sys.stderr)
+
+
+def _print_waiting() -> None:
+    """Tell a person at a terminal at once that something is going on: the imports take seconds."""
+    if sys.stderr.isatty():
+        print("ndtrain: loading torch and transformers", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:

@@ -23,8 +23,9 @@ class Reporter:
     """Prints the progress of a run: one live line on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self._live = sys.stdout.isatty()
         self._console = Console(highlight=False, soft_wrap=True)
+        # A dumb terminal cannot move its cursor, so that a live line would not be seen before the end.
+        self._live = sys.stdout.isatty() and not self._console.is_dumb_terminal
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._printed_at = 0.0

@@ -107,14 +107,21 @@ class Trainer:
         self.reporter.info(f"resumed from {resumed.directory} (step {self.step}, sample {self.cursor})")
 
     def _arithmetic(self) -> str:
-        train, ranks, micro = self.recipe.train, self.sizes.batch, self.batches.micro_steps
-        return (
+        """Describe the model, the mesh and how the global batch is made up."""
+        train, batches = self.recipe.train, self.batches
+        ranks, micro, rows = self.sizes.batch, batches.micro_steps, batches.micro_batch_size
+        empty = ranks * micro * rows - train.global_batch_size
+        line = (
             f"{self.plan.model_type}, {self.plan.numel:,} parameters on {self.sizes.describe()} "
-            f"({self.runtime.world_size} x {self.runtime.device.type}); global batch {train.global_batch_size} x "
-            f"{self.recipe.data.seq_len} = {train.global_batch_size * self.recipe.data.seq_len:,} tokens = "
-            f"{ranks} batch rank{'s' * (ranks > 1)} x {micro} micro batch{'es' * (micro > 1)}; "
-            f"{len(self.batches.samples):,} samples"
+            f"({self.runtime.world_size} x {self.runtime.device.type}); global batch: "
+            f"{_count(train.global_batch_size, 'sequence')} x {self.recipe.data.seq_len:,} tokens = "
+            f"{_count(ranks, 'batch rank')} x {_count(micro, 'micro batch')} x {_count(rows, 'sequence')}"
         )
+        if empty:
+            line += f", {empty} of them empty"
+        if rows < train.micro_batch_size:
+            line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
+        return f"{line}; {_count(len(batches.samples), 'sample')}"
 
     # ---- the loop
 
@@ -300,3 +307,8 @@ class Trainer:
         if self.runtime.is_main:
             for path in self.stop_signals.remove_files():
                 self.reporter.info(f"note: {path} cannot be removed and is ignored from now on")
+
+
+def _count(number: int, what: str) -> str:
+    """Return "1 sample" or "2 samples"."""
+    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
