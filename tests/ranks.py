@@ -30,9 +30,11 @@ def _share_device() -> None:
 
     make, device = ProcessGroupGloo.__init__, ProcessGroupGloo.create_default_device()
 
-    def sharing(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    def sharing(self: Any, store: Any, rank: int, size: int, timeout: timedelta, **more: Any) -> None:
         options = ProcessGroupGloo._Options()
         options._devices, options._timeout, options._threads = [device], timeout, 2
+        for name, value in more.items():  # torch 2.14 has `enable_reconfigure`
+            setattr(options, name, value)
         make(self, store, rank, size, options)
 
     ProcessGroupGloo.__init__ = sharing  # type: ignore[method-assign,assignment]

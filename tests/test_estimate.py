@@ -203,7 +203,7 @@ def test_sequence_parallelism_is_suggested_where_the_recipe_has_it_off(tmp_path:
 
 def test_a_step_that_does_not_fit_gets_the_excess_and_a_fix(tmp_path: Path, small_device: str) -> None:
     train = {"global_batch_size": 4, "micro_batch_size": 2}
-    recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2}, {"num_hidden_layers": 2}, train=train)
+    recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2}, {"num_hidden_layers": 1}, train=train)
     whole = estimated(recipe, 2).peak_bytes
     text = inspect_text(recipe, world_size=2, device=f"{small_device},memory={whole}")
     assert "does not fit: " in text and "the cheapest single change that makes it fit: " in text
