@@ -422,6 +422,11 @@ def test_hostile_pickles_never_run_and_hostile_names_never_leave_the_directory(
     for payload in (b"cposix\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"ctorch\nload\n(S'x'\ntR."):
         refused(payload, "refers to")
     refused(b"ctorch\nSize\n((I1\nttR.", "holds a Size")
+    for kind in ("torch\nSize", "torch.distributed.checkpoint.metadata\nMetadata", "collections\nOrderedDict"):
+        refused(f"cbuiltins\ngetattr\n(c{kind}\nS'__init__'\ntR.".encode(), "refers to the attribute '__init__'")
+    member = b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nS'%s'\ntR."
+    refused(member % b"__class__", "refers to the attribute '__class__'")
+    refused(member % b"TORCH_CONTIGUOUS_FORMAT", "holds a _MEM_FORMAT_ENCODING")
     refused(b"garbage", "cannot be read")
     for name in ("../secret", str(tmp_path / "secret"), ".hidden", ""):
         for info in good.storage_data.values():

@@ -7,6 +7,7 @@ tensors' archives; the values are read as bytes.
 
 from __future__ import annotations
 
+import enum
 import io
 import math
 import pathlib
@@ -79,6 +80,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return _layout
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # some releases of Python 3.11 write a member of an enumeration so
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath", "Path"):
@@ -86,6 +89,12 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"it refers to {module}.{name}, which is not part of DCP metadata and is not loaded"
         )
+
+
+def _enum_member(kind: Any, name: Any) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it refers to the attribute {name!r}, which is not part of DCP metadata")
+    return kind[name]
 
 
 def _layout(name: str) -> torch.layout:
