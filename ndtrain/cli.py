@@ -19,7 +19,7 @@ from ndtrain.errors import NdtrainError, RecipeError, Stopped
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import speaks_for_all, under_torchrun
 from ndtrain.runs.restarts import Attempt
-from ndtrain.runs.stop_signals import StopSignals
+from ndtrain.runs.stop_signals import STOP_SIGNALS, StopSignals
 from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
 from ndtrain.storage.urls import without_secrets
@@ -89,6 +89,9 @@ def _leave(code: int, *, first: bool) -> None:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         if not first:
             time.sleep(LEAVE_AFTER_S)
+        # Python restores the default handlers before it ends: a late signal would replace `code`.
+        for number in (signal.SIGINT, *STOP_SIGNALS):
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -134,6 +134,47 @@ def test_second_signal_after_the_workers_ended_is_ignored(monkeypatch: pytest.Mo
             signal.signal(number, handler)
 
 
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([-signal.SIGUSR1, 75], 75),  # one is ended by a late signal after both have saved
+        ([75, -signal.SIGUSR1], 75),
+        ([-signal.SIGUSR1, 4], 4),
+        ([-signal.SIGKILL, 75], 137),  # not forwarded
+        ([-signal.SIGUSR1, -signal.SIGUSR1], None),  # neither handled it yet
+    ],
+)
+def test_a_worker_that_a_forwarded_signal_killed_hides_no_exit_code_of_another(
+    monkeypatch: pytest.MonkeyPatch, codes: list[int], code: int | None
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    monkeypatch.setattr(launchers, "children", lambda parent: [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def launch(*command: str) -> None:
+        with contextlib.suppress(Stopped):  # without a worker it would end at once
+            signal.raise_signal(signal.SIGUSR1)
+        found = {}
+        for rank, exitcode in enumerate(codes):
+            found[rank] = ProcessFailure(rank, 1, exitcode, "none")
+            found[rank].timestamp = rank
+        raise ChildFailedError("ndtrain", found)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, command: launch)
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    try:
+        if code is None:
+            with pytest.raises(Stopped, match="before the first step"):
+                launchers.launch_workers(2, [])
+        else:
+            assert launchers.launch_workers(2, []) == code
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def prepared(path: str) -> Any:
     """Return a trainer of this rank, not yet prepared, that handles signals."""
     from ndtrain.recipe import load_recipe

@@ -71,10 +71,12 @@ def launch_workers(ranks: int, arguments: list[str]) -> int:
     try:
         launch("-m", "ndtrain", *arguments)
     except ChildFailedError as error:
-        code = exit_code_of([(failure.timestamp, failure.exitcode) for failure in error.failures.values()])
-        if code in [128 + number for number in forwarded]:
-            raise nothing_to_save(forwarded[0]) from None  # it killed workers that did not handle it yet
-        return code
+        failures = [(failure.timestamp, failure.exitcode) for failure in error.failures.values()]
+        # A forwarded signal kills a worker that does not handle it yet; one that does knows more.
+        own = [failure for failure in failures if -failure[1] not in forwarded]
+        if not own:
+            raise nothing_to_save(forwarded[0]) from None
+        return exit_code_of(own)
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
