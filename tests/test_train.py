@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from tests import proofs, tiny
 from tests.ranks import get_pool
@@ -241,6 +242,12 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_options_train_like_plain_transformers(world: dict[str, Any], tmp_path: Path, option: str) -> None:
     kind, mesh, more = OPTIONS[option]
     recipe = recipe_for(world, tmp_path, kind, mesh, accumulation=2, steps=4, **more)
+    if option == "sequence parallelism that fails" and not hasattr(FSDPModule, "reset_iter_state"):
+        # Before torch 2.13 FSDP cannot forget a step that failed, so the run is refused; the way out has to work.
+        with pytest.raises(AssertionError, match=r"dbrx does not run with .*; set tp\.sequence_parallel = false"):
+            get_pool(ranks_of(ALL_MESHES[mesh])).run(trained, str(recipe), [], timeout=300)
+        more = {**more, "tp": {"sequence_parallel": False}}
+        recipe = recipe_for(world, tmp_path, kind, mesh, accumulation=2, steps=4, **more)
     result = get_pool(ranks_of(ALL_MESHES[mesh])).run(trained, str(recipe), [], timeout=300)[0]
     want = reference(model_dir(world, kind), recipe)
     for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
