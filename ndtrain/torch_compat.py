@@ -148,7 +148,6 @@ NAMES: dict[str, Private] = {
     "current_graph_task_id": Private("torch:_C._current_graph_task_id", "whether a backward pass is at work", None),
     # ---- modules
     "apply_to_tensors": Private("torch.nn:Module._apply", "memory for a model that was built on meta", "fn"),
-    "FSDPModule_new": Private("torch.distributed.fsdp:FSDPModule.__new__", "the class that FSDP found a module with"),
 }
 
 

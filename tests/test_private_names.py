@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ndtrain import torch_compat
 from ndtrain.hf import compat
 from ndtrain.torch_compat import Private
+from tests.tiny import MATRIX
 
 ROOT = Path(torch_compat.__file__).parent
 FENCED = {ROOT / "torch_compat.py", ROOT / "hf" / "compat.py"}
@@ -35,6 +40,70 @@ def test_a_name_that_moved_or_takes_other_parameters_is_told() -> None:
     assert "needs fn too" in str(Private("torch.nn:Module._apply", "", "").check())
     assert Private("torch.nn:Module._apply", "", "fn").check() is None
     assert "in this order" in str(Private("torch:ops.aten._grouped_mm", "", "self weight").check())
+
+
+def test_private_attributes_of_torchs_objects_are_what_they_were(tmp_path: Path) -> None:
+    """Of objects, which no table of names reaches: each function that asks for one, on a real object."""
+    linear = torch.nn.Linear(2, 3)
+    weight = linear.weight
+    assert torch_compat.packet_of(torch.ops.aten.add.Tensor) is torch.ops.aten.add
+    assert torch_compat.storage_key(weight.untyped_storage()) == torch_compat.storage_key(weight[1:].untyped_storage())
+    assert torch_compat.storage_key(weight.untyped_storage()) != torch_compat.storage_key(linear.bias.untyped_storage())
+    assert torch_compat.own_parameter(linear, "weight") is weight and torch_compat.own_parameter(linear, "x") is None
+    other = torch.nn.Parameter(torch.zeros(3, 2))
+    assert torch_compat.put_parameter(linear, "weight", other) is weight and linear.weight is other
+    torch.save(torch.arange(8.0), tmp_path / "archive")
+    with torch_compat.FakeTensorMode():
+        start = torch_compat.offset_in_archive(torch.load(tmp_path / "archive", weights_only=True))
+    assert (tmp_path / "archive").read_bytes()[start : start + 32] == torch.arange(8.0).numpy().tobytes()
+    assert not torch_compat.in_backward()
+    seen: list[bool] = []
+    other.register_hook(lambda grad: seen.append(torch_compat.in_backward()))
+    linear(torch.ones(1, 2)).sum().backward()
+    assert seen == [True]
+
+
+def test_private_attributes_of_fsdp_are_what_they_were() -> None:
+    dist.init_process_group("fake", rank=0, world_size=2, store=torch_compat.FakeStore())
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model)
+        assert torch_compat.class_before_fsdp(model[0]) is torch.nn.Linear
+        assert torch_compat.class_before_fsdp(model) is torch.nn.Sequential
+        names, gathered = [], []
+
+        def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(group: Any, *args: Any, **kwargs: Any) -> Any:
+                out = method(group, *args, **kwargs)
+                if name == "wait_for_unshard":
+                    names.append(torch_compat.fsdp_name(group))
+                    gathered.extend(tuple(p.shape) for p in torch_compat.unsharded_parameters(group))
+                return out
+
+            return wrapped
+
+        with torch_compat.fsdp_stages_wrapped(noted):
+            model(torch.ones(1, 4))
+        assert names == ["0"] and gathered == [(4, 4), (4,)]
+        assert len(torch_compat.process_groups()) >= 1
+    finally:
+        dist.destroy_process_group()
+
+
+def test_private_attributes_of_models_are_what_they_were() -> None:
+    config = transformers.AutoConfig.for_model("qwen3_moe", **MATRIX["qwen3_moe"])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert compat.attention_name(model.config) == "sdpa"
+    compat.set_attention_name(model.config, "eager")
+    assert compat.attention_name(model.config) == "eager"
+    assert compat.is_causal_lm(config) and compat.causal_lm_class(config) is type(model)
+    assert compat.no_split_modules(model) == {"Qwen3MoeDecoderLayer"}
+    assert len(compat.recorded_outputs(model, "router_logits")) == 1 and not compat.recorded_outputs(model, "nothing")
+    rule = "self_attn.q_proj.weight"
+    expanded = compat.expanded_plan(model, {f"model.layers.*.{rule}": "colwise"})
+    assert expanded == {f"model.layers.{layer}.{rule}": "colwise" for layer in range(config.num_hidden_layers)}
 
 
 def _is_private(name: str) -> bool:
