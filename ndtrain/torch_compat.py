@@ -86,6 +86,12 @@ NAMES: dict[str, Private] = {
     # ---- trees, modes, functions that make tensors
     "tree_map": Private("torch.utils._pytree:tree_map", _TREE, "func tree"),
     "tree_leaves": Private("torch.utils._pytree:tree_leaves", _TREE, "tree"),
+    "make_wrapper_subclass": Private(
+        "torch:Tensor._make_wrapper_subclass",
+        "a tensor that stands for another",
+        "size strides dtype device requires_grad",
+    ),
+    "disabled_torch_function": Private("torch:_C._disabled_torch_function_impl", "a tensor that stands for another"),
     "TorchDispatchMode": Private("torch.utils._python_dispatch:TorchDispatchMode", "the operations of a step"),
     "device_constructors": Private("torch.utils._device:_device_constructors", "functions that make tensors", ""),
     "foreach_norm": Private("torch:_foreach_norm", "norms of many tensors at once"),
@@ -207,6 +213,47 @@ def put_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> n
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """Return a module's own parameter, past what FSDP or a parametrization shows in its place."""
     return module._parameters.get(name)
+
+
+@contextmanager
+def fsdp_in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, FSDP gathers, casts and reduces in float32 whatever its policies say; no gradient may outlive it."""
+    import torch
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    states = list({id(state): state for module in modules for state in [module._get_fsdp_state()]}.values())
+    before = [state._mp_policy for state in states]
+
+    def use(policies: list[MixedPrecisionPolicy]) -> None:
+        for module in modules:
+            module.reshard()
+        for state, policy in zip(states, policies, strict=True):
+            state._mp_policy = policy
+            # A state has several groups from torch 2.12 on.
+            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+                group.mp_policy = policy
+                group._init_mp_dtypes()
+                for held in group.fsdp_params:
+                    # These stay between steps, without memory but with the dtype of before.
+                    held.all_gather_outputs = []
+                    vars(held).pop("_unsharded_param", None)
+
+    use(
+        [
+            MixedPrecisionPolicy(
+                param_dtype=torch.float32,
+                reduce_dtype=torch.float32,
+                output_dtype=torch.float32 if policy.output_dtype is not None else None,
+                cast_forward_inputs=policy.cast_forward_inputs,
+            )
+            for policy in before
+        ]
+    )
+    try:
+        yield
+    finally:
+        use(before)
 
 
 # ---- a dry step

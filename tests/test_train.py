@@ -349,37 +349,80 @@ def test_experts_apart_are_no_further_in_bfloat16_than_other_micro_batches(
     assert apart(losses[3], losses[4]) <= max(apart(a, b) for a, b in itertools.combinations(losses[:3], 2))
 
 
-def sabotaged(recipe_path: str, where: str) -> None:
-    """Like `trained`, on a model whose cut block is wrong in the same way on every rank."""
+def sabotaged(recipe_path: str, overrides: list[str], where: str) -> None:
+    """Like `trained`, on a model one part of which is wrong in the same way on every rank."""
     from ndtrain.engine import engine as module
 
     right = module.parallelize
 
     def wrong(model: Any, *args: Any, **kwargs: Any) -> Any:
-        context = right(model, *args, **kwargs)
-        layer = model.get_submodule("model.layers.0.mlp")
-        if where == "forward":
-            layer.register_forward_hook(lambda module, args, output: 1.1 * output)
-        else:
+        made = right(model, *args, **kwargs)
+        if where == "split":  # what is wrong only where the sequence is split, as a lost boundary would be
+            layer = model.get_submodule("model.layers.1.self_attn")
+            layer.register_forward_hook(
+                lambda module, args, output: (output[0] * 1.1, *output[1:]) if made.context.enabled else output
+            )
+        elif where == "backward":
+            layer = model.get_submodule("model.layers.1.mlp")
             layer.register_forward_hook(lambda module, args, output: 0.5 * output + 0.5 * output.detach())
-        return context
+        else:
+            model.get_submodule(where).register_forward_hook(lambda module, args, output: 1.1 * output)
+        return made
 
     module.parallelize = wrong
     try:
-        trained(recipe_path, [], proves=True)
+        trained(recipe_path, overrides, proves=True)
     finally:
         module.parallelize = right
 
 
+SABOTAGED = {
+    "tp2": ("llama", ["tp.sequence_parallel=false"], "tp"),
+    "tp2-sequence": ("llama", [], "tp"),
+    "ep2": ("qwen3_moe", [], "ep"),
+    "cp2-ulysses": ("llama", ["cp.kind=ulysses"], "cp"),
+    "cp2-ring": ("llama", ["cp.kind=ring"], "cp"),
+    "dp_shard2": ("llama", [], "dp_shard"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", SABOTAGED)
 @pytest.mark.parametrize(
-    ("where", "words"), [("forward", "the output of model.layers"), ("backward", "the gradient of")]
+    ("where", "words"),
+    [
+        ("model.layers.1.mlp", "the output of model.layers.1 differs"),
+        ("backward", "the gradient of .*model.layers.1.* differs"),
+    ],
 )
-def test_a_wrong_plan_is_refused_though_all_ranks_agree(
-    world: dict[str, Any], tmp_path: Path, where: str, words: str
+def test_a_wrong_block_is_refused_though_all_ranks_agree(
+    world: dict[str, Any], tmp_path: Path, mesh: str, dtype: str, where: str, words: str
+) -> None:
+    kind, overrides, axis = SABOTAGED[mesh]
+    recipe = recipe_for(world, tmp_path, kind, mesh.replace("-sequence", "").split("-")[0])
+    with pytest.raises(AssertionError, match=rf"PlanError: {kind} under .*mesh\.{axis} = 2: {words} from that of one"):
+        get_pool(2).run(sabotaged, str(recipe), [*overrides, f"fsdp.param_dtype={dtype}"], where, timeout=200)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.norm", "lm_head"])
+def test_a_wrong_part_outside_the_blocks_is_refused(
+    world: dict[str, Any], tmp_path: Path, part: str, dtype: str
 ) -> None:
     recipe = recipe_for(world, tmp_path, "llama", "tp2")
-    with pytest.raises(AssertionError, match=f"PlanError: llama under mesh.tp = 2: {words}.* differs from that of one"):
-        get_pool(2).run(sabotaged, str(recipe), where, timeout=200)
+    with pytest.raises(AssertionError, match=f"PlanError: llama under mesh.tp = 2: the output of {part} differs"):
+        get_pool(2).run(sabotaged, str(recipe), [f"fsdp.param_dtype={dtype}"], part, timeout=200)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_what_is_wrong_only_in_split_sequences_is_refused(
+    world: dict[str, Any], tmp_path: Path, kind: str, dtype: str
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", "cp2")
+    overrides = [f"cp.kind={kind}", f"fsdp.param_dtype={dtype}"]
+    with pytest.raises(AssertionError, match=r"PlanError: llama under mesh\.cp = 2 differs from the"):
+        get_pool(2).run(sabotaged, str(recipe), overrides, "split", timeout=200)
 
 
 def test_bf16_compute_keeps_fp32_masters(world: dict[str, Any], tmp_path: Path) -> None:

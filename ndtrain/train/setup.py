@@ -84,8 +84,8 @@ def find_resumed(
 def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:
     """Shard the engine's model, check on noise that it computes the right thing, then load its weights. Collective."""
     recipe, model = engine.recipe, engine.model
-    # Whole blocks to compare with, copied before the model is cut.
-    references = proof.ReferenceBlocks(model, engine.plan) if engine.sizes.tp > 1 else None
+    # What to compare with, copied before the model is cut.
+    references = proof.References(model, engine.plan) if runtime.world_size > 1 else None
     engine.cut()
     set_timeouts(WAIT_TIMEOUT, process_groups())
     materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
@@ -107,7 +107,7 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
     engine.finish()
 
 
-def _prove(engine: Engine, references: proof.ReferenceBlocks | None, reporter: Reporter) -> bool:
+def _prove(engine: Engine, references: proof.References | None, reporter: Reporter) -> bool:
     found = proof.prove(engine, references)
     for note in found.notes:
         reporter.info(f"note: {note}")
