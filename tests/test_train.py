@@ -425,6 +425,40 @@ def test_what_is_wrong_only_in_split_sequences_is_refused(
         get_pool(2).run(sabotaged, str(recipe), overrides, "split", timeout=200)
 
 
+def started(path: str, overrides: list[str]) -> tuple[int, list[str], bool | None]:
+    """How often a run proves before its first step, what it says, and whether it keeps sequence parallelism."""
+    from ndtrain import proof
+    from tests.trainers import Said, trainer_of
+
+    said = Said()
+    with mock.patch.object(proof, "prove", wraps=proof.prove) as prove:
+        trainer = trainer_of(path, overrides, said=said)
+        trainer.prepare()
+    return prove.call_count, said.said, trainer.engine.sequence and trainer.engine.sequence.enabled
+
+
+def test_a_proof_is_remembered_for_the_same_model_mesh_and_recipe(world: dict[str, Any], tmp_path: Path) -> None:
+    # Its sequence parallelism is left out with a note, which a later start says again.
+    recipe = recipe_for(world, tmp_path, "bert", "tp2", data={"packing": False})
+
+    def start(*overrides: str) -> tuple[int, list[str], bool | None]:
+        return get_pool(2).run(started, str(recipe), list(overrides), timeout=200)[0]
+
+    first, again = start(), start("optim.lr=1e-5", "train.steps=3")
+    assert (first[0], again[0]) == (1, 0) and first[2] is again[2] is False
+    assert (
+        [line for line in first[1] if "no sequence parallelism" in line]
+        == [line for line in again[1] if "no sequence parallelism" in line]
+        != []
+    )
+    assert start("data.seq_len=16")[0] == start("fsdp.param_dtype=bfloat16")[0] == 1
+    assert start("fsdp.param_dtype=bfloat16")[0] == 0
+    record = tmp_path / "run/proof.json"
+    for text in ("{", "[]", record.read_text().replace("identity", "other")):
+        record.write_text(text)
+        assert start("fsdp.param_dtype=bfloat16")[0] == 1
+
+
 def test_bf16_compute_keeps_fp32_masters(world: dict[str, Any], tmp_path: Path) -> None:
     recipe = recipe_for(world, tmp_path, "qwen3", "dp_shard2-tp2", steps=4, fsdp={"param_dtype": "bfloat16"})
     result = get_pool(4).run(trained, str(recipe), [], timeout=300)[0]

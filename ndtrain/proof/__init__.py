@@ -20,11 +20,12 @@ from ndtrain.proof.batch import check_same_batch
 from ndtrain.proof.dropout import check_dropout
 from ndtrain.proof.masks import check_masks
 from ndtrain.proof.parts import check_parts
+from ndtrain.proof.record import Record, identity, recall, remember
 from ndtrain.proof.reference import References
 from ndtrain.proof.sequence import FLOAT32, LOW, Limits, check_context_parallel, try_sequence_parallel
 from ndtrain.torch_compat import fsdp_in_float32
 
-__all__ = ["Proof", "References", "check_same_batch", "prove"]
+__all__ = ["Proof", "Record", "References", "check_same_batch", "identity", "prove", "recall", "remember"]
 
 
 class Proof(NamedTuple):
