@@ -107,9 +107,23 @@ def from_config(config: Any, attn: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attn)
 
 
+def loaded(path: Path, attn: str, dtype: torch.dtype) -> Any:
+    """The model in `path` as plain transformers loads it, with what its class freezes frozen.
+
+    `from_pretrained` makes everything trainable that it finds in the files (5.24), sinusoidal positions too; what it
+    does not find there, and what it loads onto a mesh, keeps what the class says.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+    with torch.device("meta"):
+        made = from_config(model.config, attn)
+    for name, param in made.named_parameters():
+        model.get_parameter(name).requires_grad_(param.requires_grad)
+    return model
+
+
 def reference(path: Path, attn: str, vocab: int) -> list[str]:
     """Train plain transformers; the parameters that got no gradient or nothing but zeros."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn)
+    model = loaded(path, attn, torch.float32)
     params = dict(model.named_parameters())
     tensors = {f"start.{n}": p.detach().clone() for n, p in params.items()}
     numbers: dict[str, list[float]] = {}
@@ -132,7 +146,7 @@ def plain_steps(model: Any, vocab: int) -> Iterator[dict[str, float]]:
     """Steps of torch.optim on `rows`, each yielded before the optimizer moves the parameters."""
     model.train()
     keys = {k: v for k, v in OPTIM.items() if k != "max_grad_norm"}
-    optimizer = torch.optim.AdamW(model.parameters(), **keys)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **keys)  # type: ignore[arg-type]
     routed = getattr(model.config, "output_router_logits", False)
     for step in range(STEPS):
         batch = rows(vocab, step)
@@ -156,7 +170,7 @@ def plain_steps(model: Any, vocab: int) -> Iterator[dict[str, float]]:
 def rounding(path: Path, attn: str, vocab: int, numbers: dict[str, list[float]]) -> float:
     """How far plain transformers in float32 is from itself in float64, where it runs in that: no run can be nearer."""
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation=attn)
+        model = loaded(path, attn, torch.float64)
         exact = list(plain_steps(model, vocab))
     except RuntimeError:
         return 0.0
