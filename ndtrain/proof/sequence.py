@@ -45,6 +45,7 @@ def try_sequence_parallel(engine: Engine, sequence: SequenceParallel, limits: Li
             if not hasattr(model, "reset_iter_state"):  # torch < 2.13
                 failure = f"{name} does not run with sequence parallelism ({reason})"
                 raise PlanError(f"{failure}; set tp.sequence_parallel = false") from error
+            model.zero_grad(set_to_none=True)  # of gathered parameters, whose gradients were not reduced yet
             cast(Any, model).reset_iter_state()
             model.zero_grad(set_to_none=True)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
