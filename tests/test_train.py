@@ -591,13 +591,19 @@ def test_weights_that_are_not_finite_are_not_saved(world: dict[str, Any], tmp_pa
 
 
 def trained_with_flash(path: str, overrides: list[str]) -> dict[str, Any]:
-    """`trained` with an attention function that, like flash attention, sees documents in batches of one row only."""
+    """`trained` with an attention function that, like flash attention, sees documents in batches of one row only.
+
+    In a run in bfloat16 it takes nothing else, like flash attention.
+    """
+    low = "fsdp.param_dtype=bfloat16" in overrides
     from transformers.masking_utils import AttentionMaskInterface
 
     def flash(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         size = query.shape[2]
+        if low and {query.dtype, key.dtype, value.dtype} != {torch.bfloat16}:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
         mask = torch.ones(size, size, dtype=torch.bool).tril()
         if query.shape[0] == 1:
             documents = (kwargs["position_ids"][0].diff(prepend=torch.tensor([-1])) != 1).cumsum(0)
@@ -625,6 +631,19 @@ def test_flash_attention_keeps_documents_apart_in_batches_of_several_rows(
     for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(("mesh", "kind"), [("tp2", "auto"), ("cp2", "ulysses")])
+def test_the_proof_in_float32_gives_flash_attention_what_it_takes(
+    world: dict[str, Any], tmp_path: Path, mesh: str, kind: str
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", mesh, steps=3, cp={"kind": kind})
+    want = reference(model_dir(world, "llama"), recipe)
+    overrides = ["model.attn=flash_of_the_test", "fsdp.param_dtype=bfloat16"]
+    result = get_pool(2).run(trained_with_flash, str(recipe), overrides, timeout=200)[0]
+    for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
+        assert metrics["loss"] == pytest.approx(loss, rel=2e-2)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=5e-2)
 
 
 def test_reduce_dtype_acts_under_float32(world: dict[str, Any], tmp_path: Path) -> None:
