@@ -184,7 +184,7 @@ def test_rendered_text_that_is_not_parsed_is_noted(tmp_path: Path) -> None:
     cache, rows = documents(tmp_path, RENDERED)
     assert rows == [[256, *text.encode(), 257] for text in RENDERED]
     (note,) = cache.notes([Path("a.jsonl")], special_tokens="text")
-    assert "4 of 5 documents spell special tokens" in note and "such as <|bos|>" in note and "a.jsonl, line 1" in note
+    assert "special tokens of the tokenizer, such as <|bos|>: 4 of 5, first a.jsonl, line 1" in note
     assert 'set data.special_tokens = "parse"' in note
     assert not documents(tmp_path / "other", ["plain"])[0].odd
 

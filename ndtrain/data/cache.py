@@ -133,7 +133,7 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
     bos, eos, most = tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size - 1
     sizes = [stamp_of(file)[0] for file in files]
     odd: dict[str, list[Any]] = {}
-    tokens = documents = before = 0
+    tokens = documents = before = told = 0
     with (folder / "tokens.bin").open("wb") as token_file, (folder / "docs.bin").open("wb") as doc_file:
         doc_file.write(struct.pack("=q", 0))
         for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
@@ -154,15 +154,23 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
                 special = scan(document.raw.decode()) if scan is not None else ""
                 for kind in filter(None, (document.odd, special and "special")):
                     odd.setdefault(kind, [0, number, document.where, special])[0] += 1
-                if progress:
-                    progress(before + document.done, sum(sizes))
+                if progress and before + document.done > told:
+                    told = before + document.done
+                    progress(told, sum(sizes))
             before += size
-            if progress:
-                progress(before, sum(sizes))
+        if progress and told < before:
+            progress(before, before)
         if not documents:
             count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
             raise RecipeError(f"data.path: {count} no text")
     return {"dtype": dtype.name, "tokens": tokens, "documents": documents, "odd": odd}
+
+
+_SPELLED = {
+    "text": "they are encoded as plain text; if they were rendered with a chat template, set "
+    'data.special_tokens = "parse"',
+    "parse": 'they are encoded to those tokens (data.special_tokens = "parse")',
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,16 +218,20 @@ class TokenCache:
     def notes(self, files: Sequence[Path], *, special_tokens: str) -> Iterator[str]:
         """Yield a line for each kind of odd documents in `files`, with what to do about them."""
         wording = {
-            "special": "spell special tokens of the tokenizer, such as {token}, and are "
-            + (
-                'encoded as plain text; if they were rendered with a chat template, set data.special_tokens = "parse"'
-                if special_tokens == "text"
-                else 'encoded with them (data.special_tokens = "parse")'
+            "special": (
+                "documents that spell special tokens of the tokenizer, such as {token}",
+                _SPELLED[special_tokens],
             ),
-            "json": "are text files that begin like JSON data, and are read as plain text; to read their rows, rename "
-            "them to .jsonl",
-            "surrogate": 'have half a character (a lone surrogate) in their JSON; it was replaced by "?"',
+            "json": (
+                "text files that begin like JSON data",
+                "they are read as plain text; to read their rows, rename them to .jsonl",
+            ),
+            "surrogate": (
+                "documents with half a character (a lone surrogate) in their JSON",
+                'it was replaced by "?"',
+            ),
         }
         for kind, (count, number, where, token) in self.odd.items():
-            text = wording[kind].format(token=token)
-            yield f"{count:,} of {len(self.docs) - 1:,} documents {text} (the first: {files[number]}, {where})"
+            what, then = wording[kind]
+            total = len(self.docs) - 1
+            yield f"{what.format(token=token)}: {count:,} of {total:,}, first {files[number]}, {where}; {then}"

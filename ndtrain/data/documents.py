@@ -110,7 +110,7 @@ def _is_text(kind: Any) -> bool:
 class _Json:
     """Reads JSON of any of the known shapes, of which it holds one row (and what was read beyond it)."""
 
-    def __init__(self, content: io.BufferedReader, file: Path):
+    def __init__(self, content: io.BufferedReader[Any], file: Path):
         self.content, self.file = content, file
         self.utf8 = codecs.getincrementaldecoder("utf-8")()
         self.parser = json.JSONDecoder(object_pairs_hook=_object)

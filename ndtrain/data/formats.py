@@ -70,7 +70,7 @@ def _zstd() -> Any:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
+def opened(file: Path) -> Iterator[tuple[io.BufferedReader[Any], io.BufferedReader[Any]]]:
     """Yield (the file, its content without compression and without a UTF-8 byte-order mark).
 
     The position of the first tells the progress. Raises `DamagedError` for a file that cannot be read or unpacked, for
@@ -79,7 +79,7 @@ def opened(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
     zstd = _zstd()
     broken = (EOFError, zlib.error, lzma.LZMAError, *((zstd.ZstdError,) if zstd is not None else ()))
     try:
-        with file.open("rb", buffering=_PROBE_BYTES) as stored:
+        with io.BufferedReader(file.open("rb", buffering=0), _PROBE_BYTES) as stored:
             packed = unpacked(stored, file)
             with (
                 packed if isinstance(packed, io.BufferedReader) else io.BufferedReader(packed, _PROBE_BYTES) as content
@@ -94,7 +94,7 @@ def opened(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
         raise DamagedError(f"{file} cannot be unpacked, it is truncated or altered: {error}") from error
 
 
-def unpacked(stored: io.BufferedReader, file: Path) -> Any:
+def unpacked(stored: io.BufferedReader[Any], file: Path) -> Any:
     """Return a binary stream of what is in `stored`. Raises `RecipeError` if its package is missing."""
     start = stored.peek(8)[:8]
     suffix = next((suffix for suffix, magic in COMPRESSIONS.items() if start.startswith(magic)), "")
@@ -126,7 +126,7 @@ def _check_start(start: bytes, file: Path) -> None:
             raise DamagedError(f"{file} is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 {file.name}")
 
 
-def begins_with_row(content: io.BufferedReader) -> bool:
+def begins_with_row(content: io.BufferedReader[Any]) -> bool:
     """Return whether text begins with a row of JSON data: a whole object with a string under "text"."""
     start = content.peek(_PROBE_BYTES)[:_PROBE_BYTES]
     found = _ROW.match(start)
