@@ -64,7 +64,8 @@ def pieces(kind: str) -> tuple[transformers.PreTrainedTokenizerFast, str]:
         words = {token: id for id, token in enumerate([*special, "a", "b"])}
         backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    backend.add_special_tokens([AddedToken(token, special=True) for token in [*special, "<|im_start|>"]])
+    backend.add_tokens(["<think>"])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
@@ -106,6 +107,8 @@ def test_a_vocabulary_that_holds_the_special_tokens_gives_none(kind: str) -> Non
     else:
         assert "".join(tokens).replace("▁", " ").strip() == text
     plain = "a b a/b > a"
+    think = inner.convert_tokens_to_ids("<think>")
+    assert ours.encode_bytes(f"{text} <think>".encode()).tolist()[-1] == think, "ordinary vocabulary keeps its id"
     assert ours.encode_bytes(plain.encode()).tolist() == inner.encode(plain, add_special_tokens=False)
 
 

@@ -28,17 +28,15 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, Any]:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return {text: id} of the special tokens that a document must not contain unless it is asked for.
+    """Return {text: id} of the special tokens that text may spell by accident.
 
-    Without the unknown token, which any text may give, and without single characters and white space (such as an
-    end-of-text token that is a line feed): text has no other way to spell those.
+    Without single characters and white space (such as an end-of-text token that is a line feed): text has no other way
+    to spell those.
     """
     texts = {token.content for token in added_tokens(tokenizer).values() if token.special}
     texts |= set(map(str, tokenizer.all_special_tokens))
     ids = {text: tokenizer.convert_tokens_to_ids(text) for text in texts if len(text) > 1 and not text.isspace()}
-    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    unknown = {tokenizer.unk_token_id} - marks
-    return {text: id for text, id in ids.items() if isinstance(id, int) and id not in unknown}
+    return {text: id for text, id in ids.items() if isinstance(id, int)}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, parse_special: bool) -> np.ndarray:
@@ -71,7 +69,7 @@ def without_special(tokenizer: PreTrainedTokenizerBase, special: Collection[str]
             model["merges"] = [pair for pair in merges if not {*pair, "".join(pair)} & hidden.keys()]
     else:
         return None
-    # The special tokens themselves would be added anew, with other ids; nothing here looks for them.
-    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] not in hidden]
+    for token in rules["added_tokens"]:  # kept, under the other name: ids are given by place
+        token["content"] = hidden.get(token["content"], token["content"])
     rules["post_processor"] = rules["truncation"] = rules["padding"] = None
     return Tokenizer.from_str(json.dumps(rules))

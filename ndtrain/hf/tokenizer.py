@@ -88,6 +88,8 @@ class HubTokenizer:
         self.bos_id: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
         self._control = control_tokens(tokenizer)
+        # Any text may give the unknown token.
+        self._refused = [id for id in self._control.values() if id != tokenizer.unk_token_id]
         if parse_special and not can_parse(tokenizer):
             raise RecipeError(
                 'data.special_tokens = "parse" is not available with this data.tokenizer, which encodes all text as '
@@ -107,8 +109,7 @@ class HubTokenizer:
         # A model of a vocabulary that has the special tokens too may find them in plain text.
         if self._strict is not None and not self._has_control(ids := self._strict(text)):
             return ids
-        found = next(token for token, id in self._control.items() if id in ids)
-        token = self.spelled(text) or found
+        token = next(token for token, id in self._control.items() if id in ids and id in self._refused)
         raise RecipeError(
             f"data.tokenizer encodes the text {token!r} to its special token and cannot encode it as plain text; "
             'remove it from the data, or set data.special_tokens = "parse"'
@@ -123,12 +124,12 @@ class HubTokenizer:
         return encode(self.inner, text, parse_special=self.parse_special)
 
     def _has_control(self, ids: np.ndarray) -> bool:
-        return bool(np.isin(ids, list(self._control.values())).any())
+        return bool(np.isin(ids, self._refused).any())
 
     @cached_property
     def _strict(self) -> Callable[[str], np.ndarray] | None:
         """Encodes text with a copy of the tokenizer whose model has no special tokens; None without such a copy."""
-        copy = without_special(self.inner, self._control)
+        copy = without_special(self.inner, self._control.keys() - {str(self.inner.unk_token)})
         if copy is None:
             return None
         strict = lambda text: np.asarray(copy.encode(text, add_special_tokens=False).ids, dtype=np.int64)  # noqa: E731
