@@ -31,7 +31,7 @@ SHAPES: dict[str, str] = {
     "columns of pandas": json.dumps(
         {"id": {str(i): i for i in range(4)}, "text": dict(zip("0123", TEXTS, strict=True))}
     ),
-    "byte-order mark": "\ufeff" + "\n".join(map(json.dumps, ROWS)),
+    "byte-order marks": "\ufeff" + "\n\ufeff".join(map(json.dumps, ROWS)),
 }
 
 
@@ -39,15 +39,17 @@ def texts_of(file: Path) -> list[str]:
     return [document.raw.decode() for document in documents_of(file)]
 
 
+# Nothing but its name tells that an object of columns is data.
+NAMED = [(shape, suffix) for shape in SHAPES for suffix in (".json", ".jsonl", ".ndjson")]
+UNNAMED = [(shape, ".unknown") for shape in SHAPES if not shape.startswith("columns")]
+
+
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".unknown"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "suffix"), [*NAMED, *UNNAMED])
 def test_json_of_each_shape_gives_its_texts(
     tmp_path: Path, shape: str, suffix: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "_CHUNK", chunk)
-    if suffix == ".unknown" and shape.startswith("columns"):
-        pytest.skip("nothing tells that this is data")
     file = tmp_path / f"train{suffix}"
     file.write_text(SHAPES[shape], encoding="utf-8", newline="")
     assert texts_of(file) == TEXTS

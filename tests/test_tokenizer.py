@@ -129,6 +129,18 @@ def test_what_cannot_be_encoded_as_text_is_refused_with_its_line(tmp_path: Path)
         build_cache([file], HubTokenizer(Stubborn(), key=""), cache_dir=tmp_path / "cache")
 
 
+def test_text_that_a_tokenizer_fails_on_is_named(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer = HubTokenizer(inner, key=tokenizer_key(inner))
+    assert tokenizer.encode_bytes(b"a b").tolist() == [0, 1]
+    for text in ("a c", "a </s>"):
+        (tmp_path / "a.txt").write_text(text)
+        with pytest.raises(RecipeError, match=r"a\.txt, line 1: data\.tokenizer (cannot encode|encodes) the text"):
+            build_cache([tmp_path / "a.txt"], tokenizer, cache_dir=tmp_path / "cache")
+
+
 def test_a_mark_that_is_one_character_stays_the_text_that_it_is() -> None:
     backend = Tokenizer(models.BPE(vocab={"a": 0, "\n": 1, "!": 2}, merges=[]))
     backend.add_special_tokens([AddedToken("\n", special=True), AddedToken("!", special=True)])

@@ -15,12 +15,12 @@ from ndtrain.errors import DamagedError, RecipeError
 
 KNOWN = (
     'ndtrain reads JSON lines and arrays of objects like {"text": "..."}, one such object, and one object of columns '
-    'like {"text": ["...", "..."]}'
+    'like {"text": ["...", "..."]}; a glob in data.path leaves other files out'
 )
 _CHUNK = 1 << 20
 # Characters of a row, or of an object of columns, which is read at once.
 _LONGEST = 1 << 28
-_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE = re.compile(r"[ \t\n\r\ufeff]*")  # files that were joined have marks inside
 
 
 class Document(NamedTuple):

@@ -42,7 +42,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, parse_special: bool) -> np.ndarray:
     """Return the int64 ids `[n]` of `text` without begin and end marks."""
     split = can_parse(tokenizer) and not parse_special
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split)
+    # Quietly: documents longer than model_max_length are cut into rows.
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False)
     return np.asarray(list(ids), dtype=np.int64)
 
 

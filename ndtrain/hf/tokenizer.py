@@ -102,13 +102,20 @@ class HubTokenizer:
 
         Raises `RecipeError` for text that this tokenizer can only encode to a special token.
         """
-        text = raw.decode()
+        try:
+            return self._ids(raw.decode())
+        except RecipeError:
+            raise
+        except Exception as error:  # of a vocabulary without an unknown token, or of a tokenizer's own code
+            raise RecipeError(f"data.tokenizer cannot encode the text: {first_line(error)}") from error
+
+    def _ids(self, text: str) -> np.ndarray:
         ids = self._encode(text)
         if self.parse_special or not self._has_control(ids):
             return ids
         # A model of a vocabulary that has the special tokens too may find them in plain text.
-        if self._strict is not None and not self._has_control(ids := self._strict(text)):
-            return ids
+        if self._strict is not None and not self._has_control(strict := self._strict(text)):
+            return strict
         token = next(token for token, id in self._control.items() if id in ids and id in self._refused)
         raise RecipeError(
             f"data.tokenizer encodes the text {token!r} to its special token and cannot encode it as plain text; "
@@ -134,7 +141,10 @@ class HubTokenizer:
             return None
         strict = lambda text: np.asarray(copy.encode(text, add_special_tokens=False).ids, dtype=np.int64)  # noqa: E731
         plain = self._spelled.sub(" ", PROBE)
-        return strict if np.array_equal(strict(plain), self._encode(plain)) else None
+        try:
+            return strict if np.array_equal(strict(plain), self._encode(plain)) else None
+        except Exception:
+            return None
 
     def save_pretrained(self, directory: Path) -> None:
         self.inner.save_pretrained(directory)

@@ -65,9 +65,15 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{kind.__name__}-{_digest(json.dumps(parts, sort_keys=True).encode())}"
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _probe(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     text = PROBE + "".join(map(str, tokenizer.all_special_tokens))
-    return [encode(tokenizer, text, parse_special=parse).tolist() for parse in (can_parse(tokenizer), False)]
+    found: list[Any] = []
+    for parse in (can_parse(tokenizer), False):
+        try:
+            found.append(encode(tokenizer, text, parse_special=parse).tolist())
+        except Exception as error:  # a vocabulary of few words may have none for these, and no unknown token
+            found.append(type(error).__name__)
+    return found
 
 
 def _digest(content: bytes) -> str:
