@@ -122,9 +122,8 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
-    # torch before 2.12 does not tell what a CPU can do.
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(found) and not any(found.get(name) for name in _CPU_BFLOAT16)
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and not any(found.get(name) for name in _CPU_BFLOAT16)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

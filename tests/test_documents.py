@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib.util
 import json
 import lzma
 import os
@@ -269,10 +270,12 @@ def found(path: Path) -> tuple[list[str], str]:
 
 
 def test_a_directory_is_read_whole_or_says_what_it_left_out(tmp_path: Path) -> None:
-    with_arrow = bool(pytest.importorskip("pyarrow"))
-    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.ndjson", "e.txt.xz"):
+    read = ["a.jsonl", "b.jsonl.gz", "d.ndjson", "e.txt.xz"]
+    if importlib.util.find_spec("pyarrow"):
+        read.insert(2, "c.parquet")
+    for name in read:
         (tmp_path / name).write_text("x")
-    assert found(tmp_path) == (["a.jsonl", "b.jsonl.gz", "c.parquet", "d.ndjson", "e.txt.xz"], "") and with_arrow
+    assert found(tmp_path) == (read, "")
     for name in ("f.bin", "g.bin", "LICENSE", ".hidden.txt", ".git/h.txt", "i.pdf.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -281,7 +284,7 @@ def test_a_directory_is_read_whole_or_says_what_it_left_out(tmp_path: Path) -> N
     (tmp_path / "loop").symlink_to(".")
     os.mkfifo(tmp_path / "pipe.txt")
     names, note = found(tmp_path)
-    assert names == ["a.jsonl", "b.jsonl.gz", "c.parquet", "d.ndjson", "e.txt.xz"]
+    assert names == read
     for count in (
         *("2 .bin", "1 .gz", "1 without a suffix", "1 hidden,", "1 hidden directory", "1 broken link"),
         *("1 reached before through a link", "1 directory reached before", "1 pipe or device"),

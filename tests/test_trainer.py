@@ -64,7 +64,7 @@ def group() -> Iterator[None]:
 
 
 def cpu(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> None:
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -142,7 +142,8 @@ def begins_with_row(content: io.BufferedReader[Any]) -> bool:
 def refuse_zero_bytes(chunk: bytes, file: Path) -> None:
     if b"\0" in chunk:
         raise RecipeError(
-            f"{file} is not text: it contains zero bytes; data.path takes text, JSON and parquet, compressed or not"
+            f"{file} is not text: it contains zero bytes (as binary files do, and UTF-16 without a mark); "
+            "data.path takes text in UTF-8, JSON and parquet, compressed or not"
         )
 
 
