@@ -292,6 +292,15 @@ def test_a_directory_is_read_whole_or_says_what_it_left_out(tmp_path: Path) -> N
         assert count in note, note
 
 
+def test_a_note_names_the_most_frequent_kinds_that_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    for number in range(20):
+        (tmp_path / f"a.x{number:02}").write_text("x")
+        (tmp_path / f"{number}.bin").write_text("x")
+    _, note = found(tmp_path)
+    assert "left out: 20 .bin, 1 .x" in note and note.endswith(", 9 others") and note.count(".x") == 11
+
+
 def test_parquet_without_pyarrow_is_left_out_by_a_directory_and_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

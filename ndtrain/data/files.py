@@ -17,6 +17,8 @@ from ndtrain.errors import DamagedError, RecipeError
 CACHE_FILES = ("tokens.bin", "docs.bin", "meta.json")
 
 Note = Callable[[str], None]
+# Kinds of files left out that a note names.
+_NAMED = 12
 
 
 def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
@@ -115,7 +117,9 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _counts(left: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(left.items()))
+    named = sorted(left.most_common(_NAMED), key=lambda item: (-item[1], item[0]))
+    rest = left.total() - sum(count for _, count in named)
+    return ", ".join(f"{count:,} {what}" for what, count in (*named, *([("others", rest)] if rest else [])))
 
 
 @contextmanager

@@ -49,8 +49,10 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         "unicode": unicodedata.unidata_version,
         "backend": backend.to_str() if backend is not None else None,
         "files": _files(tokenizer),
-        "settings": _plain(tokenizer.init_kwargs),
-        "attributes": _plain({k: v for k, v in vars(tokenizer).items() if _is_setting(k, v)}),
+        "settings": {k: _plain(v) for k, v in tokenizer.init_kwargs.items() if _has_effect(k, v)},
+        "attributes": {
+            k: v for k, v in vars(tokenizer).items() if isinstance(v, bool | int | str) and _has_effect(k, v)
+        },
         "vocabulary": sorted(tokenizer.get_vocab().items()) if backend is None else None,
         "added": [[id, _plain(token)] for id, token in sorted(added_tokens(tokenizer).items())],
         "special": tokenizer.all_special_ids,
@@ -87,21 +89,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _is_setting(name: str, value: Any) -> bool:
-    return name.lstrip("_") not in _WITHOUT_EFFECT and isinstance(value, bool | int | str) and not _is_path(name, value)
-
-
-def _is_path(name: str, value: Any) -> bool:
-    return name.endswith(("_file", "_path", "_dir")) or (isinstance(value, str) and Path(value).is_absolute())
+def _has_effect(name: str, value: Any) -> bool:
+    is_path = name.endswith(("_file", "_path", "_dir")) or (isinstance(value, str) and Path(value).is_absolute())
+    return not is_path and name.lstrip("_") not in _WITHOUT_EFFECT
 
 
 def _plain(value: Any) -> Any:
-    """Return settings as JSON values, without those that change no ids and without addresses of objects."""
+    """Return a setting as JSON values, without the addresses of objects."""
     if isinstance(value, dict):
-        kept = {
-            str(k): v for k, v in value.items() if str(k).lstrip("_") not in _WITHOUT_EFFECT and not _is_path(str(k), v)
-        }
-        return {key: _plain(item) for key, item in kept.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         items = [_plain(item) for item in value]
         return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
