@@ -112,6 +112,20 @@ def peak_flops(device: torch.device) -> float | None:
     return next((known.bfloat16 for key, known in DEVICES.items() if key.upper() in name), None)
 
 
+# Instructions for bfloat16 products, as torch names them, of x86 and of ARM.
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Return whether `device` is known to have no instructions for bfloat16, so that float32 is faster on it."""
+    import torch
+
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and not any(found.get(name) for name in _CPU_BFLOAT16)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory used so far, in bytes: the allocator's on CUDA, the process's resident set on CPU."""
     import torch

@@ -291,6 +291,13 @@ def test_a_model_from_scratch_needs_type_and_tokenizer(recipe: Any) -> None:
         recipe(MINIMAL.replace('name = "org/model"\n', ""))
 
 
+def test_special_tokens_are_parsed_by_tokenizers_that_have_some(recipe: Any) -> None:
+    assert recipe().data.special_tokens == "text"
+    assert recipe(MINIMAL, "data.special_tokens=parse").data.special_tokens == "parse"
+    with pytest.raises(RecipeError, match=r'special_tokens = "parse" does not apply to data\.tokenizer = "bytes"'):
+        recipe(MINIMAL, "data.special_tokens=parse", "data.tokenizer=bytes")
+
+
 def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:
     text = MINIMAL.replace('name = "org/model"', 'type = "llama"\nconfig = {hidden_size = 8, rope = {theta = 1.5}}')
     for r in (

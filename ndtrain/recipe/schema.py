@@ -136,6 +136,11 @@ class DataSection(Section):
     tokenizer: Text | None = Field(
         None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
     )
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description='What a document is encoded to that spells a special token, such as "<|im_start|>": "text" gives '
+        'plain text, "parse" the special token, for documents that were rendered with a chat template.',
+    )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
 
 
