@@ -211,11 +211,11 @@ def test_the_copies_of_cpu_offload_are_those_that_fsdp_asks_for(
     held = sum(p.local_numel(plan.sizes, 0) for p in plan.params if p.fqn in plan.on_host)
     assert held and (held < plan.rank_numel(0)) == ("modules" in fsdp)
     # Not counted by FSDP: a sum over tp of norms that are on the host, by the device.
-    assert host[TO_DEVICE] == pytest.approx(asked["all_gather_inputs"], rel=1e-3) and host[TO_DEVICE]
-    assert host[TO_HOST] + host[TO_HOST_WAITING] == pytest.approx(asked["foreach_reduce"], rel=1e-3)
+    assert host[TO_DEVICE] == pytest.approx(asked["all_gather_inputs"], rel=2e-3) and host[TO_DEVICE]
+    assert host[TO_HOST] + host[TO_HOST_WAITING] == pytest.approx(asked["foreach_reduce"], rel=2e-3)
     # Replicas add up micro batches on the device; else the host adds each to the first, and waits for its copy.
     later = 0 if "dp_replicate" in mesh else steps - 1
-    assert host[TO_HOST] == 4 * held and host[TO_HOST_WAITING] == pytest.approx(4 * held * later, rel=1e-3)
+    assert host[TO_HOST] == 4 * held and host[TO_HOST_WAITING] == pytest.approx(4 * held * later, rel=2e-3)
     # AdamW reads four tensors and writes three; the norm reads gradients, clipping reads and writes them.
     assert host[ON_HOST] == pytest.approx(held * (28 + 4 + 8 + 12 * later), rel=0.01)
 
