@@ -329,7 +329,7 @@ def test_a_dry_step_does_not_depend_on_those_before(tmp_path: Path) -> None:
 
 
 def test_a_candidate_that_fails_is_one_line_and_the_search_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_device: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, device = recipe_for(tmp_path, "llama", {}, {"num_hidden_layers": 1}), find_device(small_device)
     good = estimated(recipe, 1)
@@ -342,6 +342,7 @@ def test_a_candidate_that_fails_is_one_line_and_the_search_goes_on(
         return good
 
     monkeypatch.setattr(search, "estimate_step", broken)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     seen: list[tuple[int, int]] = []
     found = suggest(recipe, 4, device, 4, progress=lambda done, total: seen.append((done, total)))
     assert found.found and {one.change["mesh.tp"] for one in found.found} == {1, 4}
@@ -349,11 +350,12 @@ def test_a_candidate_that_fails_is_one_line_and_the_search_goes_on(
     assert {one.reason for one in found.failed} == reasons
     assert [done for done, _ in seen] == list(range(found.searched)) and seen[0][1] <= search.SEARCHED
     text = suggest_text(recipe, world_size=4, device=small_device, ranks_per_node=4, as_json=False)
+    assert "candidates searched" in capsys.readouterr().err
     failed = [line for line in text.splitlines() if line.startswith("failed: ")]
     assert len(failed) == len(found.failed) and all("mesh." in line and "train.micro" in line for line in failed)
     assert f"searched {found.searched} of {found.candidates} candidates" in text
     report = json.loads(suggest_text(recipe, world_size=4, device=small_device, ranks_per_node=4, as_json=True))
-    assert [(one["set"], one["reason"]) for one in report["failed"]] == [(o.change, o.reason) for o in found.failed]
+    assert [(one["change"], one["reason"]) for one in report["failed"]] == [(o.change, o.reason) for o in found.failed]
 
     def hopeless(recipe: Recipe, sizes: Any) -> StepEstimate:
         raise ZeroDivisionError
@@ -373,7 +375,9 @@ def test_sequence_parallelism_is_suggested_where_the_recipe_has_it_off(tmp_path:
     assert found == {(False, None), (True, True)}
 
 
-def test_a_step_that_does_not_fit_gets_the_excess_and_a_fix(tmp_path: Path, small_device: str) -> None:
+def test_a_step_that_does_not_fit_gets_the_excess_and_a_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_device: str
+) -> None:
     train = {"global_batch_size": 4, "micro_batch_size": 2}
     recipe = recipe_for(tmp_path, "llama", {"dp_shard": 2}, {"num_hidden_layers": 1}, train=train)
     whole = estimated(recipe, 2).peak_bytes
@@ -385,7 +389,14 @@ def test_a_step_that_does_not_fit_gets_the_excess_and_a_fix(tmp_path: Path, smal
     found = report["step"]["roofline"]["fixes"]
     assert [fix["cost"] for fix in found] == sorted(fix["cost"] for fix in found) and len(found) == len(lines)
     text = inspect_text(recipe, world_size=2, device=f"{small_device},memory=1e5")
-    assert "no single change was found that makes it fit" in text
+    assert "no single change was found that makes it fit" in text and "failed: " not in text
+
+    def broken(recipe: Recipe, sizes: Any) -> StepEstimate:
+        raise AttributeError("no such part")
+
+    monkeypatch.setattr(search, "estimate_step", broken)
+    text = inspect_text(recipe, world_size=2, device=f"{small_device},memory={whole}")
+    assert "    failed: fsdp.cpu_offload = true: AttributeError: no such part\n" in text
 
 
 def test_inspect_prints_a_step_one_layer_or_a_difference(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) 
     }
     if device is not None:
         times = step.times(device, ranks_per_node)
-        advice = fixes(step.recipe, step, device, ranks_per_node) if step.room(device) < 0 else []
+        advice, failed = fixes(step.recipe, step, device, ranks_per_node) if step.room(device) < 0 else ([], [])
         now = step.plan.sizes.world_size * times.step
         on_node = min(ranks_per_node, step.plan.sizes.world_size)
         report["roofline"] = {
@@ -137,6 +137,7 @@ def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) 
             "memory_limit": round(device.memory * (1 - RESERVED)),
             "fits": step.room(device) >= 0,
             "fixes": [{**_suggestion_report(one, device), "cost": one.device_seconds / now} for one in advice],
+            "fixes_failed": [asdict(one) for one in failed],
             "assumptions": assumptions(device, on_node),
         }
     return report
@@ -168,17 +169,16 @@ def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node
             "candidates": search.candidates,
             "too_big": search.too_big,
             "suggestions": [_suggestion_report(one, target) for one in search.found],
-            "failed": [{"set": one.change, "reason": one.reason} for one in search.failed],
+            "failed": [asdict(one) for one in search.failed],
             "assumptions": assumed,
         }
         return json.dumps(report, indent=2)
     lines = [f"An estimate for {world_size} x {target.name}, {ranks(ranks_per_node)} per node; fastest first"]
     for nth, one in enumerate(search.found, 1):
-        report = _suggestion_report(one, target)
         lines += [
             "",
-            f"# {nth}. at most {report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}, bound by "
-            f"{report['bound']}; {size(report['peak_bytes'])} of {size(target.memory * (1 - RESERVED))}",
+            f"# {nth}. at most {one.tokens_per_second:,.0f} tokens/s, MFU {one.step.mfu(one.times.step, target):.1%}, "
+            f"bound by {one.times.bound}; {size(one.step.peak_bytes)} of {size(target.memory * (1 - RESERVED))}",
             *_recipe_lines(one.change),
         ]
     lines += ["", *(f"failed: {_keys(one.change)}: {one.reason}" for one in search.failed)]
@@ -289,13 +289,15 @@ def _print_times(console: Console, step: StepEstimate, roofline: dict[str, Any],
 
 
 def _fix_lines(roofline: dict[str, Any]) -> list[str]:
+    failed = [f"    failed: {_keys(one['change'])}: {one['reason']}" for one in roofline["fixes_failed"]]
     if not roofline["fixes"]:
-        return ["  no single change was found that makes it fit"]
-    return ["  single changes that make it fit, and their cost; least device time for each token first:"] + [
+        return ["  no single change was found that makes it fit", *failed]
+    lines = ["  single changes that make it fit, and their cost; least device time for each token first:"] + [
         f"    {_keys(fix['set'])}: {size(fix['peak_bytes'])}, at most {fix['tokens_per_second']:,.0f} tokens/s, "
         f"{_cost_text(fix['cost'])}"
         for fix in roofline["fixes"]
     ]
+    return lines + failed
 
 
 def _cost_text(cost: float) -> str:

@@ -132,8 +132,10 @@ def suggest(
     return Search(best, failed, searched, len(every), len(every) - len(ordered))
 
 
-def fixes(recipe: Recipe, step: StepEstimate, device: Device, ranks_per_node: int) -> list[Suggestion]:
-    """Return the single changes that make `recipe` fit, in the order of their device time.
+def fixes(
+    recipe: Recipe, step: StepEstimate, device: Device, ranks_per_node: int
+) -> tuple[list[Suggestion], list[Failure]]:
+    """Return the single changes that make `recipe` fit, in the order of their device time, and those that failed.
 
     More ranks are tried only if all others are costly.
     """
@@ -154,11 +156,12 @@ def fixes(recipe: Recipe, step: StepEstimate, device: Device, ranks_per_node: in
             break
         change = {"mesh.dp_shard": more}
         larger = _try(recipe, change, sizes.world_size // sizes.dp_shard * more, device, ranks_per_node)
-        if isinstance(larger, Suggestion):
-            found.append(larger)
+        tried.append(larger)
+        if larger is not None:
             break
         more *= 2
-    return sorted(found, key=lambda one: one.device_seconds)
+    found = sorted((one for one in tried if isinstance(one, Suggestion)), key=lambda one: one.device_seconds)
+    return found, [one for one in tried if isinstance(one, Failure)]
 
 
 def _try(
