@@ -367,6 +367,20 @@ def test_a_candidate_that_fails_is_one_line_and_the_search_goes_on(
         suggest(recipe, 4, device, 4)
 
 
+def test_a_search_counts_what_the_recipe_offloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "SEARCHED", 1)
+    recipe = recipe_for(tmp_path, "llama", {}, {"num_hidden_layers": 1})
+    held = 16 * estimated(recipe, 1).plan.numel
+    offloaded = changed(recipe, {"fsdp.cpu_offload": True})
+    device = find_device(f"h100,memory={0.9 * held},host_bandwidth=1e9")
+    with pytest.raises(PlanError, match="no mesh of 1 x h100 was found"):
+        suggest(recipe, 1, device, 8)
+    found = suggest(offloaded, 1, device, 8)
+    assert found.found[0].times.bound == "host memory"
+    count = search._Count(offloaded, device, 8)
+    assert count.seconds(found.found[0].change, 1) == pytest.approx(found.found[0].times.step, rel=0.1)
+
+
 def test_sequence_parallelism_is_suggested_where_the_recipe_has_it_off(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "llama", {}, {})
     off = changed(recipe, {"tp.sequence_parallel": False})

@@ -236,7 +236,7 @@ return {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages of plans, one with a step that does not fit and all of its bars."""
+    """Pages of plans, one with a step that does not fit and all of its bars, one of a single rank that offloads."""
     folder = tmp_path_factory.mktemp("pages")
     found = {}
     for case in ("64", "1024"):
@@ -246,11 +246,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     planned(folder, "8")
     found["step"] = folder / "step.html"
     inspect_text(load_recipe(folder / "recipe.toml"), world_size=8, device="h100,memory=4e5", html=found["step"])
+    found["one rank"] = folder / "one.html"
+    alone = ["mesh.dp_shard=1", "mesh.tp=1", "fsdp.cpu_offload=true"]
+    inspect_text(load_recipe(folder / "recipe.toml", alone), world_size=1, device="h100", html=found["one rank"])
     return found
 
 
 @pytest.mark.parametrize("width", [400, 800, 1100, 1600])
-@pytest.mark.parametrize("case", ["step", "64", "1024"])
+@pytest.mark.parametrize("case", ["step", "one rank", "64", "1024"])
 def test_nothing_is_cut_off_and_no_bar_is_too_small(
     browser: Chrome, pages: dict[str, Path], case: str, width: int
 ) -> None:
@@ -260,6 +263,9 @@ def test_nothing_is_cut_off_and_no_bar_is_too_small(
         browser.get(pages[case].as_uri())
         seen = browser.execute_script(MEASURE)
         assert browser.get_log("browser") == []
+        assert ("cpu_offload, host memory: " in browser.execute_script("return document.body.innerText")) == (
+            case == "one rank"
+        )
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert seen["viewport"] == width and seen["page"] <= width and seen["wide"] == []

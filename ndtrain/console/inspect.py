@@ -184,8 +184,8 @@ def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node
     lines += ["", *(f"failed: {_keys(one.change)}: {one.reason}" for one in search.failed)]
     lines += [
         f"searched {search.searched:,} of {search.candidates:,} candidates, in the order of a rough estimate of their "
-        f"time, by which {search.too_big:,} do not fit; of each mesh at most {TRIES}, and none after one that fits or "
-        "fails",
+        f"time, by which {search.too_big:,} do not fit; of each mesh at most {TRIES} (the "
+        "fastest, and the one that needs the least memory), and none after one that fits or fails",
         *(f"assumed: {line}" for line in assumed),
         *_device_lines(target),
     ]

@@ -26,7 +26,7 @@ _ASSUMPTIONS = (
     "cpu_offload copies float32 parameters to the device for every gather and gradients back after every backward "
     "pass; copies overlap with computation and collectives, but a gradient that the host adds to that of an earlier "
     "micro batch is waited for; what the host computes (sums and the norm of gradients, the optimizer) overlaps "
-    "with nothing and takes the time of its reads and writes",
+    "with nothing and takes the time of its reads and writes; the host has enough memory",
 )
 
 

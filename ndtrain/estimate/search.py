@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -21,8 +20,9 @@ from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for
 
 SHOWN = 5
-SEARCHED = 16  # candidates that are looked at; more only while none of them fits
-TRIES = 3  # candidates of one mesh
+SEARCHED = 16  # candidates that are looked at,
+SEARCHED_AT_MOST = 64  # and so many if none of these fits
+TRIES = 3  # candidates of one mesh: the fastest, and the one that needs the least memory
 COSTLY = 1.5  # a change with this much more device time is not advised alone
 
 Change = dict[str, Any]
@@ -91,45 +91,51 @@ def suggest(
     """Return at most `SHOWN` meshes and settings of `recipe` for `world_size` ranks that fit `device`, fastest first.
 
     The result does not depend on the machine or its speed: the first `SEARCHED` candidates in the order of the formulas
-    are looked at, and more only until one fits. A candidate that fails is noted. `progress` gets the number that was
-    looked at and the most that will be. Raises `PlanError` if none was found.
+    are looked at, then more until one fits, `SEARCHED_AT_MOST` in all. A candidate that fails is noted. `progress` gets
+    the number that was looked at and the most that will be. Raises `PlanError` if none was found.
     """
     count = _Count(recipe, device, ranks_per_node)
     every = list(_candidates(recipe, world_size, ranks_per_node, count.experts))
-    ordered = sorted(
-        (change for change in every if count.bytes(change, world_size) < count.limit),
-        key=lambda change: count.seconds(change, world_size),
-    )
+    fitting = [change for change in every if count.bytes(change, world_size) < count.limit]
+    fitting.sort(key=lambda change: count.seconds(change, world_size))
+    of_mesh: dict[tuple[Any, ...], list[Change]] = {}
+    for change in fitting:
+        of_mesh.setdefault(_mesh(change), []).append(change)
+    least = {mesh: min(all_, key=lambda change: count.bytes(change, world_size)) for mesh, all_ in of_mesh.items()}
+    ordered = [c for c in fitting if c in of_mesh[_mesh(c)][: TRIES - 1] or c is least[_mesh(c)]]
     found: list[Suggestion] = []
     failed: list[Failure] = []
     reason = "weights, gradients and optimizer state fit on none"
-    tries: Counter[tuple[Any, ...]] = Counter()  # by mesh; set to TRIES once it fits or fails
+    settled: set[tuple[Any, ...]] = set()  # meshes that fit or failed
     searched = 0
     for change in ordered:
-        mesh = tuple(value for key, value in change.items() if key.startswith("mesh."))
-        if tries[mesh] >= TRIES:
+        if _mesh(change) in settled:
             continue
-        if found and searched >= SEARCHED:
+        if searched >= (SEARCHED if found else SEARCHED_AT_MOST):
             break
-        progress(searched, len(ordered) if searched >= SEARCHED else min(SEARCHED, len(ordered)))
+        progress(searched, min(len(ordered), SEARCHED if searched < SEARCHED else SEARCHED_AT_MOST))
         searched += 1
-        tries[mesh] += 1
         one = _try(recipe, change, world_size, device, ranks_per_node)
-        if isinstance(one, Suggestion):
-            tries[mesh] = TRIES
-            found.append(one)
-        elif isinstance(one, Failure):
-            tries[mesh], reason = TRIES, one.reason
-            failed.append(one)
-        else:
+        if one is None:
             reason = "the step does not fit"
+            continue
+        settled.add(_mesh(change))
+        if isinstance(one, Suggestion):
+            found.append(one)
+        else:
+            reason = one.reason
+            failed.append(one)
     if not found:
         raise PlanError(
             f"no mesh of {world_size} x {device.name} was found for this recipe (searched {searched} of {len(every)} "
-            f"candidates; {len(every) - len(ordered)} do not fit by a rough estimate); the last reason: {reason}"
+            f"candidates; {len(every) - len(fitting)} do not fit by a rough estimate); the last reason: {reason}"
         )
     best = sorted(found, key=lambda one: one.times.step)[:SHOWN]
-    return Search(best, failed, searched, len(every), len(every) - len(ordered))
+    return Search(best, failed, searched, len(every), len(every) - len(fitting))
+
+
+def _mesh(change: Change) -> tuple[Any, ...]:
+    return tuple(value for key, value in change.items() if key.startswith("mesh."))
 
 
 def fixes(
