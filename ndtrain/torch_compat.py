@@ -239,12 +239,12 @@ def shape_propagation_wrapped(wrap: Callable[[Callable[..., Any]], Callable[...,
 
 
 def written_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Yield the arguments that an operator changes.
+    """Yield the arguments that an operator changes, but not those that are only its outputs (`out=`).
 
     Fused optimizers declare gradients among them, but change those only to undo the scale of a loss.
     """
     for number, argument in enumerate(func._schema.arguments):
-        if argument.is_write and argument.name != "grads":
+        if argument.is_write and not argument.kwarg_only and argument.name != "grads":
             yield args[number] if number < len(args) else kwargs.get(argument.name)
 
 

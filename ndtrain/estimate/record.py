@@ -151,7 +151,7 @@ _FREE = {
     aten.detach,
 }
 # Operations that write their first argument without reading it.
-_OVERWRITE = {aten.copy_, aten.fill_, aten.zero_}
+_OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 
 _NAMES = {
     "allreduce_": "all_reduce",
@@ -317,7 +317,7 @@ class Recorder(TorchDispatchMode):
         touched = {id(t): t for t in (*given, *tensors)}
         moved = {key: _bytes(t) for key, t in touched.items()}
         changed = {id(t) for t in tree_leaves(list(written_in_place(func, args, kwargs)))} & set(touched)
-        if packet_of(func) not in _OVERWRITE:  # what is changed in place is read and written
+        if packet_of(func).__name__ not in _OVERWRITE:  # what is changed in place is read and written
             moved |= {key: 2 * moved[key] for key in changed}
         hosted = {key for key, t in touched.items() if self._is_on_host(t)}
         if hosted:
