@@ -146,6 +146,9 @@ NAMES: dict[str, Private] = {
     "fsdp_unshard": Private(f"{_FSDP}.unshard", _DRY, "async_op"),
     "fsdp_wait_for_unshard": Private(f"{_FSDP}.wait_for_unshard", _DRY, ""),
     "fsdp_post_backward": Private(f"{_FSDP}.post_backward", _DRY, ""),
+    "forget_shardings": Private(
+        "torch.distributed.tensor.debug:_clear_sharding_prop_cache", "dry steps on other meshes before", ""
+    ),
     "ShardingPropagator": Private(f"{_PROPAGATION}:ShardingPropagator", _DRY),
     "propagate_tensor_meta": Private(
         f"{_PROPAGATION}:ShardingPropagator._propagate_tensor_meta_non_cached", _DRY, "op_schema"
@@ -280,6 +283,16 @@ def shape_propagation_wrapped(wrap: Callable[[Callable[..., Any]], Callable[...,
     propagator, name = NAMES["ShardingPropagator"].find(), "_propagate_tensor_meta_non_cached"
     with mock.patch.object(propagator, name, wrap(getattr(propagator, name))):
         yield
+
+
+def written_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield the arguments that an operator changes, but not those that are only its outputs (`out=`).
+
+    Fused optimizers declare gradients among them, but change those only to undo the scale of a loss.
+    """
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.is_write and not argument.kwarg_only and argument.name != "grads":
+            yield args[number] if number < len(args) else kwargs.get(argument.name)
 
 
 def fsdp_name(group: Any) -> str:
