@@ -23,6 +23,7 @@ from ndtrain.hf.compat import (
     dot_natural_key,
     get_model_conversion_mapping,
 )
+from ndtrain.hf.model import tied_keys
 from ndtrain.hf.weight_names import kinds, named
 from ndtrain.layout import Ints
 
@@ -150,14 +151,17 @@ def from_hub(
 ) -> tuple[list[Group], list[str]]:
     """Return the groups that convert the hub's tensors `state` (meta) to those of `wanted`, and the unused keys.
 
-    Raises `DamagedError` if the result lacks a tensor or one has another shape.
+    A group without a transform has one output, and a source for each copy that is saved of it. Raises `DamagedError` if
+    the result lacks a tensor or one has another shape.
     """
-    all_of_it = model.state_dict()
+    all_of_it, aliases = model.state_dict(), tied_keys(model)
     found: list[tuple[str, str, str | None, Any]] = []
     unused = []
     for saved in named(model, state, all_of_it, get_model_conversion_mapping(model)):
         if saved.name in all_of_it:
-            found.append(saved)
+            # A tied weight may be saved under any of its names; copies of it become one group.
+            name = aliases.get(saved.name, saved.name) if saved.converter is None else saved.name
+            found.append(saved._replace(name=name))
         else:
             unused.append(saved.key)
     groups: list[Group] = []

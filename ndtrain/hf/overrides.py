@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from ndtrain.errors import RecipeError
 from ndtrain.hf.compat import causal_lm_class
@@ -147,7 +147,7 @@ def _homes(kind: type[PreTrainedConfig], key: str, value: Any) -> dict[Path, Any
         return {}
     other = not value if isinstance(value, bool) else value * 2 if type(value) is int else value / 2
     try:
-        one, two = (_leaves(kind(**{key: v}).to_dict()) for v in (value, other or 1))
+        one, two = (_leaves(kind.from_dict({key: v}).to_dict()) for v in (value, other or 1))
     except Exception:  # a class may refuse any value in its own way
         return {}
     return {path: leaf for path, leaf in one.items() if two.get(path) != leaf and path != (key,)}
@@ -208,7 +208,7 @@ def _names(config: PreTrainedConfig) -> set[str]:
     return {*config.to_dict(), *config.attribute_map, *rope}
 
 
-def _is_config(value: Any) -> bool:
+def _is_config(value: Any) -> TypeGuard[PreTrainedConfig]:
     from transformers import PreTrainedConfig
 
     return isinstance(value, PreTrainedConfig)

@@ -7,10 +7,10 @@ converts, such as experts that were saved one by one, go through its converting 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,39 +20,52 @@ from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
-from ndtrain.hf.compat import LoadStateDictConfig, convert_and_load_state_dict_in_model, get_model_conversion_mapping
+from ndtrain.hf.compat import (
+    LoadStateDictConfig,
+    convert_and_load_state_dict_in_model,
+    get_model_conversion_mapping,
+    may_be_missing,
+)
 from ndtrain.hf.model import tied_keys
+from ndtrain.hf.tied import refuse_other_values
 from ndtrain.hf.weight_names import Named, named
 from ndtrain.layout import local_part
-from ndtrain.load.files import check_report, refuse_nan, unreadable, unused, weight_files
+from ndtrain.load.files import check_report, files_to_load, readable, refuse_nan, unused
 from ndtrain.load.memory import model_tensors
 from ndtrain.recipe import Recipe
-from ndtrain.storage.pieces import Piece, converts, pieces_in, read_held
+from ndtrain.runs.process import rank, world_size
+from ndtrain.storage.pieces import Piece, converts, read_held
+from ndtrain.storage.stored import of_piece
 from ndtrain.torch_compat import StridedShard, class_before_fsdp, put_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Sources(NamedTuple):
+    """What the headers of the files say about a model's weights."""
+
+    pieces: Mapping[str, Piece]  # by saved key
+    direct: dict[str, Piece]  # by FQN, saved in the model's own form; of a tied weight one copy
+    others: list[Named]  # that transformers converts, casts or does not know
+    copies: dict[str, list[str]]  # {FQN: saved keys} of weights that are saved more than once
+    mapping: Sequence[Any]  # transformers' conversions
+
+
 def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
     """Read this rank's boxes of every weight, and add notes for the user to `notes`.
 
-    Raises `DamagedError` for weights that are missing, unreadable, of another shape or NaN, and `PlanError` for weights
-    that transformers converts along a dim that this mesh cuts.
+    Raises `RecipeError` for weights in other files than safetensors, `DamagedError` for weights that are missing,
+    unreadable, of another shape, NaN, or tied but saved with different values, and `PlanError` for weights that
+    transformers converts along a dim that this mesh cuts.
     """
     report = None
-    try:
-        pieces = {key: piece for path in weight_files(recipe) for key, piece in pieces_in(Path(path)).items()}
-        pieces = {key: piece for key, piece in pieces.items() if not extra_states.is_extra(key)}
-        with _own_classes(model):
-            mapping = get_model_conversion_mapping(model) or []
-        direct, others = _apart(model, pieces, mapping)
+    with readable(recipe):
+        pieces, direct, others, copies, mapping = sources(model, recipe)
+        saved = {key: of_piece(pieces[key]) for keys in copies.values() for key in keys}
+        refuse_other_values(copies, saved, recipe.model.name, part=rank(), parts=world_size())
         if others:
             report = _load_converted(model, pieces, others, mapping)
-    except (PlanError, RecipeError):
-        raise
-    except Exception as error:
-        raise unreadable(recipe, error) from error
     wanted = model_tensors(model)
     missing, mismatched = wanted.keys() - direct.keys(), []
     if report is not None:
@@ -71,23 +84,60 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     read_held({name: wanted[name] for name in direct}, stored, recipe.model.name, as_weights=True)
 
 
+def choose_mode(model: PreTrainedModel, recipe: Recipe) -> tuple[str, str]:
+    """Return "sharded" or "rank0" for `load.mode = "auto"`, and why it is "rank0". Reads headers only."""
+    with readable(recipe):
+        files = files_to_load(model, recipe)
+        if files.kind != "safetensors":
+            return "rank0", f"{files.main} is not safetensors"
+        try:
+            found = sources(model, recipe)
+        except PlanError as error:
+            return "rank0", str(error).rpartition(";")[0]
+    named_here = {saved.name for saved in found.others}
+    absent = [name for name in model_tensors(model) if name not in found.direct and name not in named_here]
+    if made := sorted(name for name in absent if may_be_missing(model, name)):
+        return "rank0", f"the files lack {made[0]}, which the model makes itself"
+    return "sharded", ""
+
+
+def sources(model: PreTrainedModel, recipe: Recipe) -> Sources:
+    """Return where the weights of `model` are, from the headers of the files alone. Raises as `load_sharded` does."""
+    files = files_to_load(model, recipe)
+    if files.kind != "safetensors":
+        raise RecipeError(
+            f'model.name = "{recipe.model.name}" has its weights in {files.main}, which is not safetensors; set '
+            'load.mode = "rank0"'
+        )
+    pieces = {key: piece for key, piece in files.pieces().items() if not extra_states.is_extra(key)}
+    with _own_classes(model):
+        mapping = get_model_conversion_mapping(model) or []
+    direct, others, copies = _apart(model, pieces, mapping)
+    _refuse_converted(model, [saved.converter for saved in others if saved.converter is not None])
+    return Sources(pieces, direct, others, copies, mapping)
+
+
 def _apart(
     model: PreTrainedModel, pieces: Mapping[str, Piece], mapping: Sequence[Any]
-) -> tuple[dict[str, Piece], list[Named]]:
-    """Split `pieces` into {FQN: piece} of those in the model's own form (tied weights by either name) and others."""
+) -> tuple[dict[str, Piece], list[Named], dict[str, list[str]]]:
+    """Split `pieces` into {FQN: piece} of those in the model's own form (tied weights by either name) and others.
+
+    Also return the keys of each FQN that has several.
+    """
     state, aliases = model.state_dict(keep_vars=True), tied_keys(model)
+    keys: dict[str, list[str]] = defaultdict(list)
     direct: dict[str, Piece] = {}
-    tied: dict[str, Piece] = {}
     others = []
     for saved in named(model, pieces, state, mapping):
         piece, tensor = pieces[saved.key], state.get(saved.name)
+        name = aliases.get(saved.name, saved.name)
+        if saved.converter is None and tensor is not None:
+            keys[name].append(saved.key)
         if saved.converter is not None or tensor is None or not converts(piece.dtype, tensor.dtype):
             others.append(saved)
-        elif saved.name in aliases:
-            tied.setdefault(aliases[saved.name], piece)
         else:
-            direct.setdefault(saved.name, piece)
-    return tied | direct, others
+            direct.setdefault(name, piece)
+    return direct, others, {name: found for name, found in keys.items() if len(found) > 1}
 
 
 def _load_converted(
@@ -97,7 +147,6 @@ def _load_converted(
     from safetensors import safe_open
 
     params = dict(model.named_parameters())
-    _refuse_converted(params, [saved.converter for saved in others if saved.converter is not None])
     keys = [saved.key for saved in others]
     files = {file: safe_open(file, framework="pt", device="cpu") for file in {pieces[key].file for key in keys}}
     config = LoadStateDictConfig(
@@ -124,7 +173,7 @@ def _own_classes(model: nn.Module) -> Iterator[None]:
             module.__class__ = given
 
 
-def _refuse_converted(params: Mapping[str, nn.Parameter], converters: Iterable[Any]) -> None:
+def _refuse_converted(model: nn.Module, converters: Iterable[Any]) -> None:
     """Raise `PlanError` if a weight is merged from saved tensors, or split from one, along a dim that the mesh cuts.
 
     transformers' loader (5.23) takes each rank's part of every saved tensor and merges those parts. That is correct for
@@ -135,7 +184,7 @@ def _refuse_converted(params: Mapping[str, nn.Parameter], converters: Iterable[A
         operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
         dims = {getattr(operation, "dim", None) for operation in operations}
         targets = [_as_regex(pattern) for pattern in converter.target_patterns]
-        for fqn, param in params.items():
+        for fqn, param in model.named_parameters():
             if not isinstance(param, DTensor) or not any(target.search(fqn) for target in targets):
                 continue
             axes = range(param.device_mesh.ndim)
