@@ -16,6 +16,7 @@ from ndtrain.hf.tied import other_values
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.files import check_report, files_to_load, readable, refuse_nan, unused
 from ndtrain.load.memory import model_tensors
+from ndtrain.load.sources import refuse_copies, sources
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import on_rank0, together
 from ndtrain.runs.process import Runtime
@@ -85,7 +86,7 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
     with readable(recipe):
         files = files_to_load(model, recipe)
         if files.kind == "safetensors":
-            files.pieces()  # refuses files that contradict each other, which transformers does not
+            refuse_copies(sources(model, files), recipe)
         with extra_states.withheld(model):
             # With output_loading_info it returns (model, report); transformers' annotation has only the model.
             whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]

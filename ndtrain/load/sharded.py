@@ -7,49 +7,30 @@ converts, such as experts that were saved one by one, go through its converting 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.errors import PlanError, RecipeError
-from ndtrain.hf import extra_states
 from ndtrain.hf.compat import (
     LoadStateDictConfig,
     convert_and_load_state_dict_in_model,
-    get_model_conversion_mapping,
     may_be_missing,
 )
-from ndtrain.hf.model import tied_keys
-from ndtrain.hf.tied import refuse_other_values
-from ndtrain.hf.weight_names import Named, named
 from ndtrain.layout import local_part
 from ndtrain.load.files import check_report, files_to_load, readable, refuse_nan, unused
 from ndtrain.load.memory import model_tensors
+from ndtrain.load.sources import Sources, refuse_copies, sources
 from ndtrain.recipe import Recipe
 from ndtrain.runs.process import rank, world_size
-from ndtrain.storage.pieces import Piece, converts, read_held
-from ndtrain.storage.stored import of_piece
-from ndtrain.torch_compat import StridedShard, class_before_fsdp, put_parameter
+from ndtrain.storage.pieces import read_held
+from ndtrain.torch_compat import StridedShard, put_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Sources(NamedTuple):
-    """What the headers of the files say about a model's weights."""
-
-    pieces: Mapping[str, Piece]  # by saved key
-    direct: dict[str, Piece]  # by FQN, saved in the model's own form; of a tied weight one copy
-    others: list[Named]  # that transformers converts, casts or does not know
-    copies: dict[str, list[str]]  # {FQN: saved keys} of weights that are saved more than once
-    mapping: Sequence[Any]  # transformers' conversions
 
 
 def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
@@ -61,11 +42,18 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     """
     report = None
     with readable(recipe):
-        pieces, direct, others, copies, mapping = sources(model, recipe)
-        saved = {key: of_piece(pieces[key]) for keys in copies.values() for key in keys}
-        refuse_other_values(copies, saved, recipe.model.name, part=rank(), parts=world_size())
-        if others:
-            report = _load_converted(model, pieces, others, mapping)
+        files = files_to_load(model, recipe)
+        if files.kind != "safetensors":
+            raise RecipeError(
+                f'model.name = "{recipe.model.name}" has its weights in {files.main}, which is not safetensors; set '
+                'load.mode = "rank0"'
+            )
+        found = sources(model, files)
+        direct = found.direct
+        _refuse_converted(model, found)
+        refuse_copies(found, recipe, part=rank(), parts=world_size())
+        if found.others:
+            report = _load_converted(model, found)
     wanted = model_tensors(model)
     missing, mismatched = wanted.keys() - direct.keys(), []
     if report is not None:
@@ -90,8 +78,9 @@ def choose_mode(model: PreTrainedModel, recipe: Recipe) -> tuple[str, str]:
         files = files_to_load(model, recipe)
         if files.kind != "safetensors":
             return "rank0", f"{files.main} is not safetensors"
+        found = sources(model, files)
         try:
-            found = sources(model, recipe)
+            _refuse_converted(model, found)
         except PlanError as error:
             return "rank0", str(error).rpartition(";")[0]
     named_here = {saved.name for saved in found.others}
@@ -101,53 +90,13 @@ def choose_mode(model: PreTrainedModel, recipe: Recipe) -> tuple[str, str]:
     return "sharded", ""
 
 
-def sources(model: PreTrainedModel, recipe: Recipe) -> Sources:
-    """Return where the weights of `model` are, from the headers of the files alone. Raises as `load_sharded` does."""
-    files = files_to_load(model, recipe)
-    if files.kind != "safetensors":
-        raise RecipeError(
-            f'model.name = "{recipe.model.name}" has its weights in {files.main}, which is not safetensors; set '
-            'load.mode = "rank0"'
-        )
-    pieces = {key: piece for key, piece in files.pieces().items() if not extra_states.is_extra(key)}
-    with _own_classes(model):
-        mapping = get_model_conversion_mapping(model) or []
-    direct, others, copies = _apart(model, pieces, mapping)
-    _refuse_converted(model, [saved.converter for saved in others if saved.converter is not None])
-    return Sources(pieces, direct, others, copies, mapping)
-
-
-def _apart(
-    model: PreTrainedModel, pieces: Mapping[str, Piece], mapping: Sequence[Any]
-) -> tuple[dict[str, Piece], list[Named], dict[str, list[str]]]:
-    """Split `pieces` into {FQN: piece} of those in the model's own form (tied weights by either name) and others.
-
-    Also return the keys of each FQN that has several.
-    """
-    state, aliases = model.state_dict(keep_vars=True), tied_keys(model)
-    keys: dict[str, list[str]] = defaultdict(list)
-    direct: dict[str, Piece] = {}
-    others = []
-    for saved in named(model, pieces, state, mapping):
-        piece, tensor = pieces[saved.key], state.get(saved.name)
-        name = aliases.get(saved.name, saved.name)
-        if saved.converter is None and tensor is not None:
-            keys[name].append(saved.key)
-        if saved.converter is not None or tensor is None or not converts(piece.dtype, tensor.dtype):
-            others.append(saved)
-        else:
-            direct.setdefault(name, piece)
-    return direct, others, {name: found for name, found in keys.items() if len(found) > 1}
-
-
-def _load_converted(
-    model: PreTrainedModel, pieces: Mapping[str, Piece], others: Sequence[Named], mapping: Sequence[Any]
-) -> Any:
+def _load_converted(model: PreTrainedModel, found: Sources) -> Any:
     """Load the tensors that transformers converts, casts or does not know by its own loader, and return its report."""
     from safetensors import safe_open
 
     params = dict(model.named_parameters())
-    keys = [saved.key for saved in others]
+    pieces, mapping = found.pieces, found.mapping
+    keys = [saved.key for saved in found.others]
     files = {file: safe_open(file, framework="pt", device="cpu") for file in {pieces[key].file for key in keys}}
     config = LoadStateDictConfig(
         device_map={"": next(model.parameters()).device},
@@ -160,26 +109,13 @@ def _load_converted(
     return report
 
 
-@contextmanager
-def _own_classes(model: nn.Module) -> Iterator[None]:
-    """Give modules their classes from before FSDP inside: transformers looks up conversions by class name."""
-    wrapped = {module: type(module) for module in model.modules() if isinstance(module, FSDPModule)}
-    for module in wrapped:
-        module.__class__ = class_before_fsdp(module)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, given in wrapped.items():
-            module.__class__ = given
-
-
-def _refuse_converted(model: nn.Module, converters: Iterable[Any]) -> None:
+def _refuse_converted(model: nn.Module, found: Sources) -> None:
     """Raise `PlanError` if a weight is merged from saved tensors, or split from one, along a dim that the mesh cuts.
 
     transformers' loader (5.23) takes each rank's part of every saved tensor and merges those parts. That is correct for
     a packed cut, which takes as much of gate as of up; other cuts silently get rows of other ranks.
     """
-    for converter in {id(converter): converter for converter in converters}.values():
+    for converter in {id(saved.converter): saved.converter for saved in found.others if saved.converter}.values():
         # MergeModulelist stacks experts saved one by one; the loader knows which of them this rank has.
         operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
         dims = {getattr(operation, "dim", None) for operation in operations}
