@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.to_hub import meta_model_of, state_to_store
 from ndtrain.convert.weights import Group, from_hub
-from ndtrain.errors import DamagedError, PlanError, RecipeError
+from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.files import ModelFiles, model_files
 from ndtrain.hf.model import kept_in_fp32
@@ -40,11 +41,10 @@ def hub_files(directory: Path) -> ModelFiles | None:
     """
     if not (directory / "config.json").is_file():
         return None
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except ValueError as error:
-        raise DamagedError(f"{directory / 'config.json'} is damaged ({error})") from error
-    files = model_files(directory, named=config.get("transformers_weights"))
+    named = None
+    with suppress(ValueError, AttributeError):  # `meta_model_of` names a damaged config
+        named = json.loads((directory / "config.json").read_text()).get("transformers_weights")
+    files = model_files(directory, named=named)
     if files is None or files.kind == "checkpoint":
         return None
     if files.kind != "safetensors":
