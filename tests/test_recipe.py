@@ -58,7 +58,7 @@ def test_every_key_has_its_documented_default(recipe: Any) -> None:
         "float32",
         True,
     )
-    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("rank0", True, True, None)
+    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("auto", True, True, None)
     assert (r.train.global_batch_size, r.train.micro_batch_size, r.train.seed) == (32, 4, 0)
     assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (100, 2, True)
     assert (r.checkpoint.resume, r.schedule.kind, r.optim.max_grad_norm, r.log.every) == (

@@ -121,8 +121,10 @@ class CpSection(Section):
 class LoadSection(Section):
     """How pretrained weights are read."""
 
-    mode: Literal["rank0", "sharded"] = Field(
-        "rank0", description='"rank0": rank 0 reads the weights and sends them; "sharded": each rank reads its slices.'
+    mode: Literal["auto", "rank0", "sharded"] = Field(
+        "auto",
+        description='"sharded": each rank reads its slices of safetensors files; "rank0": rank 0 reads the weights and '
+        'sends them; "auto": sharded where the files allow it.',
     )
 
 
