@@ -367,6 +367,15 @@ def test_weights_merged_along_a_dim_that_the_mesh_cuts_are_read_on_rank_0_with_a
     assert get_pool(1).run(_notes, recipe, MeshSizes())[0][0] == []  # one rank cuts nothing
 
 
+def test_weights_that_may_be_missing_are_left_to_transformers_with_a_note(tmp_path: Path) -> None:
+    directory = tiny.save_model("hrm_text", tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    recipe = recipe_for(tmp_path / "auto.toml", mode="auto", name=str(directory), attn="eager")
+    (((note,), tensors),) = get_pool(1).run(_notes, recipe, MeshSizes())
+    assert "rank 0 reads" in note and "the files do not name model." in note
+    assert all((tensors[name] == value.numpy()).all() for name, value in plain.items())
+
+
 def test_safetensors_are_read_in_shards_without_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _save(tmp_path / "model", seed=1)
     recipe = recipe_for(tmp_path / "auto.toml", mode="auto", name=str(tmp_path / "model"))
