@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ndtrain.convert import convert
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
+from ndtrain.hf.files import model_files
 from ndtrain.mesh import MeshSizes
 from tests import tiny
 from tests.convert_cases import build, save_checkpoint
@@ -127,6 +128,28 @@ def test_every_reader_takes_the_files_that_from_pretrained_takes(tmp_path: Path,
         assert [name for name in plain if not torch.equal(plain[name], tensors[name])] == [], reader
 
 
+@pytest.mark.parametrize("case", ["one file", "several files", "only torch files"])
+def test_files_in_the_cache_of_the_hub_are_found_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    commit = "a" * 40
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
+    if case in READ:
+        READ[case](snapshot)
+    else:
+        snapshot.mkdir(parents=True)
+        _bin(snapshot, seed=1)
+    (tmp_path / "hub" / "models--org--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    files, here = model_files("org/name"), model_files(snapshot)
+    assert files is not None and here is not None
+    assert (files.kind, files.main, files.weight_map) == (here.kind, here.main, here.weight_map)
+    assert list(files.files) == list(here.files)
+    assert [p.read_bytes() for p in files.files.values()] == [p.read_bytes() for p in here.files.values()]
+
+
 # ---- what is refused
 
 
@@ -184,6 +207,14 @@ def _last_bit(directory: Path) -> None:
     _edit(directory, lambda t: t["lm_head.weight"].view(torch.int32).view(-1)[-1:].add_(1))
 
 
+def _own_bias(directory: Path) -> None:
+    """Of two tied pairs, only the biases differ."""
+    config = transformers.AutoConfig.for_model("bert", **tiny.MATRIX["bert"] | {"tie_word_embeddings": True})
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    _edit(directory, lambda t: t.update({"cls.predictions.decoder.bias": t["cls.predictions.bias"] + 1}))
+
+
 def _head_of_another_shape(directory: Path) -> None:
     _save(directory, seed=1, kind="gemma3_text")
     _edit(directory, lambda t: t.update({"lm_head.weight": torch.ones(260, 64)}))
@@ -207,6 +238,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a checkpoint and a model": (_two_models, ["manifest.json", SINGLE]),
     "another head": (_own_head, ["lm_head.weight", "model.embed_tokens.weight", "tie_word_embeddings = false"]),
     "another head, in several files": (_own_head_in_shards, ["lm_head.weight", "model.embed_tokens.weight"]),
+    "one of two tied pairs": (_own_bias, ["cls.predictions.decoder.bias", "cls.predictions.bias", "different values"]),
     "a head of another shape": (_head_of_another_shape, ["lm_head.weight"]),
     "a head that differs in one bit": (_last_bit, ["lm_head.weight", "different values"]),
 }
@@ -319,6 +351,9 @@ def test_weights_that_are_not_safetensors_are_read_on_rank_0_with_a_note(tmp_pat
     assert kind == "RecipeError" and 'set load.mode = "rank0"' in message
     with pytest.raises(RecipeError, match=r"has its weights in pytorch_model\.bin, and convert reads safetensors"):
         convert(directory, tmp_path / "out")
+    _set(directory, tie_word_embeddings=True)
+    ((kind, message),) = get_pool(1).run(_errors_of_start, [auto], MeshSizes())[0]
+    assert kind == "DamagedError" and "lm_head.weight" in message and "different values" in message
 
 
 def test_weights_merged_along_a_dim_that_the_mesh_cuts_are_read_on_rank_0_with_a_note(tmp_path: Path) -> None:
@@ -330,6 +365,15 @@ def test_weights_merged_along_a_dim_that_the_mesh_cuts_are_read_on_rank_0_with_a
         'load.mode = "auto": rank 0 reads' in note and "has to be converted along dim 0, which this mesh cuts" in note
     )
     assert get_pool(1).run(_notes, recipe, MeshSizes())[0][0] == []  # one rank cuts nothing
+
+
+def test_weights_that_may_be_missing_are_left_to_transformers_with_a_note(tmp_path: Path) -> None:
+    directory = tiny.save_model("hrm_text", tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    recipe = recipe_for(tmp_path / "auto.toml", mode="auto", name=str(directory), attn="eager")
+    (((note,), tensors),) = get_pool(1).run(_notes, recipe, MeshSizes())
+    assert "rank 0 reads" in note and "the files do not name model." in note
+    assert all((tensors[name] == value.numpy()).all() for name, value in plain.items())
 
 
 def test_safetensors_are_read_in_shards_without_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

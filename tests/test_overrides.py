@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,12 @@ SAME: dict[str, tuple[str, Values, Values, Values]] = {
         {"rope_scaling": YARN},
         {"rope_parameters": {"rope_theta": 10000.0, **YARN}},
     ),
+    "another class": (
+        "mistral",
+        {},
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    ),
     "fields of a class": (
         "cohere2_moe",
         {},
@@ -214,7 +221,7 @@ def test_overrides_from_scratch_end_at_the_config_of_its_class(tmp_path: Path, k
     given = {**(tiny.CONFIGS.get(kind) or tiny.MATRIX[kind]), **overrides}
     given.pop("n_layer", None)
     given.pop("rope_parameters", None)
-    plain = transformers.AutoConfig.for_model(kind, **given)
+    plain = transformers.AutoConfig.for_model(kind, **copy.deepcopy(given))  # which writes into tables
     assert _dict(_ours(None, given, tmp_path, type=kind)) == _dict(plain)
 
 
@@ -241,6 +248,19 @@ REFUSED: dict[str, tuple[str, Values, Values, str]] = {
         {},
         {"rope_theta": 50.0, "rope_parameters": {"rope_theta": 60.0}},
         "rope_parameters.* becomes .*rope_theta': 50.0",
+    ),
+    "a factor without a type": ("llama", {}, {"rope_scaling": {"factor": 4.0}}, "scales nothing; set its rope_type"),
+    "a factor without a type, nested": (
+        "gemma3_text",
+        KINDS,
+        {"rope_parameters": {"full_attention": {"factor": 4.0}}},
+        "scales nothing; set its rope_type",
+    ),
+    "a flat table for nested ones": (
+        "gemma4_text",
+        {},
+        {"rope_scaling": LINEAR},
+        "makes transformers lose full_attention.partial_rotary_factor = 0.25",
     ),
     "not a key of this class": ("gpt_neox", {}, {"rope_theta": 50.0}, "rope_theta = 50.0 has no effect"),
     "no rope at all": ("gpt2", {}, {"rope_scaling": LINEAR}, 'no key "rope_scaling"'),

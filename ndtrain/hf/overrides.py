@@ -11,10 +11,15 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import json
+import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import transformers
 
 from ndtrain.errors import RecipeError
 from ndtrain.hf.compat import causal_lm_class
@@ -24,7 +29,6 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 Path = tuple[Any, ...]
-C = TypeVar("C", bound="PreTrainedConfig")
 
 # Older keys that most config classes move into `rope_parameters`, whether or not they name them.
 _ROPE_SCALARS = ("rope_theta", "partial_rotary_factor")
@@ -38,16 +42,30 @@ _SCALING = {
 _PER_LAYER = ("layer_types", "mlp_layer_types")
 
 
-def overridden(base: C, raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> C:
-    """Return the config of the class of `base` from `raw`, the keys of its config.json, with `overrides`.
+def overridden(base: PreTrainedConfig, raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the config that `raw`, the keys of the config.json of `base`, give with `overrides`.
 
     Tables are merged. A rope table of another `rope_type` replaces what belongs to the old type. With fewer layers,
     `layer_types` keeps its first ones. Raises `RecipeError` for an override that the config does not hold, and what
     transformers raises for an invalid one.
     """
     values = _edited(base, {**raw, "model_type": base.model_type}, overrides, "model.config")
-    config = type(base).from_dict(copy.deepcopy(values), name_or_path=base.name_or_path)
+    config = _built(base, values)
     _check_held(base, config, values, overrides, "model.config")
+    return config
+
+
+def _built(base: PreTrainedConfig, values: Values) -> PreTrainedConfig:
+    """Return the config that transformers reads from a config.json of `values`.
+
+    Their keys may choose another class than that of `base` (`layer_types` makes a Mistral a Ministral).
+    """
+    if not type(base).__module__.startswith("transformers."):  # code from outside lies beside the model's config.json
+        return type(base).from_dict(copy.deepcopy(values), name_or_path=base.name_or_path)
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(values))
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.name_or_path = base.name_or_path
     return config
 
 
@@ -209,9 +227,7 @@ def _names(config: PreTrainedConfig) -> set[str]:
 
 
 def _is_config(value: Any) -> TypeGuard[PreTrainedConfig]:
-    from transformers import PreTrainedConfig
-
-    return isinstance(value, PreTrainedConfig)
+    return isinstance(value, transformers.PreTrainedConfig)
 
 
 def _reads(config: PreTrainedConfig, key: str) -> bool:
@@ -228,7 +244,7 @@ def _check_held(
     base: PreTrainedConfig, config: PreTrainedConfig, values: Values, overrides: Mapping[str, Any], path: str
 ) -> None:
     """Raise `RecipeError` for an override that `config`, built from `values`, ignores or changes."""
-    held, kind = config.to_dict(), type(base)
+    held, kind = config.to_dict(), type(config)
     homes = {key: _homes(kind, key, value) for key, value in overrides.items()}
     moved = {home for found in homes.values() for home in found}
     for key, value in overrides.items():
@@ -289,6 +305,10 @@ def _check_rope(base: PreTrainedConfig, config: PreTrainedConfig, new: Values, m
     if not (_same(wanted, table) if _is_nested(new) else any(_same(wanted, part) for part in parts)):
         hint = f"set it for each of {', '.join(map(str, table))}" if _is_nested(table) else "set values that it keeps"
         raise _refused(at, new, f"becomes {table} when transformers builds the config; {hint}")
+    if idle := [
+        part for part in parts if isinstance(part, dict) and _rope_type(part) == "default" and _idle(new, part)
+    ]:
+        raise _refused(at, new, f"has no effect, because the table {idle[0]} scales nothing; set its rope_type")
     set_here = {path[-1] for path in _leaves(new)} | _SCALING
     for home, leaf in _leaves(getattr(base, "rope_parameters", None) or {}).items():
         gone = len(home) > 1 and home[0] not in (getattr(config, "layer_types", None) or home)
@@ -297,6 +317,16 @@ def _check_rope(base: PreTrainedConfig, config: PreTrainedConfig, new: Values, m
         if not _same(leaf, _at(table, home)):
             name = ".".join(map(str, home))
             raise _refused(at, new, f"makes transformers lose {name} = {leaf}; set rope_parameters with that in it")
+
+
+def _idle(new: Values, part: Values) -> bool:
+    """Return whether a rope table of the default type holds entries of `new` that belong to other types."""
+    tables = [value for value in new.values() if isinstance(value, dict)] or [new]
+    return any(
+        key in part and key in _SCALING - {"rope_type", "type"} and _same(value, part[key])
+        for table in tables
+        for key, value in table.items()
+    )
 
 
 def _same(wanted: Any, held: Any) -> bool:

@@ -86,7 +86,7 @@ def choose_mode(model: PreTrainedModel, recipe: Recipe) -> tuple[str, str]:
     named_here = {saved.name for saved in found.others}
     absent = [name for name in model_tensors(model) if name not in found.direct and name not in named_here]
     if made := sorted(name for name in absent if may_be_missing(model, name)):
-        return "rank0", f"the files lack {made[0]}, which the model makes itself"
+        return "rank0", f"the files do not name {made[0]}, which transformers may leave as the model makes it"
     return "sharded", ""
 
 
