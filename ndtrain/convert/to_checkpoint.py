@@ -21,6 +21,8 @@ from ndtrain.convert.to_hub import INDEX, meta_model_of, state_to_store
 from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import DamagedError, PlanError
 from ndtrain.hf import extra_states
+from ndtrain.hf.beside import save_config
+from ndtrain.hf.hub import is_beside
 from ndtrain.hf.model import kept_in_fp32, tied_keys
 from ndtrain.storage.headers import Target
 from ndtrain.storage.pieces import pieces_in
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 FILE_BYTES = 5 * 10**9
 SINGLE = "model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-# Endings of config and tokenizer files; weights in other formats are not copied.
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe", ".md")
 
 
 def is_hub_directory(path: Path) -> bool:
@@ -65,9 +65,11 @@ def hub_tensors(directory: Path) -> dict[str, Stored]:
     return checkpoint_tensors(pieces, directory)
 
 
-def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Progress | None) -> list[str]:
-    """Fill the directory `out`; return notes for the user. Raises `DamagedError` and `PlanError`."""
-    model, published = meta_model_of(directory, None)
+def write_checkpoint(
+    directory: Path, out: Path, *, trust_remote_code: bool, verify: bool, progress: Progress | None
+) -> list[str]:
+    """Fill the directory `out`; return notes for the user. Raises `DamagedError`, `PlanError` and `RecipeError`."""
+    model, published, notes = meta_model_of(directory, None, trust_remote_code=trust_remote_code)
     source = hub_tensors(directory)
     if quantized := [k for k, t in source.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1]:
         raise PlanError(
@@ -93,19 +95,21 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
     stream.write(ShardWriter(out / "model", files, targets, lambda keys: _metadata(keys, targets)))
     if verify:
         stream.verify(out / "model", list(files))
+    notes += save_config(model, out)
     copy_beside(directory, out)
     (out / "train_state.json").write_text(json.dumps({"step": 0}))
     write_manifest(out, {"model": listing({key: wanted[key] for key in targets}), "optim": {}}, {})
     check(out)
-    return _notes(source, groups, model, published, unused=unused, unread=unread)
+    return notes + _notes(source, groups, model, published, unused=unused, unread=unread)
 
 
 def copy_beside(directory: Path, out: Path) -> None:
-    """Copy config and tokenizer files that `out` does not have yet; do nothing where `directory` is a file."""
-    for file in sorted(directory.iterdir()) if directory.is_dir() else ():
-        wanted = file.suffix in _BESIDE and not file.name.startswith(".") and not file.name.endswith(".index.json")
-        if wanted and file.is_file() and not (out / file.name).exists():
-            shutil.copyfile(file, out / file.name)
+    """Copy config, tokenizer and code files that `out` does not have yet; do nothing where `directory` is a file."""
+    for file in sorted(directory.rglob("*")) if directory.is_dir() else ():
+        path = file.relative_to(directory).as_posix()
+        if is_beside(path) and file.is_file() and not (out / path).exists():
+            (out / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, out / path)
 
 
 def _files(targets: dict[str, Target]) -> dict[str, list[str]]:

@@ -31,7 +31,9 @@ class Tokenizer(Protocol):
     @property
     def key(self) -> str: ...
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The largest id + 1; ids may have gaps."""
+
     @property
     def eos_id(self) -> int: ...
     @property
@@ -118,7 +120,7 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     head = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int64)
     total, most = sum(stamp_of(file)[0] for file in files), tokenizer.vocab_size - 1
-    tokens = documents = done = 0
+    tokens = documents = done = largest = 0
     with (folder / "tokens.bin").open("wb") as token_file, (folder / "docs.bin").open("wb") as doc_file:
         doc_file.write(struct.pack("=q", 0))
         for file in files:
@@ -131,7 +133,7 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
                             f"{file}: the tokenizer gave ids {row.min()} to {row.max()}, expected 0 to {most}"
                         )
                     token_file.write(row.astype(dtype).tobytes())
-                    tokens, documents = tokens + row.size, documents + 1
+                    tokens, documents, largest = tokens + row.size, documents + 1, max(largest, int(row.max()))
                     doc_file.write(struct.pack("=q", tokens))
                 done += read
                 if progress:
@@ -139,7 +141,7 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
         if not documents:
             count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
             raise RecipeError(f"data.path: {count} no text")
-    return {"dtype": dtype.name, "tokens": tokens, "documents": documents}
+    return {"dtype": dtype.name, "tokens": tokens, "documents": documents, "largest": largest}
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +151,12 @@ class TokenCache:
     key: str
     tokens: npt.NDArray[Any]
     docs: IntArray
+    largest: int | None = None  # None in a cache of an earlier version
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return self.largest if self.largest is not None else int(self.tokens.max())
 
     @classmethod
     def open(cls, path: Path) -> "TokenCache":
@@ -177,4 +185,5 @@ class TokenCache:
         docs = arrays["docs.bin"]
         if docs[0] != 0 or docs[-1] != counts["tokens.bin"] or (docs[1:] - docs[:-1] < 2).any():
             raise damaged("docs.bin", "its document bounds do not match the tokens")
-        return cls(key=key, tokens=arrays["tokens.bin"], docs=docs)
+        largest = meta.get("largest")
+        return cls(key=key, tokens=arrays["tokens.bin"], docs=docs, largest=largest if type(largest) is int else None)

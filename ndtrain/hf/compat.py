@@ -103,6 +103,13 @@ NAMES: dict[str, Private] = {
         f"{_T}.modeling_utils:LoadStateDictConfig", "converted weights", "device_map dtype weight_mapping"
     ),
     "keys_to_ignore_on_save": Private(f"{_MODEL}._keys_to_ignore_on_save", "what is not saved"),
+    # ---- a model's own code
+    "custom_object_save": Private(
+        f"{_T}.dynamic_module_utils:custom_object_save", "code that travels with a model", "obj folder config"
+    ),
+    "get_relative_import_files": Private(
+        f"{_T}.dynamic_module_utils:get_relative_import_files", "code that travels with a model", "module_file"
+    ),
     # ---- building a model
     "model_mapping": Private(f"{_T}:AutoModelForCausalLM._model_mapping", "which configs are causal models'"),
     "get_dtype_plan": Private(f"{_MODEL}._get_dtype_plan", "modules kept in float32", "dtype"),
@@ -140,6 +147,11 @@ def is_causal_lm(config: PreTrainedConfig) -> bool:
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the causal LM of a config's class; None where transformers has none."""
     return NAMES["model_mapping"].find().get(type(config), None)  # type: ignore[no-any-return]
+
+
+def comes_with_code(kind: type[nn.Module]) -> bool:
+    """Return whether a class of models is from code that comes with the weights."""
+    return getattr(kind, "_auto_class", None) is not None
 
 
 def no_split_modules(model: nn.Module) -> set[str]:

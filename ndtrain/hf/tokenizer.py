@@ -11,6 +11,8 @@ import numpy as np
 import transformers
 
 from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.config import untrusted
+from ndtrain.hf.hub import MAIN, directory_of
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -58,12 +60,17 @@ def _byte_letters() -> list[str]:
 
 
 class HubTokenizer:
-    """Wraps a tokenizer of transformers. Raises `RecipeError` if it has no end-of-text token."""
+    """Wraps a tokenizer of transformers; `vocab_size` is its largest id + 1.
+
+    Raises `RecipeError` if it has no end-of-text token.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str):
         self.inner = tokenizer
         self.key = key
-        self.vocab_size = len(tokenizer)
+        # Ids may have gaps, so the number of tokens says nothing of them.
+        ids = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        self.vocab_size = max(ids, default=-1) + 1
         eos = tokenizer.eos_token_id
         if eos is None:
             raise RecipeError(
@@ -80,21 +87,47 @@ class HubTokenizer:
         ids: Iterable[int] = self.inner.encode(raw.decode("utf-8", errors="replace"), add_special_tokens=False)
         return np.asarray(list(ids), dtype=np.int64)
 
+    def text_of(self, token: int) -> str:
+        """Return the text of a token, for a message."""
+        return str(self.inner.convert_ids_to_tokens(token))
+
     def save_pretrained(self, directory: Path) -> None:
         self.inner.save_pretrained(directory)
 
 
-def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
-    """Return the recipe's tokenizer. Raises `RecipeError` if it cannot be loaded."""
-    name = recipe.data.tokenizer or recipe.model.name
-    if name == "bytes":
+def tokenizer_source(recipe: Recipe) -> tuple[str, str, str]:
+    """Return what the tokenizer is read from: the key that names it, the name, and its revision on the hub."""
+    model, given = recipe.model, recipe.data.tokenizer
+    own = given is None or given == model.name
+    return (
+        "model.name" if given is None else "data.tokenizer",
+        str(model.name if given is None else given),
+        model.revision if own else MAIN,
+    )
+
+
+def load_tokenizer(recipe: Recipe, directory: str | None = None) -> ByteTokenizer | HubTokenizer:
+    """Return the recipe's tokenizer, from `directory` or the one that its name stands for.
+
+    Raises `RecipeError` if it cannot be loaded.
+    """
+    if recipe.data.tokenizer == "bytes":
         return ByteTokenizer()
+    key, name, revision = tokenizer_source(recipe)
+    at = directory or directory_of(name, revision, key=key)
+    trusted = recipe.model.trust_remote_code
     # Only one process tokenizes, so the library's warning about forks does not apply.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        inner = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
+        inner = transformers.AutoTokenizer.from_pretrained(at, trust_remote_code=trusted)
     except Exception as error:
-        raise RecipeError(f'data.tokenizer = "{name}" cannot be loaded: {first_line(error)}') from error
+        if Path(at).is_dir() and not any("token" in file.name or "vocab" in file.name for file in Path(at).iterdir()):
+            other = "set data.tokenizer to one" if key == "model.name" else "choose another"
+            raise RecipeError(f'{key} = "{name}": {at} has no tokenizer; {other}') from error
+        why = (
+            untrusted(at) if not trusted and "trust_remote_code" in str(error) else f"cannot load: {first_line(error)}"
+        )
+        raise RecipeError(f'the tokenizer of {key} = "{name}": {why}') from error
     return HubTokenizer(inner, key=_tokenizer_key(inner))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.compat import cached_file, get_checkpoint_shard_files
+from ndtrain.hf.hub import directory_of
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import has_nan
@@ -20,7 +21,7 @@ def weight_files(recipe: Recipe) -> list[str]:
 
     Raises `RecipeError` if there are none.
     """
-    name = str(recipe.model.name)
+    name = directory_of(str(recipe.model.name), recipe.model.revision)
     index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:
         files, _ = get_checkpoint_shard_files(name, index)
@@ -28,7 +29,8 @@ def weight_files(recipe: Recipe) -> list[str]:
     single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if single is None:
         raise RecipeError(
-            f'model.name = "{name}" has no safetensors files; set load.mode = "rank0", or model.init = "random"'
+            f'model.name = "{recipe.model.name}" has no safetensors files; set load.mode = "rank0", or '
+            'model.init = "random"'
         )
     return [single]
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ndtrain.hf import extra_states
+from ndtrain.hf.hub import directory_of
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.files import check_report, refuse_nan, unreadable, unused
 from ndtrain.load.memory import model_tensors
@@ -83,7 +84,7 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
         with extra_states.withheld(model):
             # With output_loading_info it returns (model, report); transformers' annotation has only the model.
             whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-                str(recipe.model.name),
+                directory_of(str(recipe.model.name), recipe.model.revision),
                 config=copy.deepcopy(model.export_config),
                 dtype=torch.float32,
                 trust_remote_code=recipe.model.trust_remote_code,

@@ -25,6 +25,8 @@ def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
     """
     import torch.distributed as dist
 
+    if world_size() == 1:
+        return together(work)
     group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     try:
         together(work if runtime.rank == 0 else None, group)

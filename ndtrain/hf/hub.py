@@ -1,0 +1,204 @@
+"""Find the directory that a name in a recipe stands for: a local one, or a snapshot in the hub's cache.
+
+`resolve` asks the hub which commit a revision is and which files it has, `fetch` downloads files of that commit.
+Nothing else asks the hub: readers take `directory_of` and see only local files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
+
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError, first_line
+
+MAIN = "main"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Weights of any framework, and what a model card shows.
+_OTHER = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz"),
+    *(".pkl", ".tflite", ".mlmodel", ".index.json", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".pdf"),
+    *(".zip", ".gz", ".tar", ".parquet", ".part", ".lock", ".metadata"),
+)
+_TEMPLATES = "additional_chat_templates/"
+_NAME = re.compile(rf"(?:{_TEMPLATES})?[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class Snapshot(NamedTuple):
+    """A commit of a model on the hub, and the paths of its files."""
+
+    commit: str
+    files: tuple[str, ...]
+    note: str = ""
+
+
+def is_commit(revision: str) -> bool:
+    """Return whether `revision` is the full hash of a commit, which never changes."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def on_hub(name: str, revision: str = MAIN, *, key: str = "model.name") -> bool:
+    """Return whether `name` is to be looked for on the hub; False for an existing file or directory.
+
+    Raises `RecipeError` for the path of nothing, and for a local directory with a `revision`. `key` is the recipe's.
+    """
+    if Path(name).exists():
+        if revision != MAIN:
+            raise RecipeError(
+                f'model.revision = "{revision}" is for models of the hub, but {key} = "{name}" is a local directory; '
+                "leave model.revision out"
+            )
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise RecipeError(f'{key} = "{name}": {_missing(name)}') from None
+    return True
+
+
+def resolve(name: str, revision: str, *, key: str = "model.name") -> Snapshot:
+    """Return the commit that `revision` (branch, tag or commit) of the model `name` is now.
+
+    If the hub cannot be reached, that is the commit that the cache holds, with a note. Raises `RecipeError` if neither
+    has it.
+    """
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return Snapshot(str(info.sha), tuple(sorted(sibling.rfilename for sibling in info.siblings or ())))
+    except GatedRepoError as error:
+        raise _gated(name, key) from error
+    except RepositoryNotFoundError as error:
+        raise RecipeError(
+            f'{key} = "{name}": {_missing(name)}, nor is there a model of that name on {constants.ENDPOINT} (a private '
+            "one needs a login: hf auth login)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RecipeError(
+            f'model.revision = "{revision}": {name} has no such branch, tag or commit on {constants.ENDPOINT}'
+        ) from error
+    except Exception as error:
+        cached = _cached(name, revision)
+        why = _unreachable(error)
+        if cached is None:
+            raise RecipeError(
+                f'{key} = "{name}": {_missing(name)}, {why}, and its cache ({constants.HF_HUB_CACHE}) does not hold '
+                f'revision "{revision}" of a model of that name'
+            ) from error
+        return cached._replace(note=f"{name}: {why}; using commit {cached.commit} from its cache")
+
+
+def fetch(name: str, commit: str, files: Iterable[str], *, key: str = "model.name") -> None:
+    """Download those of `files` that the cache does not hold yet. Raises `RecipeError` or `NdtrainError`."""
+    folder = snapshot_directory(name, commit)
+    missing = [file for file in files if not (folder / file).is_file()]
+    if not missing:
+        return
+    try:
+        snapshot_download(name, revision=commit, allow_patterns=missing)
+    except GatedRepoError as error:
+        raise _gated(name, key) from error
+    except Exception as error:
+        raise NdtrainError(
+            f"{missing[0]} of {name} at commit {commit} cannot be downloaded: {_unreachable(error)}"
+        ) from error
+    if lost := [file for file in missing if not (folder / file).is_file()]:
+        raise NdtrainError(f"{constants.ENDPOINT} gave no {lost[0]} of {name} at commit {commit}; start the run again")
+
+
+def directory_of(name: str, revision: str = MAIN, *, key: str = "model.name") -> str:
+    """Return the directory with the files of `name`: itself, or a snapshot with all but the weights.
+
+    A commit that the cache holds is not asked for again. Raises what `on_hub`, `resolve` and `fetch` raise.
+    """
+    if not on_hub(name, revision, key=key):
+        return name
+    if not is_commit(revision) or not snapshot_directory(name, revision).is_dir():
+        found = resolve(name, revision, key=key)
+        revision = found.commit
+        fetch(name, revision, filter(is_beside, found.files), key=key)
+    return str(snapshot_directory(name, revision))
+
+
+def snapshot_directory(name: str, commit: str) -> Path:
+    """Return where the cache holds, or will hold, the files of a commit."""
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots", commit)
+
+
+def is_beside(path: str) -> bool:
+    """Return whether a file of a model's directory (its path there) may be read beside the weights.
+
+    Those are config, tokenizer, chat templates and code; weights, hidden files and other folders are not.
+    """
+    return _NAME.fullmatch(path) is not None and not path.lower().endswith(_OTHER)
+
+
+def weights_of(name: str, found: Snapshot, *, key: str = "model.name") -> list[str]:
+    """Return the paths of the weights that `from_pretrained` reads; [] without any. Downloads their index."""
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    config = snapshot_directory(name, found.commit) / "config.json"
+    try:
+        given = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        given = None
+    for file in (given, single, index, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if file not in found.files:
+            continue
+        if not file.endswith(".index.json"):
+            return [file]
+        fetch(name, found.commit, [file], key=key)
+        try:
+            text = (snapshot_directory(name, found.commit) / file).read_text(encoding="utf-8")
+            return [file, *sorted(set(json.loads(text)["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{name} at commit {found.commit}: {file} is damaged ({error})") from error
+    return []
+
+
+def _cached(name: str, revision: str) -> Snapshot | None:
+    """Return the snapshot that the cache holds of a revision, with its files; None without one."""
+    ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "refs", revision)
+    try:
+        commit = revision if is_commit(revision) else ref.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = snapshot_directory(name, commit)
+    files = tuple(sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()))
+    return Snapshot(commit, files) if files else None
+
+
+def _missing(name: str) -> str:
+    """Return in words that `name` is no path, with the path that may be meant."""
+    path = Path(name)
+    try:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+    except OSError:
+        near = []
+    meant = f'; did you mean "{path.parent / near[0]}"?' if near else ""
+    looked = "" if path.is_absolute() else f" (looked from {Path.cwd()}{meant})"
+    return f"there is no such directory{looked or meant}"
+
+
+def _gated(name: str, key: str) -> RecipeError:
+    return RecipeError(
+        f'{key} = "{name}" is gated: accept its terms on {constants.ENDPOINT}/{name}, then log in with hf auth login'
+    )
+
+
+def _unreachable(error: Exception) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    return f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
