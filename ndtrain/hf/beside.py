@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,8 +89,9 @@ def _code_of(base: Path) -> Iterator[Path]:
                 file = base / f"{reference.partition('.')[0]}.py"
                 if file.parent == base and file.is_file():
                     yield file
-                    imported = (Path(found) for found in get_relative_import_files(file))
-                    yield from (found for found in imported if found.parent == base and found.is_file())
+                    with suppress(OSError):  # it imports a file that is not there, which is found where it runs
+                        imported = [Path(found) for found in get_relative_import_files(file)]
+                        yield from (found for found in imported if found.parent == base and found.is_file())
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+ALLOW = "set model.trust_remote_code = true"
+
+
 class Untrusted(RecipeError):
     """The model comes with code of its own, which the user has not allowed to run."""
 
@@ -50,8 +53,8 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         raise RecipeError(f"[model.config] makes the config of {what} invalid: {first_line(error)}") from error
 
 
-def read_config(at: Path, what: str, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """Return the config in a directory or file; errors begin with `what`.
+def read_config(at: Path, what: str, *, trust_remote_code: bool, allow: str = ALLOW) -> PreTrainedConfig:
+    """Return the config in a directory or file; errors begin with `what`, and `allow` says what trusts its code.
 
     Raises `DamagedError` for a file that is not JSON, `RecipeError` if there is none or transformers cannot use it.
     """
@@ -68,7 +71,7 @@ def read_config(at: Path, what: str, *, trust_remote_code: bool) -> PreTrainedCo
         raise DamagedError(f"{what}: {file} is not a JSON object")
     kind, known = values.get("model_type"), list(transformers.CONFIG_MAPPING)
     if own_code(values, "AutoConfig") and kind not in known and not trust_remote_code:
-        raise Untrusted(f"{what}: {untrusted(at)}")
+        raise Untrusted(f"{what}: {untrusted(at, allow)}")
     if not own_code(values, "AutoConfig") and kind is None:
         raise RecipeError(f"{what}: {file} has no model_type, so it is not a model of transformers")
     if not own_code(values, "AutoConfig") and kind not in known:
@@ -90,12 +93,9 @@ def own_code(config: Any, auto_class: str) -> bool:
     return isinstance(found, dict) and auto_class in found
 
 
-def untrusted(at: object) -> str:
-    """Return the refusal to run the code that comes with a model."""
-    return (
-        f"{at} comes with Python code of its own, which runs only if you allow it: read it, then set "
-        "model.trust_remote_code = true (convert: --trust-remote-code)"
-    )
+def untrusted(at: object, allow: str = ALLOW) -> str:
+    """Return the refusal to run the code that comes with a model; `allow` says what allows it."""
+    return f"{at} comes with Python code of its own, which runs only if you allow it: read it, then {allow}"
 
 
 # Older keys that transformers still accepts as parts of `rope_parameters`.
