@@ -73,32 +73,33 @@ def on_hub(name: str, revision: str = MAIN, *, key: str = "model.name") -> bool:
 def resolve(name: str, revision: str, *, key: str = "model.name") -> Snapshot:
     """Return the commit that `revision` (branch, tag or commit) of the model `name` is now.
 
-    If the hub cannot be reached, that is the commit that the cache holds, with a note. Raises `RecipeError` if neither
-    has it.
+    If the hub cannot be reached, or no longer has the commit, the cache answers, with a note. Raises `RecipeError` if
+    neither has it.
     """
     try:
         info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Snapshot(str(info.sha), tuple(sorted(sibling.rfilename for sibling in info.siblings or ())))
-    except GatedRepoError as error:
-        raise _gated(name, key) from error
-    except RepositoryNotFoundError as error:
-        raise RecipeError(
-            f'{key} = "{name}": {_missing(name)}, nor is there a model of that name on {constants.ENDPOINT} (a private '
-            "one needs a login: hf auth login)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise RecipeError(
-            f'model.revision = "{revision}": {name} has no such branch, tag or commit on {constants.ENDPOINT}'
-        ) from error
     except Exception as error:
-        cached = _cached(name, revision)
-        why = _unreachable(error)
-        if cached is None:
-            raise RecipeError(
+        no_model, no_revision = isinstance(error, RepositoryNotFoundError), isinstance(error, RevisionNotFoundError)
+        why = f"{constants.ENDPOINT} does not have it" if no_model or no_revision else _unreachable(error)
+        cached = None if (no_model or no_revision) and not is_commit(revision) else _cached(name, revision)
+        if cached is not None:
+            return cached._replace(note=f"{name}: {why}; using commit {cached.commit} from its cache")
+        if isinstance(error, GatedRepoError):
+            raise _gated(name, key) from error
+        if no_revision:
+            text = f'model.revision = "{revision}": {name} has no such branch, tag or commit on {constants.ENDPOINT}'
+        elif no_model:
+            text = (
+                f'{key} = "{name}": {_missing(name)}, nor is there a model of that name on {constants.ENDPOINT} (a '
+                "private one needs a login: hf auth login)"
+            )
+        else:
+            text = (
                 f'{key} = "{name}": {_missing(name)}, {why}, and its cache ({constants.HF_HUB_CACHE}) does not hold '
                 f'revision "{revision}" of a model of that name'
-            ) from error
-        return cached._replace(note=f"{name}: {why}; using commit {cached.commit} from its cache")
+            )
+        raise RecipeError(text) from error
 
 
 def fetch(name: str, commit: str, files: Iterable[str], *, key: str = "model.name") -> None:
