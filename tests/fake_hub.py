@@ -34,12 +34,12 @@ class FakeHub:
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a request."""
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         found = api or file
         if found is None or found[1] not in self.models:
             return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}"
-        name, revision = found[1], (api[3] if api else file[2]) or "main"  # type: ignore[index]
+        name, revision = found[1], (api[2] if api else file[2]) or "main"  # type: ignore[index]
         commit = self.refs[name].get(revision, revision)
         if commit not in self.models[name]:
             return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"}, b"{}"
@@ -52,16 +52,8 @@ class FakeHub:
                 return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
             content = files[file[3]].read_bytes()
             return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}, content
-        assert api is not None
-        body: Any
-        if api[2] == "tree":
-            body = [
-                {"type": "file", "path": p, "size": f.stat().st_size, "oid": hashlib.sha1(f.read_bytes()).hexdigest()}
-                for p, f in files.items()
-            ]
-        else:
-            body = {"_id": "0", "id": name, "modelId": name, "sha": commit, "private": False, "tags": []}
-            body["siblings"] = [{"rfilename": path} for path in files]
+        body: dict[str, Any] = {"_id": "0", "id": name, "modelId": name, "sha": commit, "private": False, "tags": []}
+        body["siblings"] = [{"rfilename": path, "size": file.stat().st_size} for path, file in files.items()]
         return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
 

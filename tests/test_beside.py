@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ndtrain.convert import convert
 from ndtrain.errors import RecipeError
 from ndtrain.hf.beside import copied, take_generation_config
+from ndtrain.hf.hub import is_beside
 from ndtrain.hf.model import meta_model
 from ndtrain.recipe import load_recipe
 from tests import tiny
@@ -197,3 +199,36 @@ def test_overrides_keep_a_model_with_its_own_code_usable(tmp_path: Path) -> None
     recipe = load_recipe(recipe_of(tmp_path, base, trust_remote_code=True, attn="eager", config={"hidden_size": 16}))
     model = meta_model(recipe)
     assert type(model).__name__ == "SmallForCausalLM" and model.get_input_embeddings().weight.shape == (261, 16)
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "is_it"),
+    [
+        ("tokenizer.model.v3", 1000, True),
+        ("letters.of_my_own", 1000, True),
+        ("additional_chat_templates/tools.jinja", 10, True),
+        ("LICENSE", 10, True),
+        ("weights.of_my_own", 1 << 30, False),
+        ("consolidated.00.pth", 10, False),
+        ("model.safetensors.index.json", 10, False),
+        ("original/tokenizer.model", 10, False),
+        (".gitattributes", 10, False),
+        ("../config.json", 10, False),
+        ("__0_0.distcp", 10, False),
+    ],
+)
+def test_files_beside_the_weights_are_told_from_weights(path: str, size: int, is_it: bool) -> None:
+    assert is_beside(path, size) is is_it
+
+
+def test_a_foreign_checkpoint_gets_the_files_beside_its_config(tmp_path: Path) -> None:
+    base = tiny.save_model("llama", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps(GENERATION))
+    write_tokenizer(base)
+    want = plain(base, tmp_path / "want")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert convert(tmp_path / "dcp", tmp_path / "out", config=base) == []
+    assert contents(tmp_path / "out") == want
+    with pytest.raises(RecipeError, match=r"--config .*nothing does not exist \(looked from"):
+        convert(tmp_path / "dcp", tmp_path / "other", config=tmp_path / "nothing")

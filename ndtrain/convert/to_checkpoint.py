@@ -107,7 +107,7 @@ def copy_beside(directory: Path, out: Path) -> None:
     """Copy config, tokenizer and code files that `out` does not have yet; do nothing where `directory` is a file."""
     for file in sorted(directory.rglob("*")) if directory.is_dir() else ():
         path = file.relative_to(directory).as_posix()
-        if is_beside(path) and file.is_file() and not (out / path).exists():
+        if file.is_file() and is_beside(path, file.stat().st_size) and not (out / path).exists():
             (out / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, out / path)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -32,18 +33,28 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OTHER = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz"),
     *(".pkl", ".tflite", ".mlmodel", ".index.json", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".pdf"),
-    *(".zip", ".gz", ".tar", ".parquet", ".part", ".lock", ".metadata"),
+    *(".zip", ".gz", ".tar", ".parquet", ".part", ".lock", ".metadata", ".npy", ".pb", ".distcp", ".onnx_data"),
 )
+_THREADS = 8
+# More than any tokenizer's file, less than most weights.
+_MOST_BYTES = 1 << 28
 _TEMPLATES = "additional_chat_templates/"
 _NAME = re.compile(rf"(?:{_TEMPLATES})?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Snapshot(NamedTuple):
-    """A commit of a model on the hub, and the paths of its files."""
+    """A commit of a model on the hub, the paths of its files, and of those beside the weights."""
 
     commit: str
     files: tuple[str, ...]
+    beside: tuple[str, ...]
     note: str = ""
+
+    @classmethod
+    def of(cls, commit: str, sizes: Mapping[str, int | None]) -> Snapshot:
+        """Return the snapshot of files of these sizes (bytes, or None where the hub does not say)."""
+        files = sorted(sizes)
+        return cls(commit, tuple(files), tuple(file for file in files if is_beside(file, sizes[file] or 0)))
 
 
 def is_commit(revision: str) -> bool:
@@ -77,8 +88,9 @@ def resolve(name: str, revision: str, *, key: str = "model.name") -> Snapshot:
     neither has it.
     """
     try:
-        info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        return Snapshot(str(info.sha), tuple(sorted(sibling.rfilename for sibling in info.siblings or ())))
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(name, revision=revision, timeout=timeout, files_metadata=True)
+        return Snapshot.of(str(info.sha), {file.rfilename: file.size for file in info.siblings or ()})
     except Exception as error:
         no_model, no_revision = isinstance(error, RepositoryNotFoundError), isinstance(error, RevisionNotFoundError)
         why = f"{constants.ENDPOINT} does not have it" if no_model or no_revision else _unreachable(error)
@@ -108,16 +120,19 @@ def fetch(name: str, commit: str, files: Iterable[str], *, key: str = "model.nam
     missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
         return
-    try:
-        snapshot_download(name, revision=commit, allow_patterns=missing)
-    except GatedRepoError as error:
-        raise _gated(name, key) from error
-    except Exception as error:
-        raise NdtrainError(
-            f"{missing[0]} of {name} at commit {commit} cannot be downloaded: {_unreachable(error)}"
-        ) from error
-    if lost := [file for file in missing if not (folder / file).is_file()]:
-        raise NdtrainError(f"{constants.ENDPOINT} gave no {lost[0]} of {name} at commit {commit}; start the run again")
+
+    def download(file: str) -> None:
+        try:
+            hf_hub_download(name, file, revision=commit)
+        except GatedRepoError as error:
+            raise _gated(name, key) from error
+        except Exception as error:
+            raise NdtrainError(
+                f"{file} of {name} at commit {commit} cannot be downloaded: {_unreachable(error)}"
+            ) from error
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(download, missing))
 
 
 def directory_of(name: str, revision: str = MAIN, *, key: str = "model.name") -> str:
@@ -130,7 +145,7 @@ def directory_of(name: str, revision: str = MAIN, *, key: str = "model.name") ->
     if not is_commit(revision) or not snapshot_directory(name, revision).is_dir():
         found = resolve(name, revision, key=key)
         revision = found.commit
-        fetch(name, revision, filter(is_beside, found.files), key=key)
+        fetch(name, revision, found.beside, key=key)
     return str(snapshot_directory(name, revision))
 
 
@@ -139,12 +154,13 @@ def snapshot_directory(name: str, commit: str) -> Path:
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots", commit)
 
 
-def is_beside(path: str) -> bool:
-    """Return whether a file of a model's directory (its path there) may be read beside the weights.
+def is_beside(path: str, size: int) -> bool:
+    """Return whether a file of a model's directory, of `size` bytes, may be read beside the weights.
 
-    Those are config, tokenizer, chat templates and code; weights, hidden files and other folders are not.
+    Those are config, tokenizer (whose files may have any name), chat templates and code; weights, hidden files and
+    other folders are not.
     """
-    return _NAME.fullmatch(path) is not None and not path.lower().endswith(_OTHER)
+    return _NAME.fullmatch(path) is not None and not path.lower().endswith(_OTHER) and size <= _MOST_BYTES
 
 
 def weights_of(name: str, found: Snapshot, *, key: str = "model.name") -> list[str]:
@@ -177,8 +193,8 @@ def _cached(name: str, revision: str) -> Snapshot | None:
     except OSError:
         return None
     folder = snapshot_directory(name, commit)
-    files = tuple(sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()))
-    return Snapshot(commit, files) if files else None
+    sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    return Snapshot.of(commit, sizes) if sizes else None
 
 
 def _missing(name: str) -> str:

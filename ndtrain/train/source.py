@@ -86,11 +86,10 @@ def on_every_node(
     answer = of_rank0(resolve)
     if answer is None:
         return None
-    commit, files, note = answer
-    found = hub.Snapshot(commit, tuple(files), note)
+    found = hub.Snapshot(*answer)
 
     def fetch() -> None:
-        wanted = hub.weights_of(name, found, key=key) if weights else filter(hub.is_beside, found.files)
+        wanted = hub.weights_of(name, found, key=key) if weights else found.beside
         hub.fetch(name, found.commit, wanted, key=key)
 
     on_nodes(fetch)
