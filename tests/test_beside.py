@@ -20,6 +20,7 @@ from ndtrain.errors import RecipeError
 from ndtrain.hf.beside import copied, take_generation_config
 from ndtrain.hf.hub import is_beside
 from ndtrain.hf.model import meta_model
+from ndtrain.hf.tokenizer import load_tokenizer
 from ndtrain.recipe import load_recipe
 from tests import tiny
 from tests.own_code import FILES, save_own_code
@@ -232,3 +233,31 @@ def test_a_foreign_checkpoint_gets_the_files_beside_its_config(tmp_path: Path) -
     assert contents(tmp_path / "out") == want
     with pytest.raises(RecipeError, match=r"--config .*nothing does not exist \(looked from"):
         convert(tmp_path / "dcp", tmp_path / "other", config=tmp_path / "nothing")
+
+
+def test_a_tokenizer_with_its_own_code_asks_for_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", mock.Mock(side_effect=AssertionError("a question was asked")))
+    base = save_own_code(tmp_path / "base")
+    llama = tiny.save_model("llama", tmp_path)
+    recipe = recipe_of(tmp_path, llama)
+    with pytest.raises(
+        RecipeError, match=r"the tokenizer of data.tokenizer = .*: it comes with Python code of its own"
+    ):
+        load_tokenizer(load_recipe(recipe, [f"data.tokenizer={base}"]))
+    trusted = load_tokenizer(load_recipe(recipe, [f"data.tokenizer={base}", "model.trust_remote_code=true"]))
+    assert trusted.vocab_size == 119 and trusted.encode_bytes(b"hello").tolist() == [95, 92, 99, 99, 102]
+
+
+def test_code_that_transformers_has_too_does_not_run_and_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", mock.Mock(side_effect=AssertionError("a question was asked")))
+    base = tiny.save_model("llama", tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "modeling_x.py").write_text("raise SystemExit('ran')")
+    assert type(meta_model(load_recipe(recipe_of(tmp_path, base)))).__name__ == "LlamaForCausalLM"
+    convert(base, tmp_path / "step")
+    convert(tmp_path / "step", tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_x.py").read_text() == "raise SystemExit('ran')"

@@ -96,7 +96,7 @@ def test_a_typo_is_looked_for_in_both_places_and_the_near_name_is_told(served: F
     message = asks(
         lambda: load_config(named("models/tiny-lama")),
         f'there is no such directory (looked from {tmp_path}; did you mean "models/tiny-llama"?), nor is there a model '
-        f"of that name on {served.endpoint}",
+        f"of that name on the hub ({served.endpoint}; ",
     )
     assert message.startswith('model.name = "models/tiny-lama": ') and served.asked
 
@@ -105,7 +105,11 @@ def test_a_hub_that_cannot_be_reached_is_said_beside_the_missing_directory(
     served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    asks(lambda: load_config(named("mdoel")), "no such directory (looked from", "http://127.0.0.1:9 cannot be reached")
+    asks(
+        lambda: load_config(named("mdoel")),
+        "no such directory (looked from",
+        "the hub (http://127.0.0.1:9) cannot be reached",
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asks(lambda: load_config(named("mdoel")), "no such directory (looked from", "HF_HUB_OFFLINE is set")
 
@@ -197,7 +201,7 @@ def test_a_tokenizer_of_another_model_of_the_hub_is_found_once(served: FakeHub, 
     asks(
         lambda: open_tokenizer(recipe, runtime, 261),
         'data.tokenizer = "org/tokens": there is no such directory',
-        f"nor is there a model of that name on {served.endpoint}",
+        f"nor is there a model of that name on the hub ({served.endpoint}; ",
     )
 
 

@@ -44,9 +44,9 @@ def meta_model_of(
     """
     path = config_at if config_at.is_file() else config_at / "config.json"
     try:
-        config = read_config(config_at, str(path), trust_remote_code=trust_remote_code, allow=ALLOW)
+        config = read_config(config_at, str(config_at), trust_remote_code=trust_remote_code, allow=ALLOW)
         if own_code(config, "AutoModelForCausalLM") and not is_causal_lm(config) and not trust_remote_code:
-            raise Untrusted(f"{path}: {untrusted(config_at, ALLOW)}")
+            raise untrusted(str(config_at), config_at, ALLOW)
         target: Any = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(

@@ -71,7 +71,7 @@ def read_config(at: Path, what: str, *, trust_remote_code: bool, allow: str = AL
         raise DamagedError(f"{what}: {file} is not a JSON object")
     kind, known = values.get("model_type"), list(transformers.CONFIG_MAPPING)
     if own_code(values, "AutoConfig") and kind not in known and not trust_remote_code:
-        raise Untrusted(f"{what}: {untrusted(at, allow)}")
+        raise untrusted(what, at, allow)
     if not own_code(values, "AutoConfig") and kind is None:
         raise RecipeError(f"{what}: {file} has no model_type, so it is not a model of transformers")
     if not own_code(values, "AutoConfig") and kind not in known:
@@ -93,9 +93,12 @@ def own_code(config: Any, auto_class: str) -> bool:
     return isinstance(found, dict) and auto_class in found
 
 
-def untrusted(at: object, allow: str = ALLOW) -> str:
-    """Return the refusal to run the code that comes with a model; `allow` says what allows it."""
-    return f"{at} comes with Python code of its own, which runs only if you allow it: read it, then {allow}"
+def untrusted(what: str, at: object, allow: str = ALLOW) -> Untrusted:
+    """Return the refusal to run the code in `at` that comes with a model; `allow` says what allows it."""
+    where = "it" if str(at) in what else str(at)
+    return Untrusted(
+        f"{what}: {where} comes with Python code of its own, which runs only if you allow it: read it, then {allow}"
+    )
 
 
 # Older keys that transformers still accepts as parts of `rope_parameters`.

@@ -93,18 +93,19 @@ def resolve(name: str, revision: str, *, key: str = "model.name") -> Snapshot:
         return Snapshot.of(str(info.sha), {file.rfilename: file.size for file in info.siblings or ()})
     except Exception as error:
         no_model, no_revision = isinstance(error, RepositoryNotFoundError), isinstance(error, RevisionNotFoundError)
-        why = f"{constants.ENDPOINT} does not have it" if no_model or no_revision else _unreachable(error)
+        why = "the hub does not have it any more" if no_model or no_revision else _unreachable(error)
         cached = None if (no_model or no_revision) and not is_commit(revision) else _cached(name, revision)
         if cached is not None:
             return cached._replace(note=f"{name}: {why}; using commit {cached.commit} from its cache")
         if isinstance(error, GatedRepoError):
             raise _gated(name, key) from error
         if no_revision:
-            text = f'model.revision = "{revision}": {name} has no such branch, tag or commit on {constants.ENDPOINT}'
+            where = f"{name} on the hub ({constants.ENDPOINT})"
+            text = f'model.revision = "{revision}": {where} has no such branch, tag or commit'
         elif no_model:
             text = (
-                f'{key} = "{name}": {_missing(name)}, nor is there a model of that name on {constants.ENDPOINT} (a '
-                "private one needs a login: hf auth login)"
+                f'{key} = "{name}": {_missing(name)}, nor is there a model of that name on the hub '
+                f"({constants.ENDPOINT}; a private one needs a login: hf auth login)"
             )
         else:
             text = (
@@ -218,4 +219,4 @@ def _gated(name: str, key: str) -> RecipeError:
 def _unreachable(error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the hub is not asked"
-    return f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
+    return f"the hub ({constants.ENDPOINT}) cannot be reached: {first_line(error)}"

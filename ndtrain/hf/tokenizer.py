@@ -124,10 +124,10 @@ def load_tokenizer(recipe: Recipe, directory: str | None = None) -> ByteTokenize
         if Path(at).is_dir() and not any("token" in file.name or "vocab" in file.name for file in Path(at).iterdir()):
             other = "set data.tokenizer to one" if key == "model.name" else "choose another"
             raise RecipeError(f'{key} = "{name}": {at} has no tokenizer; {other}') from error
-        why = (
-            untrusted(at) if not trusted and "trust_remote_code" in str(error) else f"cannot load: {first_line(error)}"
-        )
-        raise RecipeError(f'the tokenizer of {key} = "{name}": {why}') from error
+        what = f'the tokenizer of {key} = "{name}"'
+        if not trusted and "trust_remote_code" in str(error):
+            raise untrusted(what, at) from error
+        raise RecipeError(f"{what} cannot be loaded: {first_line(error)}") from error
     return HubTokenizer(inner, key=_tokenizer_key(inner))
 
 
