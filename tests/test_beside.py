@@ -148,6 +148,8 @@ def test_settings_of_generation_in_an_old_config_are_kept(tmp_path: Path) -> Non
     model.generation_config.save_pretrained(tmp_path / "ours")
     want = plain_generation(base, tmp_path / "want")
     assert b'"num_beams": 4' in want and (tmp_path / "ours" / "generation_config.json").read_bytes() == want
+    assert convert(base, tmp_path / "step") == [] and convert(tmp_path / "step", tmp_path / "out") == []
+    assert contents(tmp_path / "step") == contents(tmp_path / "out") == contents(tmp_path / "want")
 
 
 def test_a_model_with_its_own_code_runs_converts_and_starts_again(

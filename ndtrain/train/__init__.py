@@ -35,6 +35,9 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
         own = reporter if runtime.is_main else Silent()
         recipe, found = with_commit(recipe, lambda work: rank0_first(runtime, work))
         notes += found
+        if recipe.model.trust_remote_code:
+            # transformers copies the code to a cache of the node, where no rank may import half of a file.
+            rank0_first(runtime, lambda: meta_model(recipe))
         model = meta_model(recipe)
         plan = make_plan(model, sizes, recipe)
         trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, stop_signals=stop_signals)

@@ -34,6 +34,8 @@ def open_tokenizer(recipe: Recipe, runtime: Runtime, vocabulary: int) -> tuple[B
         if found is not None:
             directory = str(snapshot_directory(name, found.commit))
             notes += [found.note] if found.note and name != recipe.model.name else []
+        if recipe.model.trust_remote_code:  # its code is copied too, as the model's is
+            rank0_first(runtime, lambda: load_tokenizer(recipe, directory))
     tokenizer = load_tokenizer(recipe, directory)
     for token in (tokenizer.bos_id, tokenizer.eos_id):
         if token is not None and token >= vocabulary:
