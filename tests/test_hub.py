@@ -133,6 +133,34 @@ def test_a_directory_without_a_usable_config_is_one_clear_line(
     asks(lambda: load_config(named(str(tmp_path))), f'model.name = "{tmp_path}": ', said, kind=kind)
 
 
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    name = str(tmp_path / "model.safetensors")
+    asks(lambda: load_config(named(name)), f'model.name = "{name}" is a file; give the directory of a model')
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = served.publish(NAME, tiny.save_model("llama", tmp_path))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    message = asks(
+        lambda: load_config(named(NAME)), f"of {NAME} at commit {commit} cannot be downloaded", kind=NdtrainError
+    )
+    assert f"its cache ({tmp_path}/file/cache) cannot be written: Not a directory" in message
+
+
+def test_a_file_that_the_cache_lacks_is_said_where_the_hub_is_not_asked(
+    served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = served.publish(NAME, tiny.save_model("llama", tmp_path))
+    hub.fetch(NAME, commit, ["config.json"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = ("model.safetensors of org/tiny", "HF_HUB_OFFLINE is set, so the hub is not asked")
+    asks(lambda: hub.fetch(NAME, commit, ["config.json", "model.safetensors"]), *words, kind=NdtrainError)
+
+
 def test_a_model_without_a_tokenizer_asks_for_one(tmp_path: Path) -> None:
     model = tiny.save_model("llama", tmp_path)
     asks(lambda: load_tokenizer(named(str(model))), "has no tokenizer; set data.tokenizer to one")

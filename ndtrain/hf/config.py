@@ -58,6 +58,8 @@ def read_config(at: Path, what: str, *, trust_remote_code: bool, allow: str = AL
 
     Raises `DamagedError` for a file that is not JSON, `RecipeError` if there is none or transformers cannot use it.
     """
+    if at.is_file() and at.suffix != ".json":
+        raise RecipeError(f"{what} is a file; give the directory of a model")
     file = at / "config.json" if at.is_dir() else at
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from errno import ENOSPC
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -25,7 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from ndtrain.errors import DamagedError, NdtrainError, RecipeError, first_line
+from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError, first_line
 
 MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -217,6 +219,12 @@ def _gated(name: str, key: str) -> RecipeError:
 
 
 def _unreachable(error: Exception) -> str:
-    if isinstance(error, OfflineModeIsEnabled):
+    """Return in words why the hub did not answer, or why its cache cannot be written."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+    if isinstance(cause or error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the hub is not asked"
-    return f"the hub ({constants.ENDPOINT}) cannot be reached: {first_line(error)}"
+    if isinstance(error, OSError) and error.errno in (*MENDABLE, ENOSPC):
+        return (
+            f"its cache ({constants.HF_HUB_CACHE}) cannot be written: {error.strerror}; set HF_HOME to another folder"
+        )
+    return f"the hub ({constants.ENDPOINT}) cannot be reached: {first_line(cause or error)}"
