@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tomllib
@@ -255,37 +256,50 @@ def test_the_weights_are_those_that_from_pretrained_reads(
     assert found.commit == commit and hub.weights_of(NAME, found) == wanted
 
 
+def environment(server: FakeHub, home: Path, **more: str) -> dict[str, str]:
+    given = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    return {**given, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), **more}
+
+
 def ran(recipe: Path, server: FakeHub, tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
-    env.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-m", "ndtrain", "run", str(recipe), *more]
+    env = environment(server, tmp_path / "home")
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
-@pytest.mark.parametrize("mode", ["rank0", "sharded"])
-def test_two_ranks_ask_the_hub_once_and_a_restart_keeps_the_commit(
-    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # of this process
+def of_two_ranks(tmp_path: Path, mode: str) -> tuple[Path, Path]:
+    """A model with a tokenizer, and a recipe that names it on the hub and changes no weight."""
     model = tiny.save_model("llama", tmp_path / "first")
     ByteTokenizer().save_pretrained(model)
     recipe = recipe_of(tmp_path, name=NAME, tokenizer=None)
     text = recipe.read_text().replace("lr = 0.003", "lr = 0.0") + f'\n[load]\nmode = "{mode}"\n'
     recipe.write_text(text.replace("[mesh]", "[mesh]\ndp_shard = 2"))
+    return model, recipe
+
+
+BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def requests_for(server: FakeHub, commit: str) -> dict[str, int]:
+    """How often each file of the commit was asked for; each time with a HEAD and a GET."""
+    asked = Counter(line for line in server.asked if "/resolve/" in line)
+    prefix = f"/{NAME}/resolve/{commit}/"
+    heads, gets = ({k.split(prefix)[1]: n for k, n in asked.items() if k.startswith(v)} for v in ("HEAD", "GET"))
+    assert heads == gets
+    return gets
+
+
+def test_two_ranks_ask_the_hub_once_and_a_restart_keeps_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # of this process
+    model, recipe = of_two_ranks(tmp_path, "sharded")
     with fake_hub() as server:
         commit = server.publish(NAME, model)
         result = ran(recipe, server, tmp_path)
         assert result.returncode == 0, result.stderr
         assert f'model.name: {NAME} at commit {commit} (revision "main")' in result.stdout
-        names = {
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
-        files = Counter(line for line in server.asked if "/resolve/" in line)
-        assert files == {f"{verb} /{NAME}/resolve/{commit}/{f}": 1 for verb in ("HEAD", "GET") for f in names}
+        assert requests_for(server, commit) == dict.fromkeys((*BESIDE, "model.safetensors"), 1)
         # Rank 0 lists the files of the model, of its tokenizer and of its weights.
         listings = [line for line in server.asked if "/api/models/" in line]
         assert listings[0] == f"GET /api/models/{NAME}/revision/main"
@@ -299,8 +313,6 @@ def test_two_ranks_ask_the_hub_once_and_a_restart_keeps_the_commit(
         stored = [load_file(file) for file in sorted((step / "model").glob("*.safetensors"))]
         assert torch.equal(torch.cat([part[key] for part in stored if key in part]), weights[key])
 
-        if mode == "rank0":
-            return
         # The model moves on; the run does not.
         config = json.loads((model / "config.json").read_text())
         moved = tiny.save_model("llama", tmp_path / "moved")
@@ -311,9 +323,29 @@ def test_two_ranks_ask_the_hub_once_and_a_restart_keeps_the_commit(
         again = ran(recipe, server, tmp_path, "--set", "train.steps=4")
         assert again.returncode == 0, again.stderr
         assert f"model.name: {NAME} at commit {commit} (recorded by the run)" in again.stdout
-        assert not [line for line in server.asked if "/resolve/" in line], server.asked
+        assert requests_for(server, commit) == {} and not [line for line in server.asked if line.endswith("/main")]
         assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["model"]["revision"] == commit
     other = load_recipe(recipe, [f"model.revision={'0' * 40}"])
     asks(lambda: with_commit(other, lambda work: work()), f"uses commit {commit} of {NAME}; leave model.revision out")
     anew = load_recipe(recipe, [f"model.revision={'0' * 40}", "checkpoint.resume=never"])
     asks(lambda: with_commit(anew, lambda work: work()), "cannot be reached")
+
+
+def test_each_of_two_nodes_downloads_the_files_that_its_ranks_read(tmp_path: Path) -> None:
+    model, recipe = of_two_ranks(tmp_path, "rank0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    with fake_hub() as server:
+        commit = server.publish(NAME, model)
+        command = [sys.executable, "-m", "ndtrain", "run", str(recipe)]
+        nodes = []
+        for rank in ("0", "1"):
+            place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", **address}
+            env = environment(server, tmp_path / f"home{rank}", **place)
+            pipe = subprocess.PIPE
+            nodes.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
+        said = [node.communicate(timeout=300) for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], said
+        assert requests_for(server, commit) == {**dict.fromkeys(BESIDE, 2), "model.safetensors": 1}
+        assert len([line for line in server.asked if "/api/models/" in line]) == 3
