@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MESSAGE_BYTES = 4000
 
 
-def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
+def rank0_first(runtime: Runtime, work: Callable[[], object]) -> None:
     """Run `work` on rank 0 while the others wait without a deadline, then on one rank of every node that needs it.
 
     `work` must be idempotent and cheap when its result exists: it runs on local rank 0 of every node after
@@ -25,6 +25,8 @@ def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
     """
     import torch.distributed as dist
 
+    if world_size() == 1:
+        return together(work)
     group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     try:
         together(work if runtime.rank == 0 else None, group)

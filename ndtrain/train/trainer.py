@@ -33,9 +33,9 @@ from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
-from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, try_extras
+from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir
 from ndtrain.train.skips import Skips, refuse_not_finite
-from ndtrain.train.state import save_extras, versions
+from ndtrain.train.state import extras, save_extras, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +72,7 @@ class Trainer:
         self.watch = Watch(recipe.run.step_timeout_s)
         self.loggers: list[Logger] = []
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
+        self._extras: dict[str, bytes] = {}  # on rank 0, the files beside the tensors of every checkpoint
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
 
     # ---- before the first step
@@ -96,9 +97,18 @@ class Trainer:
 
     def open_inputs(self) -> None:
         """Open the tokenizer and this rank's batches; collective."""
-        self.tokenizer = open_tokenizer(self.recipe, self.engine.vocabulary)
-        on_rank0(lambda: try_extras(self.engine.model, self.tokenizer))
-        self.batches = open_batches(self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter)
+        self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
+
+        def prepare_extras() -> None:
+            self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
+            notes.extend(found)
+
+        on_rank0(prepare_extras)
+        for note in notes:
+            self.reporter.info(f"note: {note}")
+        self.batches = open_batches(
+            self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
+        )
 
     def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
@@ -293,7 +303,7 @@ class Trainer:
                 "schedule": self.recipe.schedule.model_dump(),
                 "versions": versions(),
             },
-            extra_files=lambda directory: save_extras(directory, engine.model, self.tokenizer, states),
+            extra_files=lambda directory: save_extras(directory, self._extras, states),
         )
 
     # ---- stop signals
