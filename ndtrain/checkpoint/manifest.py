@@ -27,7 +27,8 @@ def hasher() -> Any:
     return xxhash.xxh3_128()
 
 
-def _digest_of(content: bytes) -> str:
+def hash_of(content: bytes) -> str:
+    """Return the hash of a file with this content."""
     return str(xxhash.xxh3_128_hexdigest(content))
 
 
@@ -61,7 +62,7 @@ def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[st
     body = {HASH: _NO_HASH, "version": FORMAT_VERSION, "files": files, "tensors": tensors}
     text = json.dumps(body, indent=1).encode()
     manifest = directory / MANIFEST
-    manifest.write_bytes(text.replace(_NO_HASH.encode(), _digest_of(text).encode(), 1))
+    manifest.write_bytes(text.replace(_NO_HASH.encode(), hash_of(text).encode(), 1))
     sync(manifest)
     if is_local(directory):
         for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
@@ -75,7 +76,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(text)
         if manifest["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {manifest['version']}, but this ndtrain reads {FORMAT_VERSION}")
-        if _digest_of(text.replace(manifest[HASH].encode(), _NO_HASH.encode(), 1)) != manifest[HASH]:
+        if hash_of(text.replace(manifest[HASH].encode(), _NO_HASH.encode(), 1)) != manifest[HASH]:
             raise ValueError("its hash does not match")
         for name, entry in manifest["files"].items():
             if not _FILE.fullmatch(name):

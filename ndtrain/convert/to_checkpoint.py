@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ndtrain.checkpoint import check
+from ndtrain.checkpoint.index import write_index
 from ndtrain.checkpoint.manifest import write_manifest
-from ndtrain.checkpoint.tensors import listing
+from ndtrain.checkpoint.tensors import listing, pieces_of
 from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stored import Stored, checkpoint_tensors
 from ndtrain.convert.stream import Progress, Stream
@@ -95,6 +96,7 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
         stream.verify(out / "model", list(files))
     copy_beside(directory, out)
     (out / "train_state.json").write_text(json.dumps({"step": 0}))
+    write_index(out / "model", pieces_of(out / "model"))
     write_manifest(out, {"model": listing({key: wanted[key] for key in targets}), "optim": {}}, {})
     check(out)
     return _notes(source, groups, model, published, unused=unused, unread=unread)

@@ -3,6 +3,9 @@
 A file holds tensors whole, or one piece of each; the piece's offsets are then in the header under `DCP_SHARDING_INFO`,
 as torch's `HuggingFaceStorageWriter` writes them (torch 2.13). Values are read from their offset in the file straight
 into the target tensor, which is faster than a mapped file: its pages would be loaded one by one before each copy.
+
+A checkpoint of 1,000 ranks has a million pieces, so those of a tensor are the rows of one table (`Pieces`), and what is
+computed of them is computed for all rows at once.
 """
 
 from __future__ import annotations
@@ -11,25 +14,29 @@ import json
 import math
 import os
 import threading
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
-from ndtrain.storage.headers import DTYPES, read_header
+from ndtrain.storage.boxes import Flaw, Ints64, first_flaw
+from ndtrain.storage.headers import DTYPES, are_sizes, read_header
 from ndtrain.storage.paths import is_local, read_into, read_range, read_ranges
 
 BLOCK_BYTES = 4 * 2**20  # read, cast and checked for NaN while they are in a processor's cache
 _THREAD_BYTES = 1 << 26  # that one thread reads at a time
 _REQUEST_BYTES = 1 << 25  # of one request to an object store
 _READ_BYTES = 1 << 28  # of all requests at once
+LARGEST = 1 << 62  # number in a table, so that the sum of two is an int64 too
 
 
 class Piece(NamedTuple):
@@ -40,6 +47,104 @@ class Piece(NamedTuple):
     sizes: Ints
     dtype: str
     start: int
+
+
+class Pieces(Sequence[Piece]):
+    """The stored pieces of one tensor, all of the same dtype and number of dims.
+
+    `table` is `[pieces, 2 + 2 dims]`: a row has the number of its file in `files`, the offset of its values there, and
+    the offsets and the sizes of its box.
+    """
+
+    def __init__(self, dtype: str, files: Sequence[Path], table: Ints64) -> None:
+        self.dtype, self.files, self.table = dtype, files, table
+
+    @classmethod
+    def of(cls, key: str, pieces: Iterable[Piece], where: object) -> Pieces:
+        """Return `pieces` of the tensor `key` as a table. Raises `DamagedError` naming `where` if they make none."""
+        if isinstance(pieces, Pieces):
+            return pieces
+        files: dict[Path, int] = {}
+        rows = Rows()
+        for piece in pieces:
+            try:
+                rows.add(files.setdefault(piece.file, len(files)), piece)
+            except ValueError as error:
+                raise DamagedError(f"{where}: {key} {error}") from error
+        return rows.pieces(list(files))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, i: int) -> Piece: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Piece]: ...
+    def __getitem__(self, i: int | slice) -> Piece | Sequence[Piece]:
+        if isinstance(i, slice):
+            return Pieces(self.dtype, self.files, self.table[i])
+        return self._piece(self.table[i].tolist())
+
+    def __iter__(self) -> Iterator[Piece]:
+        return map(self._piece, self.table.tolist())
+
+    def _piece(self, row: list[int]) -> Piece:
+        middle = 2 + self.dims
+        return Piece(self.files[row[0]], tuple(row[2:middle]), tuple(row[middle:]), self.dtype, row[1])
+
+    @property
+    def dims(self) -> int:
+        return self.table.shape[1] // 2 - 1
+
+    @property
+    def low(self) -> Ints64:
+        """The offsets of the boxes, `[pieces, dims]`."""
+        return self.table[:, 2 : 2 + self.dims]
+
+    @property
+    def high(self) -> Ints64:
+        """The ends of the boxes, `[pieces, dims]`."""
+        return self.low + self.table[:, 2 + self.dims :]
+
+    @property
+    def shape(self) -> Ints:
+        """The smallest shape that holds all boxes."""
+        return tuple(self.high.max(0, initial=0).tolist())
+
+    @property
+    def numel(self) -> int:
+        """The number of values in all pieces together."""
+        return sum(map(math.prod, self.table[:, 2 + self.dims :].tolist()))
+
+    def fits(self, shape: Ints) -> bool:
+        """Return whether a tensor of `shape` holds all boxes."""
+        return self.dims == len(shape) and all(a <= b for a, b in zip(self.shape, shape, strict=True))
+
+    def flaw(self, shape: Ints) -> Flaw | None:
+        """Return the first box of a tensor of `shape`, which holds all boxes, that is not in exactly one piece."""
+        return first_flaw(self.low, self.high, (0,) * len(shape), shape)
+
+
+class Rows:
+    """Collects the rows of a table of `Pieces`."""
+
+    def __init__(self) -> None:
+        self._dtype, self._dims, self._values = "", -1, array("q")
+
+    def add(self, file: int, piece: Piece) -> None:
+        """Append a piece in the file of this number. Raises `ValueError` if it does not fit those before."""
+        if self._dims < 0:
+            self._dtype, self._dims = piece.dtype, len(piece.sizes)
+        row = (file, piece.start, *piece.offsets, *piece.sizes)
+        if piece.dtype != self._dtype or len(row) != 2 + 2 * self._dims or len(piece.sizes) != self._dims:
+            raise ValueError("has pieces that differ in dtype or number of dims")
+        if min(row) < 0 or max(row) >= LARGEST:
+            raise ValueError(f"has a piece of shape {piece.sizes} at offsets {piece.offsets}, outside every tensor")
+        self._values.extend(row)
+
+    def pieces(self, files: Sequence[Path]) -> Pieces:
+        width = 2 + 2 * max(self._dims, 0)
+        return Pieces(self._dtype, files, np.frombuffer(self._values, np.int64).reshape(-1, width))
 
 
 class _Part(NamedTuple):
@@ -86,6 +191,32 @@ class _Part(NamedTuple):
         return whole and target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
 
 
+class _Held(NamedTuple):
+    """A box that this rank holds of a tensor, and its parts `low` to `high` in the pieces numbered `rows`."""
+
+    key: str
+    local: Tensor
+    box: Box
+    pieces: Pieces
+    rows: list[int]
+    low: Ints64
+    high: Ints64
+
+    def part(self, i: int) -> _Part:
+        piece, low = self.pieces[self.rows[i]], self.low[i].tolist()
+        sizes = tuple((self.high[i] - self.low[i]).tolist())
+        inner = tuple(a - o + lo for a, o, lo in zip(low, self.box.offsets, self.box.local_offsets, strict=True))
+        target = self.local[Box((), sizes, inner).local]
+        source = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, piece.offsets, sizes, strict=True))
+        if not source:  # a scalar, as one row
+            target, source = target.view(1), (slice(0, 1),)
+        return _Part(self.key, target, piece.file, piece.start, DTYPES[piece.dtype], piece.sizes or (1,), source)
+
+
+# File -> (box that this rank holds, number of one of its parts, which is in the file)
+Plan = Mapping[Path, list[tuple[_Held, int]]]
+
+
 def raw(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor, sharing memory."""
     values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -103,12 +234,27 @@ def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
         found = {}
         for key, entry in entries.items():
             offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(entry.shape)
-            if len(offsets) != len(entry.shape) or any(type(n) is not int or n < 0 for n in offsets):
+            if len(offsets) != len(entry.shape) or not are_sizes(offsets):
                 raise ValueError(f"{key} has shape {entry.shape} at offsets {offsets}")
             found[key] = Piece(file, offsets, entry.shape, entry.dtype, begin + entry.start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedError(f"{name or file.name}: damaged tensor file ({type(error).__name__}: {error})") from error
     return found
+
+
+def pieces_of_files(files: Sequence[Path], numbers: Iterable[int], where: str) -> dict[str, Pieces]:
+    """Return {key: pieces} of those `files` that have these numbers, from their headers.
+
+    Raises `DamagedError` for a damaged header; its message begins with `where`.
+    """
+    found: dict[str, Rows] = defaultdict(Rows)
+    for number in numbers:
+        for key, piece in pieces_in(files[number], f"{where}/{files[number].name}").items():
+            try:
+                found[key].add(number, piece)
+            except ValueError as error:
+                raise DamagedError(f"{where}/{files[number].name}: {key} {error}") from error
+    return {key: rows.pieces(files) for key, rows in found.items()}
 
 
 def read_piece(piece: Piece) -> Tensor:
@@ -120,6 +266,22 @@ def read_piece(piece: Piece) -> Tensor:
     except OSError as error:
         raise DamagedError(f"{piece.file}: damaged tensor file ({error})") from error
     return torch.frombuffer(data, dtype=dtype).reshape(piece.sizes) if data else torch.empty(piece.sizes, dtype=dtype)
+
+
+def same_bytes(a: Piece, b: Piece) -> bool:
+    """Return whether two pieces of one shape hold the same bytes. Raises `DamagedError` if they cannot be read."""
+    dtype = DTYPES.get(a.dtype)
+    if dtype is None or a.dtype != b.dtype:
+        return False
+    nbytes = math.prod(a.sizes) * dtype.itemsize
+    try:
+        for low in range(0, nbytes, BLOCK_BYTES):
+            high = min(low + BLOCK_BYTES, nbytes)
+            if len({read_range(p.file, p.start + low, p.start + high) for p in (a, b)}) > 1:
+                return False
+    except OSError as error:
+        raise DamagedError(f"{a.file} or {b.file.name}: damaged tensor file ({error})") from error
+    return True
 
 
 def local_and_boxes(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
@@ -157,48 +319,62 @@ def read_held(
     Raises `DamagedError` naming `where` and the key: it is missing, its shape or dtype differs, its pieces overlap or
     do not cover this rank's part, or a file cannot be read. Some tensors may be partly filled then.
     """
-    by_file: dict[Path, list[_Part]] = defaultdict(list)
+    read_planned(plan_held(tensors, stored, where, as_weights=as_weights), where, as_weights=as_weights)
+
+
+def plan_held(
+    tensors: Mapping[str, Tensor], stored: Mapping[str, Iterable[Piece]], where: object, *, as_weights: bool = False
+) -> Plan:
+    """Return what `read_held` reads of each file. Every element that this rank holds is read exactly once.
+
+    Raises `DamagedError` as `read_held` does, before anything is read.
+    """
+    plan: dict[Path, list[tuple[_Held, int]]] = defaultdict(list)
     for key, tensor in tensors.items():
-        for part in _parts(key, tensor, list(stored.get(key, ())), where, cast=as_weights):
-            by_file[part.file].append(part)
-    for file, parts in sorted(by_file.items(), key=lambda item: str(item[0])):
+        pieces = Pieces.of(key, stored.get(key, ()), where)
+        for held in _held(key, tensor, pieces, where, cast=as_weights):
+            for i, file in enumerate(pieces.table[held.rows, 0].tolist()):
+                plan[pieces.files[file]].append((held, i))
+    return plan
+
+
+@torch.no_grad()
+def read_planned(plan: Plan, where: object, *, as_weights: bool = False) -> None:
+    """Read what `plan_held` planned, with the same arguments. Raises `DamagedError`."""
+    for file, planned in sorted(plan.items(), key=lambda item: str(item[0])):
+        parts = (held.part(i) for held, i in planned)
         try:
             (_read_local if is_local(file) else _read_remote)(file, parts, where, refuse_nan=as_weights)
         except OSError as error:
             raise DamagedError(f"{file}: damaged tensor file ({error})") from error
 
 
-def _parts(key: str, tensor: Tensor, pieces: list[Piece], where: object, *, cast: bool) -> Iterator[_Part]:
-    """Yield the parts of the pieces that this rank holds of `tensor`. Raises `DamagedError`."""
+def _held(key: str, tensor: Tensor, pieces: Pieces, where: object, *, cast: bool) -> Iterator[_Held]:
+    """Yield the boxes that this rank holds of `tensor` with their parts. Raises `DamagedError`."""
     local, boxes = local_and_boxes(key, tensor)
-    if tensor.numel() and not pieces:
-        raise DamagedError(f"{where}: {key} is missing")
-    ends = [tuple(o + n for o, n in zip(p.offsets, p.sizes, strict=True)) for p in pieces]
-    if pieces and ({len(e) for e in ends} != {tensor.ndim} or tuple(map(max, *ends, ends[0])) != tuple(tensor.shape)):
-        raise DamagedError(f"{where}: {key} does not have the shape {tuple(tensor.shape)}")
-    for piece in pieces:
-        if DTYPES.get(piece.dtype) != tensor.dtype and not (cast and converts(piece.dtype, tensor.dtype)):
-            raise DamagedError(f"{where}: {key} is {piece.dtype} in {piece.file.name}, not {tensor.dtype}")
+    if not pieces:
+        if tensor.numel():
+            raise DamagedError(f"{where}: {key} is missing")
+        return
+    if reason := misfit(pieces, tuple(tensor.shape)):
+        raise DamagedError(f"{where}: {key} {reason}")
+    if DTYPES.get(pieces.dtype) != tensor.dtype and not (cast and converts(pieces.dtype, tensor.dtype)):
+        raise DamagedError(f"{where}: {key} is {pieces.dtype} in {pieces[0].file.name}, not {tensor.dtype}")
     for box in boxes:
-        covered = 0
-        for piece in pieces:
-            low = [max(a, b) for a, b in zip(box.offsets, piece.offsets, strict=True)]
-            high = [
-                min(a + s, b + t) for a, s, b, t in zip(box.offsets, box.sizes, piece.offsets, piece.sizes, strict=True)
-            ]
-            sizes = tuple(h - at for at, h in zip(low, high, strict=True))
-            if any(s <= 0 for s in sizes):
-                continue
-            covered += math.prod(sizes)
-            inner = tuple(at - o + lo for at, o, lo in zip(low, box.offsets, box.local_offsets, strict=True))
-            target = local[Box((), sizes, inner).local]
-            source = tuple(slice(at - o, at - o + s) for at, o, s in zip(low, piece.offsets, sizes, strict=True))
-            if not source:  # a scalar, as one row
-                target, source = target.view(1), (slice(0, 1),)
-            yield _Part(key, target, piece.file, piece.start, DTYPES[piece.dtype], piece.sizes or (1,), source)
-        wanted = math.prod(box.sizes)
-        if covered != wanted:
-            raise DamagedError(f"{where}: {key} has {covered:,} of {wanted:,} values at offsets {box.offsets}")
+        stop = tuple(o + n for o, n in zip(box.offsets, box.sizes, strict=True))
+        low, high = np.maximum(pieces.low, box.offsets), np.minimum(pieces.high, stop)
+        rows = np.flatnonzero((low < high).all(1))
+        low, high = low[rows], high[rows]
+        if flaw := first_flaw(low, high, box.offsets, stop):
+            raise DamagedError(f"{where}: {key}{flaw}")
+        yield _Held(key, local, box, pieces, rows.tolist(), low, high)
+
+
+def misfit(pieces: Pieces, shape: Ints) -> str:
+    """Return why `pieces` are not of a tensor of `shape`, "" if they may be: whether they fill it is not checked."""
+    if pieces.fits(shape) and (pieces.shape == shape or not (flaw := pieces.flaw(shape))):
+        return ""
+    return f"does not have the shape {shape}, but {pieces.shape}" + (f": {flaw}" if pieces.fits(shape) else "")
 
 
 def _read_local(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ndtrain.checkpoint import CheckpointStore, check, load_tensors
+from ndtrain.checkpoint import CheckpointStore, check_together, load_tensors
 from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.load import load_weights, model_tensors, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.messages import on_rank0
 from ndtrain.runs.process import Runtime
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
     if recipe.model.init == "random" or not (directory / "manifest.json").is_file():
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
-    on_rank0(lambda: check(directory))
+    check_together(directory)
     wanted = model_tensors(model)
     load_tensors(directory / "model", wanted)
     extra_states.restore(model, extra_states.read(directory))
