@@ -40,7 +40,8 @@ from ndtrain.engine.optimizers import OPTIMIZERS, set_step, state_tensors
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_boxes
 from ndtrain.runs.messages import together
-from ndtrain.storage.pieces import Pieces, pieces_in, pieces_of_files, plan_held
+from ndtrain.storage.pieces import pieces_in, pieces_of_files, plan_held
+from ndtrain.storage.table import Pieces
 from tests.benchmarks.plan_headers import key_of, with_index, write_checkpoint
 from tests.ranks import RanksFailed, get_pool
 from tests.tiny import forged
@@ -543,6 +544,11 @@ def test_a_box_stored_twice_is_read_if_both_have_the_same_bytes(tmp_path: Path) 
     said = "00000-of-00009.safetensors and 00002-of-00009.safetensors have different values of w at offsets (0, 0)"
     with pytest.raises(DamagedError, match=re.escape(said)):
         load_tensors(tmp_path, got)
+    (tmp_path / "step" / "model").mkdir(parents=True)
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(tmp_path / "step" / "model" / file.name)
+    with pytest.raises(DamagedError, match=re.escape(said)):
+        check(step_with(tmp_path / "step"))
 
 
 def part_of_each_rank(directory: Path) -> str:
@@ -569,6 +575,23 @@ def test_each_element_that_a_rank_holds_is_filled_once(tmp_path: Path) -> None:
 
 
 # The index
+
+
+def slices_of_a_mesh(run: Path) -> list[str]:
+    """Save a tensor that lies on the dp axis of a mesh of dp 1 x tp 2: both ranks hold it whole, each on its slice."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    norm = distribute_tensor(torch.arange(5.0), mesh["dp"], (Shard(0),), src_data_rank=None)
+    cut = distribute_tensor(torch.arange(6.0), mesh["tp"], (Shard(0),), src_data_rank=None)
+    store, model = CheckpointStore(run, keep=1), {"norm": norm, "cut": cut}
+    store.save(1, model=model, optim={}, state={})
+    got = {key: torch.full_like(tensor, math.nan) for key, tensor in model.items()}
+    load_tensors(store.path(1) / "model", got)
+    assert all(torch.equal(local_of(got[key]), local_of(model[key])) for key in model)
+    return [piece.file.name for piece in pieces_of(store.path(1) / "model")["norm"]]
+
+
+def test_what_all_slices_of_a_mesh_hold_is_saved_once(tmp_path: Path) -> None:
+    assert get_pool(2).run(slices_of_a_mesh, tmp_path) == [["00000-of-00002.safetensors"]] * 2
 
 
 def save_indexed(run: Path) -> list[str]:

@@ -23,7 +23,8 @@ from torch import Tensor
 from ndtrain.checkpoint.manifest import HASH, hash_of
 from ndtrain.errors import DamagedError
 from ndtrain.storage.headers import Target, header_of, parse_header
-from ndtrain.storage.pieces import LARGEST, Pieces, pieces_of_files
+from ndtrain.storage.pieces import pieces_of_files
+from ndtrain.storage.table import LARGEST, Pieces
 
 INDEX = "pieces.index"
 

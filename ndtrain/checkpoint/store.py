@@ -35,7 +35,7 @@ from ndtrain.runs.limits import WAIT_TIMEOUT
 from ndtrain.runs.messages import gather_json, gather_rows, of_rank0, on_rank0, together
 from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.paths import is_local, local_copy_to, os_errors, remove_tree, sync, to_path
-from ndtrain.storage.pieces import Pieces
+from ndtrain.storage.table import Pieces
 
 _STEP = re.compile(r"step-(\d{8,})")
 # Everything in a checkpoint but its tensors' values takes less than this many bytes plus this share of theirs.

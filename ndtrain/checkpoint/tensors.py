@@ -14,6 +14,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,11 @@ from ndtrain.runs.messages import together
 from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.headers import DTYPE_NAMES, Target, header_of
 from ndtrain.storage.paths import allocate, flushing, is_local
-from ndtrain.storage.pieces import (
-    Piece,
-    Pieces,
-    local_and_boxes,
-    pieces_of_files,
-    plan_held,
-    read_planned,
-    same_bytes,
-)
+from ndtrain.storage.pieces import local_and_boxes, pieces_of_files, plan_held, read_planned, same_bytes
+from ndtrain.storage.table import Piece, Pieces
 
 _WRITE_BYTES = 1 << 26
+_COMPARED_AT_ONCE = 16
 
 # File name -> key -> (this rank's piece, its offsets in the global tensor)
 Files = Mapping[str, Mapping[str, tuple[Tensor, Ints]]]
@@ -54,7 +49,8 @@ def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the keys that this rank writes. All ranks compute the same choice, without communication.
 
     Of a tensor's R replicas the one with the fewest bytes so far writes it; bytes are counted separately for each way
-    of replicating.
+    of replicating. A mesh of fewer ranks than all is one of several slices that hold the same, such as the fsdp axis of
+    a tensor that tp does not cut: the slice that has rank 0 writes.
     """
     loads: dict[Any, list[int]] = {}
     mine = []
@@ -72,7 +68,8 @@ def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
         replica = 0
         for i in copies:
             replica = replica * mesh.shape[i] + (coordinate[i] if coordinate is not None else 0)
-        if coordinate is not None and replica == chosen:
+        in_charge = mesh.size() == world_size() or bool((mesh.mesh == 0).any())
+        if coordinate is not None and replica == chosen and in_charge:
             mine.append(key)
     return mine
 
@@ -167,10 +164,16 @@ def pieces_of(directory: Path) -> dict[str, Pieces]:
     return _pieces_of(directory)[0]
 
 
-def _pieces_of(directory: Path) -> tuple[dict[str, Pieces], bool]:
-    """Return what `pieces_of` does, and whether it is from the index."""
+def _pieces_of(directory: Path, *, compare: bool = False) -> tuple[dict[str, Pieces], bool]:
+    """Return what `pieces_of` does, and whether it is from the index.
+
+    Of pieces of one box only the first is returned. Without an index there are such: each slice of a mesh saved what
+    all of them hold, and other writers do. Their values are compared with `compare` and where there is no manifest,
+    since nothing else has checked the directory then.
+    """
     prefix, files = directory.name + "/", {}
-    if (directory.parent / "manifest.json").exists():
+    has_manifest = (directory.parent / "manifest.json").exists()
+    if has_manifest:
         files = read_manifest(directory.parent)["files"]
         names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
     else:
@@ -180,14 +183,20 @@ def _pieces_of(directory: Path) -> tuple[dict[str, Pieces], bool]:
         return read_index(directory, files[prefix + INDEX], names), True
     where = f"{directory.parent}: {directory.name}"
     stored = pieces_of_files([directory / name for name in names], range(len(names)), where)
-    return {key: _without_copies(key, pieces, where) for key, pieces in stored.items()}, False
+    copies: list[tuple[str, Piece, Piece]] = []
+    stored = {key: _without_copies(key, pieces, copies) for key, pieces in stored.items()}
+    if compare or not has_manifest:
+        with ThreadPoolExecutor(_COMPARED_AT_ONCE) as pool:
+            same = pool.map(lambda item: same_bytes(*item[1:]), copies)
+            for (key, a, b), is_same in zip(copies, same, strict=True):
+                if not is_same:
+                    names = f"{a.file.name} and {b.file.name}"
+                    raise DamagedError(f"{where}: {names} have different values of {key} at offsets {a.offsets}")
+    return stored, False
 
 
-def _without_copies(key: str, pieces: Pieces, where: str) -> Pieces:
-    """Leave out pieces of the same box and the same bytes as another: other writers save replicas more than once.
-
-    Raises `DamagedError` if the bytes differ.
-    """
+def _without_copies(key: str, pieces: Pieces, copies: list[tuple[str, Piece, Piece]]) -> Pieces:
+    """Return the first piece of each box; add the others to `copies` as (key, first piece, other)."""
     if pieces.numel <= math.prod(pieces.shape):
         return pieces
     first: dict[tuple[Ints, Ints], Piece] = {}
@@ -196,11 +205,8 @@ def _without_copies(key: str, pieces: Pieces, where: str) -> Pieces:
         original = first.setdefault((piece.offsets, piece.sizes), piece)
         if original is piece:
             rows.append(i)
-        elif not same_bytes(original, piece):
-            raise DamagedError(
-                f"{where}: {original.file.name} and {piece.file.name} have different values of {key} at offsets "
-                f"{piece.offsets}"
-            )
+        else:
+            copies.append((key, original, piece))
     return Pieces(pieces.dtype, pieces.files, pieces.table[rows])
 
 
@@ -241,7 +247,7 @@ def check_coverage(directory: Path, listed: Mapping[str, Any]) -> dict[str, Piec
 
     Raises `DamagedError`, naming the first box of a tensor that is in no piece or in two.
     """
-    stored = pieces_of(directory)
+    stored, _ = _pieces_of(directory, compare=True)
     if extra := sorted(stored.keys() - listed.keys()):
         raise DamagedError(f"{directory}: holds {extra[0]}, which its manifest does not list")
     for key, entry in listed.items():

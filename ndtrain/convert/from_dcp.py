@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ndtrain.convert.stored import Stored, stored
 from ndtrain.errors import DamagedError
 from ndtrain.storage.headers import DTYPE_NAMES
-from ndtrain.storage.pieces import Piece
+from ndtrain.storage.table import Piece
 from ndtrain.torch_compat import FakeTensorMode, offset_in_archive
 
 METADATA = ".metadata"

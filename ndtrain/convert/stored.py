@@ -15,7 +15,8 @@ from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
 from ndtrain.storage.headers import DTYPES
 from ndtrain.storage.paths import is_local, read_into, read_range
-from ndtrain.storage.pieces import BLOCK_BYTES, Piece, Pieces, misfit, raw
+from ndtrain.storage.pieces import BLOCK_BYTES, raw
+from ndtrain.storage.table import Piece, Pieces, misfit
 
 
 class Stored(NamedTuple):

@@ -29,7 +29,8 @@ from ndtrain.checkpoint.index import check_headers, tables_of, write_index  # no
 from ndtrain.checkpoint.manifest import check_files, write_manifest  # noqa: E402
 from ndtrain.checkpoint.tensors import check_coverage, pieces_of, rows_of  # noqa: E402
 from ndtrain.storage.headers import Target, header_of  # noqa: E402
-from ndtrain.storage.pieces import Piece, Pieces, pieces_in, pieces_of_files, plan_held  # noqa: E402
+from ndtrain.storage.pieces import pieces_in, pieces_of_files, plan_held  # noqa: E402
+from ndtrain.storage.table import Piece, Pieces  # noqa: E402
 
 COLUMNS = 2
 
