@@ -392,6 +392,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         (lambda m: m["tensors"]["model"]["w"].update(shape=[65, 8]), r"w\[64:65, 0:8\] is in no file"),
         (lambda m: m["tensors"]["model"]["w"].update(shape=[8, 64]), r"lists w as F32 of shape \(8, 64\)"),
         (lambda m: m["tensors"]["model"]["w"].update(dtype="BF16"), "lists w as BF16"),
+        (lambda m: m["tensors"]["model"]["w"].update(shape=[2**80, 8]), "bad entry of w"),
         (lambda m: m["tensors"].update({"../model": {}}), "part '../model'"),
         (lambda m: m["files"].pop("train_state.json"), "train_state.json is missing"),
         (lambda m: m.update(version=99), "format version 99"),
@@ -636,6 +637,18 @@ def test_the_index_is_that_of_the_headers_and_a_reader_opens_only_its_files(tmp_
     ours = {key: torch.full_like(value, math.nan) for key, value in plain.items()}
     load_tensors(step / "model", ours)
     assert all(torch.equal(ours[key], plain[key]) for key in plain) and not plain["cube"].isnan().any()
+
+
+def test_an_empty_tensor_has_no_pieces_and_is_no_gap(tmp_path: Path) -> None:
+    store, model = CheckpointStore(tmp_path, keep=1), {"none": torch.zeros(0, 3), "w": torch.ones(2)}
+    path = store.save(1, model=model, optim={"none": torch.zeros(0, 3)}, state={})
+    assert path is not None and check(path)["tensors"]["model"]["none"]["shape"] == [0, 3]
+    for part in ("model", "optim"):
+        assert "none" not in checkpoint_tensors(pieces_of(path / part), path)
+        load_tensors(path / part, {"none": torch.zeros(0, 3)})
+    load_tensors(path / "model", {key: torch.zeros_like(value) for key, value in model.items()}, all_of_it=True)
+    with pytest.raises(DamagedError, match="none is missing"):
+        load_tensors(path / "model", {"none": torch.zeros(1, 3)})
 
 
 def test_a_checkpoint_without_an_index_is_read_by_its_headers(tmp_path: Path) -> None:

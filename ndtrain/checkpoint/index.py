@@ -27,12 +27,16 @@ from ndtrain.storage.pieces import pieces_of_files
 from ndtrain.storage.table import LARGEST, Pieces
 
 INDEX = "pieces.index"
+_WIDTHS = range(2, 130, 2)  # of tables, of tensors with the 0 to 64 dims that torch has at most
 
 
 def tables_of(
     rows: Sequence[Tensor], names: Sequence[Sequence[str]], listed: Mapping[str, Any], directory: Path
 ) -> dict[str, Pieces]:
-    """Return the pieces of each key of `listed` from all ranks' `rows_of` and the `names` of the files each wrote."""
+    """Return {key: pieces} from all ranks' `rows_of` of the tensors `listed`, and the `names` of the files each wrote.
+
+    Empty tensors have no pieces and are left out.
+    """
     files = [directory / name for mine in names for name in mine]
     firsts = np.cumsum([0, *map(len, names)])
     for own, first in zip(rows, firsts, strict=False):
@@ -45,7 +49,8 @@ def tables_of(
     for key, begin, end in zip(keys, bounds, bounds[1:], strict=False):
         dims = len(listed[key]["shape"])
         columns = [1, 2, *range(3, 3 + dims), *range(3 + most, 3 + most + dims)]
-        found[key] = Pieces(listed[key]["dtype"], files, merged[begin:end, columns])
+        if begin < end:
+            found[key] = Pieces(listed[key]["dtype"], files, merged[begin:end, columns])
     return found
 
 
@@ -85,14 +90,12 @@ def read_index(directory: Path, listed: Mapping[str, Any], names: Iterable[str])
             raise ValueError("its files are not those of the manifest")
         paths, found = [directory / name for name in files], {}
         for key, entry in entries.items():
-            if entry.dtype != "I64" or len(entry.shape) != 2 or entry.shape[1] < 2 or entry.shape[1] % 2:
+            if entry.dtype != "I64" or len(entry.shape) != 2 or entry.shape[0] < 1 or entry.shape[1] not in _WIDTHS:
                 raise ValueError(f"the table of {key} is {entry.dtype} of shape {entry.shape}")
             table = np.frombuffer(data, "<i8", entry.shape[0] * entry.shape[1], begin + entry.start)
-            if table.size and not 0 <= table.min() <= table.max() < LARGEST:
-                raise ValueError(f"the table of {key} has numbers out of range")
             found[key] = Pieces(str(dtypes[key]), paths, table.reshape(entry.shape))
-            if len(table) and found[key].table[:, 0].max() >= len(files):
-                raise ValueError(f"the table of {key} has a file that is not listed")
+            if not 0 <= table.min() <= table.max() < LARGEST or found[key].table[:, 0].max() >= len(files):
+                raise ValueError(f"the table of {key} has numbers out of range")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{where} is damaged ({type(error).__name__}: {error})") from error
     return found

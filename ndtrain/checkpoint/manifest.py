@@ -12,6 +12,7 @@ import xxhash
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.storage.paths import is_local, sizes_of, sync
+from ndtrain.storage.table import LARGEST
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -87,7 +88,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             if not _FILE.fullmatch(part):
                 raise ValueError(f"bad part {part!r}")
             for key, entry in keys.items():
-                if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in entry["shape"]):
+                if not isinstance(entry["dtype"], str) or any(
+                    type(n) is not int or not 0 <= n < LARGEST for n in entry["shape"]
+                ):
                     raise ValueError(f"bad entry of {key}")
     except FileNotFoundError as error:
         raise DamagedError(f"{directory}: manifest.json is missing") from error

@@ -190,8 +190,8 @@ def _pieces_of(directory: Path, *, compare: bool = False) -> tuple[dict[str, Pie
             same = pool.map(lambda item: same_bytes(*item[1:]), copies)
             for (key, a, b), is_same in zip(copies, same, strict=True):
                 if not is_same:
-                    names = f"{a.file.name} and {b.file.name}"
-                    raise DamagedError(f"{where}: {names} have different values of {key} at offsets {a.offsets}")
+                    both = f"{a.file.name} and {b.file.name}"
+                    raise DamagedError(f"{where}: {both} have different values of {key} at offsets {a.offsets}")
     return stored, False
 
 

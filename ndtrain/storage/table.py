@@ -129,7 +129,10 @@ class Rows:
 
 
 def misfit(pieces: Pieces, shape: Ints) -> str:
-    """Return why `pieces` are not of a tensor of `shape`, "" if they may be: whether they fill it is not checked."""
+    """Return why `pieces` cannot be those of a tensor of `shape`: one is outside, or none reaches its end; or "".
+
+    Gaps and overlaps inside are left to `Pieces.flaw`.
+    """
     if pieces.fits(shape) and (pieces.shape == shape or not (flaw := pieces.flaw(shape))):
         return ""
     return f"does not have the shape {shape}, but {pieces.shape}" + (f": {flaw}" if pieces.fits(shape) else "")
