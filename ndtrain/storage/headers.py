@@ -99,7 +99,10 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> tuple[int, dic
 
 def are_sizes(values: Iterable[Any]) -> bool:
     """Return whether all values are integers of at least 0. A header of many tensors asks it of each."""
-    return {*map(type, values)} <= {int} and min(values, default=0) >= 0
+    for n in values:  # several times faster than a generator in `all`
+        if type(n) is not int or n < 0:
+            return False
+    return True
 
 
 def _entry(key: str, value: Mapping[str, Any]) -> Entry:
