@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ndtrain.checkpoint import check
+from ndtrain.checkpoint.index import write_index
 from ndtrain.checkpoint.manifest import write_manifest
-from ndtrain.checkpoint.tensors import listing
+from ndtrain.checkpoint.tensors import listing, pieces_of
 from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.to_hub import meta_model_of, state_to_store
@@ -100,6 +101,7 @@ def write_checkpoint(
     notes += save_config(model, out)
     copy_beside(directory, out)
     (out / "train_state.json").write_text(json.dumps({"step": 0}))
+    write_index(out / "model", pieces_of(out / "model"))
     write_manifest(out, {"model": listing({key: wanted[key] for key in targets}), "optim": {}}, {})
     check(out)
     return notes + _notes(source, groups, model, published, unused=unused, unread=unread)

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 from ndtrain.errors import DamagedError, RecipeError, first_line
 from ndtrain.storage.paths import is_local
-from ndtrain.storage.pieces import Piece, pieces_in
+from ndtrain.storage.pieces import pieces_in
+from ndtrain.storage.table import Piece
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_SUFFIX = ".index.json"

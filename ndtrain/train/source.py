@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import tomli
 
-from ndtrain.checkpoint import CheckpointStore, check, load_tensors
+from ndtrain.checkpoint import CheckpointStore, check_together, load_tensors
 from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.checkpoint.tensors import pieces_of
 from ndtrain.errors import DamagedError, RecipeError
@@ -156,7 +156,7 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
         fetch_weights(recipe, runtime)
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
-    on_rank0(lambda: check(directory))
+    check_together(directory)
     wanted, saved = model_tensors(model), read_manifest(directory)["tensors"]["model"].keys()
     tied = {alias: name for alias, name in tied_keys(model).items() if {alias, name} <= saved}
     if tied:
