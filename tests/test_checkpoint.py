@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ndtrain.convert.stored import checkpoint_tensors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,6 +40,7 @@ from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_boxes
 from ndtrain.runs.messages import together
 from ndtrain.storage.pieces import pieces_in, pieces_of_files, plan_held
+from ndtrain.storage.stored import checkpoint_tensors
 from ndtrain.storage.table import Pieces
 from tests.benchmarks.plan_headers import key_of, with_index, write_checkpoint
 from tests.ranks import RanksFailed, get_pool
