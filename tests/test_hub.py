@@ -256,6 +256,16 @@ def test_the_weights_are_those_that_from_pretrained_reads(
     assert found.commit == commit and hub.weights_of(NAME, found) == wanted
 
 
+@pytest.mark.parametrize("shard", ["../../other", "/etc/passwd", 3])
+def test_an_index_cannot_name_what_lies_outside(served: FakeHub, tmp_path: Path, shard: object) -> None:
+    (tmp_path / "model").mkdir()
+    index = {"weight_map": {"x": shard}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    served.publish(NAME, tmp_path / "model")
+    found = hub.resolve(NAME, "main")
+    asks(lambda: hub.weights_of(NAME, found), "model.safetensors.index.json is damaged", kind=DamagedError)
+
+
 def environment(server: FakeHub, home: Path, **more: str) -> dict[str, str]:
     given = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     return {**given, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), **more}

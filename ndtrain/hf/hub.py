@@ -182,7 +182,10 @@ def weights_of(name: str, found: Snapshot, *, key: str = "model.name") -> list[s
         fetch(name, found.commit, [file], key=key)
         try:
             text = (snapshot_directory(name, found.commit) / file).read_text(encoding="utf-8")
-            return [file, *sorted(set(json.loads(text)["weight_map"].values()))]
+            shards = sorted(set(json.loads(text)["weight_map"].values()))
+            if out := [shard for shard in shards if ".." in shard or shard.startswith("/")]:
+                raise ValueError(f"it names {out[0]}")
+            return [file, *shards]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{name} at commit {found.commit}: {file} is damaged ({error})") from error
     return []

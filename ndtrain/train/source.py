@@ -60,7 +60,7 @@ def with_commit(recipe: Recipe, on_nodes: OnNodes, *, of_run: bool = True) -> tu
     name, asked = recipe.model.name, recipe.model.revision
     if name is None:
         return recipe, []
-    recorded = of_rank0(lambda: _recorded_commit(recipe) if of_run else None)
+    recorded = of_rank0(lambda: _recorded_commit(recipe) if of_run and hub.on_hub(name, asked) else None)
     found = on_every_node(name, recorded or asked, on_nodes)
     if found is None:
         return recipe, []
@@ -102,12 +102,12 @@ def _recorded_commit(recipe: Recipe) -> str | None:
     Raises `RecipeError` if the recipe names another commit.
     """
     name, asked, run_dir = recipe.model.name, recipe.model.revision, to_path(recipe.run.dir)
-    newest = CheckpointStore(run_dir, keep=1).newest_step()
-    resume = Attempt.of_process(run_dir).resume_from(recipe.checkpoint.resume, newest)
-    if resume == "never" or (resume == "auto" and newest is None):
-        return None
-    of = run_dir if resume == "auto" else to_path(resume).parent.parent
     try:
+        newest = CheckpointStore(run_dir, keep=1).newest_step()
+        resume = Attempt.of_process(run_dir).resume_from(recipe.checkpoint.resume, newest)
+        if resume == "never" or (resume == "auto" and newest is None):
+            return None
+        of = run_dir if resume == "auto" else to_path(resume).parent.parent
         model = tomli.loads((of / "recipe.toml").read_text(encoding="utf-8"))["model"]
         commit = model["revision"] if model["name"] == name else ""
     except (OSError, ValueError, KeyError, TypeError):
