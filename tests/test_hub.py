@@ -310,10 +310,10 @@ def test_two_ranks_ask_the_hub_once_and_a_restart_keeps_the_commit(
         assert result.returncode == 0, result.stderr
         assert f'model.name: {NAME} at commit {commit} (revision "main")' in result.stdout
         assert requests_for(server, commit) == dict.fromkeys((*BESIDE, "model.safetensors"), 1)
-        # Rank 0 lists the files of the model, of its tokenizer and of its weights.
+        # Rank 0 lists the files of the model, of its tokenizer and, for itself and for all nodes, of its weights.
         listings = [line for line in server.asked if "/api/models/" in line]
         assert listings[0] == f"GET /api/models/{NAME}/revision/main"
-        assert listings[1:] == [f"GET /api/models/{NAME}/revision/{commit}"] * 2
+        assert listings[1:] == [f"GET /api/models/{NAME}/revision/{commit}"] * 3
         recorded = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["model"]
         assert (recorded["name"], recorded["revision"]) == (NAME, commit)
         step = tmp_path / "run" / "checkpoints" / "step-00000003"

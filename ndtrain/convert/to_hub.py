@@ -14,7 +14,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ndtrain.convert.shards import ShardWriter
-from ndtrain.convert.stored import Stored
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
 from ndtrain.errors import DamagedError, first_line
@@ -22,15 +21,16 @@ from ndtrain.hf import extra_states
 from ndtrain.hf.beside import save_config, take_generation_config
 from ndtrain.hf.compat import ignored_on_save, is_causal_lm
 from ndtrain.hf.config import Untrusted, own_code, read_config, untrusted
+from ndtrain.hf.files import INDEX
 from ndtrain.hf.model import kept_in_fp32, tied_keys
 from ndtrain.storage.headers import DTYPE_NAMES, Target
+from ndtrain.storage.stored import Stored
 from ndtrain.torch_compat import storage_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ALLOW = "add --trust-remote-code"
-INDEX = "model.safetensors.index.json"
 
 
 def meta_model_of(

@@ -5,6 +5,7 @@ The files are those that `from_pretrained` followed by `save_pretrained` of plai
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -52,7 +53,8 @@ def take_generation_config(model: PreTrainedModel, base: Path) -> list[str]:
 
 def save_config(model: PreTrainedModel, directory: Path) -> list[str]:
     """Write the config to publish, the generation config and the model's own code; return notes."""
-    config = cast("PreTrainedConfig", model.export_config)
+    # A copy, because saving removes the key transformers_weights, which says where the weights are.
+    config = copy.deepcopy(cast("PreTrainedConfig", model.export_config))
     kind = class_before_fsdp(model) if isinstance(model, FSDPModule) else type(model)
     if comes_with_code(kind):
         # transformers asks the object for nothing but its class, and FSDP's class is in another module.

@@ -12,6 +12,7 @@ from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
 from ndtrain.data.samples import Samples
 from ndtrain.errors import RecipeError
+from ndtrain.hf.downloads import on_every_node
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
 from ndtrain.mesh import MeshSizes
@@ -19,7 +20,6 @@ from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter
-from ndtrain.train.source import on_every_node
 
 
 def open_tokenizer(recipe: Recipe, runtime: Runtime, vocabulary: int) -> tuple[ByteTokenizer | HubTokenizer, list[str]]:
@@ -76,13 +76,17 @@ def open_batches(
     Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
     """
     directories: list[Path] = []
+    files: list[Path] = []
 
     def build() -> None:
-        files = find_files(recipe.data.path)
+        files.extend(find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}")))
         progress: Callable[[int, int], None] | None = None
         if runtime.is_main:
             progress = lambda done, total: reporter.progress("tokenizing", done, total)  # noqa: E731
-        directories.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))
+        directory = build_cache(
+            files, tokenizer, cache_dir=cache_root() / "data", progress=progress, scan=tokenizer.spelled
+        )
+        directories.append(directory)
 
     rank0_first(runtime, build)
     # The other ranks compute its key from the files' digests, which are cached beside it.
@@ -97,6 +101,8 @@ def open_batches(
     if tokenizer.vocab_size > vocabulary and caches[0].largest_id >= vocabulary:
         where = f'is in data.path = "{recipe.data.path}"'
         raise RecipeError(_lacking(recipe, tokenizer, caches[0].largest_id, vocabulary, where))
+    for note in caches[0].notes(files, special_tokens=recipe.data.special_tokens):
+        reporter.info(f"note: {note}")
     samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
     return GlobalBatches(
         samples,

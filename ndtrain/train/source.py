@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +10,21 @@ import tomli
 
 from ndtrain.checkpoint import CheckpointStore, check, load_tensors
 from ndtrain.checkpoint.manifest import read_manifest
+from ndtrain.checkpoint.tensors import pieces_of
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf import extra_states, hub
+from ndtrain.hf.downloads import OnNodes, on_every_node
+from ndtrain.hf.files import model_files
+from ndtrain.hf.model import tied_keys
+from ndtrain.hf.tied import refuse_other_values
 from ndtrain.load import load_weights, model_tensors, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.messages import of_rank0, on_rank0, rank0_first
-from ndtrain.runs.process import Runtime
+from ndtrain.runs.messages import of_rank0, on_rank0, together
+from ndtrain.runs.process import Runtime, rank, world_size
 from ndtrain.runs.restarts import Attempt
 from ndtrain.storage.paths import to_path
+from ndtrain.storage.stored import checkpoint_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,10 +53,6 @@ def with_checkpoint(recipe: Recipe) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update={"model": model}), [*notes, f"model.name: using {newest}"]
 
 
-# Runs work on one rank of each node, rank 0 first.
-OnNodes = Callable[[Callable[[], None]], None]
-
-
 def with_commit(recipe: Recipe, on_nodes: OnNodes, *, of_run: bool = True) -> tuple[Recipe, list[str]]:
     """Return the recipe with the commit of its model on the hub in `model.revision`, and notes. Collective.
 
@@ -70,30 +72,6 @@ def with_commit(recipe: Recipe, on_nodes: OnNodes, *, of_run: bool = True) -> tu
         notes.append(f"model.name: {name} at commit {found.commit} ({what})")
     model = recipe.model.model_copy(update={"revision": found.commit})
     return recipe.model_copy(update={"model": model}), notes
-
-
-def on_every_node(
-    name: str, revision: str, on_nodes: OnNodes, *, key: str = "model.name", weights: bool = False
-) -> hub.Snapshot | None:
-    """Return the snapshot of a model on the hub, None for a local one, once every node has its files. Collective.
-
-    Those are the files beside the weights, or with `weights` the weights. Rank 0 alone asks which commit it is.
-    """
-
-    def resolve() -> list[object] | None:
-        return [*hub.resolve(name, revision, key=key)] if hub.on_hub(name, revision, key=key) else None
-
-    answer = of_rank0(resolve)
-    if answer is None:
-        return None
-    found = hub.Snapshot(*answer)
-
-    def fetch() -> None:
-        wanted = hub.weights_of(name, found, key=key) if weights else found.beside
-        hub.fetch(name, found.commit, wanted, key=key)
-
-    on_nodes(fetch)
-    return found
 
 
 def _recorded_commit(recipe: Recipe) -> str | None:
@@ -122,33 +100,38 @@ def _recorded_commit(recipe: Recipe) -> str | None:
     return str(commit)
 
 
-def fetch_weights(recipe: Recipe, runtime: Runtime) -> None:
-    """Download the weights of a model on the hub, once to each node whose ranks read them. Collective."""
-    model = recipe.model
-    if model.name is None or model.init == "random":
-        return
-    on_rank0_alone = recipe.load.mode == "rank0"
-    on_every_node(
-        model.name,
-        model.revision,
-        on_rank0 if on_rank0_alone else lambda work: rank0_first(runtime, work),
-        weights=True,
-    )
-
-
 def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
     """Load weights as `load_weights` does, or from an ndtrain checkpoint; return notes for the user. Collective.
 
     Of a checkpoint each rank reads its own slices, whatever `load.mode` says. Raises `DamagedError` for one that is
     damaged or lacks a weight of the model.
     """
+    if recipe.model.init == "random":
+        return load_weights(model, plan, recipe=recipe, runtime=runtime)
     directory = Path(recipe.model.name or "")
-    if recipe.model.init == "random" or not (directory / "manifest.json").is_file():
-        fetch_weights(recipe, runtime)
+    found: list[bool] = []
+    together(lambda: found.append(directory.is_dir() and _is_checkpoint(directory)))
+    if not found[0]:
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
     on_rank0(lambda: check(directory))
-    wanted = model_tensors(model)
+    wanted, saved = model_tensors(model), read_manifest(directory)["tensors"]["model"].keys()
+    tied = {alias: name for alias, name in tied_keys(model).items() if {alias, name} <= saved}
+    if tied:
+        together(lambda: _compare(tied, directory))
     load_tensors(directory / "model", wanted)
     extra_states.restore(model, extra_states.read(directory))
-    return unused(read_manifest(directory)["tensors"]["model"].keys() - wanted.keys())
+    return unused(saved - wanted.keys() - tied.keys())
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    files = model_files(directory)
+    return files is not None and files.kind == "checkpoint"
+
+
+def _compare(tied: Mapping[str, str], directory: Path) -> None:
+    """Raise `DamagedError` if a checkpoint holds {alias: its weight} with different values."""
+    pieces = pieces_of(directory / "model")
+    stored = checkpoint_tensors({key: pieces[key] for key in {*tied, *tied.values()}}, directory)
+    copies = {name: [name, *(alias for alias in tied if tied[alias] == name)] for name in tied.values()}
+    refuse_other_values(copies, stored, directory, part=rank(), parts=world_size())

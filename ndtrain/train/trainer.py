@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.distributed as dist
 
-from ndtrain.accelerators import peak_memory_bytes
+from ndtrain.accelerators import emulates_bfloat16, peak_memory_bytes
 from ndtrain.data import GlobalBatches
 from ndtrain.engine import Batch, Engine
 from ndtrain.errors import NdtrainError, Stopped
@@ -84,7 +85,7 @@ class Trainer:
         self.open_inputs()
         resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, data=self.batches.fingerprint)
         reporter.info(self._arithmetic())
-        for note in self.plan.notes:
+        for note in (*self.plan.notes, *self._slow_dtype()):
             reporter.info(f"note: {note}")
         build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
         if resumed is not None:
@@ -132,6 +133,15 @@ class Trainer:
         if rows < train.micro_batch_size:
             line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
         return f"{line}; {_count(len(batches.samples), 'sample')}"
+
+    def _slow_dtype(self) -> Iterator[str]:
+        fsdp, device = self.recipe.fsdp, self.runtime.device
+        dtypes = {fsdp.param_dtype, *(policy.mixed_precision for policy in fsdp.modules.values())}
+        if "bfloat16" in dtypes and emulates_bfloat16(device):
+            yield (
+                f"this {device.type} has no instructions for bfloat16, which can be several times slower than "
+                'float32 on it; set fsdp.param_dtype = "float32" (and mixed_precision in [fsdp.modules])'
+            )
 
     # ---- the loop
 
