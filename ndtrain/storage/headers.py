@@ -99,7 +99,7 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> tuple[int, dic
 
 def are_sizes(values: Iterable[Any]) -> bool:
     """Return whether all values are integers of at least 0. A header of many tensors asks it of each."""
-    for n in values:  # several times faster than a generator in `all`
+    for n in values:  # noqa: SIM110  several times faster than a generator in `all`
         if type(n) is not int or n < 0:
             return False
     return True
