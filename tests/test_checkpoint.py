@@ -358,6 +358,23 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
     assert store.find("auto", verify=True) == (last, [])
 
 
+def test_a_flipped_byte_in_a_header_is_found_without_hashes_or_changes_nothing(tmp_path: Path) -> None:
+    before, last = save_step(tmp_path, 1), save_step(tmp_path, 2)
+    store, content = CheckpointStore(tmp_path, keep=2), (last / TENSOR_FILE).read_bytes()
+    length, refused = 8 + int.from_bytes(content[:8], "little"), 0
+    for damaged in damages("flip", content[:length]):
+        assert damaged is not None
+        (last / TENSOR_FILE).write_bytes(damaged + content[length:])
+        found, _ = store.find("auto")
+        if found == before:
+            refused += 1
+            continue
+        got = {key: torch.full_like(value, math.nan) for key, value in tensors_of(2).items()}
+        load_tensors(last / "model", got, all_of_it=True)
+        assert all(torch.equal(got[key], value) for key, value in tensors_of(2).items())
+    assert refused > 100
+
+
 def test_a_damaged_checkpoint_given_by_path_is_refused(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1)
     (path / TENSOR_FILE).write_bytes((path / TENSOR_FILE).read_bytes()[:-1] + b"\1")
