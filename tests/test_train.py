@@ -100,7 +100,7 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attn)
     model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1.0, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, weight_decay=0.1
+        tiny.decay_groups(model, 0.1), lr=1.0, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps
     )
     total = recipe.train.steps
     warm = recipe.schedule.warmup_steps
@@ -118,7 +118,8 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warm) / (total - warm), dtype=torch.float64)))
         share = (step + 1) / warm if step < warm else low + (1 - low) * float(cosine)
-        optimizer.param_groups[0]["lr"] = recipe.optim.lr * share
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.optim.lr * share
         if step + 1 not in without:
             optimizer.step()
         results.append((loss.item(), norm.item()))
