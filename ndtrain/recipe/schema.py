@@ -205,6 +205,11 @@ class CheckpointSection(Section):
         "auto", description='"auto": the newest valid one in run.dir; "never"; or the path or URL of a checkpoint.'
     )
     verify: bool = Field(False, description="On resume, check the hash of every file.")
+    allow: list[Text] = Field(
+        [],
+        description="Keys whose change a resume lets pass though it changes what is trained or on what, "
+        'e.g. ["model.name"].',
+    )
 
 
 class LogSection(Section):

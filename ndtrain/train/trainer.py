@@ -6,7 +6,7 @@ import gc
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
+from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
 from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, try_extras
@@ -70,6 +71,7 @@ class Trainer:
         self.skips = Skips(recipe.train.max_bad_steps)
         self.watch = Watch(recipe.run.step_timeout_s)
         self.loggers: list[Logger] = []
+        self.origin: dict[str, Any] = {}  # on rank 0
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
 
@@ -80,8 +82,11 @@ class Trainer:
         recipe, reporter = self.recipe, self.reporter
         on_rank0(lambda: open_run_dir(self.run_dir))
         check_loggers(recipe, self.run_dir)
-        self.open_inputs()
-        resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, data=self.batches.fingerprint)
+        self.open_tokenizer()
+        resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, origin=self.origin)
+        self.open_batches()
+        if resumed is not None:
+            resumed.check_data(self.batches.fingerprint)
         reporter.info(self._arithmetic())
         for note in self.plan.notes:
             reporter.info(f"note: {note}")
@@ -90,17 +95,25 @@ class Trainer:
             self._restore(resumed)
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
         if self.runtime.is_main:
-            (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+            written = self.run_dir / "recipe.toml"
+            if self.step < recipe.train.steps or not written.exists():  # else nothing is trained with it
+                written.write_text(to_toml(recipe), encoding="utf-8")
             self.loggers = open_loggers(recipe, self.run_dir)
 
-    def open_inputs(self) -> None:
-        """Open the tokenizer and this rank's batches; collective."""
+    def open_tokenizer(self) -> None:
+        """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer = open_tokenizer(self.recipe, self.engine.vocabulary)
         on_rank0(lambda: try_extras(self.engine.model, self.tokenizer))
+        on_rank0(lambda: self.origin.update(origin_of(self.recipe, self.tokenizer)))
+
+    def open_batches(self) -> None:
+        """Open this rank's batches, tokenizing what is not cached; collective."""
         self.batches = open_batches(self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter)
 
     def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
+        # The base may be gone: no resume reads its weights.
+        self.origin["base"] = self.origin.get("base") or resumed.state.get("origin", {}).get("base")
         self.saving.step = self.step
         self.skips.restore(resumed.state, resumed.directory)
         self.engine.restore_optimizer(resumed.directory / "optim", updates=self.step - self.skips.total)
@@ -280,8 +293,9 @@ class Trainer:
                 "seed": self.recipe.train.seed,
                 **self.skips.state(),
                 "mesh": asdict(self.sizes),
-                "schedule": self.recipe.schedule.model_dump(),
                 "versions": versions(),
+                "recipe": self.origin.get("recipe"),
+                "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "files")},
             },
             extra_files=lambda directory: save_extras(directory, engine.model, self.tokenizer, states),
         )

@@ -201,8 +201,10 @@ def whole(tensor: Tensor) -> tuple[Tensor, float]:
 class MatrixTrainer(Trainer):
     vocab: int
 
-    def open_inputs(self) -> None:
+    def open_tokenizer(self) -> None:
         self.engine.vocabulary = self.vocab
+
+    def open_batches(self) -> None:
         rank = self.sizes.coordinate(self.runtime.rank)["batch"]
         self.batches = Batches(  # type: ignore[assignment]
             self.vocab, micro=self.recipe.train.micro_batch_size, rank=rank, ranks=self.sizes.batch

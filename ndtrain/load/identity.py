@@ -1,0 +1,96 @@
+"""Identify the base weights that a recipe names by what they are, so that a moved directory is the same base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ndtrain.checkpoint.manifest import HASH, MANIFEST, read_manifest
+from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.hf.compat import cached_file
+from ndtrain.load.files import weight_files
+from ndtrain.recipe import Recipe
+from ndtrain.storage.headers import read_header
+
+# Files of up to so many bytes together are read whole. Of larger ones each tensor is read at its first, its last and
+# evenly spaced blocks: training changes values everywhere, and a start must not read a large model twice.
+WHOLE_BYTES = 1 << 28
+_BLOCK_BYTES = 4096
+_SPACING_BYTES = 1 << 26
+
+
+def base_identity(recipe: Recipe) -> str | None:
+    """Return a text that is equal for equal base weights, whatever their directory; None if they cannot be read.
+
+    It is the hashes in the manifest of an ndtrain checkpoint, the commit of a hub repository, and for a directory a
+    digest of its tensors. Weights that are drawn have none of their own: train.seed and the config tell them apart.
+    """
+    if recipe.model.init == "random":
+        return "drawn from train.seed"
+    name = str(recipe.model.name)
+    directory = Path(name)
+    try:
+        if (directory / MANIFEST).is_file():
+            files = read_manifest(directory)["files"]
+            stored = {key: entry[HASH] for key, entry in files.items() if key.startswith("model/")}
+            return _named("checkpoint", hashlib.blake2b(json.dumps(stored, sort_keys=True).encode(), digest_size=8))
+        if not directory.is_dir():
+            config = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+            commit = re.search(r"/snapshots/([^/]+)/", Path(config).as_posix()) if config else None
+            return f"commit {commit[1]}" if commit else None
+        return _named("tensors", _digest(directory, recipe))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedError):
+        return None  # whoever reads the weights reports it
+
+
+def _named(kind: str, digest: Any) -> str:
+    return f"{kind} {digest.hexdigest()}"
+
+
+def _digest(directory: Path, recipe: Recipe) -> Any:
+    """Return the digest of a directory's tensors, which does not depend on the files that hold them."""
+    try:
+        parts = sorted(_tensors([Path(file) for file in weight_files(recipe)]))
+    except RecipeError:  # no safetensors files
+        files = sorted(directory.glob("pytorch_model*.bin"))
+        if not files:
+            raise FileNotFoundError(directory) from None
+        parts = [(file.name, "", file, 0, file.stat().st_size) for file in files]
+    found = hashlib.blake2b(digest_size=8)
+    whole = sum(stop - start for *_, start, stop in parts) <= WHOLE_BYTES
+    opened: dict[Path, int] = {}
+    try:
+        for key, what, file, start, stop in parts:
+            found.update(f"{key} {what} {stop - start}\n".encode())
+            if file not in opened:
+                opened[file] = os.open(file, os.O_RDONLY)
+            for at, size in _blocks(start, stop, whole=whole):
+                found.update(os.pread(opened[file], size, at))
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+    return found
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, str, Path, int, int]]:
+    """Yield (key, dtype and shape, file, first and last byte) of each tensor in safetensors files."""
+    for file in files:
+        begin, entries, _ = read_header(file)
+        for key, entry in entries.items():
+            yield key, f"{entry.dtype} {list(entry.shape)}", file, begin + entry.start, begin + entry.stop
+
+
+def _blocks(start: int, stop: int, *, whole: bool) -> Iterator[tuple[int, int]]:
+    """Yield (offset, bytes) of what is read of the bytes from `start` to `stop`."""
+    if whole or stop - start <= 3 * _BLOCK_BYTES:
+        for at in range(start, stop, _SPACING_BYTES):
+            yield at, min(_SPACING_BYTES, stop - at)
+        return
+    count = 3 + (stop - start) // _SPACING_BYTES
+    for i in range(count):
+        yield start + (stop - start - _BLOCK_BYTES) * i // (count - 1), _BLOCK_BYTES
