@@ -19,7 +19,16 @@ from tests.ranks import get_pool
 from tests.test_train import ALL_MESHES, model_dir, ranks_of, trained, world  # noqa: F401
 
 
-def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: str, **model: Any) -> dict[str, Any]:  # noqa: F811
+def start(
+    world: dict[str, Any],  # noqa: F811
+    folder: Path,
+    *,
+    mesh: str,
+    steps: int,
+    kind: str,
+    optim: dict[str, Any] | None = None,
+    **model: Any,
+) -> dict[str, Any]:
     sizes = ALL_MESHES[mesh]
     recipe = tiny.recipe_file(
         folder / f"{mesh}-{steps}.toml",
@@ -30,6 +39,7 @@ def start(world: dict[str, Any], folder: Path, *, mesh: str, steps: int, kind: s
         steps=6,
         batch_ranks=sizes.get("dp_replicate", 1) * sizes.get("dp_shard", 1),
         checkpoint={"every": 3, "resume": "auto"},
+        optim=optim or {},
     )
     return get_pool(ranks_of(sizes)).run(trained, str(recipe), [], steps, timeout=300)[0]
 
@@ -81,6 +91,22 @@ def test_resume_draws_the_dropout_that_the_run_would_have_drawn(
     (tmp_path / "dry").mkdir()
     dry = start(world, tmp_path / "dry", mesh="dp_shard2", steps=1, kind="gpt2")
     assert dry["metrics"][0]["loss"] != pytest.approx(losses["whole"][0], rel=1e-4)
+
+
+def test_resume_with_another_decay_of_norms_is_the_same_on_another_mesh(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The optimizer's groups differ between the meshes and between the two values."""
+    ends = {}
+    for name, meshes in (("one", ("1", "1")), ("several", ("dp_shard2-tp2", "dp_shard2"))):
+        (tmp_path / name).mkdir()
+        for mesh, steps, decay in zip(meshes, (3, 6), (True, False), strict=True):
+            optim = {"decay_norms": decay, "weight_decay": 30.0}
+            ends[name] = start(world, tmp_path / name, mesh=mesh, steps=steps, kind="gpt2", optim=optim)["metrics"]
+    for ours, theirs in zip(ends["several"], ends["one"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
 # ---- what a resume compares
