@@ -25,7 +25,7 @@ from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runs.messages import on_rank0
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
-from ndtrain.runs.stop_signals import StopSignals, nothing_to_save, request_name
+from ndtrain.runs.stop_signals import Progress, StopSignals, nothing_to_save, request_name
 from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_batches, open_tokenizer
@@ -72,6 +72,7 @@ class Trainer:
         self.watch = Watch(recipe.run.step_timeout_s)
         self.loggers: list[Logger] = []
         self.origin: dict[str, Any] = {}  # on rank 0
+        self._asks_at = 0  # the step at whose end the ranks next ask each other
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
 
@@ -185,6 +186,7 @@ class Trainer:
         engine, measure = self.engine, self._measure
         started = time.perf_counter()
         self.watch.beat(self.step + 1)
+        self._asks_at = self.step + 1
         batches = self._load()
         targets = count_targets(batches, engine)
         self._seed()
@@ -304,7 +306,9 @@ class Trainer:
 
     def _listen(self) -> None:
         """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
-        self.stop_signals.training = True
+        self.stop_signals.begin(
+            lambda: Progress(self.step, min(self._asks_at, self.recipe.train.steps), self.saving.step)
+        )
         self.requested = self._agree(0)[1:]
         if self.requested[0]:
             self._remove_request_files()
@@ -313,6 +317,7 @@ class Trainer:
     def _agree(self, number: int) -> list[int]:
         """Return [the largest `number`, stop, save] over all ranks; collective."""
         own = [number, *self.stop_signals.seen(files=self.runtime.is_main)]
+        self._asks_at += 1
         shared = torch.tensor(own, dtype=torch.int64, device=self.engine.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return cast("list[int]", shared.tolist())
