@@ -273,6 +273,18 @@ def test_other_weights_under_the_same_name_are_refused(run: dict[str, Path], tmp
     assert not resume(own, "train.steps=3")["error"]
 
 
+def test_a_checkpoint_as_the_base_is_known_by_its_hashes(run: dict[str, Path], tmp_path: Path) -> None:
+    step = run["run"] / "checkpoints" / "step-00000002"
+    shutil.copytree(step, tmp_path / "moved")
+    assert not resume(run, "train.steps=3")["error"]  # has other weights
+    new = [f"run.dir={tmp_path}/new", "train.steps=3"]
+    assert not resume(run, f"model.name={step}", *new)["error"]
+    assert "the same base weights" in rows(resume(run, f"model.name={tmp_path}/moved", *new))["model.name"]
+    later = run["run"] / "checkpoints" / "step-00000003"
+    error = resume(run, f"model.name={later}", *new)["error"]
+    assert "model.name was" in error and "other base weights" in error
+
+
 def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_it_goes(with_data: dict[str, Path]) -> None:
     run = with_data
     step = run["run"] / "checkpoints" / "step-00000002"

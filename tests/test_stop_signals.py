@@ -196,6 +196,36 @@ def test_ctrl_c_at_a_terminal_before_and_after_the_first_step(tmp_path: Path) ->
     assert code == 130 and "Traceback" not in text, text
 
 
+WAITING = """
+import datetime, pathlib, torch.distributed
+from ndtrain.runs.stop_signals import Progress, StopSignals
+signals = StopSignals(pathlib.Path("."))
+signals.listen()
+signals.begin(lambda: Progress(step=7, stop_after=8, saved=4))
+store = torch.distributed.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+print("waiting", flush=True)
+store.wait(["never"], datetime.timedelta(seconds=100))
+"""
+
+
+def test_ctrl_c_is_answered_while_the_main_thread_waits_for_a_peer() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        first = "stopping after step 8 with a save; Ctrl-C again ends now, losing the steps since step 4"
+        assert process.stderr.readline() == f"ndtrain: {first}\n"
+        process.send_signal(signal.SIGINT)
+        lost = "ended by Ctrl-C; steps 5 to 7 are lost; start again to continue from step 4"
+        assert process.communicate(timeout=20)[1] == f"ndtrain: {lost}\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
+
+
 def test_second_signal_after_the_workers_ended_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -42,7 +42,7 @@ class Progress(NamedTuple):
 class StopSignals:
     """Hold what this process was asked to do, so that all ranks can act on it at the same step.
 
-    Before the first step there is nothing to save, so a signal raises `Stopped` at once.
+    Before the first step there is nothing to save, so Ctrl-C ends the process and another signal raises `Stopped`.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -77,7 +77,8 @@ class StopSignals:
         first, self.signal = not self.signal, self.signal or number
         if first and self._progress is None:
             stopped = nothing_to_save(number)
-            if self._importing:
+            # Ctrl-C reaches the ranks at different points, where unwinding would bring their collectives out of step.
+            if number == signal.SIGINT or self._importing:
                 _leave(str(stopped), stopped.exit_code)
             raise stopped
 
