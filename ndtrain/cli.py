@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,7 +56,7 @@ SetOption = Annotated[
 def main() -> None:
     """Run the command line. An `NdtrainError` is printed without a traceback and exits with its own code."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
     prints = speaks_for_all()  # under torchrun every rank meets the same error
     try:
         code = app(prog_name="ndtrain", standalone_mode=False)
@@ -66,8 +67,6 @@ def main() -> None:
                 print(f"ndtrain: {kind}{without_secrets(line)}", file=sys.stderr, flush=True)
         _leave(error.exit_code, first=prints, wait_s=STOPPED_AFTER_S if isinstance(error, Stopped) else LEAVE_AFTER_S)
     except KeyboardInterrupt:
-        if prints:
-            print("ndtrain: stopped by Ctrl-C", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of the output has gone; the flush at exit must not fail again.
@@ -81,6 +80,13 @@ def main() -> None:
             show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Print that Ctrl-C ends the command, now, since Typer catches the exception."""
+    if speaks_for_all():
+        print("ndtrain: stopped by Ctrl-C", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
 
 
 def _leave(code: int, *, first: bool, wait_s: float) -> None:

@@ -48,6 +48,11 @@ def test_moved_or_resharded_weights_are_the_same_base_and_other_values_are_not(t
             change(tmp_path / "moved", key, index)
             found.add(identity_of(tmp_path, tmp_path / "moved"))
         assert len(found) == 4
+        (base / "modeling_x.py").write_text("x = 1")
+        assert identity_of(tmp_path, base) == own
+        trusted = identity_of(tmp_path, base, trust_remote_code=True)
+        (base / "modeling_x.py").write_text("x = 2")
+        assert own != trusted != identity_of(tmp_path, base, trust_remote_code=True)
     assert identity_of(tmp_path, base, init="random") == "drawn from train.seed"
 
 

@@ -28,28 +28,35 @@ def base_identity(recipe: Recipe) -> str | None:
     """Return a text that is equal for equal base weights, whatever their directory; None if they cannot be read.
 
     It is the hashes in the manifest of an ndtrain checkpoint, the commit of a hub repository, and for a directory a
-    digest of its tensors. Weights that are drawn have none of their own: train.seed and the config tell them apart.
+    digest of its tensors, with that of the code that comes with them where the recipe trusts it. Weights that are drawn
+    have none of their own: train.seed and the config tell them apart.
     """
     if recipe.model.init == "random":
         return "drawn from train.seed"
     name = str(recipe.model.name)
     directory = Path(name)
     try:
+        code = _code(directory) if recipe.model.trust_remote_code else ""
         if (directory / MANIFEST).is_file():
             files = read_manifest(directory)["files"]
             stored = {key: entry[HASH] for key, entry in files.items() if key.startswith("model/")}
-            return _named("checkpoint", hashlib.blake2b(json.dumps(stored, sort_keys=True).encode(), digest_size=8))
+            digest = hashlib.blake2b(json.dumps(stored, sort_keys=True).encode(), digest_size=8)
+            return f"checkpoint {digest.hexdigest()}{code}"
         if not directory.is_dir():
             config = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
             commit = re.search(r"/snapshots/([^/]+)/", Path(config).as_posix()) if config else None
             return f"commit {commit[1]}" if commit else None
-        return _named("tensors", _digest(directory, recipe))
+        return f"tensors {_digest(directory, recipe).hexdigest()}{code}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedError):
         return None  # whoever reads the weights reports it
 
 
-def _named(kind: str, digest: Any) -> str:
-    return f"{kind} {digest.hexdigest()}"
+def _code(directory: Path) -> str:
+    files = sorted(directory.glob("*.py"))
+    found = hashlib.blake2b(digest_size=8)
+    for file in files:
+        found.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return f", code {found.hexdigest()}" if files else ""
 
 
 def _digest(directory: Path, recipe: Recipe) -> Any:

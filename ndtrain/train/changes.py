@@ -131,7 +131,7 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
             own, other = (
                 f"{value} ({base})" for value, base in zip(values, (saved["base"], origin["base"]), strict=True)
             )
-            yield Change(key, own, other, "allow", "other base weights")
+            yield Change(key, own, other, "allow", "another base")
         elif key in _DATA and same_data:
             yield Change(key, *values, "free", "the same content")
         elif key == "data.path":
