@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -13,7 +15,12 @@ import torch
 import transformers
 import xxhash
 
+from ndtrain.hf.tokenizer import ByteTokenizer
+from ndtrain.mesh import MeshSizes
+from ndtrain.recipe import load_recipe
 from ndtrain.recipe.resuming import NEVER
+from ndtrain.train.changes import find_changes
+from ndtrain.train.origin import origin_of
 from tests import proofs, tiny
 from tests.ranks import get_pool
 from tests.test_train import ALL_MESHES, model_dir, ranks_of, trained, world  # noqa: F401
@@ -155,8 +162,6 @@ def with_data(run: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 def resumed(recipe: str, overrides: list[str]) -> dict[str, Any]:
     """What a resume prints and raises, and whether it tokenizes first."""
-    from unittest import mock
-
     from ndtrain.data.cache import build_cache
     from ndtrain.errors import NdtrainError
     from tests.trainers import Said, trainer_of
@@ -242,6 +247,14 @@ def test_a_change_of_the_meaning_is_refused_before_tokenizing_and_named(
         assert f"resumed from {run['run']}" in allow["said"]
 
 
+def test_the_models_config_may_change_where_allowed_but_not_its_shapes(run: dict[str, Path]) -> None:
+    allow = 'checkpoint.allow=["model.config"]'
+    assert not resume(run, "model.config.rms_norm_eps=0.5", allow)["error"]
+    error = resume(run, "model.config.intermediate_size=32", allow)["error"]
+    assert "intermediate_size was 96, is now 32 (the checkpoint's tensors have other shapes); restore it, or" in error
+    assert "checkpoint.allow" not in error
+
+
 def test_the_same_content_elsewhere_is_shown_and_not_refused(run: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(run["corpus"], tmp_path / "again")
     found = resume(run, f"model.name={run['root']}/moved", f"data.path={tmp_path}/again")
@@ -258,6 +271,20 @@ def test_other_files_under_data_path_are_refused_with_their_number(with_data: di
     found = resume(run)
     assert "the files of data.path changed: 2 added, 1 removed, 1 changed" in found["error"]
     assert found["error"].count("\n") == 0 and not found["tokenized"]
+
+
+def test_files_too_many_to_list_are_compared_as_a_whole(finished: dict[str, Path]) -> None:
+    recipe = load_recipe(finished["recipe"])
+    with mock.patch("ndtrain.train.origin.MOST_FILES", 3):
+        origin = origin_of(recipe, ByteTokenizer())
+    assert origin["files"] is None
+    state = {"recipe": origin["recipe"], "origin": origin, "data": f"{origin['data']} seq_len=32", "samples": 0}
+    args: Any = {"sizes": MeshSizes(), "configs": ({}, {}), "same_shapes": lambda: True}
+    assert find_changes(state, recipe, origin, **args) == []
+    (change,) = find_changes(state, recipe, {**origin, "data": "other", "content": "other"}, **args)
+    assert (change.key, change.rule, change.meaning) == ("data.path", "allow", "the files of data.path changed")
+    (change,) = find_changes(state, recipe, {**origin, "data": "other"}, **args)
+    assert change.meaning == "this version of ndtrain reads the same files in another way"
 
 
 def test_other_weights_under_the_same_name_are_refused(run: dict[str, Path], tmp_path: Path) -> None:
@@ -327,9 +354,6 @@ def test_restarts_of_a_launch_print_no_table(run: dict[str, Path], monkeypatch: 
 
 def restarted(recipe: str) -> list[str]:
     """What two attempts of one launch print that both die before the next checkpoint."""
-    import os
-    from unittest import mock
-
     said = []
     variables = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3", "MASTER_PORT": "1"}
     with mock.patch.dict(os.environ, variables):

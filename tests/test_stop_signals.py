@@ -198,10 +198,10 @@ def test_ctrl_c_at_a_terminal_before_and_after_the_first_step(tmp_path: Path) ->
 
 WAITING = """
 import datetime, pathlib, torch.distributed
-from ndtrain.runs.stop_signals import Progress, StopSignals
+from ndtrain.runs.stop_signals import Steps, StopSignals
 signals = StopSignals(pathlib.Path("."))
 signals.listen()
-signals.begin(lambda: Progress(step=7, stop_after=8, saved=4))
+signals.begin(lambda: Steps(complete=7, stop_after=8, saved=4))
 store = torch.distributed.TCPStore("localhost", 0, None, True, wait_for_workers=False)
 print("waiting", flush=True)
 store.wait(["never"], datetime.timedelta(seconds=100))

@@ -31,10 +31,10 @@ INTERRUPTED = 130
 _AFTER_RANK_0_S = 0.5
 
 
-class Progress(NamedTuple):
-    """Where a run is: its last complete step, the step after which a stop would come, and the last saved step."""
+class Steps(NamedTuple):
+    """The last complete step of a run, the step after which a stop would come, and the last saved step."""
 
-    step: int
+    complete: int
     stop_after: int
     saved: int | None
 
@@ -47,7 +47,7 @@ class StopSignals:
 
     def __init__(self, run_dir: Path) -> None:
         self.signal = 0  # number of the first signal received
-        self._progress: Callable[[], Progress] | None = None
+        self._progress: Callable[[], Steps] | None = None
         self._importing = False
         self._save, self._stop = run_dir / "save", run_dir / "stop"
         self._not_removable: set[Path] = set()
@@ -69,7 +69,7 @@ class StopSignals:
         yield
         self._importing = False
 
-    def begin(self, progress: Callable[[], Progress]) -> None:
+    def begin(self, progress: Callable[[], Steps]) -> None:
         """From now on let requests wait for the end of a step; `progress` tells a person what they are about."""
         self._progress = progress
 
@@ -153,7 +153,7 @@ def nothing_to_save(stop: int) -> Stopped:
     return Stopped(f"stopped by {request_name(stop)} before the first step, so there is nothing to save")
 
 
-def _end(progress: Callable[[], Progress] | None) -> NoReturn:
+def _end(progress: Callable[[], Steps] | None) -> NoReturn:
     """End this process at once; rank 0 prints which steps are lost."""
     if progress is None:
         _leave("ended by Ctrl-C before the first step", INTERRUPTED)

@@ -150,10 +150,14 @@ def _files(
 ) -> Iterator[Change]:
     """Yield the change of data.path, where tokens differ."""
     old, new = saved["files"], origin["files"]
-    if old != new:
-        other = sum(old[name] != new[name] for name in old.keys() & new.keys())
-        counts = f"{len(new.keys() - old.keys())} added, {len(old.keys() - new.keys())} removed, {other} changed"
-        yield Change("data.path", *values, "allow", f"the files of data.path changed: {counts}")
+    if saved["content"] != origin["content"]:
+        meaning = "the files of data.path changed"
+        if old is not None and new is not None:
+            other = sum(old[name] != new[name] for name in old.keys() & new.keys())
+            meaning += (
+                f": {len(new.keys() - old.keys())} added, {len(old.keys() - new.keys())} removed, {other} changed"
+            )
+        yield Change("data.path", *values, "allow", meaning)
     elif saved["tokenizer"] == origin["tokenizer"]:
         yield Change("data.path", *values, "allow", "this version of ndtrain reads the same files in another way")
     elif changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
 from ndtrain.train.inputs import cache_root
 
+# Every checkpoint lists the files, and every rank reads the list.
+MOST_FILES = 100_000
+
 
 def origin_of(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[str, Any]:
     """Return, as JSON, the `recipe` with all defaults, and the identities of its inputs, before anything is tokenized.
 
-    `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, `files` each file of
-    data.path by its name below that path, and `data` all tokens. Reads the data files whose digests are not cached.
+    `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, `content` the text of
+    data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
+    tokens. Reads the data files whose digests are not cached.
     """
     files = find_files(recipe.data.path)
     root = Path(recipe.data.path).expanduser()
@@ -29,5 +34,12 @@ def origin_of(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[s
         "base": base_identity(recipe),
         "tokenizer": contents.tokenizer,
         "data": contents.key,
-        "files": {os.path.relpath(file, root): known for file, known in zip(files, contents.files, strict=True)},
+        "content": _digest(" ".join(contents.files)),
+        "files": {os.path.relpath(file, root): _digest(own) for file, own in zip(files, contents.files, strict=True)}
+        if len(files) <= MOST_FILES
+        else None,
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

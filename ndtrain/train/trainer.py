@@ -25,7 +25,7 @@ from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runs.messages import on_rank0
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
-from ndtrain.runs.stop_signals import Progress, StopSignals, nothing_to_save, request_name
+from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_batches, open_tokenizer
@@ -297,7 +297,7 @@ class Trainer:
                 "mesh": asdict(self.sizes),
                 "versions": versions(),
                 "recipe": self.origin.get("recipe"),
-                "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "files")},
+                "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "content", "files")},
             },
             extra_files=lambda directory: save_extras(directory, engine.model, self.tokenizer, states),
         )
@@ -306,9 +306,7 @@ class Trainer:
 
     def _listen(self) -> None:
         """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
-        self.stop_signals.begin(
-            lambda: Progress(self.step, min(self._asks_at, self.recipe.train.steps), self.saving.step)
-        )
+        self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.recipe.train.steps), self.saving.step))
         self.requested = self._agree(0)[1:]
         if self.requested[0]:
             self._remove_request_files()
