@@ -28,34 +28,47 @@ class Device:
     bandwidth: float  # of the device's memory
     intra: float  # to the other ranks of its node
     inter: float  # to other nodes, through the device's own network card
+    pcie: float  # to its host's memory, and as much back
+    host_bandwidth: float  # of the memory of a node's host, all sockets together
     source: str
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {key: getattr(self, key) for key in FIGURES}
 
     def peak(self, dtype: str) -> float:
         return self.float32 if dtype in ("float32", "float64", "int") else self.bfloat16
 
 
+FIGURES = tuple(field.name for field in fields(Device) if field.type == "float")
+
 DEVICES = {
     device.name: device
     for device in (
         Device(
-            "a100", 312e12, 19.5e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB,
-            "NVIDIA A100 80GB SXM datasheet (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s card per GPU",
+            "a100", 312e12, 19.5e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, 32 * GB, 409.6 * GB,
+            "NVIDIA A100 80GB SXM datasheet (NVLink 600 GB/s, PCIe 4.0 64 GB/s both ways); DGX A100: one 200 Gb/s card "
+            "per GPU, 16 channels of DDR4-3200",
         ),
         Device(
-            "h100", 989e12, 66.9e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB,
-            "NVIDIA H100 SXM datasheet (NVLink 900 GB/s both ways); DGX H100: one 400 Gb/s card per GPU",
+            "h100", 989e12, 66.9e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, 64 * GB, 614.4 * GB,
+            "NVIDIA H100 SXM datasheet (NVLink 900 GB/s, PCIe 5.0 128 GB/s both ways); DGX H100: one 400 Gb/s card per "
+            "GPU, 16 channels of DDR5-4800",
         ),
         Device(
-            "h200", 989e12, 66.9e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB,
-            "NVIDIA H200 SXM datasheet (NVLink 900 GB/s both ways); DGX H200: one 400 Gb/s card per GPU",
+            "h200", 989e12, 66.9e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 64 * GB, 614.4 * GB,
+            "NVIDIA H200 SXM datasheet (NVLink 900 GB/s, PCIe 5.0 128 GB/s both ways); DGX H200: one 400 Gb/s card per "
+            "GPU, 16 channels of DDR5-4800",
         ),
         Device(
-            "b200", 2250e12, 75e12, 180 * GB, 8000 * GB, 900 * GB, 50 * GB,
-            "NVIDIA DGX B200 datasheet (NVLink 1.8 TB/s both ways, one 400 Gb/s card per GPU)",
+            "b200", 2250e12, 75e12, 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 64 * GB, 716.8 * GB,
+            "NVIDIA DGX B200 datasheet (NVLink 1.8 TB/s, PCIe 5.0 128 GB/s both ways, one 400 Gb/s card per GPU); 16 "
+            "channels of DDR5-5600",
         ),
         Device(
-            "mi300x", 1307.4e12, 163.4e12, 192 * GB, 5300 * GB, 448 * GB, 50 * GB,
-            "AMD Instinct MI300X datasheet (Infinity Fabric 128 GB/s both ways to each of 7); a 400 Gb/s card each",
+            "mi300x", 1307.4e12, 163.4e12, 192 * GB, 5300 * GB, 448 * GB, 50 * GB, 64 * GB, 921.6 * GB,
+            "AMD Instinct MI300X datasheet (Infinity Fabric 128 GB/s both ways to each of 7, PCIe 5.0 128 GB/s both "
+            "ways); a 400 Gb/s card each, 24 channels of DDR5-4800",
         ),
     )
 }  # fmt: skip
@@ -64,10 +77,10 @@ DEVICES = {
 def find_device(text: str) -> Device:
     """Return a device by name, or from figures: `bfloat16=5e14,memory=48e9,bandwidth=9e11,...`.
 
-    Figures after a name replace some of its own: `h100,memory=94e9`. Raises `RecipeError`.
+    Figures after a name replace some of its own: `h100,memory=94e9`. Those of the host (`pcie`, `host_bandwidth`) may
+    be left out: they are an h100's then. Raises `RecipeError`.
     """
     first, *rest = text.split(",")
-    numbers = [f.name for f in fields(Device) if f.type == "float"]
     given: dict[str, float] = {}
     base = None
     for number, part in enumerate([first, *rest]):
@@ -84,16 +97,18 @@ def find_device(text: str) -> Device:
             given[key] = float(value)
         except ValueError:
             raise RecipeError(f"--device {text}: {value!r} is not a number") from None
-        if key not in numbers or not 0 < given[key] < float("inf"):
+        if key not in FIGURES or not 0 < given[key] < float("inf"):
             raise RecipeError(
-                f"--device {text}: {key}={value} must be a positive number for one of {', '.join(numbers)}"
+                f"--device {text}: {key}={value} must be a positive number for one of {', '.join(FIGURES)}"
             )
     if base is not None:
         name, source = base.name, base.source
-        values = {key: getattr(base, key) for key in numbers} | given
+        values = base.figures | given
     else:
-        name, source, values = "your device", "given", given
-    missing = [key for key in numbers if key not in values]
+        assumed = {key: DEVICES["h100"].figures[key] for key in ("pcie", "host_bandwidth") if key not in given}
+        name, values = "your device", assumed | given
+        source = "given" + (f", but {' and '.join(assumed)}, which are those of an h100's host" if assumed else "")
+    missing = [key for key in FIGURES if key not in values]
     if missing:
         raise RecipeError(
             f"--device {text} lacks {', '.join(missing)}; add them, or begin with a device's name to use its figures"
@@ -110,6 +125,20 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((known.bfloat16 for key, known in DEVICES.items() if key.upper() in name), None)
+
+
+# Instructions for bfloat16 products, as torch names them, of x86 and of ARM.
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Return whether `device` is known to have no instructions for bfloat16, so that float32 is faster on it."""
+    import torch
+
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and not any(found.get(name) for name in _CPU_BFLOAT16)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -86,6 +86,12 @@ NAMES: dict[str, Private] = {
     # ---- trees, modes, functions that make tensors
     "tree_map": Private("torch.utils._pytree:tree_map", _TREE, "func tree"),
     "tree_leaves": Private("torch.utils._pytree:tree_leaves", _TREE, "tree"),
+    "make_wrapper_subclass": Private(
+        "torch:Tensor._make_wrapper_subclass",
+        "a tensor that stands for another",
+        "size strides dtype device requires_grad",
+    ),
+    "disabled_torch_function": Private("torch:_C._disabled_torch_function_impl", "a tensor that stands for another"),
     "TorchDispatchMode": Private("torch.utils._python_dispatch:TorchDispatchMode", "the operations of a step"),
     "device_constructors": Private("torch.utils._device:_device_constructors", "functions that make tensors", ""),
     "foreach_norm": Private("torch:_foreach_norm", "norms of many tensors at once"),
@@ -140,6 +146,9 @@ NAMES: dict[str, Private] = {
     "fsdp_unshard": Private(f"{_FSDP}.unshard", _DRY, "async_op"),
     "fsdp_wait_for_unshard": Private(f"{_FSDP}.wait_for_unshard", _DRY, ""),
     "fsdp_post_backward": Private(f"{_FSDP}.post_backward", _DRY, ""),
+    "forget_shardings": Private(
+        "torch.distributed.tensor.debug:_clear_sharding_prop_cache", "dry steps on other meshes before", ""
+    ),
     "ShardingPropagator": Private(f"{_PROPAGATION}:ShardingPropagator", _DRY),
     "propagate_tensor_meta": Private(
         f"{_PROPAGATION}:ShardingPropagator._propagate_tensor_meta_non_cached", _DRY, "op_schema"
@@ -209,6 +218,47 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(name)
 
 
+@contextmanager
+def fsdp_in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, FSDP gathers, casts and reduces in float32 whatever its policies say; no gradient may outlive it."""
+    import torch
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    states = list({id(state): state for module in modules for state in [module._get_fsdp_state()]}.values())
+    before = [state._mp_policy for state in states]
+
+    def use(policies: list[MixedPrecisionPolicy]) -> None:
+        for module in modules:
+            module.reshard()
+        for state, policy in zip(states, policies, strict=True):
+            state._mp_policy = policy
+            # A state has several groups from torch 2.12 on.
+            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+                group.mp_policy = policy
+                group._init_mp_dtypes()
+                for held in group.fsdp_params:
+                    # These stay between steps, without memory but with the dtype of before.
+                    held.all_gather_outputs = []
+                    vars(held).pop("_unsharded_param", None)
+
+    use(
+        [
+            MixedPrecisionPolicy(
+                param_dtype=torch.float32,
+                reduce_dtype=torch.float32,
+                output_dtype=torch.float32 if policy.output_dtype is not None else None,
+                cast_forward_inputs=policy.cast_forward_inputs,
+            )
+            for policy in before
+        ]
+    )
+    try:
+        yield
+    finally:
+        use(before)
+
+
 # ---- a dry step
 
 
@@ -233,6 +283,16 @@ def shape_propagation_wrapped(wrap: Callable[[Callable[..., Any]], Callable[...,
     propagator, name = NAMES["ShardingPropagator"].find(), "_propagate_tensor_meta_non_cached"
     with mock.patch.object(propagator, name, wrap(getattr(propagator, name))):
         yield
+
+
+def written_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield the arguments that an operator changes, but not those that are only its outputs (`out=`).
+
+    Fused optimizers declare gradients among them, but change those only to undo the scale of a loss.
+    """
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.is_write and not argument.kwarg_only and argument.name != "grads":
+            yield args[number] if number < len(args) else kwargs.get(argument.name)
 
 
 def fsdp_name(group: Any) -> str:

@@ -8,7 +8,6 @@ that the test has changed, does not use it.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import os
 import shutil
@@ -25,15 +24,6 @@ if TYPE_CHECKING:
 
 VARIABLE = "NDTRAIN_TEST_PROOFS"  # has the folder of this session; where it is not set nothing is remembered
 
-# What a proof on noise does not depend on: all else of a recipe is part of its key. What names the model is there as
-# the model's config.
-_LEFT_OUT: dict[str, set[str]] = {
-    "model": {"name", "type", "init", "config"},
-    "data": {"format", "path", "tokenizer", "shuffle"},
-    "train": {"steps", "seed", "max_bad_steps", "global_batch_size", "micro_batch_size"},
-}
-_SECTIONS_LEFT_OUT = {"load", "optim", "schedule", "checkpoint", "log", "run"}
-
 
 @cache
 def folder() -> str:
@@ -43,31 +33,17 @@ def folder() -> str:
     return made
 
 
-def key_of(engine: Engine) -> str:
-    """A name for all that a proof of `engine` on noise depends on."""
-    from ndtrain.data import micro_batches
-
-    model = engine.model
-    recipe = {
-        section: {key: value for key, value in values.items() if key not in _LEFT_OUT.get(section, ())}
-        for section, values in engine.recipe.model_dump(mode="json").items()
-        if section not in _SECTIONS_LEFT_OUT
-    }
-    config = {**model.config.to_dict(), "_name_or_path": None, "_attn": model.config._attn_implementation}
-    # A proof has one row or several, as a step's micro batches have; how many is all one to it.
-    train = engine.recipe.train
-    rows, _ = micro_batches(train.global_batch_size, engine.sizes.batch, train.micro_batch_size)
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    parts = (kind, config, recipe, repr(engine.plan), engine.vocabulary, rows > 1)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
-
-
 @contextmanager
 def remembered() -> Iterator[None]:
     """The proof on noise that a trainer makes inside may have been made in an earlier case of this session."""
     from ndtrain import proof
 
-    prove, calls = proof.prove, 0
+    prove, calls, names = proof.prove, 0, []
+    identity = proof.identity
+
+    def named(engine: Engine) -> str:
+        names.append(identity(engine))
+        return names[-1]
 
     def once(engine: Engine, references: Any) -> proof.Proof:
         nonlocal calls
@@ -76,19 +52,19 @@ def remembered() -> Iterator[None]:
         # A second proof is one of the weights themselves.
         if root is None or calls > 1 or engine.recipe.model.trust_remote_code:
             return prove(engine, references)
-        return _once(engine, Path(root), lambda: prove(engine, references))
+        return _once(engine, Path(root) / names[0], lambda: prove(engine, references))
 
-    with mock.patch.object(proof, "prove", once):
+    with mock.patch.object(proof, "identity", named), mock.patch.object(proof, "prove", once):
         yield
 
 
-def _once(engine: Engine, root: Path, prove: Any) -> Any:
+def _once(engine: Engine, path: Path, prove: Any) -> Any:
     import torch
     import torch.distributed as dist
 
     from ndtrain.proof import Proof
 
-    file = root / f"{key_of(engine)}-{dist.get_rank()}.json"
+    file = path.with_name(f"{path.name}-{dist.get_rank()}.json")
     # Each rank writes its own once its proof has not raised; all prove where one has none.
     known = torch.tensor(int(file.exists()))
     dist.all_reduce(known, op=dist.ReduceOp.MIN)

@@ -27,11 +27,11 @@ from ndtrain import cli
 from ndtrain.checkpoint import check
 from ndtrain.convert import convert, shards, stream
 from ndtrain.convert.shards import parse_size
-from ndtrain.convert.stored import stored
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.storage.paths import to_path
 from ndtrain.storage.pieces import Piece
+from ndtrain.storage.stored import stored
 from tests.convert_cases import FAMILIES, build, save_checkpoint
 from tests.ranks import get_pool
 

@@ -357,6 +357,8 @@ def test_jsonl_lines_are_documents(tmp_path: Path) -> None:
     got = [bytes(cache.tokens[a + 1 : b - 1].tolist()).decode() for a, b in itertools.pairwise(cache.docs)]
     assert got == ["one", "zwei ü", "lone ?"]
     (data / "a.jsonl").rename(data / "a.json")
+    assert make_cache(data).key == cache.key, "the same rows"
+    (data / "a.json").rename(data / "a.txt")
     assert make_cache(data).key != cache.key, "the same bytes as one document are another cache"
 
 
@@ -412,6 +414,6 @@ FIXED_ORDER = [3, 2, 1, 6, 0, 7, 4, 5]
 
 
 def test_binary_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.parquet").write_bytes(b"PAR1\x15\x00\x15")
-    with pytest.raises(RecipeError, match=r"x\.parquet is not text"):
-        build_cache(find_files(str(tmp_path / "x.parquet")), ByteTokenizer(), cache_dir=tmp_path / "cache")
+    (tmp_path / "x.bin").write_bytes(b"words" * 99_999 + b"\0")
+    with pytest.raises(RecipeError, match=r"x\.bin is not text"):
+        build_cache(find_files(str(tmp_path / "x.bin")), ByteTokenizer(), cache_dir=tmp_path / "cache")

@@ -235,10 +235,11 @@ def test_single_modules_compute_in_the_dtype_of_their_mixed_precision(
     exact = reference(model_dir(world, "qwen3"), recipe)
     result = get_pool(ranks_of(ALL_MESHES[mesh])).run(trained, str(recipe), [], timeout=300)[0]
     want = mixed_reference(model_dir(world, "qwen3"), recipe, dtypes=dtypes, around=around, batch_ranks=2)
-    # After two steps the rounding of single values to bfloat16 makes the two differ.
-    for metrics, (loss, norm), (_, other) in zip(result["metrics"][:2], want, exact, strict=False):
-        assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    # Once weights were updated, the rounding of single values to bfloat16 makes the two differ.
+    limits = [(1e-6, 1e-5), (1e-5, 1e-4)]
+    for metrics, (loss, norm), (_, other), (near, nearly) in zip(result["metrics"], want, exact, limits, strict=False):
+        assert metrics["loss"] == pytest.approx(loss, rel=near)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=nearly)
         assert metrics["grad_norm"] != pytest.approx(other, rel=2e-5)
 
 

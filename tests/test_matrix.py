@@ -28,7 +28,7 @@ def test_the_report_shows_every_type_and_counts_every_cell(tmp_path: Path) -> No
     ours.put("llama", "tp2", {"status": "agrees", "worst": 2e-7, "limit": 1e-4})
     ours.put("qwen3", "tp2", {"status": "wrong", "what": "gradient of qwen3", "worst": 0.5})
     results.Results(tmp_path / "peer.json").put("llama", "transformers tp2", {"status": "refused", "what": "no plan"})
-    text = results.report(tmp_path, ["tp2", "cp2-ring"], ["transformers tp2"])
+    text = results.report(tmp_path, ["tp2", "cp2-ring"], ["transformers tp2"], "--peer")
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
     assert {*results.CONFIGS, *results.UNBUILT} <= set(rows)
     assert "| llama | yes | 2e-07 | refused [" in text
@@ -53,7 +53,7 @@ def test_a_type_that_this_transformers_lacks_is_passed_over_aloud(
     assert "error" in results.build_all(["older"], tmp_path)["older"]
     reason = f"transformers {transformers.__version__} has no such causal LM type"
     assert f"passed over older: {reason}" in capsys.readouterr().out
-    table = results.report(tmp_path, ["tp2"], [])
+    table = results.report(tmp_path, ["tp2"], [], "")
     lacking = results.CONFIGS.keys() - results.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
     assert f"It lacks {len(lacking)} that have a config" in table and "| older | no [" in table and reason in table
 

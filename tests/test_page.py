@@ -211,3 +211,84 @@ def test_the_page_is_legible_in_light_and_dark_mode(browser: Chrome, tmp_path: P
     )
     assert low == [] and seen > 100  # WCAG 2.2, 1.4.3
     assert (background > 0.5) == (scheme == "light")
+
+
+# Elements wider than the page or than the box around them, boxes that hide a part of a table or of the mesh, bars (the
+# tracks) and their parts that are too small to see, and how many bars there are.
+MEASURE = """
+document.querySelectorAll("details").forEach(d => d.open = true);
+showLayers();
+const wide = [...document.body.querySelectorAll("*")].filter(node => !node.closest("thead, .legend, style, script"))
+  .map(node => [node, node.getBoundingClientRect()])
+  .filter(([_, r]) => r.width && (r.right > innerWidth + 1 || r.left < -1)).map(([node]) => node)
+  .filter(node => !node.closest(".scroll") || node.matches(".scroll"));
+const box = document.getElementById("mesh"), squares_ = [...document.querySelectorAll(".rank")];
+const bars = [...document.querySelectorAll(".bar")], parts = [...document.querySelectorAll(".bar i:not(.limit)")];
+return {
+  page: document.scrollingElement.scrollWidth, viewport: innerWidth, wide: wide.map(node => node.outerHTML),
+  hidden: [...document.querySelectorAll(".scroll, .mesh")].filter(n => n.scrollWidth > n.clientWidth + 1).length,
+  mesh: box.scrollWidth <= box.clientWidth + 1, rank: Math.min(...squares_.map(s => s.getBoundingClientRect().width)),
+  bar: Math.min(...bars.map(node => node.getBoundingClientRect().width)),
+  part: Math.min(...parts.map(node => node.getBoundingClientRect().width)), count: bars.length,
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages of plans, one with a step that does not fit and all of its bars, one of a single rank that offloads."""
+    folder = tmp_path_factory.mktemp("pages")
+    found = {}
+    for case in ("64", "1024"):
+        plan, report, on_node = planned(folder, case)
+        found[case] = folder / f"{case}.html"
+        found[case].write_text(page_html(plan, report, on_node))
+    planned(folder, "8")
+    found["step"] = folder / "step.html"
+    inspect_text(load_recipe(folder / "recipe.toml"), world_size=8, device="h100,memory=4e5", html=found["step"])
+    found["one rank"] = folder / "one.html"
+    alone = ["mesh.dp_shard=1", "mesh.tp=1", "fsdp.cpu_offload=true"]
+    inspect_text(load_recipe(folder / "recipe.toml", alone), world_size=1, device="h100", html=found["one rank"])
+    return found
+
+
+@pytest.mark.parametrize("width", [400, 800, 1100, 1600])
+@pytest.mark.parametrize("case", ["step", "one rank", "64", "1024"])
+def test_nothing_is_cut_off_and_no_bar_is_too_small(
+    browser: Chrome, pages: dict[str, Path], case: str, width: int
+) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        browser.get(pages[case].as_uri())
+        seen = browser.execute_script(MEASURE)
+        assert browser.get_log("browser") == []
+        assert ("cpu_offload, host memory: " in browser.execute_script("return document.body.innerText")) == (
+            case == "one rank"
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert seen["viewport"] == width and seen["page"] <= width and seen["wide"] == []
+    assert seen["mesh"] and seen["rank"] >= 6
+    assert seen["bar"] >= 160 and seen["part"] >= 3 and seen["count"] > (10 if case == "step" else 0)
+    if width != 800:  # there a table of long names may scroll within its box
+        assert seen["hidden"] == 0
+
+
+def test_nodes_stand_side_by_side_as_there_is_room(browser: Chrome, pages: dict[str, Path]) -> None:
+    """And no two ranks on one place; arrow keys follow what is seen."""
+    browser.get(pages["64"].as_uri())
+    across = []
+    for width in (400, 800, 1600):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        places, below = browser.execute_async_script(
+            "const done = arguments[0]; requestAnimationFrame(() => setTimeout(() => done([squares.map(s => {"
+            "const r = s.getBoundingClientRect(); return [Math.round(r.x), Math.round(r.y)] }),"
+            " neighbour(3, 'ArrowDown')]), 50))"
+        )
+        assert len({tuple(place) for place in places}) == 64
+        across.append(len({x for x, _ in places[::8]}))
+        assert below == 3 + 8 * across[-1]
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert across[0] == 1 and across == sorted(set(across))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ndtrain import torch_compat
 from ndtrain.hf import compat
@@ -67,7 +67,8 @@ def test_private_attributes_of_fsdp_are_what_they_were() -> None:
     dist.init_process_group("fake", rank=0, world_size=2, store=torch_compat.FakeStore())
     try:
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
-        fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
+        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)), mp_policy=low)
         fully_shard(model)
         assert torch_compat.class_before_fsdp(model[0]) is torch.nn.Linear
         assert torch_compat.class_before_fsdp(model) is torch.nn.Sequential
@@ -87,6 +88,12 @@ def test_private_attributes_of_fsdp_are_what_they_were() -> None:
             model(torch.ones(1, 4))
         assert names == ["0"] and gathered == [(4, 4), (4,)]
         assert len(torch_compat.process_groups()) >= 1
+        dtypes = []
+        model[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+        with torch_compat.fsdp_in_float32(model):
+            model(torch.ones(1, 4))
+        model(torch.ones(1, 4))
+        assert dtypes == [torch.float32, torch.bfloat16]
     finally:
         dist.destroy_process_group()
 

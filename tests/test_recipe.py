@@ -58,7 +58,7 @@ def test_every_key_has_its_documented_default(recipe: Any) -> None:
         "float32",
         True,
     )
-    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("rank0", True, True, None)
+    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("auto", True, True, None)
     assert (r.train.global_batch_size, r.train.micro_batch_size, r.train.seed) == (32, 4, 0)
     assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (500, 2, True)
     assert (r.checkpoint.resume, r.schedule.kind, r.optim.max_grad_norm, r.log.every) == (
@@ -309,6 +309,13 @@ def test_a_model_from_scratch_needs_type_and_tokenizer(recipe: Any) -> None:
         recipe(text, "data.tokenizer=bytes", "model.init=pretrained")
     with pytest.raises(RecipeError, match=r"model\.name is required: .*model\.type"):
         recipe(MINIMAL.replace('name = "org/model"\n', ""))
+
+
+def test_special_tokens_are_parsed_by_tokenizers_that_have_some(recipe: Any) -> None:
+    assert recipe().data.special_tokens == "text"
+    assert recipe(MINIMAL, "data.special_tokens=parse").data.special_tokens == "parse"
+    with pytest.raises(RecipeError, match=r'special_tokens = "parse" does not apply to data\.tokenizer = "bytes"'):
+        recipe(MINIMAL, "data.special_tokens=parse", "data.tokenizer=bytes")
 
 
 def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:

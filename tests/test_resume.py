@@ -15,6 +15,7 @@ import torch
 import transformers
 import xxhash
 
+from ndtrain.hf.model import meta_model
 from ndtrain.hf.tokenizer import ByteTokenizer
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import load_recipe
@@ -276,7 +277,7 @@ def test_other_files_under_data_path_are_refused_with_their_number(with_data: di
 def test_files_too_many_to_list_are_compared_as_a_whole(finished: dict[str, Path]) -> None:
     recipe = load_recipe(finished["recipe"])
     with mock.patch("ndtrain.train.origin.MOST_FILES", 3):
-        origin = origin_of(recipe, ByteTokenizer())
+        origin = origin_of(meta_model(recipe), recipe, ByteTokenizer())
     assert origin["files"] is None
     state = {"recipe": origin["recipe"], "origin": origin, "data": f"{origin['data']} seq_len=32", "samples": 0}
     args: Any = {"sizes": MeshSizes(), "configs": ({}, {}), "same_shapes": lambda: True}

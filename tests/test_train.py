@@ -358,37 +358,114 @@ def test_experts_apart_are_no_further_in_bfloat16_than_other_micro_batches(
     assert apart(losses[3], losses[4]) <= max(apart(a, b) for a, b in itertools.combinations(losses[:3], 2))
 
 
-def sabotaged(recipe_path: str, where: str) -> None:
-    """Like `trained`, on a model whose cut block is wrong in the same way on every rank."""
+def sabotaged(recipe_path: str, overrides: list[str], where: str) -> None:
+    """Like `trained`, on a model one part of which is wrong in the same way on every rank."""
     from ndtrain.engine import engine as module
 
     right = module.parallelize
 
     def wrong(model: Any, *args: Any, **kwargs: Any) -> Any:
-        context = right(model, *args, **kwargs)
-        layer = model.get_submodule("model.layers.0.mlp")
-        if where == "forward":
-            layer.register_forward_hook(lambda module, args, output: 1.1 * output)
-        else:
+        made = right(model, *args, **kwargs)
+        if where == "split":  # what is wrong only where the sequence is split, as a lost boundary would be
+            layer = model.get_submodule("model.layers.1.self_attn")
+            layer.register_forward_hook(
+                lambda module, args, output: (output[0] * 1.1, *output[1:]) if made.context.enabled else output
+            )
+        elif where == "backward":
+            layer = model.get_submodule("model.layers.1.mlp")
             layer.register_forward_hook(lambda module, args, output: 0.5 * output + 0.5 * output.detach())
-        return context
+        else:
+            model.get_submodule(where).register_forward_hook(lambda module, args, output: 1.1 * output)
+        return made
 
     module.parallelize = wrong
     try:
-        trained(recipe_path, [], proves=True)
+        trained(recipe_path, overrides, proves=True)
     finally:
         module.parallelize = right
 
 
+SABOTAGED = {
+    "tp2": ("llama", ["tp.sequence_parallel=false"], "tp"),
+    "tp2-sequence": ("llama", [], "tp"),
+    "ep2": ("qwen3_moe", [], "ep"),
+    "cp2-ulysses": ("llama", ["cp.kind=ulysses"], "cp"),
+    "cp2-ring": ("llama", ["cp.kind=ring"], "cp"),
+    "dp_shard2": ("llama", [], "dp_shard"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", SABOTAGED)
 @pytest.mark.parametrize(
-    ("where", "words"), [("forward", "the output of model.layers"), ("backward", "the gradient of")]
+    ("where", "words"),
+    [
+        ("model.layers.1.mlp", "the output of model.layers.1 differs"),
+        ("backward", "the gradient of .*model.layers.1.* differs"),
+    ],
 )
-def test_a_wrong_plan_is_refused_though_all_ranks_agree(
-    world: dict[str, Any], tmp_path: Path, where: str, words: str
+def test_a_wrong_block_is_refused_though_all_ranks_agree(
+    world: dict[str, Any], tmp_path: Path, mesh: str, dtype: str, where: str, words: str
+) -> None:
+    kind, overrides, axis = SABOTAGED[mesh]
+    recipe = recipe_for(world, tmp_path, kind, mesh.replace("-sequence", "").split("-")[0])
+    with pytest.raises(AssertionError, match=rf"PlanError: {kind} under .*mesh\.{axis} = 2: {words} from that of one"):
+        get_pool(2).run(sabotaged, str(recipe), [*overrides, f"fsdp.param_dtype={dtype}"], where, timeout=200)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.norm", "lm_head"])
+def test_a_wrong_part_outside_the_blocks_is_refused(
+    world: dict[str, Any], tmp_path: Path, part: str, dtype: str
 ) -> None:
     recipe = recipe_for(world, tmp_path, "llama", "tp2")
-    with pytest.raises(AssertionError, match=f"PlanError: llama under mesh.tp = 2: {words}.* differs from that of one"):
-        get_pool(2).run(sabotaged, str(recipe), where, timeout=200)
+    with pytest.raises(AssertionError, match=f"PlanError: llama under mesh.tp = 2: the output of {part} differs"):
+        get_pool(2).run(sabotaged, str(recipe), [f"fsdp.param_dtype={dtype}"], part, timeout=200)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_what_is_wrong_only_in_split_sequences_is_refused(
+    world: dict[str, Any], tmp_path: Path, kind: str, dtype: str
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", "cp2")
+    overrides = [f"cp.kind={kind}", f"fsdp.param_dtype={dtype}"]
+    with pytest.raises(AssertionError, match=r"PlanError: llama under mesh\.cp = 2 differs from the"):
+        get_pool(2).run(sabotaged, str(recipe), overrides, "split", timeout=200)
+
+
+def started(path: str, overrides: list[str]) -> tuple[int, list[str], bool | None]:
+    """How often a run proves before its first step, what it says, and whether it keeps sequence parallelism."""
+    from ndtrain import proof
+    from tests.trainers import Said, trainer_of
+
+    said = Said()
+    with mock.patch.object(proof, "prove", wraps=proof.prove) as prove:
+        trainer = trainer_of(path, overrides, said=said)
+        trainer.prepare()
+    return prove.call_count, said.said, trainer.engine.sequence and trainer.engine.sequence.enabled
+
+
+def test_a_proof_is_remembered_for_the_same_model_mesh_and_recipe(world: dict[str, Any], tmp_path: Path) -> None:
+    # Its sequence parallelism is left out with a note, which a later start says again.
+    recipe = recipe_for(world, tmp_path, "bert", "tp2", data={"packing": False})
+
+    def start(*overrides: str) -> tuple[int, list[str], bool | None]:
+        return get_pool(2).run(started, str(recipe), list(overrides), timeout=200)[0]
+
+    first, again = start(), start("optim.lr=1e-5", "train.steps=3")
+    assert (first[0], again[0]) == (1, 0) and first[2] is again[2] is False
+    assert (
+        [line for line in first[1] if "no sequence parallelism" in line]
+        == [line for line in again[1] if "no sequence parallelism" in line]
+        != []
+    )
+    assert start("data.seq_len=16")[0] == start("fsdp.param_dtype=bfloat16")[0] == 1
+    assert start("fsdp.param_dtype=bfloat16")[0] == 0
+    record = tmp_path / "run/proof.json"
+    for text in ("{", "[]", record.read_text().replace("identity", "other")):
+        record.write_text(text)
+        assert start("fsdp.param_dtype=bfloat16")[0] == 1
 
 
 def test_bf16_compute_keeps_fp32_masters(world: dict[str, Any], tmp_path: Path) -> None:
@@ -523,13 +600,19 @@ def test_weights_that_are_not_finite_are_not_saved(world: dict[str, Any], tmp_pa
 
 
 def trained_with_flash(path: str, overrides: list[str]) -> dict[str, Any]:
-    """`trained` with an attention function that, like flash attention, sees documents in batches of one row only."""
+    """`trained` with an attention function that, like flash attention, sees documents in batches of one row only.
+
+    In a run in bfloat16 it takes nothing else, like flash attention.
+    """
+    low = "fsdp.param_dtype=bfloat16" in overrides
     from transformers.masking_utils import AttentionMaskInterface
 
     def flash(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         size = query.shape[2]
+        if low and {query.dtype, key.dtype, value.dtype} != {torch.bfloat16}:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
         mask = torch.ones(size, size, dtype=torch.bool).tril()
         if query.shape[0] == 1:
             documents = (kwargs["position_ids"][0].diff(prepend=torch.tensor([-1])) != 1).cumsum(0)
@@ -557,6 +640,19 @@ def test_flash_attention_keeps_documents_apart_in_batches_of_several_rows(
     for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(("mesh", "kind"), [("tp2", "auto"), ("cp2", "ulysses")])
+def test_the_proof_in_float32_gives_flash_attention_what_it_takes(
+    world: dict[str, Any], tmp_path: Path, mesh: str, kind: str
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", mesh, steps=3, cp={"kind": kind})
+    want = reference(model_dir(world, "llama"), recipe)
+    overrides = ["model.attn=flash_of_the_test", "fsdp.param_dtype=bfloat16"]
+    result = get_pool(2).run(trained_with_flash, str(recipe), overrides, timeout=200)[0]
+    for metrics, (loss, norm) in zip(result["metrics"], want, strict=True):
+        assert metrics["loss"] == pytest.approx(loss, rel=2e-2)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=5e-2)
 
 
 def test_reduce_dtype_acts_under_float32(world: dict[str, Any], tmp_path: Path) -> None:

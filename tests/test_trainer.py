@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from ndtrain.accelerators import emulates_bfloat16
 from ndtrain.data import micro_batches
 from ndtrain.mesh import MeshSizes
 from ndtrain.train import Trainer
+from tests.tiny import recipe_file, save_model
+from tests.trainers import Said, trainer_of
 
 
 @pytest.mark.parametrize(
@@ -47,3 +54,48 @@ def test_the_global_batch_is_told_as_an_equation(sizes: MeshSizes, batch: int, m
     assert words in line
     # An equation: the sequences on both sides are equal, but for those that are empty.
     assert sizes.batch * steps * rows - batch == (int(line.split(", ")[-1].split(" of")[0]) if "empty" in line else 0)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def cpu(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_run_notes_once_that_the_cpu_has_no_bfloat16(
+    tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("some words " * 99)
+    (corpus / "b.bin").write_bytes(b"\0")
+    recipe = recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(save_model("llama", tmp_path))},
+        corpus=corpus,
+        run_dir=tmp_path / "run",
+        fsdp={"param_dtype": dtype},
+    )
+    monkeypatch.setenv("NDTRAIN_CACHE", str(tmp_path / "cache"))
+    cpu(monkeypatch, avx2=True, avx512_f=True, avx512_bf16=False)
+    said = Said()
+    trainer_of(str(recipe), said=said).prepare()
+    notes = [line for line in said.said if "no instructions for bfloat16" in line]
+    assert len(notes) == (dtype == "bfloat16")
+    assert all('set fsdp.param_dtype = "float32"' in note for note in notes)
+    assert f'note: data.path = "{corpus}": files read: 1; left out: 1 .bin' in said.said
+
+
+def test_a_cpu_with_instructions_for_bfloat16_emulates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"):
+        cpu(monkeypatch, avx2=True, **{name: True})
+        assert not emulates_bfloat16(device)
+    cpu(monkeypatch, neon=True, bf16=False)
+    assert emulates_bfloat16(device)

@@ -115,6 +115,8 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         groups.setdefault(weight_decay if name in decayed and param.dim() >= 2 else 0.0, []).append(param)
     return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
 

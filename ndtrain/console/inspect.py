@@ -15,17 +15,19 @@ from ndtrain.accelerators import Device, find_device
 from ndtrain.console.mesh_svg import mesh_svg
 from ndtrain.console.page import page_html
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
+from ndtrain.console.progress import CountProgress
 from ndtrain.console.units import number, ranks, size, span
 from ndtrain.errors import RecipeError
 from ndtrain.estimate import (
-    ASSUMPTIONS,
     KINDS,
     RESERVED,
+    TRIES,
     Change,
     StepEstimate,
     Suggestion,
-    cheapest_fix,
+    assumptions,
     estimate_plan,
+    fixes,
     suggest,
 )
 from ndtrain.hf.model import meta_model
@@ -115,43 +117,91 @@ def step_report(step: StepEstimate, device: Device | None, ranks_per_node: int) 
     }
     if device is not None:
         times = step.times(device, ranks_per_node)
-        fix = cheapest_fix(step.recipe, step, device, ranks_per_node) if step.room(device) < 0 else None
+        advice, failed = fixes(step.recipe, step, device, ranks_per_node) if step.room(device) < 0 else ([], [])
+        now = step.plan.sizes.world_size * times.step
+        on_node = min(ranks_per_node, step.plan.sizes.world_size)
         report["roofline"] = {
             "device": device.name,
             "source": device.source,
+            "figures": device.figures,
             "ranks_per_node": ranks_per_node,
             "step_seconds": times.step,
             "compute_seconds": times.compute,
             "communication_seconds": times.sent,
             "exposed_seconds": times.exposed,
+            "host_seconds": times.host,
+            "host_exposed_seconds": times.host_exposed,
             "bound": times.bound,
             "tokens_per_second": step.tokens_per_second(times.step),
             "mfu": step.mfu(times.step, device),
             "memory_limit": round(device.memory * (1 - RESERVED)),
             "fits": step.room(device) >= 0,
-            "fix": None if fix is None else _suggestion_report(fix, device),
-            "assumptions": list(ASSUMPTIONS),
+            "fixes": [{**_suggestion_report(one, device), "cost": one.device_seconds / now} for one in advice],
+            "fixes_failed": [asdict(one) for one in failed],
+            "assumptions": assumptions(device, on_node),
         }
     return report
 
 
 def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node: int, as_json: bool) -> str:
-    """Return the fastest meshes for `world_size` ranks of `device` that are allowed and fit, as TOML or JSON."""
+    """Return the fastest meshes for `world_size` ranks of `device` that are allowed and fit, as TOML or JSON.
+
+    Shows on standard error how far the search is, if that is a terminal.
+    """
     target = find_device(device)
     recipe, _ = with_checkpoint(recipe)
-    found = suggest(recipe, world_size, target, ranks_per_node)
+    with CountProgress() as progress:
+        search = suggest(
+            recipe,
+            world_size,
+            target,
+            ranks_per_node,
+            progress=lambda done, total: progress("candidates searched", done, total),
+        )
+    assumed = assumptions(target, min(ranks_per_node, world_size))
     if as_json:
-        return json.dumps([_suggestion_report(one, target) for one in found], indent=2)
+        report = {
+            "device": target.name,
+            "source": target.source,
+            "figures": target.figures,
+            "ranks_per_node": ranks_per_node,
+            "searched": search.searched,
+            "candidates": search.candidates,
+            "too_big": search.too_big,
+            "suggestions": [_suggestion_report(one, target) for one in search.found],
+            "failed": [asdict(one) for one in search.failed],
+            "assumptions": assumed,
+        }
+        return json.dumps(report, indent=2)
     lines = [f"An estimate for {world_size} x {target.name}, {ranks(ranks_per_node)} per node; fastest first"]
-    for nth, one in enumerate(found, 1):
-        report = _suggestion_report(one, target)
+    for nth, one in enumerate(search.found, 1):
         lines += [
             "",
-            f"# {nth}. at most {report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}, bound by "
-            f"{report['bound']}; {size(report['peak_bytes'])} of {size(target.memory * (1 - RESERVED))}",
+            f"# {nth}. at most {one.tokens_per_second:,.0f} tokens/s, MFU {one.step.mfu(one.times.step, target):.1%}, "
+            f"bound by {one.times.bound}; {size(one.step.peak_bytes)} of {size(target.memory * (1 - RESERVED))}",
             *_recipe_lines(one.change),
         ]
-    return "\n".join([*lines, "", *(f"assumed: {line}" for line in ASSUMPTIONS)])
+    lines += ["", *(f"failed: {_keys(one.change)}: {one.reason}" for one in search.failed)]
+    lines += [
+        f"searched {search.searched:,} of {search.candidates:,} candidates, in the order of a rough estimate of their "
+        f"time, by which {search.too_big:,} do not fit; of each mesh at most {TRIES} (the "
+        "fastest, and the one that needs the least memory), and none after one that fits or fails",
+        *(f"assumed: {line}" for line in assumed),
+        *_device_lines(target),
+    ]
+    return "\n".join(lines)
+
+
+def _device_lines(device: Device) -> list[str]:
+    """Return every figure of the device that an estimate uses, and where they are from."""
+    figures = ", ".join(f"{key} = {value:.4g}" for key, value in device.figures.items())
+    return [f"{device.name}: {figures}", f"{device.name}: {device.source}"]
+
+
+def _keys(change: Change) -> str:
+    """Return `change` on one line, without axes of size 1."""
+    kept = {key: value for key, value in change.items() if not key.startswith("mesh.") or value != 1}
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in kept.items())
 
 
 def _suggestion_report(one: Suggestion, device: Device) -> dict[str, Any]:
@@ -220,6 +270,8 @@ def _print_times(console: Console, step: StepEstimate, roofline: dict[str, Any],
     for axis, seconds in roofline["communication_seconds"].items():
         exposed = roofline["exposed_seconds"][axis]
         lines.append(f"  communication over {axis}: {span(seconds)}, {span(exposed)} exposed")
+    for what, seconds in roofline["host_seconds"].items():
+        lines.append(f"  cpu_offload, {what}: {span(seconds)}, {span(roofline['host_exposed_seconds'][what])} exposed")
     lines.append(
         f"  at most {roofline['tokens_per_second']:,.0f} tokens/s, MFU {roofline['mfu']:.1%}; bound by "
         f"{roofline['bound']}"
@@ -229,19 +281,27 @@ def _print_times(console: Console, step: StepEstimate, roofline: dict[str, Any],
         f"  fits: {size(room)} of {limit} left" if room >= 0 else f"  does not fit: {size(-room)} more than {limit}"
     )
     if room < 0:
-        lines.append(
-            "  no single change was found that makes it fit" if roofline["fix"] is None else _fix_text(roofline)
-        )
-    lines += [f"  assumed: {line}" for line in ASSUMPTIONS]
-    lines.append(f"  {device.name}: {device.source}")
+        lines += _fix_lines(roofline)
+    lines += [f"  assumed: {line}" for line in roofline["assumptions"]]
+    lines += [f"  {line}" for line in _device_lines(device)]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _fix_text(roofline: dict[str, Any]) -> str:
-    fix = roofline["fix"]
-    keys = ", ".join(f"{name} = {json.dumps(value)}" for name, value in fix["set"].items())
-    return (
-        f"  the cheapest single change that makes it fit: {keys} ({size(fix['peak_bytes'])}, at most "
-        f"{fix['tokens_per_second']:,.0f} tokens/s)"
-    )
+def _fix_lines(roofline: dict[str, Any]) -> list[str]:
+    failed = [f"    failed: {_keys(one['change'])}: {one['reason']}" for one in roofline["fixes_failed"]]
+    if not roofline["fixes"]:
+        return ["  no single change was found that makes it fit", *failed]
+    lines = ["  single changes that make it fit, and their cost; least device time for each token first:"] + [
+        f"    {_keys(fix['set'])}: {size(fix['peak_bytes'])}, at most {fix['tokens_per_second']:,.0f} tokens/s, "
+        f"{_cost_text(fix['cost'])}"
+        for fix in roofline["fixes"]
+    ]
+    return lines + failed
+
+
+def _cost_text(cost: float) -> str:
+    """Return a change of device time per token in words."""
+    if cost >= 2:
+        return f"{cost:,.1f} times the device time"
+    return f"{abs(cost - 1):.0%} {'more' if cost >= 1 else 'less'} device time"

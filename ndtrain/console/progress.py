@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -82,18 +85,18 @@ class Reporter:
             self._bar = None
 
 
-class ByteProgress:
-    """A bar of bytes, speed and time left on standard error; shows nothing if that is not a terminal."""
+class _ErrorStreamProgress:
+    """Shows a bar on standard error; nothing if that is not a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *columns: ProgressColumn) -> None:
+        self._columns = columns
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> ByteProgress:
+    def __enter__(self) -> Self:
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(binary_units=True))
-            self._bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(20), *self._columns, console=console)
             self._bar.start()
         return self
 
@@ -106,6 +109,20 @@ class ByteProgress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class ByteProgress(_ErrorStreamProgress):
+    """Shows bytes, speed and time left."""
+
+    def __init__(self) -> None:
+        super().__init__(DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+
+
+class CountProgress(_ErrorStreamProgress):
+    """Shows how many of a number of things are done, and the time left."""
+
+    def __init__(self) -> None:
+        super().__init__(MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def _duration(seconds: float) -> str:

@@ -18,15 +18,15 @@ from ndtrain.checkpoint.manifest import check_hashes, read_manifest
 from ndtrain.checkpoint.tensors import pieces_of
 from ndtrain.convert.from_dcp import METADATA, foreign_tensors
 from ndtrain.convert.shards import parse_size
-from ndtrain.convert.stored import checkpoint_tensors
 from ndtrain.convert.stream import Progress
-from ndtrain.convert.to_checkpoint import copy_beside, is_hub_directory, write_checkpoint
+from ndtrain.convert.to_checkpoint import copy_beside, hub_files, write_checkpoint
 from ndtrain.convert.to_hub import match, meta_model_of, state_to_store, write_hub
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import tied_keys
 from ndtrain.storage import headers
 from ndtrain.storage.paths import is_local, local_copy_of, os_errors, sync
+from ndtrain.storage.stored import checkpoint_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Files of a checkpoint that are not copied: write_hub writes its own, or they belong to the checkpoint alone.
@@ -66,7 +66,8 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{out} already exists and is not an empty directory; choose another")
     with _readable(checkpoint):
-        to_checkpoint = is_hub_directory(checkpoint)
+        hub = hub_files(checkpoint)
+        to_checkpoint = hub is not None
         foreign = not to_checkpoint and (checkpoint / METADATA).is_file()
     if to_checkpoint and dtype is not None:
         raise RecipeError(
@@ -108,8 +109,8 @@ def convert(
     except OSError as error:
         raise RecipeError(f"{out} cannot be created: {error.strerror}; choose another directory") from error
     try:
-        if to_checkpoint:
-            notes = write_checkpoint(source, part, verify=verify, progress=progress)
+        if hub is not None:
+            notes = write_checkpoint(source, hub, part, verify=verify, progress=progress)
         else:
             options: dict[str, Any] = {"dtype": dtype, "max_shard_size": size, "verify": verify, "progress": progress}
             notes = (

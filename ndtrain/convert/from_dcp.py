@@ -23,10 +23,11 @@ import torch.distributed.checkpoint.metadata
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ndtrain.convert.stored import Stored, stored
 from ndtrain.errors import DamagedError
+from ndtrain.hf.tied import refuse_other_values
 from ndtrain.storage.headers import DTYPE_NAMES
 from ndtrain.storage.pieces import Piece
+from ndtrain.storage.stored import Stored, stored
 from ndtrain.torch_compat import FakeTensorMode, offset_in_archive
 
 METADATA = ".metadata"
@@ -153,17 +154,18 @@ def foreign_tensors(
             beside.append(plain)
         else:
             unknown.append(plain)
-    for alias, name in aliases.items():
-        if alias in known:
-            key = known.pop(alias)
-            known.setdefault(name, key)
-    missing = [key for key, tensor in state.items() if key not in known and tensor.numel()]
+    copies: dict[str, list[str]] = {}
+    for own in sorted(known):
+        copies.setdefault(aliases.get(own, own), []).append(own)
+    missing = [key for key, tensor in state.items() if key not in copies and tensor.numel()]
     if missing or unknown:
         some = [f"{len(missing)} of the model's {len(state)} tensors missing, first {missing[0]}"] if missing else []
         some += [f"{len(unknown)} of {len(names)} entries not in the model, first {unknown[0]}"] if unknown else []
         raise DamagedError(f"{directory} does not match the model: {'; '.join(some)}")
     parts = {(str(index.fqn), tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
     found = {own: _tensor(directory, key, metadata.state_dict_metadata[key], parts) for own, key in known.items()}
+    refuse_other_values(copies, found, directory)
+    found = {name: found[owns[0]] for name, owns in copies.items()}
     if titan is not None and _TITAN_TYPES[config.model_type]:
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
         for own in found:

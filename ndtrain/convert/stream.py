@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ndtrain.convert.shards import ShardWriter
-from ndtrain.convert.stored import Buffers, Stored, checkpoint_tensors, read_all, read_rows
 from ndtrain.convert.weights import Group, Rows
 from ndtrain.errors import DamagedError
 from ndtrain.storage.headers import Target
 from ndtrain.storage.paths import flushing, is_local
 from ndtrain.storage.pieces import BLOCK_BYTES, pieces_in
+from ndtrain.storage.stored import Buffers, Stored, checkpoint_tensors, read_all, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

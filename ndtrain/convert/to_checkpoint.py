@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,60 +15,55 @@ from ndtrain.checkpoint import check
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import listing
 from ndtrain.convert.shards import ShardWriter
-from ndtrain.convert.stored import Stored, checkpoint_tensors
 from ndtrain.convert.stream import Progress, Stream
-from ndtrain.convert.to_hub import INDEX, meta_model_of, state_to_store
+from ndtrain.convert.to_hub import meta_model_of, state_to_store
 from ndtrain.convert.weights import Group, from_hub
-from ndtrain.errors import DamagedError, PlanError
+from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
-from ndtrain.hf.model import kept_in_fp32, tied_keys
+from ndtrain.hf.files import ModelFiles, model_files
+from ndtrain.hf.model import kept_in_fp32
+from ndtrain.hf.tied import refuse_other_values
 from ndtrain.storage.headers import Target
-from ndtrain.storage.pieces import pieces_in
+from ndtrain.storage.stored import Stored, checkpoint_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE_BYTES = 5 * 10**9
-SINGLE = "model.safetensors"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 # Endings of config and tokenizer files; weights in other formats are not copied.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe", ".md")
 
 
-def is_hub_directory(path: Path) -> bool:
-    """Return whether `path` looks like a directory that `save_pretrained` wrote."""
-    has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
-    return has_weights and (path / "config.json").is_file() and not (path / "manifest.json").exists()
+def hub_files(directory: Path) -> ModelFiles | None:
+    """Return the files of a directory that `from_pretrained` reads; None if it is another one.
 
-
-def hub_tensors(directory: Path) -> dict[str, Stored]:
-    """Return every tensor of the directory's index, or of its one file. Raises `DamagedError`.
-
-    An index that names a file outside the directory is refused.
+    Raises `RecipeError` for weights that are not in safetensors files.
     """
-    if not (directory / INDEX).is_file():
-        return checkpoint_tensors({k: [p] for k, p in pieces_in(directory / SINGLE).items()}, directory)
-    try:
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-        for key, name in weight_map.items():
-            if not _NAME.fullmatch(name):
-                raise ValueError(f"{key} is in {name!r}, which is not a safetensors file of the directory")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{directory / INDEX} is damaged ({type(error).__name__}: {error})") from error
-    pieces: dict[str, list[Any]] = {}
-    for name in sorted(set(weight_map.values())):
-        if not (directory / name).is_file():
-            raise DamagedError(f"{directory}: {name} is missing, which {INDEX} names")
-        pieces |= {key: [p] for key, p in pieces_in(directory / name).items() if weight_map.get(key) == name}
-    if lost := sorted(weight_map.keys() - pieces.keys()):
-        raise DamagedError(f"{directory}: {lost[0]} is not in {weight_map[lost[0]]}, where {INDEX} says it is")
-    return checkpoint_tensors(pieces, directory)
+    if not (directory / "config.json").is_file():
+        return None
+    named = None
+    with suppress(ValueError, AttributeError):  # `meta_model_of` names a damaged config
+        named = json.loads((directory / "config.json").read_text()).get("transformers_weights")
+    files = model_files(directory, named=named)
+    if files is None or files.kind == "checkpoint":
+        return None
+    if files.kind != "safetensors":
+        raise RecipeError(
+            f"{directory} has its weights in {files.main}, and convert reads safetensors; write them anew with "
+            "transformers' save_pretrained"
+        )
+    return files
 
 
-def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Progress | None) -> list[str]:
-    """Fill the directory `out`; return notes for the user. Raises `DamagedError` and `PlanError`."""
+def write_checkpoint(
+    directory: Path, files: ModelFiles, out: Path, *, verify: bool, progress: Progress | None
+) -> list[str]:
+    """Fill the directory `out` with the weights of `files` and what lies beside them; return notes for the user.
+
+    Raises `DamagedError` and `PlanError`.
+    """
     model, published = meta_model_of(directory, None)
-    source = hub_tensors(directory)
+    source = checkpoint_tensors({key: [piece] for key, piece in files.pieces().items()}, directory)
     if quantized := [k for k, t in source.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1]:
         raise PlanError(
             f"{directory}: {quantized[0]} has dtype {source[quantized[0]].dtype}, and only unquantized weights "
@@ -80,6 +75,9 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
     # A scalar is stored as one row.
     state |= {k: state[k].reshape(()) for k in state.keys() & wanted.keys() if not wanted[k].ndim}
     groups, unused = from_hub(model, state, wanted)
+    copies = {group.name: group.sources for group in groups if group.transform is None and len(group.sources) > 1}
+    refuse_other_values(copies, source, directory)
+    groups = [group._replace(sources=group.sources[:1]) if group.name in copies else group for group in groups]
     made = {key for group in groups for key in group.outputs}
     targets = {
         key: Target(tuple(tensor.shape), tensor.dtype)
@@ -88,11 +86,11 @@ def write_checkpoint(directory: Path, out: Path, *, verify: bool, progress: Prog
     }
     groups = [group for group in groups if not targets.keys().isdisjoint(group.outputs)]
     (out / "model").mkdir()
-    files = _files(targets)
+    out_files = _files(targets)
     stream = Stream(source, groups, targets, model, ready={}, progress=progress)
-    stream.write(ShardWriter(out / "model", files, targets, lambda keys: _metadata(keys, targets)))
+    stream.write(ShardWriter(out / "model", out_files, targets, lambda keys: _metadata(keys, targets)))
     if verify:
-        stream.verify(out / "model", list(files))
+        stream.verify(out / "model", list(out_files))
     copy_beside(directory, out)
     (out / "train_state.json").write_text(json.dumps({"step": 0}))
     write_manifest(out, {"model": listing({key: wanted[key] for key in targets}), "optim": {}}, {})
@@ -136,8 +134,7 @@ def _notes(
     unread: Collection[str],
 ) -> list[str]:
     notes = []
-    aliases = tied_keys(model)
-    if left := sorted(key for key in unused if key not in aliases):
+    if left := sorted(unused):
         notes.append(f"left out (not in the model): {len(left)} of {len(source)} saved weights, first {left[0]}")
     if unread:
         notes.append(f"left out (extra state of modules): {len(unread)} of {len(source)} entries, first {min(unread)}")

@@ -15,20 +15,19 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ndtrain.convert.shards import ShardWriter
-from ndtrain.convert.stored import Stored
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
 from ndtrain.errors import DamagedError
 from ndtrain.hf import extra_states
 from ndtrain.hf.compat import ignored_on_save
+from ndtrain.hf.files import INDEX
 from ndtrain.hf.model import kept_in_fp32, tied_keys
 from ndtrain.storage.headers import DTYPE_NAMES, Target
+from ndtrain.storage.stored import Stored
 from ndtrain.torch_compat import storage_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-INDEX = "model.safetensors.index.json"
 
 
 def meta_model_of(config_at: Path, dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:

@@ -23,6 +23,7 @@ from ndtrain.hf.compat import (
     dot_natural_key,
     get_model_conversion_mapping,
 )
+from ndtrain.hf.model import tied_keys
 from ndtrain.hf.weight_names import kinds, named
 from ndtrain.layout import Ints
 
@@ -150,16 +151,19 @@ def from_hub(
 ) -> tuple[list[Group], list[str]]:
     """Return the groups that convert the hub's tensors `state` (meta) to those of `wanted`, and the unused keys.
 
-    Raises `DamagedError` if the result lacks a tensor or one has another shape.
+    A group without a transform has one output, and a source for each copy that is saved of it. Raises `DamagedError` if
+    the result lacks a tensor or one has another shape.
     """
-    all_of_it = model.state_dict()
+    all_of_it, aliases = model.state_dict(), tied_keys(model)
     found: list[tuple[str, str, str | None, Any]] = []
     unused = []
-    for saved in named(model, state, all_of_it, get_model_conversion_mapping(model)):
-        if saved.name in all_of_it:
-            found.append(saved)
+    for entry in named(model, state, all_of_it, get_model_conversion_mapping(model)):
+        if entry.name in all_of_it:
+            # A tied weight may be saved under any of its names; copies of it become one group.
+            name = aliases.get(entry.name, entry.name) if entry.converter is None else entry.name
+            found.append(entry._replace(name=name))
         else:
-            unused.append(saved.key)
+            unused.append(entry.key)
     groups: list[Group] = []
     found_keys: set[str] = set()
     for group in _grouped(found):
@@ -174,7 +178,10 @@ def from_hub(
                 ) from error
         for key, value in made.items():
             if key in wanted and value.shape != wanted[key].shape:
-                raise DamagedError(f"{key} has shape {tuple(value.shape)}, the config says {tuple(wanted[key].shape)}")
+                saved = group.sources[0] if group.transform is None else key
+                raise DamagedError(
+                    f"{saved} has shape {tuple(value.shape)}, the config says {tuple(wanted[key].shape)}"
+                )
         found_keys |= made.keys()
         groups.append(group._replace(outputs=tuple(made)))
     missing = [key for key, value in wanted.items() if key not in found_keys and value.numel()]

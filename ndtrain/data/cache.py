@@ -6,23 +6,27 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ndtrain.data.files import CACHE_FILES, documents_of, is_jsonl, reading, stamp_of
+from ndtrain.data.documents import documents_of
+from ndtrain.data.files import CACHE_FILES, reading, stamp_of
+from ndtrain.data.formats import name_kind
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MEMO_NAME = ".digests.json"
 
 IntArray = npt.NDArray[np.int64]
-Meta = dict[str, int | str]
+Meta = dict[str, Any]
 Progress = Callable[[int, int], None] | None
+# Tell what in a text is odd: the first special token that it spells, or "".
+Scan = Callable[[str], str] | None
 
 
 class Tokenizer(Protocol):
@@ -80,10 +84,13 @@ class Contents(NamedTuple):
     files: list[str]
 
 
-def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None) -> Path:
+def build_cache(
+    files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None, scan: Scan = None
+) -> Path:
     """Return the directory of the cache of these files' tokens; tokenizes them unless it exists.
 
-    A document is stored as [bos?] + its tokens + [eos]; empty ones are skipped. One document at a time is in memory.
+    A document is stored as [bos?] + its tokens + [eos], each mark once; empty ones are skipped. One document at a time
+    is in memory. `scan(text)` returns a special token that a text spells, or ""; such documents are counted in `odd`.
     Ranks and runs may race: each writes its own directory and the first rename wins. `progress(done, total)` is called
     after each document with bytes of the input. Raises `RecipeError` or `NdtrainError` if the cache cannot be written,
     `DamagedError` for a file that cannot be read or changes meanwhile.
@@ -96,7 +103,7 @@ def build_cache(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path,
             return final
         with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=cache_dir, ignore_cleanup_errors=True) as tmp:
             work = Path(tmp)
-            meta = _write_tokens(files, tokenizer, folder=work, progress=progress)
+            meta = _write_tokens(files, tokenizer, folder=work, progress=progress, scan=scan)
             for file, stamp in zip(files, stamps, strict=True):
                 if stamp_of(file) != stamp:
                     raise DamagedError(f"{file} changed while it was being tokenized; start the run again")
@@ -127,7 +134,7 @@ def _contents(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> C
     cache_dir.mkdir(parents=True, exist_ok=True)
     digests = _digests(files, cache_dir)
     identity = [FORMAT_VERSION, tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id]
-    kinds = [[is_jsonl(file), digest] for file, digest in zip(files, digests, strict=True)]
+    kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
     key = hashlib.blake2b(json.dumps([identity, kinds]).encode(), digest_size=16).hexdigest()
     return Contents(key, " ".join(map(str, identity[1:])), [" ".join(map(str, kind)) for kind in kinds])
 
@@ -139,18 +146,29 @@ def _not_written(cache_dir: Path, error: OSError) -> NdtrainError:
     )
 
 
-def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, progress: Progress) -> Meta:
+def _encode(tokenizer: Tokenizer, raw: bytes, where: str) -> npt.NDArray[Any]:
+    try:
+        return tokenizer.encode_bytes(raw) if raw else np.empty(0, np.int64)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, progress: Progress, scan: Scan) -> Meta:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    head = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int64)
-    total, most = sum(stamp_of(file)[0] for file in files), tokenizer.vocab_size - 1
-    tokens = documents = done = 0
+    bos, eos, most = tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size - 1
+    sizes = [stamp_of(file)[0] for file in files]
+    odd: dict[str, list[Any]] = {}
+    tokens = documents = before = told = 0
     with (folder / "tokens.bin").open("wb") as token_file, (folder / "docs.bin").open("wb") as doc_file:
         doc_file.write(struct.pack("=q", 0))
-        for file in files:
-            for raw, read in documents_of(file):
-                ids = tokenizer.encode_bytes(raw) if raw else np.empty(0, np.int64)
-                if ids.size:
-                    row = np.concatenate([head, ids, [tokenizer.eos_id]]).astype(np.int64)
+        for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
+            for document in documents_of(file):
+                ids = _encode(tokenizer, document.raw, f"{file}, {document.where}")
+                # Text that was rendered with its marks, and is read with them, keeps its own.
+                head = [] if bos is None or (ids.size and ids[0] == bos) else [bos]
+                tail = [] if ids.size and ids[-1] == eos else [eos]
+                row = np.concatenate([head, ids, tail]).astype(np.int64)
+                if ids.size and row.size > 1:  # a mark alone has no target
                     if row.min() < 0 or row.max() > most:
                         raise RecipeError(
                             f"{file}: the tokenizer gave ids {row.min()} to {row.max()}, expected 0 to {most}"
@@ -158,22 +176,40 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
                     token_file.write(row.astype(dtype).tobytes())
                     tokens, documents = tokens + row.size, documents + 1
                     doc_file.write(struct.pack("=q", tokens))
-                done += read
-                if progress:
-                    progress(done, total)
+                special = scan(document.raw.decode()) if scan is not None else ""
+                for kind in filter(None, (document.odd, special and "special")):
+                    odd.setdefault(kind, [0, number, document.where, special])[0] += 1
+                if progress and before + document.done > told:
+                    told = before + document.done
+                    progress(told, sum(sizes))
+            before += size
+        if progress and told < before:
+            progress(before, before)
         if not documents:
             count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
             raise RecipeError(f"data.path: {count} no text")
-    return {"dtype": dtype.name, "tokens": tokens, "documents": documents}
+    return {"dtype": dtype.name, "tokens": tokens, "documents": documents, "odd": odd}
+
+
+_SPELLED = {
+    "text": "they are encoded as plain text; if they were rendered with a chat template, set "
+    'data.special_tokens = "parse"',
+    "parse": 'they are encoded to those tokens (data.special_tokens = "parse")',
+}
 
 
 @dataclass(frozen=True, eq=False)
 class TokenCache:
-    """Memory-mapped tokens [n_tokens] (uint16 or uint32) and document bounds [n_docs + 1] (int64)."""
+    """Memory-mapped tokens [n_tokens] (uint16 or uint32) and document bounds [n_docs + 1] (int64).
+
+    `odd` counts the documents that a reader may want to know of: {kind: [count, index of the first one's file, where in
+    it, the special token that it spells]}.
+    """
 
     key: str
     tokens: npt.NDArray[Any]
     docs: IntArray
+    odd: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> "TokenCache":
@@ -202,4 +238,25 @@ class TokenCache:
         docs = arrays["docs.bin"]
         if docs[0] != 0 or docs[-1] != counts["tokens.bin"] or (docs[1:] - docs[:-1] < 2).any():
             raise damaged("docs.bin", "its document bounds do not match the tokens")
-        return cls(key=key, tokens=arrays["tokens.bin"], docs=docs)
+        return cls(key=key, tokens=arrays["tokens.bin"], docs=docs, odd=meta.get("odd", {}))
+
+    def notes(self, files: Sequence[Path], *, special_tokens: str) -> Iterator[str]:
+        """Yield a line for each kind of odd documents in `files`, with what to do about them."""
+        wording = {
+            "special": (
+                "documents that spell special tokens of the tokenizer, such as {token}",
+                _SPELLED[special_tokens],
+            ),
+            "json": (
+                "text files that begin like JSON data",
+                "they are read as plain text; to read their rows, rename them to .jsonl",
+            ),
+            "surrogate": (
+                "documents with half a character (a lone surrogate) in their JSON",
+                'it was replaced by "?"',
+            ),
+        }
+        for kind, (count, number, where, token) in self.odd.items():
+            what, then = wording[kind]
+            total = len(self.docs) - 1
+            yield f"{what.format(token=token)}: {count:,} of {total:,}, first {files[number]}, {where}; {then}"

@@ -1,52 +1,125 @@
-"""Find the files of `data.path` and read the documents in them."""
+"""Find the files of `data.path`, and say which of those that lie there are left out."""
+
+from __future__ import annotations
 
 import glob
-import json
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ndtrain.data.formats import can_read, name_kind
 from ndtrain.errors import DamagedError, RecipeError
 
-TEXT_PROBE_BYTES = 1 << 16
 # The files of a token cache.
 CACHE_FILES = ("tokens.bin", "docs.bin", "meta.json")
-TEXT_NAME = re.compile(r"[^.].*\.(txt|md|py|rst|jsonl?|html|c|h|rs|js|ts|toml|csv|tex)", re.IGNORECASE)
+
+Note = Callable[[str], None]
+# Kinds of files left out that a note names.
+_NAMED = 12
 
 
-def find_files(path: str) -> list[Path]:
+def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
     """Return the files of `data.path`, sorted by path relative to it. Raises `RecipeError` if there are none.
 
-    `path` is a file, a directory (searched recursively for text suffixes, without hidden names) or a glob (`**` is
-    recursive; every regular file that matches is taken).
+    `path` is a file, a directory (searched recursively, for the suffixes that `name_kind` knows and without hidden
+    names) or a glob (`**` is recursive; every regular file that matches is taken). A file that is reached twice,
+    through links, is taken once. `note` gets one line that counts what was left out.
     """
     root = Path(path).expanduser()
+    left: Counter[str] = Counter()
     if root.is_file():
         found = [root]
     elif root.is_dir():
-        found = list(_walk(root))
+        found = list(_walk(root, left))
     else:
-        found = [file for file in map(Path, set(glob.glob(str(root), recursive=True))) if file.is_file()]
+        found = list(_matches(root, left))
+    found.sort(key=lambda file: (file.relative_to(root) if root.is_dir() else file).as_posix())
+    found = list(_once(found, left))
+    if left and found:
+        note(f'data.path = "{path}": files read: {len(found):,}; left out: {_counts(left)}')
     if found:
-        return sorted(found, key=lambda file: (file.relative_to(root) if root.is_dir() else file).as_posix())
+        return found
     hint = f"give a file, a glob or a directory of text files (relative paths start at {Path.cwd()})"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not root.exists():
+    if root.is_symlink() and not root.exists():
+        hint = f"it is a link to {os.readlink(root)}, which cannot be followed"
+    elif root.exists() and not root.is_dir():
+        hint = "it is a pipe or a device; write its content to a file first"
+    elif left:
+        hint = f"left out: {_counts(left)}; {hint}"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         hint += "; datasets on the Hugging Face hub cannot be read yet, download this one first"
     raise RecipeError(f'data.path = "{path}" matches no file; {hint}')
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk(root: Path, left: Counter[str]) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         raise DamagedError(f"cannot read the directory {error.filename}: {error.strerror}")
 
-    for folder, folders, names in os.walk(root, onerror=unreadable):
+    # Links to directories are followed, each directory once: a link may lead back up.
+    seen = {_identity(root)}
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
         if all(name in names for name in CACHE_FILES):  # a token cache stored beside the data is not data
             folders[:], names = [], []
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(folder, name) for name in names if TEXT_NAME.fullmatch(name))
-        yield from (file for file in files if file.is_file())
+            left["token cache"] += 1
+        keep = []
+        for name in sorted(folders):
+            identity = _identity(Path(folder, name))
+            if name.startswith("."):
+                left["hidden directory"] += 1
+            elif identity in seen:
+                left["directory reached before"] += 1
+            else:
+                seen.add(identity)
+                keep.append(name)
+        folders[:] = keep
+        for file in (Path(folder, name) for name in names):
+            if file.name.startswith("."):
+                left["hidden"] += 1
+            elif not file.is_file():
+                left["broken link" if file.is_symlink() else "pipe or device"] += 1
+            elif name_kind(file) is None:
+                left[file.suffix or "without a suffix"] += 1
+            elif reason := can_read(file):
+                left[f"{file.suffix} ({reason})"] += 1
+            else:
+                yield file
+
+
+def _matches(pattern: Path, left: Counter[str]) -> Iterator[Path]:
+    for file in map(Path, set(glob.glob(str(pattern), recursive=True))):
+        if file.is_file():
+            yield file
+        elif not file.is_dir():
+            left["broken link" if file.is_symlink() else "pipe or device"] += 1
+        elif pattern.name != "**" and "**" not in pattern.parts:  # `**` reaches into directories itself
+            left["directory"] += 1
+
+
+def _once(files: list[Path], left: Counter[str]) -> Iterator[Path]:
+    """Yield each file under the first of its names; a link is another name."""
+    seen = set()
+    for file in files:
+        identity = _identity(file)
+        if identity in seen:
+            left["reached before through a link"] += 1
+        else:
+            seen.add(identity)
+            yield file
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    with reading(path):
+        stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _counts(left: Counter[str]) -> str:
+    named = sorted(left.most_common(_NAMED), key=lambda item: (-item[1], item[0]))
+    rest = left.total() - sum(count for _, count in named)
+    return ", ".join(f"{count:,} {what}" for what, count in (*named, *([("others", rest)] if rest else [])))
 
 
 @contextmanager
@@ -55,34 +128,7 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DamagedError(f"cannot read {file}: {error.strerror}") from error
-
-
-def is_jsonl(file: Path) -> bool:
-    return file.suffix.lower() == ".jsonl"
-
-
-def documents_of(file: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield (a document's UTF-8 bytes, the bytes read for it) per line of a .jsonl, or once for any other file."""
-    with reading(file), file.open("rb") as content:
-        if not is_jsonl(file):
-            raw = content.read()
-            if b"\0" in raw[:TEXT_PROBE_BYTES]:
-                raise RecipeError(f"{file} is not text: it contains zero bytes; data.path takes text files and .jsonl")
-            yield raw, len(raw)
-            return
-        for number, line in enumerate(content, 1):
-            yield (_json_text(line, f"{file}, line {number}") if line.strip() else b""), len(line)
-
-
-def _json_text(line: bytes, where: str) -> bytes:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise DamagedError(f'{where}: not a JSON object with a string under "text"')
-    return row["text"].encode("utf-8", "replace")  # a lone surrogate has no UTF-8 form and becomes "?"
+        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def stamp_of(file: Path) -> list[int]:

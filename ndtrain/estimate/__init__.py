@@ -1,19 +1,22 @@
 """Estimate a run's memory, FLOPs, communication and time before it starts."""
 
 from ndtrain.estimate.record import KINDS
-from ndtrain.estimate.roofline import ASSUMPTIONS, RESERVED
-from ndtrain.estimate.search import Change, Suggestion, cheapest_fix, suggest
+from ndtrain.estimate.roofline import RESERVED, assumptions
+from ndtrain.estimate.search import TRIES, Change, Failure, Search, Suggestion, fixes, suggest
 from ndtrain.estimate.step import StepEstimate, estimate_plan, estimate_step
 
 __all__ = [
-    "ASSUMPTIONS",
     "KINDS",
     "RESERVED",
+    "TRIES",
     "Change",
+    "Failure",
+    "Search",
     "StepEstimate",
     "Suggestion",
-    "cheapest_fix",
+    "assumptions",
     "estimate_plan",
     "estimate_step",
+    "fixes",
     "suggest",
 ]

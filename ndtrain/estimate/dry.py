@@ -36,6 +36,7 @@ from ndtrain.torch_compat import (
     FakeTensor,
     FakeTensorMode,
     apply_to_tensors,
+    forget_shardings,
     fsdp_name,
     fsdp_stages_wrapped,
     give_collectives_shapes,
@@ -57,6 +58,9 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
     dist.init_process_group("fake", rank=rank, world_size=plan.sizes.world_size, store=FakeStore())
     try:
         give_collectives_shapes()
+        # DTensor remembers the placements of results with a mesh. An equal mesh of an earlier dry step has groups of
+        # other names, which are gone or are other groups now.
+        forget_shardings()
         engine = Engine(recipe, plan, model, device=torch.device("cpu"))
         engine.cut()
         fix_frequencies(model, None)
@@ -150,11 +154,17 @@ def watched(recorder: Recorder) -> Iterator[None]:
                 hooked.add(whole)
                 whole.register_post_accumulate_grad_hook(lambda p: recorder.label([p.grad], record.UNSHARDED_GRADIENTS))
 
+    first: set[int] = set()  # parameters without a gradient to add to
+
+    def reduce(group: Any) -> None:
+        first.clear()
+        first.update(id(held) for held in group.fsdp_params if held.sharded_param.grad is None)
+
     def reduced(group: Any) -> None:
-        for held in group.fsdp_params:
-            grad = held.sharded_param.grad
-            if grad is not None:
-                recorder.label([grad], record.HOST if held.offload_to_cpu else record.GRADIENTS)
+        there = [held for held in group.fsdp_params if held.sharded_param.grad is not None]
+        recorder.label((h.sharded_param.grad for h in there if not h.offload_to_cpu), record.GRADIENTS)
+        # FSDP waits for the copy of a gradient only if the host adds it to another (torch 2.13).
+        recorder.copied_to_host(h.sharded_param.grad for h in there if h.offload_to_cpu and id(h) in first)
 
     def nothing(group: Any) -> None: ...
 
@@ -163,7 +173,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
         "pre_backward": (record.ACTIVATIONS, stage("backward"), nothing),
         "unshard": (record.UNSHARDED, nothing, nothing),
         "wait_for_unshard": (record.UNSHARDED, nothing, hook),
-        "post_backward": (record.REDUCTION, nothing, reduced),
+        "post_backward": (record.REDUCTION, reduce, reduced),
     }
 
     def during(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from ndtrain.torch_compat import (
     resolve_process_group,
     storage_key,
     tree_leaves,
+    written_in_place,
 )
 
 aten = torch.ops.aten
@@ -36,6 +37,11 @@ PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
 UNSHARDED, UNSHARDED_GRADIENTS, REDUCTION = "unsharded_parameters", "unsharded_gradients", "gradient_reduction"
 ACTIVATIONS, LOGITS, HOST = "activations", "logits", "host"
 KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, UNSHARDED, UNSHARDED_GRADIENTS, REDUCTION, ACTIVATIONS, LOGITS)
+
+
+# Bytes of a step that concern tensors in host memory: copied to the device; copied back while the device computes;
+# copied back while the rank waits; and read or written by operations on the host.
+TO_DEVICE, TO_HOST, TO_HOST_WAITING, ON_HOST = "to_device", "to_host", "to_host_waiting", "on_host"
 
 
 class Work(NamedTuple):
@@ -62,12 +68,14 @@ class Collective(NamedTuple):
 class Record:
     """One step of a rank: how often each `Work` and `Collective` occurred, and the memory.
 
+    `host` has the bytes of `TO_DEVICE`, `TO_HOST`, `TO_HOST_WAITING` and `ON_HOST`.
     `peaks` maps each stage to its bytes by kind at the moment when they were the most. A stage is (direction, name of
     the FSDP unit) for forward and backward passes, and ("loss", "") or ("update", "").
     """
 
     work: Counter[Work] = field(default_factory=Counter)
     sent: Counter[Collective] = field(default_factory=Counter)
+    host: Counter[str] = field(default_factory=Counter)
     peaks: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
 
     @property
@@ -142,6 +150,8 @@ _FREE = {
     aten.lift_fresh,
     aten.detach,
 }
+# Operations that write their first argument without reading it.
+_OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 
 _NAMES = {
     "allreduce_": "all_reduce",
@@ -201,6 +211,12 @@ class Recorder(TorchDispatchMode):
             self._held[old] -= size
             self._storages[key] = (size, kind)
             self._add(kind, size)
+
+    def copied_to_host(self, tensors: Iterable[Tensor]) -> None:
+        """Count copies to host memory that overlap with computation, and take the tensors off the device."""
+        tensors = list(tensors)
+        self.record.host[TO_HOST] += self.times * sum(_bytes(local_part(tensor)) for tensor in tensors)
+        self.label(tensors, HOST)
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
@@ -298,10 +314,45 @@ class Recorder(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not tensors and not given:
             return
-        moved = sum({id(t): _bytes(t) for t in (*given, *tensors)}.values())
+        touched = {id(t): t for t in (*given, *tensors)}
+        moved = {key: _bytes(t) for key, t in touched.items()}
+        changed = {id(t) for t in tree_leaves(list(written_in_place(func, args, kwargs)))} & set(touched)
+        if packet_of(func).__name__ not in _OVERWRITE:  # what is changed in place is read and written
+            moved |= {key: 2 * moved[key] for key in changed}
+        hosted = {key for key, t in touched.items() if self._is_on_host(t)}
+        if hosted:
+            moved = self._count_host(func, moved, hosted, {id(t) for t in given} - hosted, changed)
+        if not moved:
+            return
         floats = next((t for t in (*tensors, *given) if t.is_floating_point()), None)
         dtype = str(floats.dtype).removeprefix("torch.") if floats is not None else "int"
-        self.record.work[Work(dtype, _flops(func, args, kwargs, out), moved)] += self.times
+        self.record.work[Work(dtype, _flops(func, args, kwargs, out), sum(moved.values()))] += self.times
+
+    def _is_on_host(self, tensor: Tensor) -> bool:
+        return self._storages.get(storage_key(tensor.untyped_storage()), (0, ""))[1] == HOST
+
+    def _count_host(
+        self, func: Any, moved: dict[int, int], hosted: set[int], others: set[int], changed: set[int]
+    ) -> dict[int, int]:
+        """Count an operation that has operands in host memory; return what of `moved` the device reads and writes.
+
+        `moved` has the bytes of all tensors by id; `hosted` and `others` are its operands, on the host and not, and
+        `changed` those that it writes in place. Operations on lists work on each tensor where it is.
+        """
+        host, times = self.record.host, self.times
+
+        def size(keys: Iterable[int]) -> int:
+            return times * sum(moved[key] for key in keys)
+
+        if packet_of(func).__name__.startswith(("_foreach_", "_fused_")):
+            host[ON_HOST] += size(hosted)
+            return {key: each for key, each in moved.items() if key not in hosted}
+        if self._kind == UNSHARDED or (others and not changed & hosted):  # the device needs copies
+            host[TO_DEVICE] += size(hosted)
+            return moved
+        host[ON_HOST] += size(moved)
+        host[TO_HOST_WAITING] += size(others)
+        return {}
 
     def _count_collective(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         op = _NAMES.get(packet_of(func).__name__)

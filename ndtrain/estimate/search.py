@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 from ndtrain.accelerators import Device
 from ndtrain.data.batches import micro_batches
 from ndtrain.engine.flops import expert_count, flops_per_token
-from ndtrain.errors import NdtrainError, PlanError, RecipeError
+from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.estimate.record import Collective
-from ndtrain.estimate.roofline import OVERLAPPED, RESERVED, Times, seconds
+from ndtrain.estimate.roofline import OVERLAPPED, RESERVED, Times, host_link, seconds
 from ndtrain.estimate.step import StepEstimate, estimate_step
 from ndtrain.hf.model import meta_model
 from ndtrain.plan import make_plan
@@ -22,8 +20,10 @@ from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for
 
 SHOWN = 5
-SEARCH_S = 30.0  # no dry step starts later than this, once a mesh fits
-TRIES = 3  # dry steps of one mesh
+SEARCHED = 16  # candidates that are looked at,
+SEARCHED_AT_MOST = 64  # and so many if none of these fits
+TRIES = 3  # candidates of one mesh: the fastest, and the one that needs the least memory
+COSTLY = 1.5  # a change with this much more device time is not advised alone
 
 Change = dict[str, Any]
 _AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
@@ -41,6 +41,33 @@ class Suggestion:
     def tokens_per_second(self) -> float:
         return self.step.tokens_per_second(self.times.step)
 
+    @property
+    def device_seconds(self) -> float:
+        """Return the cost of a step: its seconds on all devices together."""
+        return self.step.plan.sizes.world_size * self.times.step
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A candidate without an estimate, and why: the plan refuses it, or an error in one line."""
+
+    change: Change
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found, fastest first, and how much it looked at.
+
+    `candidates` counts all meshes and settings, `too_big` those of them that do not fit by the formulas.
+    """
+
+    found: list[Suggestion]
+    failed: list[Failure]
+    searched: int
+    candidates: int
+    too_big: int
+
 
 def changed(recipe: Recipe, change: Change) -> Recipe:
     """Return `recipe` with the values of `change`, by `section.key`."""
@@ -53,80 +80,109 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
     )
 
 
-def suggest(recipe: Recipe, world_size: int, device: Device, ranks_per_node: int) -> list[Suggestion]:
+def suggest(
+    recipe: Recipe,
+    world_size: int,
+    device: Device,
+    ranks_per_node: int,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Search:
     """Return at most `SHOWN` meshes and settings of `recipe` for `world_size` ranks that fit `device`, fastest first.
 
-    All of them are accepted by the plan. Raises `PlanError` if none was found.
+    The result does not depend on the machine or its speed: the first `SEARCHED` candidates in the order of the formulas
+    are looked at, then more until one fits, `SEARCHED_AT_MOST` in all. A candidate that fails is noted. `progress` gets
+    the number that was looked at and the most that will be. Raises `PlanError` if none was found.
     """
     count = _Count(recipe, device, ranks_per_node)
-    ordered = sorted(
-        (
-            c
-            for c in _candidates(recipe, world_size, ranks_per_node, count.experts)
-            if count.bytes(c, world_size) < count.limit
-        ),
-        key=lambda c: count.seconds(c, world_size),
-    )
+    every = list(_candidates(recipe, world_size, ranks_per_node, count.experts))
+    fitting = [change for change in every if count.bytes(change, world_size) < count.limit]
+    fitting.sort(key=lambda change: count.seconds(change, world_size))
+    of_mesh: dict[tuple[Any, ...], list[Change]] = {}
+    for change in fitting:
+        of_mesh.setdefault(_mesh(change), []).append(change)
+    least = {mesh: min(all_, key=lambda change: count.bytes(change, world_size)) for mesh, all_ in of_mesh.items()}
+    ordered = [c for c in fitting if c in of_mesh[_mesh(c)][: TRIES - 1] or c is least[_mesh(c)]]
     found: list[Suggestion] = []
+    failed: list[Failure] = []
     reason = "weights, gradients and optimizer state fit on none"
-    tries: Counter[tuple[Any, ...]] = Counter()  # by mesh; set to TRIES once it fits or the plan refuses it
-    started = time.monotonic()
+    settled: set[tuple[Any, ...]] = set()  # meshes that fit or failed
+    searched = 0
     for change in ordered:
-        mesh = tuple(value for key, value in change.items() if key.startswith("mesh."))
-        if tries[mesh] >= TRIES:
+        if _mesh(change) in settled:
             continue
-        tries[mesh] += 1
-        try:
-            one = _try(recipe, change, world_size, device, ranks_per_node)
-        except (PlanError, RecipeError) as error:
-            tries[mesh], reason = TRIES, str(error)
-            continue
+        if searched >= (SEARCHED if found else SEARCHED_AT_MOST):
+            break
+        progress(searched, min(len(ordered), SEARCHED if searched < SEARCHED else SEARCHED_AT_MOST))
+        searched += 1
+        one = _try(recipe, change, world_size, device, ranks_per_node)
         if one is None:
             reason = "the step does not fit"
-        else:
-            tries[mesh] = TRIES
+            continue
+        settled.add(_mesh(change))
+        if isinstance(one, Suggestion):
             found.append(one)
-        if time.monotonic() - started > SEARCH_S and found:
-            break
+        else:
+            reason = one.reason
+            failed.append(one)
     if not found:
-        raise PlanError(f"no mesh of {world_size} x {device.name} was found for this recipe; the last reason: {reason}")
-    return sorted(found, key=lambda s: s.times.step)[:SHOWN]
+        raise PlanError(
+            f"no mesh of {world_size} x {device.name} was found for this recipe (searched {searched} of {len(every)} "
+            f"candidates; {len(every) - len(fitting)} do not fit by a rough estimate); the last reason: {reason}"
+        )
+    best = sorted(found, key=lambda one: one.times.step)[:SHOWN]
+    return Search(best, failed, searched, len(every), len(every) - len(fitting))
 
 
-def cheapest_fix(recipe: Recipe, step: StepEstimate, device: Device, ranks_per_node: int) -> Suggestion | None:
-    """Return the single change that makes `recipe` fit at the least step time; more ranks only if nothing else does."""
+def _mesh(change: Change) -> tuple[Any, ...]:
+    return tuple(value for key, value in change.items() if key.startswith("mesh."))
+
+
+def fixes(
+    recipe: Recipe, step: StepEstimate, device: Device, ranks_per_node: int
+) -> tuple[list[Suggestion], list[Failure]]:
+    """Return the single changes that make `recipe` fit, in the order of their device time, and those that failed.
+
+    More ranks are tried only if all others are costly.
+    """
     sizes, train = step.plan.sizes, recipe.train
     single: list[Change] = (
         [{"train.activation_checkpointing": "full"}] if train.activation_checkpointing != "full" else []
     )
     rows, _ = micro_batches(train.global_batch_size, sizes.batch, train.micro_batch_size)
-    single += [{"train.micro_batch_size": n} for n in (rows // 2, 1) if 0 < n < rows]
+    single += [{"train.micro_batch_size": n} for n in sorted({rows // 2, 1}) if 0 < n < rows]
     single += [{"fsdp.reshard_after_forward": True}] if not recipe.fsdp.reshard_after_forward else []
     single += [{"fsdp.cpu_offload": True}] if not recipe.fsdp.cpu_offload else []
-    found = []
-    for change in single:
-        try:
-            one = _try(recipe, change, sizes.world_size, device, ranks_per_node)
-        except NdtrainError:
-            continue
-        found += [one] if one is not None else []
-    if found:
-        return min(found, key=lambda s: s.times.step)
+    tried = [_try(recipe, change, sizes.world_size, device, ranks_per_node) for change in single]
+    found = [one for one in tried if isinstance(one, Suggestion)]
+    now = sizes.world_size * step.times(device, ranks_per_node).step
     more = 2 * sizes.dp_shard
-    while sizes.dp_replicate * more * sizes.cp <= 4096 and sizes.dp_replicate * more <= train.global_batch_size:
+    while all(one.device_seconds > COSTLY * now for one in found):
+        if sizes.dp_replicate * more * sizes.cp > 4096 or sizes.dp_replicate * more > train.global_batch_size:
+            break
         change = {"mesh.dp_shard": more}
-        one = _try(recipe, change, sizes.world_size // sizes.dp_shard * more, device, ranks_per_node)
-        if one is not None:
-            return one
+        larger = _try(recipe, change, sizes.world_size // sizes.dp_shard * more, device, ranks_per_node)
+        tried.append(larger)
+        if larger is not None:
+            break
         more *= 2
-    return None
+    found = sorted((one for one in tried if isinstance(one, Suggestion)), key=lambda one: one.device_seconds)
+    return found, [one for one in tried if isinstance(one, Failure)]
 
 
-def _try(recipe: Recipe, change: Change, world_size: int, device: Device, ranks_per_node: int) -> Suggestion | None:
-    """Return the suggestion of `change`, or None if its step does not fit."""
-    other = changed(recipe, change)
-    step = estimate_step(other, sizes_for(other, world_size))
-    return Suggestion(change, step, step.times(device, ranks_per_node)) if step.room(device) >= 0 else None
+def _try(
+    recipe: Recipe, change: Change, world_size: int, device: Device, ranks_per_node: int
+) -> Suggestion | Failure | None:
+    """Return the suggestion of `change`, why it failed, or None if its step does not fit."""
+    try:
+        other = changed(recipe, change)
+        step = estimate_step(other, sizes_for(other, world_size))
+        return Suggestion(change, step, step.times(device, ranks_per_node)) if step.room(device) >= 0 else None
+    except NdtrainError as error:
+        return Failure(change, str(error))
+    except Exception as error:  # in the model's own code
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        return Failure(change, f"{type(error).__name__}: {first}")
 
 
 def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int, experts: int) -> Iterator[Change]:
@@ -175,6 +231,7 @@ class _Count:
         plan = make_plan(model, sizes_for(alone, 1), alone)
         self.flops = flops_per_token(plan, text, recipe.data.seq_len)
         self.numel, self.experts = plan.numel, expert_count(text)
+        self.hosted = sum(p.numel for p in plan.params if p.fqn in plan.on_host)
         self.in_experts = sum(p.numel for p in plan.params if ".experts." in p.fqn)
         self.layers = max(1, len(plan.blocks))
         self.hidden = getattr(text, "hidden_size", 0) or 1024
@@ -187,7 +244,7 @@ class _Count:
     def bytes(self, change: Change, world_size: int) -> float:
         replicas, _, cp, tp, _ = (change[f"mesh.{axis}"] for axis in _AXES)
         tokens = change["train.micro_batch_size"] * self.recipe.data.seq_len / cp
-        states = 16 * self.numel * replicas / world_size
+        states = 16 * (self.numel - self.hosted) * replicas / world_size
         layer = self.numel / self.layers / tp
         whole = self.itemsize * (self.numel / tp if not change["fsdp.reshard_after_forward"] else 2 * layer)
         each = self.hidden if change["train.activation_checkpointing"] == "full" else self.kept
@@ -212,7 +269,14 @@ class _Count:
         sent["cp"] = self._over(8 * moved / tp, cp, tp) if cp > 1 else 0.0
         sent["ep"] = self._over(8 * moved, ep, 1) if ep > 1 else 0.0
         hidden = sum(sent[axis] for axis in sent if axis in OVERLAPPED)
-        return compute + max(0.0, hidden - compute) + sum(t for axis, t in sent.items() if axis not in OVERLAPPED)
+        alone = sum(t for axis, t in sent.items() if axis not in OVERLAPPED)
+        # In host memory: AdamW (28 bytes), the norm and its clipping (12), and sums of gradients (12 and a copy of 4).
+        on_node = min(self.ranks_per_node, world_size)
+        hosted, link = self.hosted * replicas / world_size, host_link(device, on_node)
+        later = steps - 1 if replicas == 1 else 0
+        alone += hosted * ((40 + 12 * later) * on_node / device.host_bandwidth + 4 * later / link)
+        copied = hosted * 4 * steps * (2 if change["fsdp.reshard_after_forward"] else 1) / link
+        return max(compute, hidden, copied) + alone
 
     def _over(self, size: float, ranks: int, stride: int) -> float:
         on_node = max(1, min(ranks, self.ranks_per_node // stride))

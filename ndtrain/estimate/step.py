@@ -120,7 +120,7 @@ class StepEstimate:
         axes = dict.fromkeys(c.axis for _, record in self.records for c in record.sent)
         # All groups wait for the one that spans the most nodes.
         spread = {axis: self.plan.sizes.spreads(axis, ranks_per_node)[0] for axis in axes}
-        return times(self.total, spread, device)
+        return times(self.total, spread, device, min(ranks_per_node, self.plan.sizes.world_size))
 
     def tokens_per_second(self, seconds: float) -> float:
         """Return the tokens per second of all ranks together."""

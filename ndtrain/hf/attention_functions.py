@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ndtrain.errors import PlanError
@@ -45,6 +47,31 @@ def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: 
         config = getattr(module, "config", None)
         if attention_name(config) == base:
             set_attention_name(config, name)
+
+
+@contextmanager
+def attention_computes_in(name: str, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, flash attention `name` gets queries, keys and values in `dtype`, since it takes no float32.
+
+    Its output has the dtype of the queries. Any other attention function is left as it is.
+    """
+    if "flash" not in name or name not in ALL_ATTENTION_FUNCTIONS:
+        yield
+        return
+    function = ALL_ATTENTION_FUNCTIONS[name]
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    def casting(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, *more = function(module, cast(query), *map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+        return output.to(query.dtype), *more
+
+    ALL_ATTENTION_FUNCTIONS[name] = casting
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[name] = function
 
 
 def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ when it is asked for. The functions below reach private attributes of transforme
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -103,6 +104,9 @@ NAMES: dict[str, Private] = {
         f"{_T}.modeling_utils:LoadStateDictConfig", "converted weights", "device_map dtype weight_mapping"
     ),
     "keys_to_ignore_on_save": Private(f"{_MODEL}._keys_to_ignore_on_save", "what is not saved"),
+    "keys_to_ignore_on_load_missing": Private(
+        f"{_MODEL}._keys_to_ignore_on_load_missing", "what may be missing from files"
+    ),
     # ---- building a model
     "model_mapping": Private(f"{_T}:AutoModelForCausalLM._model_mapping", "which configs are causal models'"),
     "get_dtype_plan": Private(f"{_MODEL}._get_dtype_plan", "modules kept in float32", "dtype"),
@@ -156,6 +160,14 @@ def recorded_outputs(model: PreTrainedModel, name: str) -> list[Any]:
 def ignored_on_save(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the FQNs that `save_pretrained` leaves out."""
     return tuple(model._keys_to_ignore_on_save or ())
+
+
+def may_be_missing(model: PreTrainedModel, fqn: str) -> bool:
+    """Return whether `from_pretrained` may leave a tensor as the model makes it, where the files lack it.
+
+    Models of outside code may share a module under two names, of which files hold one.
+    """
+    return model.is_custom_code() or any(re.search(p, fqn) for p in model._keys_to_ignore_on_load_missing or ())
 
 
 def float32_patterns(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import transformers
 
 from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.special_tokens import can_parse, control_tokens, encode, without_special
+from ndtrain.hf.tokenizer_key import PROBE, tokenizer_key
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,6 +33,10 @@ class ByteTokenizer:
     def encode_bytes(self, raw: bytes) -> np.ndarray:
         """Return the `[n]` uint16 ids of a document, without begin and end marks."""
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
+
+    def spelled(self, text: str) -> str:
+        """Return "": no text spells a token that is not a byte."""
+        return ""
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a tokenizer that `AutoTokenizer` loads and that returns the same ids."""
@@ -58,11 +66,16 @@ def _byte_letters() -> list[str]:
 
 
 class HubTokenizer:
-    """Wraps a tokenizer of transformers. Raises `RecipeError` if it has no end-of-text token."""
+    """Wraps a tokenizer of transformers. Raises `RecipeError` if it has no end-of-text token.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str):
+    Text that spells a special token is encoded as the plain text that it is, or to that token if `parse_special`.
+    Added tokens that are not special, such as Gemma's runs of spaces, are ordinary vocabulary in both cases.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str, *, parse_special: bool = False):
         self.inner = tokenizer
-        self.key = key
+        self.key = f"{key}-{'parse' if parse_special else 'text'}"
+        self.parse_special = parse_special
         self.vocab_size = len(tokenizer)
         eos = tokenizer.eos_token_id
         if eos is None:
@@ -74,11 +87,64 @@ class HubTokenizer:
         first = tokenizer.encode("a")[:1]
         self.bos_id: int | None = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+        self._control = control_tokens(tokenizer)
+        # Any text may give the unknown token.
+        self._refused = [id for id in self._control.values() if id != tokenizer.unk_token_id]
+        if parse_special and not can_parse(tokenizer):
+            raise RecipeError(
+                'data.special_tokens = "parse" is not available with this data.tokenizer, which encodes all text as '
+                'plain text; set it to "text"'
+            )
+        self._spelled = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
 
     def encode_bytes(self, raw: bytes) -> np.ndarray:
-        """Return the `[n]` int64 ids of a document, without begin and end marks."""
-        ids: Iterable[int] = self.inner.encode(raw.decode("utf-8", errors="replace"), add_special_tokens=False)
-        return np.asarray(list(ids), dtype=np.int64)
+        """Return the `[n]` int64 ids of a document, without begin and end marks.
+
+        Raises `RecipeError` for text that this tokenizer can only encode to a special token.
+        """
+        try:
+            return self._ids(raw.decode())
+        except RecipeError:
+            raise
+        except Exception as error:  # of a vocabulary without an unknown token, or of a tokenizer's own code
+            raise RecipeError(f"data.tokenizer cannot encode the text: {first_line(error)}") from error
+
+    def _ids(self, text: str) -> np.ndarray:
+        ids = self._encode(text)
+        if self.parse_special or not self._has_control(ids):
+            return ids
+        # A model of a vocabulary that has the special tokens too may find them in plain text.
+        if self._strict is not None and not self._has_control(strict := self._strict(text)):
+            return strict
+        token = next(token for token, id in self._control.items() if id in ids and id in self._refused)
+        raise RecipeError(
+            f"data.tokenizer encodes the text {token!r} to its special token and cannot encode it as plain text; "
+            'remove it from the data, or set data.special_tokens = "parse"'
+        )
+
+    def spelled(self, text: str) -> str:
+        """Return the first special token that `text` spells, or ""."""
+        found = self._spelled.search(text)
+        return found.group() if found else ""
+
+    def _encode(self, text: str) -> np.ndarray:
+        return encode(self.inner, text, parse_special=self.parse_special)
+
+    def _has_control(self, ids: np.ndarray) -> bool:
+        return bool(np.isin(ids, self._refused).any())
+
+    @cached_property
+    def _strict(self) -> Callable[[str], np.ndarray] | None:
+        """Encodes text with a copy of the tokenizer whose model has no special tokens; None without such a copy."""
+        copy = without_special(self.inner, self._control.keys() - {str(self.inner.unk_token)})
+        if copy is None:
+            return None
+        strict = lambda text: np.asarray(copy.encode(text, add_special_tokens=False).ids, dtype=np.int64)  # noqa: E731
+        plain = self._spelled.sub(" ", PROBE)
+        try:
+            return strict if np.array_equal(strict(plain), self._encode(plain)) else None
+        except Exception:
+            return None
 
     def save_pretrained(self, directory: Path) -> None:
         self.inner.save_pretrained(directory)
@@ -95,13 +161,5 @@ def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
         inner = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
     except Exception as error:
         raise RecipeError(f'data.tokenizer = "{name}" cannot be loaded: {first_line(error)}') from error
-    return HubTokenizer(inner, key=_tokenizer_key(inner))
-
-
-def _tokenizer_key(tokenizer: Any) -> str:
-    """Return a key that identifies what a tokenizer does: its class and a digest of its vocabulary and rules."""
-    import hashlib
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return f"{type(tokenizer).__name__}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    key = tokenizer_key(inner)
+    return HubTokenizer(inner, key=key, parse_special=recipe.data.special_tokens == "parse")

@@ -9,20 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.errors import RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import tie
-from ndtrain.load.files import unused, weight_files
+from ndtrain.load.files import files_to_load, readable, unused
 from ndtrain.load.identity import base_identity
 from ndtrain.load.memory import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.load.rank0 import load_rank0
 from ndtrain.load.scratch import initialize
-from ndtrain.load.sharded import load_sharded
+from ndtrain.load.sharded import choose_mode, load_sharded
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.messages import broadcast_json, on_rank0, together
+from ndtrain.runs.messages import broadcast_json, of_rank0, on_rank0, rank0_first, together
 from ndtrain.runs.process import Runtime
-from ndtrain.storage.pieces import pieces_in, read_piece
+from ndtrain.storage.pieces import read_piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +37,11 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     notes: list[str] = []
     if recipe.model.init == "random":
         initialize(model, plan, recipe=recipe)
-    elif recipe.load.mode == "rank0":
+    elif _mode(model, recipe, notes) == "rank0":
         load_rank0(model, recipe=recipe, runtime=runtime, notes=notes)
     else:
+        if not Path(str(recipe.model.name)).is_dir():
+            rank0_first(runtime, lambda: _download(model, recipe))
         together(lambda: load_sharded(model, recipe, notes))
     tie(model)
     if recipe.model.init != "random":
@@ -48,20 +49,37 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     return notes
 
 
+def _mode(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> str:
+    """Return "sharded" or "rank0", the same on every rank: for "auto" rank 0 chooses from the headers of the files."""
+    if recipe.load.mode != "auto":
+        return recipe.load.mode
+    mode, why = of_rank0(lambda: choose_mode(model, recipe))
+    if why:
+        notes.append(f'load.mode = "auto": rank 0 reads the weights and sends them, because {why}')
+    return str(mode)
+
+
+def _download(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Have the files in this node's cache of the hub, so that its ranks do not all ask for them at once."""
+    with readable(recipe):
+        files_to_load(model, recipe)
+
+
 def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
     """Pass the extra states that the files hold as data to their modules, the same on every rank."""
     found: dict[str, Any] = {}
 
     def read() -> None:
-        with suppress(RecipeError):  # no safetensors files; transformers has read the others
-            for path in weight_files(recipe):
-                for key, piece in pieces_in(Path(path)).items():
-                    if not extra_states.is_extra(key):
-                        continue
-                    tensor, name = read_piece(piece), key.removesuffix(extra_states.SUFFIX).rstrip(".")
-                    with suppress(TypeError):
-                        found[name] = extra_states.to_json(tensor) if tensor.numel() else None
-                    found.setdefault(name, "bytes")
+        files = files_to_load(model, recipe)
+        if files.kind != "safetensors":
+            return  # transformers has read the others
+        for key, piece in files.pieces().items():
+            if not extra_states.is_extra(key):
+                continue
+            tensor, name = read_piece(piece), key.removesuffix(extra_states.SUFFIX).rstrip(".")
+            with suppress(TypeError):
+                found[name] = extra_states.to_json(tensor) if tensor.numel() else None
+            found.setdefault(name, "bytes")
 
     on_rank0(read)
     found = broadcast_json(found)

@@ -1,36 +1,34 @@
-"""Find the files of the weights that a recipe names, and write the errors and notes on what they hold."""
+"""Name the files to load, and write the errors and notes on what they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import extra_states
-from ndtrain.hf.compat import cached_file, get_checkpoint_shard_files
+from ndtrain.hf.files import SINGLE, ModelFiles, model_files
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import has_nan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def weight_files(recipe: Recipe) -> list[str]:
-    """Return the paths of the model's safetensors files, in a local directory or in the hub's cache.
 
-    Raises `RecipeError` if there are none.
-    """
+def files_to_load(model: PreTrainedModel, recipe: Recipe) -> ModelFiles:
+    """Return the files of the weights of `model.name`. Raises `RecipeError` if it has none."""
     name = str(recipe.model.name)
-    index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        files, _ = get_checkpoint_shard_files(name, index)
-        return list(files)
-    single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if single is None:
+    files = model_files(name, named=getattr(model.config, "transformers_weights", None))
+    if files is None:
         raise RecipeError(
-            f'model.name = "{name}" has no safetensors files; set load.mode = "rank0", or model.init = "random"'
+            f'model.name = "{name}" has no weights (neither {SINGLE}, pytorch_model.bin nor an index of such files); '
+            'set model.init = "random"'
         )
-    return [single]
+    return files
 
 
 def unused(keys: Iterable[Any]) -> list[str]:
@@ -41,14 +39,16 @@ def unused(keys: Iterable[Any]) -> list[str]:
     return [f"{len(names)} saved weights are not in this model and are left out; the first is {names[0]}"]
 
 
-def unreadable(recipe: Recipe, error: Exception) -> Exception:
-    """Return the error to raise for weights that could not be read because of `error`."""
-    line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
-    if "no file named" in line:
-        return RecipeError(
-            f'model.name = "{recipe.model.name}" has no weights (no safetensors files); set model.init = "random"'
-        )
-    return DamagedError(f'the weights of model.name = "{recipe.model.name}" cannot be read: {line}')
+@contextmanager
+def readable(recipe: Recipe) -> Iterator[None]:
+    """Raise what goes wrong inside, while weights are read, as a `DamagedError` that names the model."""
+    try:
+        yield
+    except NdtrainError:
+        raise
+    except Exception as error:
+        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+        raise DamagedError(f'the weights of model.name = "{recipe.model.name}" cannot be read: {line}') from error
 
 
 def check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:

@@ -6,16 +6,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ndtrain.checkpoint.manifest import HASH, MANIFEST, read_manifest
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import NdtrainError
 from ndtrain.hf.compat import cached_file
-from ndtrain.load.files import weight_files
+from ndtrain.hf.files import ModelFiles
+from ndtrain.load.files import files_to_load
 from ndtrain.recipe import Recipe
 from ndtrain.storage.headers import read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Files of up to so many bytes together are read whole. Of larger ones each tensor is read at its first, its last and
 # evenly spaced blocks: training changes values everywhere, and a start must not read a large model twice.
@@ -24,7 +28,7 @@ _BLOCK_BYTES = 4096
 _SPACING_BYTES = 1 << 26
 
 
-def base_identity(recipe: Recipe) -> str | None:
+def base_identity(model: PreTrainedModel, recipe: Recipe) -> str | None:
     """Return a text that is equal for equal base weights, whatever their directory; None if they cannot be read.
 
     It is the hashes in the manifest of an ndtrain checkpoint, the commit of a hub repository, and for a directory a
@@ -46,8 +50,8 @@ def base_identity(recipe: Recipe) -> str | None:
             config = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
             commit = re.search(r"/snapshots/([^/]+)/", Path(config).as_posix()) if config else None
             return f"commit {commit[1]}" if commit else None
-        return f"tensors {_digest(directory, recipe).hexdigest()}{code}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedError):
+        return f"tensors {_digest(files_to_load(model, recipe)).hexdigest()}{code}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, NdtrainError):
         return None  # whoever reads the weights reports it
 
 
@@ -59,15 +63,12 @@ def _code(directory: Path) -> str:
     return f", code {found.hexdigest()}" if files else ""
 
 
-def _digest(directory: Path, recipe: Recipe) -> Any:
+def _digest(files: ModelFiles) -> Any:
     """Return the digest of a directory's tensors, which does not depend on the files that hold them."""
-    try:
-        parts = sorted(_tensors([Path(file) for file in weight_files(recipe)]))
-    except RecipeError:  # no safetensors files
-        files = sorted(directory.glob("pytorch_model*.bin"))
-        if not files:
-            raise FileNotFoundError(directory) from None
-        parts = [(file.name, "", file, 0, file.stat().st_size) for file in files]
+    if files.kind == "safetensors":
+        parts = sorted(_tensors(files.files.values()))
+    else:
+        parts = [(name, "", file, 0, file.stat().st_size) for name, file in sorted(files.files.items())]
     found = hashlib.blake2b(digest_size=8)
     whole = sum(stop - start for *_, start, stop in parts) <= WHOLE_BYTES
     opened: dict[Path, int] = {}
@@ -84,7 +85,7 @@ def _digest(directory: Path, recipe: Recipe) -> Any:
     return found
 
 
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, str, Path, int, int]]:
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, str, Path, int, int]]:
     """Yield (key, dtype and shape, file, first and last byte) of each tensor in safetensors files."""
     for file in files:
         begin, entries, _ = read_header(file)

@@ -9,10 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ndtrain.errors import DamagedError
 from ndtrain.hf import extra_states
+from ndtrain.hf.model import tied_keys
+from ndtrain.hf.tied import other_values
 from ndtrain.layout import held_boxes, local_part
-from ndtrain.load.files import check_report, refuse_nan, unreadable, unused
+from ndtrain.load.files import check_report, files_to_load, readable, refuse_nan, unused
 from ndtrain.load.memory import model_tensors
+from ndtrain.load.sources import refuse_copies, sources
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import on_rank0, together
 from ndtrain.runs.process import Runtime
@@ -79,7 +83,10 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
     whole: Any
     report: Any
 
-    try:
+    with readable(recipe):
+        files = files_to_load(model, recipe)
+        if files.kind == "safetensors":
+            refuse_copies(sources(model, files), recipe)
         with extra_states.withheld(model):
             # With output_loading_info it returns (model, report); transformers' annotation has only the model.
             whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -90,8 +97,8 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below by name
             )
-    except Exception as error:
-        raise unreadable(recipe, error) from error
+    for alias, name in sorted(tied_keys(model).items() - tied_keys(whole).items()):
+        raise DamagedError(other_values(recipe.model.name, alias, name, name))
     check_report(report["missing_keys"], report["mismatched_keys"], recipe)
     notes += unused(report["unexpected_keys"])
     return model_tensors(whole)

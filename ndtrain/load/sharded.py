@@ -7,28 +7,27 @@ converts, such as experts that were saved one by one, go through its converting 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.errors import PlanError, RecipeError
-from ndtrain.hf import extra_states
-from ndtrain.hf.compat import LoadStateDictConfig, convert_and_load_state_dict_in_model, get_model_conversion_mapping
-from ndtrain.hf.model import tied_keys
-from ndtrain.hf.weight_names import Named, named
+from ndtrain.hf.compat import (
+    LoadStateDictConfig,
+    convert_and_load_state_dict_in_model,
+    may_be_missing,
+)
 from ndtrain.layout import local_part
-from ndtrain.load.files import check_report, refuse_nan, unreadable, unused, weight_files
+from ndtrain.load.files import check_report, files_to_load, readable, refuse_nan, unused
 from ndtrain.load.memory import model_tensors
+from ndtrain.load.sources import Sources, refuse_copies, sources
 from ndtrain.recipe import Recipe
-from ndtrain.storage.pieces import Piece, converts, pieces_in, read_held
-from ndtrain.torch_compat import StridedShard, class_before_fsdp, put_parameter
+from ndtrain.runs.process import rank, world_size
+from ndtrain.storage.pieces import read_held
+from ndtrain.torch_compat import StridedShard, put_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,22 +36,24 @@ if TYPE_CHECKING:
 def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
     """Read this rank's boxes of every weight, and add notes for the user to `notes`.
 
-    Raises `DamagedError` for weights that are missing, unreadable, of another shape or NaN, and `PlanError` for weights
-    that transformers converts along a dim that this mesh cuts.
+    Raises `RecipeError` for weights in other files than safetensors, `DamagedError` for weights that are missing,
+    unreadable, of another shape, NaN, or tied but saved with different values, and `PlanError` for weights that
+    transformers converts along a dim that this mesh cuts.
     """
     report = None
-    try:
-        pieces = {key: piece for path in weight_files(recipe) for key, piece in pieces_in(Path(path)).items()}
-        pieces = {key: piece for key, piece in pieces.items() if not extra_states.is_extra(key)}
-        with _own_classes(model):
-            mapping = get_model_conversion_mapping(model) or []
-        direct, others = _apart(model, pieces, mapping)
-        if others:
-            report = _load_converted(model, pieces, others, mapping)
-    except (PlanError, RecipeError):
-        raise
-    except Exception as error:
-        raise unreadable(recipe, error) from error
+    with readable(recipe):
+        files = files_to_load(model, recipe)
+        if files.kind != "safetensors":
+            raise RecipeError(
+                f'model.name = "{recipe.model.name}" has its weights in {files.main}, which is not safetensors; set '
+                'load.mode = "rank0"'
+            )
+        found = sources(model, files)
+        direct = found.direct
+        _refuse_converted(model, found)
+        refuse_copies(found, recipe, part=rank(), parts=world_size())
+        if found.others:
+            report = _load_converted(model, found)
     wanted = model_tensors(model)
     missing, mismatched = wanted.keys() - direct.keys(), []
     if report is not None:
@@ -71,34 +72,31 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     read_held({name: wanted[name] for name in direct}, stored, recipe.model.name, as_weights=True)
 
 
-def _apart(
-    model: PreTrainedModel, pieces: Mapping[str, Piece], mapping: Sequence[Any]
-) -> tuple[dict[str, Piece], list[Named]]:
-    """Split `pieces` into {FQN: piece} of those in the model's own form (tied weights by either name) and others."""
-    state, aliases = model.state_dict(keep_vars=True), tied_keys(model)
-    direct: dict[str, Piece] = {}
-    tied: dict[str, Piece] = {}
-    others = []
-    for saved in named(model, pieces, state, mapping):
-        piece, tensor = pieces[saved.key], state.get(saved.name)
-        if saved.converter is not None or tensor is None or not converts(piece.dtype, tensor.dtype):
-            others.append(saved)
-        elif saved.name in aliases:
-            tied.setdefault(aliases[saved.name], piece)
-        else:
-            direct.setdefault(saved.name, piece)
-    return tied | direct, others
+def choose_mode(model: PreTrainedModel, recipe: Recipe) -> tuple[str, str]:
+    """Return "sharded" or "rank0" for `load.mode = "auto"`, and why it is "rank0". Reads headers only."""
+    with readable(recipe):
+        files = files_to_load(model, recipe)
+        if files.kind != "safetensors":
+            return "rank0", f"{files.main} is not safetensors"
+        found = sources(model, files)
+        try:
+            _refuse_converted(model, found)
+        except PlanError as error:
+            return "rank0", str(error).rpartition(";")[0]
+    named_here = {saved.name for saved in found.others}
+    absent = [name for name in model_tensors(model) if name not in found.direct and name not in named_here]
+    if made := sorted(name for name in absent if may_be_missing(model, name)):
+        return "rank0", f"the files do not name {made[0]}, which transformers may leave as the model makes it"
+    return "sharded", ""
 
 
-def _load_converted(
-    model: PreTrainedModel, pieces: Mapping[str, Piece], others: Sequence[Named], mapping: Sequence[Any]
-) -> Any:
+def _load_converted(model: PreTrainedModel, found: Sources) -> Any:
     """Load the tensors that transformers converts, casts or does not know by its own loader, and return its report."""
     from safetensors import safe_open
 
     params = dict(model.named_parameters())
-    _refuse_converted(params, [saved.converter for saved in others if saved.converter is not None])
-    keys = [saved.key for saved in others]
+    pieces, mapping = found.pieces, found.mapping
+    keys = [saved.key for saved in found.others]
     files = {file: safe_open(file, framework="pt", device="cpu") for file in {pieces[key].file for key in keys}}
     config = LoadStateDictConfig(
         device_map={"": next(model.parameters()).device},
@@ -111,31 +109,18 @@ def _load_converted(
     return report
 
 
-@contextmanager
-def _own_classes(model: nn.Module) -> Iterator[None]:
-    """Give modules their classes from before FSDP inside: transformers looks up conversions by class name."""
-    wrapped = {module: type(module) for module in model.modules() if isinstance(module, FSDPModule)}
-    for module in wrapped:
-        module.__class__ = class_before_fsdp(module)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, given in wrapped.items():
-            module.__class__ = given
-
-
-def _refuse_converted(params: Mapping[str, nn.Parameter], converters: Iterable[Any]) -> None:
+def _refuse_converted(model: nn.Module, found: Sources) -> None:
     """Raise `PlanError` if a weight is merged from saved tensors, or split from one, along a dim that the mesh cuts.
 
     transformers' loader (5.23) takes each rank's part of every saved tensor and merges those parts. That is correct for
     a packed cut, which takes as much of gate as of up; other cuts silently get rows of other ranks.
     """
-    for converter in {id(converter): converter for converter in converters}.values():
+    for converter in {id(saved.converter): saved.converter for saved in found.others if saved.converter}.values():
         # MergeModulelist stacks experts saved one by one; the loader knows which of them this rank has.
         operations = [o for o in getattr(converter, "operations", ()) if type(o).__name__ != "MergeModulelist"]
         dims = {getattr(operation, "dim", None) for operation in operations}
         targets = [_as_regex(pattern) for pattern in converter.target_patterns]
-        for fqn, param in params.items():
+        for fqn, param in model.named_parameters():
             if not isinstance(param, DTensor) or not any(target.search(fqn) for target in targets):
                 continue
             axes = range(param.device_mesh.ndim)

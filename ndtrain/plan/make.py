@@ -63,6 +63,10 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
             notes.append(f"no sequence parallelism: {decided}")
         else:
             along_sequence = decided
+    frozen = [fqn for fqn, param in model.named_parameters() if not param.requires_grad]
+    if frozen:
+        # from_pretrained alone trains what it finds in the files; transformers' own sharded loading does not.
+        notes.append(f"{', '.join(frozen[:3])}{', ...' * (len(frozen) > 3)} stay as loaded: their class freezes them")
     tied = tied_keys(model)
     by_hand = recipe.fsdp.mode == "manual"
     if by_hand:

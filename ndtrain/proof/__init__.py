@@ -1,23 +1,31 @@
 """Check, by running the model on noise before its weights are read, that it computes the same on the mesh as alone.
 
-Takes an engine whose parameters have memory but no meaningful values. Raises `PlanError`, or returns whether everything
-could be checked.
+Takes an engine whose parameters have memory but no meaningful values. The model computes in float32 meanwhile, whatever
+the run computes in, so that no error hides in rounding; then it is run once more in the run's own dtype. Raises
+`PlanError`, or returns whether everything could be checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
 
 from ndtrain.engine import Engine
 from ndtrain.hf import extra_states
+from ndtrain.hf.attention_functions import attention_computes_in
 from ndtrain.proof.batch import check_same_batch
 from ndtrain.proof.dropout import check_dropout
 from ndtrain.proof.masks import check_masks
-from ndtrain.proof.reference import ReferenceBlocks
-from ndtrain.proof.sequence import try_sequence_parallel
-from ndtrain.proof.tensor import check_tensor_parallel
+from ndtrain.proof.parts import check_parts
+from ndtrain.proof.record import Record, identity, recall, remember
+from ndtrain.proof.reference import References
+from ndtrain.proof.sequence import FLOAT32, LOW, Limits, check_context_parallel, try_sequence_parallel
+from ndtrain.torch_compat import fsdp_in_float32
 
-__all__ = ["Proof", "ReferenceBlocks", "check_same_batch", "prove"]
+__all__ = ["Proof", "Record", "References", "check_same_batch", "identity", "prove", "recall", "remember"]
 
 
 class Proof(NamedTuple):
@@ -27,17 +35,38 @@ class Proof(NamedTuple):
     notes: tuple[str, ...]
 
 
-def prove(engine: Engine, references: ReferenceBlocks | None) -> Proof:
-    """Check each axis of the engine's mesh; `references` holds whole blocks if tp cuts them. Collective.
+def prove(engine: Engine, references: References | None) -> Proof:
+    """Check each axis of the engine's mesh; `references` holds the parts of the whole model, None on one rank.
 
     Sequence parallelism that changes the model is switched off, with a note. Raises `PlanError` for any other failure.
+    Collective.
     """
-    notes = []
+    notes: list[str] = []
+    sequence, low = engine.sequence, engine.plan.low_precision
+
+    def keep_or_drop_sequence_parallelism(limits: Limits) -> None:
+        if sequence is not None and sequence.enabled and (note := try_sequence_parallel(engine, sequence, limits)):
+            notes.append(note)
+
     with extra_states.kept(engine.model):
-        if engine.sequence is not None and engine.sequence.enabled:
-            note = try_sequence_parallel(engine, engine.sequence)
-            notes += [note] if note is not None else []
-        known = check_masks(engine) and (references is None or check_tensor_parallel(engine, references))
-        if known and engine.sizes.tp > 1:
-            check_dropout(engine)
+        with _float32(engine):
+            keep_or_drop_sequence_parallelism(FLOAT32)
+            known = check_masks(engine, low=False) and (references is None or check_parts(engine, references))
+            if known and engine.context is not None:
+                check_context_parallel(engine)
+            if known and engine.sizes.tp > 1:
+                check_dropout(engine)
+        if known and low:
+            # Its kernels are others, whose rounding hides small errors: only what is far off is found.
+            keep_or_drop_sequence_parallelism(LOW)
+            check_masks(engine, low=True)
     return Proof(known, tuple(notes))
+
+
+@contextmanager
+def _float32(engine: Engine) -> Iterator[None]:
+    """Let the engine's model compute in float32 inside. Flash attention, which cannot, gets what it computes in."""
+    plan = engine.plan
+    low = next((unit.param_dtype for unit in (*plan.units, plan.root) if unit.param_dtype != "float32"), "float32")
+    with fsdp_in_float32(engine.model), attention_computes_in(engine.recipe.model.attn, getattr(torch, low)):
+        yield

@@ -41,9 +41,13 @@ def forward(engine: Engine, ids: torch.Tensor, positions: torch.Tensor) -> torch
     return logits
 
 
+def row_length(engine: Engine) -> int:
+    return max(2, min(32, engine.recipe.data.seq_len))
+
+
 def one_row(engine: Engine) -> torch.Tensor:
     """Return this rank's logits of a short row."""
-    length = max(2, min(32, engine.recipe.data.seq_len))
+    length = row_length(engine)
     return forward(engine, tokens(engine, length)[None], torch.arange(length, device=engine.device))
 
 
@@ -54,7 +58,10 @@ def learn(engine: Engine) -> torch.Tensor:
     """
     logits = one_row(engine)
     torch.manual_seed(1)
-    (logits * torch.randn_like(logits)).sum().backward()
+    whole = torch.randn(1, row_length(engine), logits.shape[-1], device=engine.device)
+    split = engine.context is not None and engine.context.enabled
+    weights = engine.context.part_of(whole) if engine.context is not None and split else whole
+    (logits * weights.view_as(logits)).sum().backward()
     for name, param in engine.model.named_parameters():
         if param.grad is not None and not isinstance(param.grad, DTensor):
             raise PlanError(
@@ -84,6 +91,14 @@ def does_not_run(engine: Engine, error: Exception) -> PlanError:
         )
     changes = " or ".join(f"mesh.{axis} = 1" for axis in ("cp", "tp") if getattr(engine.sizes, axis) > 1)
     return PlanError(f"{what} ({reason}); set {changes}")
+
+
+def way_out(engine: Engine) -> tuple[str, str]:
+    """Return the mesh axes with more than one rank, and what to set instead, for a message."""
+    axes = [axis for axis in ("dp_replicate", "dp_shard", "cp", "tp", "ep") if getattr(engine.sizes, axis) > 1]
+    under = ", ".join(f"mesh.{axis} = {getattr(engine.sizes, axis)}" for axis in axes)
+    cuts = [axis for axis in axes if axis in ("cp", "tp", "ep")] or axes
+    return under, "set " + " and ".join(f"mesh.{axis} = 1" for axis in cuts)
 
 
 def _module_of(error: Exception) -> str | None:

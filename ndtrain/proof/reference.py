@@ -1,15 +1,16 @@
-"""Compare cut blocks with whole ones: a cut block must have the outputs and gradients of a whole one.
+"""Compare the parts of a model on its mesh with the same parts alone: equal outputs and gradients.
 
-The model is run on noise before its weights are read, since its source cannot tell. A block is small beside the model,
-so that each rank can hold one whole.
+The model is run on noise before its weights are read, since its source cannot tell. The part alone gets what the part
+on the mesh got, so that rounding does not add up over the layers, and gathers one parameter at a time.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,45 +18,49 @@ from torch import Tensor, nn
 
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.plan import Plan
-from ndtrain.torch_compat import tree_leaves, tree_map
+from ndtrain.plan.units import is_within
+from ndtrain.proof.lazy import LazyParameter, Recent
+from ndtrain.torch_compat import put_parameter, tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Blocks with more parameters are not checked: experts of this size are cut by ep, whose dispatch no model changes.
-MAX_PARAMETERS = 4e9
+# A gradient that is zero in exact arithmetic differs by the rounding of its terms, a share of the largest gradient.
+_ROUNDING = 1e-4
 
 
-class ReferenceBlocks:
-    """Hold a whole block of each kind, copied before the model is cut, and compare it with the cut one after a run."""
+class References:
+    """Hold each part of a model as it was before the model was cut, on meta, to compare the cut one with.
+
+    Parts are the blocks, and the modules outside them with parameters of their own (embeddings, norms, head).
+    """
 
     def __init__(self, model: PreTrainedModel, plan: Plan):
-        units = {unit.name: unit for unit in (*plan.units, plan.root)}
-        self.dtypes = {p.fqn: getattr(torch, units[p.unit].param_dtype) for p in plan.params}
-        self.low_precision = plan.low_precision
-        # A copy lacks the casts of inputs and outputs that units inside a block make.
-        casting = [name for unit in plan.units if unit.output_dtype for name in unit.modules]
-        self.blocks: dict[str, nn.Module] = {}
-        kinds = set()
-        for name in plan.blocks:
-            block = model.get_submodule(name)
-            kind = (type(block), tuple((n, p.shape) for n, p in block.named_parameters()))
-            if any(n.startswith(f"{name}.") for n in casting):
-                continue
-            if kind not in kinds and sum(p.numel() for p in block.parameters()) <= MAX_PARAMETERS:
-                kinds.add(kind)
-                self.blocks[name] = copy.deepcopy(block)
+        outside = [
+            name
+            for name, module in model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+            and not is_within(name, plan.blocks)
+            and not any(is_within(block, [name]) for block in plan.blocks)
+        ]
+        inner = [name for name in outside if not any(name != other and is_within(name, [other]) for other in outside)]
+        self.parts = {name: copy.deepcopy(model.get_submodule(name)) for name in (*plan.blocks, *inner) if name}
+        uses = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
+        # The gradient of a parameter that several parts share is the sum of theirs.
+        self._shared = {
+            name for name, param in model.named_parameters(remove_duplicate=False) if uses[id(param)] > 1
+        } | {*plan.tied, *plan.tied.values()}
         self.calls: dict[str, _Call] = {}
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """Record the inputs and outputs of the cut blocks, and the gradients of both, while the model runs once."""
-        self.calls = {name: _Call() for name in self.blocks}
+        """Record the inputs and outputs of the cut parts, and the gradients of both, while the model runs once."""
+        self.calls = {name: _Call() for name in self.parts}
         hooks: list[Any] = []
         for name, call in self.calls.items():
-            block = model.get_submodule(name)
-            hooks.append(block.register_forward_pre_hook(call.before, with_kwargs=True))
-            hooks.append(block.register_forward_hook(call.after))
+            part = model.get_submodule(name)
+            hooks.append(part.register_forward_pre_hook(call.before, with_kwargs=True))
+            hooks.append(part.register_forward_hook(call.after))
         try:
             yield
         finally:
@@ -63,68 +68,143 @@ class ReferenceBlocks:
                 hook.remove()
 
     def differences(self, model: nn.Module, *, copies: int, limit: float) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, relative difference) of the outputs and gradients of the blocks that ran; collective.
+        """Yield (name, relative difference) of the outputs and gradients of the parts that ran; collective.
 
         `copies` is how many ranks ran the model on the same tokens: gradients are the sum of theirs. The difference is
-        NaN where it is above `limit` and means nothing: the whole block's own gradient changes as much when its inputs
+        NaN where it is above `limit` and means nothing: the part's own gradient alone changes as much when its inputs
         are rounded differently.
         """
         for name, call in self.calls.items():
-            # A block that ran several times has the sum of their gradients, which no one call gives.
+            # A part that ran several times has the sum of their gradients, which no one call gives.
             if call.count != 1 or not call.has_gradients():
                 continue
-            block, reference = model.get_submodule(name), self.blocks[name]
-            self._fill(name, reference.train(block.training), block, call.outputs[0].device)
-            names = [n for n, _ in block.named_parameters()]
-            outputs, alone = _run_alone(reference, names, call, call.inputs)
-            for i, (ours, own) in enumerate(zip(call.outputs, outputs, strict=True)):
-                yield f"the output of {name}{_number(i)}", distance(ours, own)
-            if call.shares:
-                reference.to("meta")
-                continue
-            grads = [None if p.grad is None else whole(p.grad) / copies for _, p in block.named_parameters()]
-            what = [f"the input of {name}{_number(i)}" for i in range(len(call.input_grads))]
-            what += [f"{name}.{n}" for n in names]
-            compared = [
-                (i, mine, own)
-                for i, (mine, own) in enumerate(zip([*call.input_grads, *grads], alone, strict=True))
-                if mine is not None and own is not None
-            ]
-            # A gradient that is zero in exact arithmetic differs by the rounding of its terms.
-            rounding = 5e-2 if self.low_precision else 1e-4
-            floor = rounding * max(float(own.float().norm()) for _, _, own in compared)
-            found = [distance(mine, own, floor) for _, mine, own in compared]
-            if not all(amount < limit for amount in found):
-                again = _run_alone(reference, names, call, tree_map(_rounded, call.inputs))[1]
-                for at, (i, _, own) in enumerate(compared):
-                    other = again[i]
-                    if not found[at] < limit and (other is None or not distance(other, own, floor) < limit / 2):
-                        found[at] = torch.full_like(found[at], torch.nan)
-            for (i, _, _), amount in zip(compared, found, strict=True):
-                yield f"the gradient of {what[i]}", amount
-            reference.to("meta")
+            call.share()
+            yield from self._differences(name, call, model.get_submodule(name), copies=copies, limit=limit)
+            call.forget()
 
-    def _fill(self, name: str, reference: nn.Module, block: nn.Module, device: torch.device) -> None:
-        """Copy the weights and buffers of block `name` to `reference`, whole and on `device`; collective."""
-        reference.to_empty(device=device)
-        for n, buffer in block.named_buffers():
-            reference.get_buffer(n).copy_(buffer)
-        for n, param in block.named_parameters():
-            own = reference.get_parameter(n)
-            own.data, own.grad = whole(param.detach()).to(self.dtypes[f"{name}.{n}"]), None
+    def _differences(
+        self, name: str, call: _Call, part: nn.Module, *, copies: int, limit: float
+    ) -> Iterator[tuple[str, Tensor]]:
+        ours = {
+            leaf: param.grad
+            for leaf, param in part.named_parameters()
+            if param.grad is not None and f"{name}.{leaf}" not in self._shared
+        }
+        found: dict[str, _Distance] = {}
+
+        def compare(what: str, mine: Tensor | None, alone: Tensor | None) -> None:
+            if mine is not None and alone is not None:
+                found[what] = _Distance.of(mine, alone)
+
+        def compare_leaf(leaf: str, alone: Tensor) -> None:
+            if leaf in ours:
+                compare(f"{name}.{leaf}", whole(ours[leaf]) / copies, alone)
+
+        alone = self._run(name, call, part, call.inputs, compare_leaf)
+        for i, (mine, own) in enumerate(zip(call.outputs, alone.outputs, strict=True)):
+            yield f"the output of {name}{_number(i)}", _Distance.of(mine, own).relative()
+        if call.shares:
+            return
+        for i, (given, own_grad) in enumerate(zip(call.input_grads, alone.input_grads, strict=True)):
+            compare(f"the input of {name}{_number(i)}", given, own_grad)
+        floor = _ROUNDING * max((float(distance.size) for distance in found.values()), default=0.0)
+        differ = {what: distance.relative(floor) for what, distance in found.items()}
+        wrong = [what for what, amount in differ.items() if not amount < limit]
+        for what in self._meaningless(name, call, part, wrong, floor, limit) if wrong else ():
+            differ[what] = torch.full_like(differ[what], torch.nan)
+        for what, amount in differ.items():
+            yield f"the gradient of {what}", amount
+
+    def _meaningless(
+        self, name: str, call: _Call, part: nn.Module, wrong: list[str], floor: float, limit: float
+    ) -> Iterator[str]:
+        """Yield those of the gradients `wrong` that change as much when the part's inputs are rounded differently."""
+        runs: list[dict[str, Tensor]] = []
+        for inputs in (call.inputs, tree_map(_rounded, call.inputs)):
+            kept: dict[str, Tensor] = {}
+
+            def keep(leaf: str, grad: Tensor, kept: dict[str, Tensor] = kept) -> None:
+                if f"{name}.{leaf}" in wrong:
+                    kept[f"{name}.{leaf}"] = grad.clone()
+
+            alone = self._run(name, call, part, inputs, keep)
+            for i, grad in enumerate(alone.input_grads):
+                if grad is not None:
+                    kept[f"the input of {name}{_number(i)}"] = grad
+            runs.append(kept)
+        own, other = runs
+        for what in wrong:
+            if what not in other or not distance(other[what], own[what], floor) < limit / 2:
+                yield what
+
+    def _run(self, name: str, call: _Call, part: nn.Module, inputs: Any, leaf: Any) -> _Alone:
+        """Run a part alone, with the values of the cut `part`; `leaf(name, gradient)` is called for each parameter."""
+        reference = self.parts[name].train(part.training)
+        device = call.outputs[0].device
+        sizes = [param.numel() for param in reference.parameters()]
+        recent = Recent(2 * max(sizes, default=0))
+        kept = dict(reference.named_buffers())
+        for n, buffer in part.named_buffers():
+            owner, _, own = n.rpartition(".")
+            setattr(reference.get_submodule(owner), own, buffer.clone())
+        before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        cut, lazies = dict(part.named_parameters()), {}
+
+        def lazy_of(n: str, param: nn.Parameter) -> LazyParameter:
+            def gather() -> Tensor:
+                return recent.get(n, param.numel(), lambda: whole(cut[n].detach()))
+
+            def arrived(lazy: Tensor) -> None:
+                assert lazy.grad is not None
+                leaf(n, lazy.grad)
+                lazy.grad = None
+
+            lazy = LazyParameter(param, gather, device=device, requires_grad=param.requires_grad)
+            if param.requires_grad:
+                lazy.register_post_accumulate_grad_hook(arrived)
+            return lazy
+
+        for n, param in [*reference.named_parameters(remove_duplicate=False)]:
+            owner, _, own = n.rpartition(".")
+            if param not in lazies:
+                lazies[param] = lazy_of(n, param)
+            module = reference.get_submodule(owner)
+            before.append((module, own, put_parameter(module, own, lazies[param])))  # type: ignore[arg-type]
+        try:
+            args, kwargs = tree_map(_leaf, inputs)
+            outputs = _floats(reference(*args, **kwargs))
+            if not call.shares:
+                of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
+                torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
+        finally:
+            for module, own, was in before:
+                put_parameter(module, own, was)
+            for n, buffer in kept.items():
+                owner, _, own = n.rpartition(".")
+                setattr(reference.get_submodule(owner), own, buffer)
+        return _Alone([out.detach() for out in outputs], [x.grad for x in _floats((args, kwargs))])
 
 
-def _run_alone(
-    reference: nn.Module, names: list[str], call: _Call, inputs: Any
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the outputs of a whole block, and the gradients of its float inputs and of the parameters `names`."""
-    reference.zero_grad()
-    args, kwargs = tree_map(_leaf, inputs)
-    outputs = _floats(reference(*args, **kwargs))
-    if not call.shares:
-        of = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
-        torch.autograd.backward([out for out, _ in of], [grad for _, grad in of])
-    return outputs, [x.grad for x in (*_floats((args, kwargs)), *map(reference.get_parameter, names))]
+class _Alone(NamedTuple):
+    """What a part gave alone: its outputs, and the gradients of its float inputs."""
+
+    outputs: list[Tensor]
+    input_grads: list[Tensor | None]
+
+
+class _Distance(NamedTuple):
+    """The norm of a difference, and that of what it is measured against."""
+
+    difference: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, ours: Tensor, alone: Tensor) -> _Distance:
+        ours, alone = ours.detach().float(), alone.detach().float()
+        return cls((ours - alone).norm(), alone.norm())
+
+    def relative(self, floor: float = 0.0) -> Tensor:
+        return self.difference / max(float(self.size), floor, 1e-30)
 
 
 def _number(i: int) -> str:
@@ -145,6 +225,14 @@ class _Call:
         self.input_grads: list[Tensor | None] = []
         self.outputs: list[Tensor] = []
         self.output_grads: list[Tensor | None] = []
+
+    def share(self) -> None:
+        """Take rank 0's inputs and gradients, so that every rank runs the same operations; collective."""
+        self.inputs = tree_map(_of_rank0, self.inputs)
+        self.output_grads = [_of_rank0(grad) for grad in self.output_grads]
+
+    def forget(self) -> None:
+        self.inputs, self.input_grads, self.outputs, self.output_grads = ((), {}), [], [], []
 
     def has_gradients(self) -> bool:
         return any(grad is not None for grad in self.output_grads)
@@ -195,8 +283,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 def distance(ours: Tensor, alone: Tensor, floor: float = 0.0) -> Tensor:
     """Return the norm of the difference divided by the norm of `alone`, or by `floor` if that is larger."""
-    difference: Tensor = (ours.detach().float() - alone.detach().float()).norm()
-    return difference / max(float(alone.detach().float().norm()), floor, 1e-30)
+    return _Distance.of(ours, alone).relative(floor)
+
+
+def _of_rank0(x: Any) -> Any:
+    """Return rank 0's values of a float tensor; anything else unchanged. Collective."""
+    if not _is_float(x):
+        return x
+    same = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(same, 0)
+    return same.requires_grad_(x.requires_grad)
 
 
 def _is_float(x: Any) -> bool:

@@ -62,6 +62,12 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"data.tokenizer is required with model.type = {show(model.type)}, which has no tokenizer of its own; "
             'set it to a directory, a hub id or "bytes"',
         )
+    if data.tokenizer == "bytes" and data.special_tokens == "parse":
+        yield (
+            ("data", "special_tokens"),
+            'data.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
+            "leave it out",
+        )
     if train.micro_batch_size > train.global_batch_size:
         yield (
             ("train", "micro_batch_size"),

@@ -121,8 +121,10 @@ class CpSection(Section):
 class LoadSection(Section):
     """How pretrained weights are read."""
 
-    mode: Literal["rank0", "sharded"] = Field(
-        "rank0", description='"rank0": rank 0 reads the weights and sends them; "sharded": each rank reads its slices.'
+    mode: Literal["auto", "rank0", "sharded"] = Field(
+        "auto",
+        description='"sharded": each rank reads its slices of safetensors files; "rank0": rank 0 reads the weights and '
+        'sends them; "auto": sharded where the files allow it.',
     )
 
 
@@ -135,6 +137,11 @@ class DataSection(Section):
     packing: bool = Field(True, description="Pack documents into sequences; they never attend to each other.")
     tokenizer: Text | None = Field(
         None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
+    )
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description='What a document is encoded to that spells a special token, such as "<|im_start|>": "text" gives '
+        'plain text, "parse" the special token, for documents that were rendered with a chat template.',
     )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
 

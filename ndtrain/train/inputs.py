@@ -40,13 +40,17 @@ def open_batches(
 ) -> GlobalBatches:
     """Return this rank's share of the data, which one rank of each node tokenizes if it is not cached; collective."""
     directories: list[Path] = []
+    files: list[Path] = []
 
     def build() -> None:
-        files = find_files(recipe.data.path)
+        files.extend(find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}")))
         progress: Callable[[int, int], None] | None = None
         if runtime.is_main:
             progress = lambda done, total: reporter.progress("tokenizing", done, total)  # noqa: E731
-        directories.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))
+        directory = build_cache(
+            files, tokenizer, cache_dir=cache_root() / "data", progress=progress, scan=tokenizer.spelled
+        )
+        directories.append(directory)
 
     rank0_first(runtime, build)
     # The other ranks compute its key from the files' digests, which are cached beside it.
@@ -58,6 +62,8 @@ def open_batches(
         caches.append(TokenCache.open(directories[0]))
 
     together(open_cache)
+    for note in caches[0].notes(files, special_tokens=recipe.data.special_tokens):
+        reporter.info(f"note: {note}")
     samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
     return GlobalBatches(
         samples,

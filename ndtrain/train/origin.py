@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ndtrain.data import contents_of, find_files
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
@@ -13,11 +13,14 @@ from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
 from ndtrain.train.inputs import cache_root
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Every checkpoint lists the files, and every rank reads the list.
 MOST_FILES = 100_000
 
 
-def origin_of(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[str, Any]:
+def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[str, Any]:
     """Return, as JSON, the `recipe` with all defaults, and the identities of its inputs, before anything is tokenized.
 
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, `content` the text of
@@ -31,7 +34,7 @@ def origin_of(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[s
     contents = contents_of(files, tokenizer, cache_dir=cache_root() / "data")
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "base": base_identity(recipe),
+        "base": base_identity(model, recipe),
         "tokenizer": contents.tokenizer,
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),

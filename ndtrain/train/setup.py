@@ -17,10 +17,10 @@ from ndtrain.hf.positions import fix_frequencies
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
-from ndtrain.runs.messages import of_rank0, on_rank0
+from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Attempt
-from ndtrain.storage.paths import open_to_write, os_errors
+from ndtrain.storage.paths import open_to_write, os_errors, to_path
 from ndtrain.torch_compat import process_groups
 from ndtrain.train.changes import changes_data, config_of, find_changes, read_config, refuse, table
 from ndtrain.train.report import Reporter
@@ -122,15 +122,18 @@ def find_resumed(
 def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:
     """Shard the engine's model, check on noise that it computes the right thing, then load its weights. Collective."""
     recipe, model = engine.recipe, engine.model
-    # Whole blocks to compare with, copied before the model is cut.
-    references = proof.ReferenceBlocks(model, engine.plan) if engine.sizes.tp > 1 else None
+    earlier = _EarlierProof(engine)
+    # What to compare with, copied before the model is cut.
+    references = proof.References(model, engine.plan) if runtime.world_size > 1 else None
     engine.cut()
     set_timeouts(WAIT_TIMEOUT, process_groups())
     materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
     fix_frequencies(model, recipe.data.seq_len)
-    fill_with_noise(model)
-    known = _prove(engine, references, reporter)
-    unset(model_tensors(model).values())
+    known = earlier.holds(reporter)
+    if not known:
+        fill_with_noise(model)
+        known = _prove(engine, references, reporter, earlier)
+        unset(model_tensors(model).values())
     if resumed is None:
         for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
             reporter.info(f"note: {note}")
@@ -145,8 +148,38 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
     engine.finish()
 
 
-def _prove(engine: Engine, references: proof.ReferenceBlocks | None, reporter: Reporter) -> bool:
+class _EarlierProof:
+    """The proof on noise that an earlier start in the same run directory made of the same model on the same mesh."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._run_dir = engine, to_path(engine.recipe.run.dir)
+        self._identity = proof.identity(engine)
+
+    def holds(self, reporter: Reporter) -> bool:
+        """Return whether there is one, after doing what it found. Collective."""
+        found = of_rank0(lambda: proof.recall(self._run_dir, self._identity))
+        # A node with another version of a package proves again, and so all do.
+        if found is None or len(set(gather_json(self._identity))) > 1:
+            return False
+        notes, keeps_sequence = found
+        if self._engine.sequence is not None:
+            self._engine.sequence.enabled = keeps_sequence
+        for note in notes:
+            reporter.info(f"note: {note}")
+        return True
+
+    def remember(self, notes: tuple[str, ...]) -> None:
+        """Write what a proof found that has passed. Collective."""
+        sequence = self._engine.sequence.enabled if self._engine.sequence is not None else None
+        on_rank0(lambda: proof.remember(self._run_dir, self._identity, proof.Record(notes, sequence)))
+
+
+def _prove(
+    engine: Engine, references: proof.References | None, reporter: Reporter, earlier: _EarlierProof | None = None
+) -> bool:
     found = proof.prove(engine, references)
     for note in found.notes:
         reporter.info(f"note: {note}")
+    if found.known and earlier is not None:
+        earlier.remember(found.notes)
     return found.known

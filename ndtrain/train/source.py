@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ndtrain.checkpoint import CheckpointStore, check, load_tensors
 from ndtrain.checkpoint.manifest import read_manifest
+from ndtrain.checkpoint.tensors import pieces_of
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.files import model_files
+from ndtrain.hf.model import tied_keys
+from ndtrain.hf.tied import refuse_other_values
 from ndtrain.load import load_weights, model_tensors, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.messages import on_rank0
-from ndtrain.runs.process import Runtime
+from ndtrain.runs.messages import on_rank0, together
+from ndtrain.runs.process import Runtime, rank, world_size
+from ndtrain.storage.stored import checkpoint_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,12 +54,32 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
     Of a checkpoint each rank reads its own slices, whatever `load.mode` says. Raises `DamagedError` for one that is
     damaged or lacks a weight of the model.
     """
+    if recipe.model.init == "random":
+        return load_weights(model, plan, recipe=recipe, runtime=runtime)
     directory = Path(recipe.model.name or "")
-    if recipe.model.init == "random" or not (directory / "manifest.json").is_file():
+    found: list[bool] = []
+    together(lambda: found.append(directory.is_dir() and _is_checkpoint(directory)))
+    if not found[0]:
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
     on_rank0(lambda: check(directory))
-    wanted = model_tensors(model)
+    wanted, saved = model_tensors(model), read_manifest(directory)["tensors"]["model"].keys()
+    tied = {alias: name for alias, name in tied_keys(model).items() if {alias, name} <= saved}
+    if tied:
+        together(lambda: _compare(tied, directory))
     load_tensors(directory / "model", wanted)
     extra_states.restore(model, extra_states.read(directory))
-    return unused(read_manifest(directory)["tensors"]["model"].keys() - wanted.keys())
+    return unused(saved - wanted.keys() - tied.keys())
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    files = model_files(directory)
+    return files is not None and files.kind == "checkpoint"
+
+
+def _compare(tied: Mapping[str, str], directory: Path) -> None:
+    """Raise `DamagedError` if a checkpoint holds {alias: its weight} with different values."""
+    pieces = pieces_of(directory / "model")
+    stored = checkpoint_tensors({key: pieces[key] for key in {*tied, *tied.values()}}, directory)
+    copies = {name: [name, *(alias for alias in tied if tied[alias] == name)] for name in tied.values()}
+    refuse_other_values(copies, stored, directory, part=rank(), parts=world_size())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,7 +30,8 @@ def save_extras(
     """Write config, generation config, tokenizer and the modules' extra states beside the tensors."""
     if states:
         (directory / extra_states.FILE).write_text(json.dumps(states))
-    cast("PreTrainedConfig", model.export_config).save_pretrained(directory)
+    # A copy, because saving removes the key transformers_weights, which says where the weights are.
+    copy.deepcopy(cast("PreTrainedConfig", model.export_config)).save_pretrained(directory)
     if model.can_generate():
         # A generation config that transformers refuses to save must not lose the checkpoint.
         with suppress(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from ndtrain.accelerators import peak_memory_bytes
+from ndtrain.accelerators import emulates_bfloat16, peak_memory_bytes
 from ndtrain.data import GlobalBatches
 from ndtrain.engine import Batch, Engine
 from ndtrain.errors import NdtrainError, Stopped
@@ -89,7 +90,7 @@ class Trainer:
         if resumed is not None:
             resumed.check_data(self.batches.fingerprint)
         reporter.info(self._arithmetic())
-        for note in self.plan.notes:
+        for note in (*self.plan.notes, *self._slow_dtype()):
             reporter.info(f"note: {note}")
         build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
         if resumed is not None:
@@ -105,7 +106,7 @@ class Trainer:
         """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer = open_tokenizer(self.recipe, self.engine.vocabulary)
         on_rank0(lambda: try_extras(self.engine.model, self.tokenizer))
-        on_rank0(lambda: self.origin.update(origin_of(self.recipe, self.tokenizer)))
+        on_rank0(lambda: self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer)))
 
     def open_batches(self) -> None:
         """Open this rank's batches, tokenizing what is not cached; collective."""
@@ -136,6 +137,15 @@ class Trainer:
         if rows < train.micro_batch_size:
             line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
         return f"{line}; {_count(len(batches.samples), 'sample')}"
+
+    def _slow_dtype(self) -> Iterator[str]:
+        fsdp, device = self.recipe.fsdp, self.runtime.device
+        dtypes = {fsdp.param_dtype, *(policy.mixed_precision for policy in fsdp.modules.values())}
+        if "bfloat16" in dtypes and emulates_bfloat16(device):
+            yield (
+                f"this {device.type} has no instructions for bfloat16, which can be several times slower than "
+                'float32 on it; set fsdp.param_dtype = "float32" (and mixed_precision in [fsdp.modules])'
+            )
 
     # ---- the loop
 

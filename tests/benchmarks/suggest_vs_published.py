@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for ranks, layouts in PUBLISHED.items():
             recipe = recipe_of(Path(folder), ranks)
-            first = suggest(recipe, ranks, find_device(DEVICE), ON_NODE)[0]
+            first = suggest(recipe, ranks, find_device(DEVICE), ON_NODE).found[0]
             mfu = first.step.mfu(first.times.step, find_device(DEVICE))
             mesh = " x ".join(f"{k[5:]} {v}" for k, v in first.change.items() if k.startswith("mesh.") and v != 1)
             settings = {k: v for k, v in first.change.items() if not k.startswith("mesh.")}

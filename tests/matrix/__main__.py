@@ -48,6 +48,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--meshes", nargs="*", default=list(MESHES), choices=list(MESHES))
     arguments.add_argument("--peer", action="store_true", help="transformers' own parallelism too.")
+    arguments.add_argument("--bfloat16", action="store_true", help="Compute in bfloat16; compare losses and norms.")
     arguments.add_argument("--router-loss", action="store_true", help="With the router's auxiliary loss.")
     arguments.add_argument("--table", type=Path)
     options = arguments.parse_args()
@@ -60,6 +61,8 @@ def main() -> None:
     pools: dict[int, RankPool] = {}
     for name in options.meshes:
         mesh, more = MESHES[name]
+        if options.bfloat16:
+            more = {**more, "fsdp": {"param_dtype": "bfloat16"}}
         ranks = math.prod(size for axis, size in mesh.items() if axis != "ep")
         for kind in options.types:
             if "error" in built[kind] or not results.due(kind, name, options.again):
@@ -81,7 +84,8 @@ def main() -> None:
         keys = {"kinds": options.types, "again": options.again, "timeout": options.timeout}
         peer.run(built, peers, ways=list(peer.WAYS), **keys)
     if options.table:
-        options.table.write_text(report(options.out, list(MESHES), list(peer.WAYS)))
+        arguments = ["--bfloat16"] * options.bfloat16 + ["--peer"] * options.peer
+        options.table.write_text(report(options.out, list(MESHES), list(peer.WAYS), " ".join(arguments)))
 
 
 if __name__ == "__main__":

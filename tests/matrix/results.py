@@ -152,7 +152,7 @@ def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = F
     return built
 
 
-def report(out: Path, meshes: list[str], ways: list[str]) -> str:
+def report(out: Path, meshes: list[str], ways: list[str], arguments: str) -> str:
     """Markdown of everything that `out` has: one row a type, one column a mesh or a way of transformers' own."""
     built = {k: v for k, v in json.loads((out / "built.json").read_text()).items() if k in CONFIGS}
     ours, peer = Results(out / "results.json"), Results(out / "peer.json")
@@ -177,8 +177,8 @@ def report(out: Path, meshes: list[str], ways: list[str]) -> str:
     return "\n".join(
         [
             f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}, "
-            f"gloo, commit {', '.join(sorted(commits))}; `OMP_NUM_THREADS=1 python -m tests.matrix --out DIR --peer "
-            "--table FILE`.",
+            f"gloo, commit {', '.join(sorted(commits))}; "
+            f"`OMP_NUM_THREADS=1 python -m tests.matrix --out DIR {arguments} --table FILE`.",
             "",
             f"transformers has {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} causal LM types. {made} are built here, "
             f"{failed} have a config that failed or was not tried, {unbuilt} cannot be built and "
@@ -200,7 +200,7 @@ def _shown(found: dict[str, Any] | None, kind: str, reasons: dict[str, int]) -> 
     if found is None:
         return ""
     if found["status"] == "agrees":
-        looser = found["limit"] > worker.TOLERANCE
+        looser = found["limit"] not in (worker.TOLERANCE, worker.LOW_TOLERANCE)
         text = f"agrees to {found['limit']:.0e}, plain transformers' own distance from float64"
         return f"{found['worst']:.0e}" + (f" [{reasons.setdefault(text, len(reasons) + 1)}]" if looser else "")
     names = {re.escape(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)): "MODEL", re.escape(kind): "TYPE"}

@@ -80,8 +80,7 @@ class ContextParallel(ABC):
         S is padded to a multiple of the number of segments. The padding comes after every target and has none itself,
         so it changes nothing.
         """
-        own = self.segments(self.rank)
-        count = self.size * len(own)
+        count = self.size * len(self.segments(self.rank))
         padding = -batch["input_ids"].shape[1] % count
         if padding:
             last = batch["position_ids"][:, -1:]
@@ -96,9 +95,18 @@ class ContextParallel(ABC):
         self.positions = batch["position_ids"]
         if self._count_positions is not None:
             batch = {**batch, "position_ids": self._count_positions(batch["input_ids"])}
-        parts = {key: torch.cat([v.chunk(count, dim=1)[i] for i in own], dim=1) for key, v in batch.items()}
+        parts = {key: self.part_of(v) for key, v in batch.items()}
         self.own_positions = parts["position_ids"]
         return parts
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of `[B, S, ...]`, with zeros at the end where the segments do not divide S."""
+        own = self.segments(self.rank)
+        count = self.size * len(own)
+        if padding := -whole.shape[1] % count:
+            whole = torch.cat([whole, whole.new_zeros(whole.shape[0], padding, *whole.shape[2:])], dim=1)
+        segments = whole.chunk(count, dim=1)
+        return torch.cat([segments[i] for i in own], dim=1)
 
     def gather(self, local: Tensor) -> Tensor:
         """Return `[B, S, ...]` in the order of the sequence from `[B, S/cp, ...]` on every rank, without gradient."""

@@ -50,6 +50,13 @@ def stored(key: str, shape: Iterable[int], dtype: torch.dtype, pieces: Iterable[
     return whole
 
 
+def of_piece(piece: Piece) -> Stored:
+    """Return the tensor that is stored whole in one piece."""
+    if not piece.sizes:
+        piece = piece._replace(offsets=(0,), sizes=(1,))
+    return Stored(piece.sizes, DTYPES[piece.dtype], (piece,))
+
+
 def checkpoint_tensors(pieces: Mapping[str, Iterable[Piece]], where: Path) -> dict[str, Stored]:
     """Return the tensors of a directory of safetensors files, from their headers. Raises `DamagedError`."""
     found = {}
@@ -107,6 +114,30 @@ def read_all(source: Stored, dtype: torch.dtype, *, buffers: Buffers) -> Tensor:
         high = min(low + step, source.shape[0])
         read_rows(source, low, high, into=whole[low:high], buffers=buffers)
     return whole
+
+
+def same_values(one: Stored, other: Stored, *, part: int = 0, parts: int = 1) -> bool:
+    """Return whether two tensors have one shape, and in float32 one value at every place of a part of their rows.
+
+    The rows are cut into `parts`, so that each rank can compare one.
+    """
+    if one.shape != other.shape:
+        return False
+    both_float = one.dtype.is_floating_point and other.dtype.is_floating_point
+    if one.dtype != other.dtype and not both_float:
+        return False
+    dtype, rows, buffers = torch.float32 if both_float else one.dtype, one.shape[0], Buffers()
+    step = max(1, BLOCK_BYTES * rows // max(1, math.prod(one.shape) * dtype.itemsize))
+    low, end = rows * part // parts, rows * (part + 1) // parts
+    while low < end:
+        shape = (min(step, end - low), *one.shape[1:])
+        blocks = [torch.empty(shape, dtype=dtype) for _ in range(2)]
+        for source, block in zip((one, other), blocks, strict=True):
+            read_rows(source, low, low + shape[0], into=block, buffers=buffers)
+        if not torch.equal(*blocks):
+            return False
+        low += shape[0]
+    return True
 
 
 def _read(path: Path, start: int, into: memoryview) -> None:
