@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndtrain
-from ndtrain.errors import NdtrainError, RecipeError, Stopped
+from ndtrain.errors import NdtrainError, RecipeError, Reported
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import speaks_for_all, under_torchrun
+from ndtrain.runs.reports import print_error
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import STOP_SIGNALS, StopSignals
 from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
-from ndtrain.storage.urls import without_secrets
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
@@ -55,12 +55,12 @@ def main() -> None:
     prints = speaks_for_all()  # under torchrun every rank meets the same error
     try:
         code = app(prog_name="ndtrain", standalone_mode=False)
+    except Reported as error:
+        _leave(error.exit_code)
     except NdtrainError as error:
         if prints:
-            kind = "" if isinstance(error, Stopped) else "error: "
-            for line in str(error).splitlines() or [type(error).__name__]:
-                print(f"ndtrain: {kind}{without_secrets(line)}", file=sys.stderr, flush=True)
-        _leave(error.exit_code, first=prints)
+            print_error(error)
+        _leave(error.exit_code, untold=None if prints else error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -77,8 +77,8 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _leave(code: int, *, first: bool) -> None:
-    """Exit with `code` on every rank, rank 0 first.
+def _leave(code: int, *, untold: NdtrainError | None = None) -> None:
+    """Exit with `code` on every rank, rank 0 first; print the error `untold` of a rank that rank 0 does not share.
 
     torchrun kills the other workers as soon as one has failed. If another rank were first, rank 0 might be killed
     before it has printed the error. A worker that torchrun ends while it waits still exits with `code`.
@@ -87,8 +87,10 @@ def _leave(code: int, *, first: bool) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-        if not first:
-            time.sleep(LEAVE_AFTER_S)
+        if untold is not None:
+            # The first rank of a node to speak ends the others of the node.
+            time.sleep(LEAVE_AFTER_S + int(os.environ.get("LOCAL_RANK", 0)) / 2)
+            print_error(untold, f"rank {os.environ['RANK']}: ")
         # Python restores the default handlers before it ends: a late signal would replace `code`.
         for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, signal.SIG_IGN)

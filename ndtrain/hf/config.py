@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from ndtrain.errors import RecipeError, first_line
+from ndtrain.errors import RecipeError, first_line, keeps_its_name
 from ndtrain.hf.compat import causal_lm_class
 from ndtrain.recipe import Recipe
 
@@ -32,6 +32,8 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
                 str(section.name), trust_remote_code=section.trust_remote_code
             )
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         raise RecipeError(f"cannot load the config of {what}: {first_line(error)}") from error
     _check_keys(base, overrides)
     if not overrides:
@@ -41,6 +43,8 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
             return transformers.AutoConfig.for_model(section.type, **overrides)
         return type(base).from_dict(_overridden(base, overrides))
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         raise RecipeError(f"[model.config] makes the config of {what} invalid: {first_line(error)}") from error
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import transformers
 
-from ndtrain.errors import RecipeError, first_line
+from ndtrain.errors import RecipeError, first_line, keeps_its_name
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
     try:
         inner = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         raise RecipeError(f'data.tokenizer = "{name}" cannot be loaded: {first_line(error)}') from error
     return HubTokenizer(inner, key=_tokenizer_key(inner))
 

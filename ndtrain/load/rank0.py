@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ndtrain.errors import keeps_its_name
 from ndtrain.hf import extra_states
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.files import check_report, refuse_nan, unreadable, unused
@@ -91,6 +92,8 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
                 ignore_mismatched_sizes=True,  # reported, and refused below by name
             )
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         raise unreadable(recipe, error) from error
     check_report(report["missing_keys"], report["mismatched_keys"], recipe)
     notes += unused(report["unexpected_keys"])

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Shard
 
-from ndtrain.errors import PlanError, RecipeError
+from ndtrain.errors import PlanError, RecipeError, Stopped, out_of_memory
 from ndtrain.hf import extra_states
 from ndtrain.hf.compat import LoadStateDictConfig, convert_and_load_state_dict_in_model, get_model_conversion_mapping
 from ndtrain.hf.model import tied_keys
@@ -49,9 +49,11 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
         direct, others = _apart(model, pieces, mapping)
         if others:
             report = _load_converted(model, pieces, others, mapping)
-    except (PlanError, RecipeError):
+    except (PlanError, RecipeError, Stopped):
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise unreadable(recipe, error) from error
     wanted = model_tensors(model)
     missing, mismatched = wanted.keys() - direct.keys(), []

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ndtrain.engine import Engine
 from ndtrain.engine.gradients import sum_over_tp
-from ndtrain.errors import PlanError
+from ndtrain.errors import PlanError, of_the_machine
 from ndtrain.layout import local_part
 from ndtrain.parallel.sequence import SequenceParallel
 from ndtrain.plan.refuse import dropouts
@@ -41,6 +41,8 @@ def try_sequence_parallel(engine: Engine, sequence: SequenceParallel) -> str | N
                     ours = torch.zeros_like(before[n]) if p.grad is None else local_part(p.grad)
                     differences.append(distance(ours, before[n], floor).to(engine.device))
         except Exception as error:
+            if of_the_machine(error):
+                raise
             reason = " ".join(str(error).split())[:150]
             differences = [torch.full((), torch.inf, device=engine.device)]
             if not hasattr(model, "reset_iter_state"):  # torch < 2.13

@@ -8,18 +8,20 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
-from ndtrain.runs.limits import STEP_TIMEOUT
+from ndtrain.runs.reports import ranks_are
 
 CONNECT_TIMEOUT = timedelta(minutes=2)
+# Rank 0 knows which ranks are missing, so the others leave it this time to tell.
+RANK0_S = 3.0
 
 
-def launcher_store(rank: int, world_size: int) -> Any:
+def launcher_store(rank: int, world_size: int, limit: timedelta) -> Any:
     """Return the store through which the ranks find each other, with a prefix that only this attempt uses.
 
     torchrun's store outlives the workers that it restarts (torch 2.13), so it still holds the addresses of processes
     that are gone. Restart counts cannot tell attempts apart, since they differ between nodes. So each rank writes a
     fresh random name and waits until rank 0 answers that name with its own, which becomes the prefix. Raises
-    `NdtrainError` if the store does not answer or a rank does not arrive.
+    `NdtrainError` if the store does not answer or a rank does not arrive within `limit`.
     """
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -28,24 +30,27 @@ def launcher_store(rank: int, world_size: int) -> Any:
 
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # The launcher starts its store before its workers: if it does not answer, the launcher has died.
-    timeout = CONNECT_TIMEOUT if agent_store else STEP_TIMEOUT
+    timeout = min(CONNECT_TIMEOUT, limit) if agent_store else limit
     try:
         store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise NdtrainError(
-            f"no rendezvous server answered at {address} within {_minutes(timeout)} (MASTER_ADDR, MASTER_PORT)"
+            f"no rendezvous server answered at {address} within {_words(timeout)} (MASTER_ADDR, MASTER_PORT)"
         ) from error
+    except dist.DistStoreError as error:  # this process serves the store
+        raise NdtrainError(f"{_apart(world_size, limit)}: {str(error).splitlines()[0]}") from error
     if not agent_store:
         return store
-    store.set_timeout(STEP_TIMEOUT)
+    store.set_timeout(limit)
     own = uuid.uuid4().hex
     store.set(f"ndtrain/hello/{rank}", own)
     attempt, answered = own, dict.fromkeys(range(world_size), "")
-    deadline = time.monotonic() + STEP_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + limit.total_seconds() + (RANK0_S if rank else 0)
+    hellos = [f"ndtrain/hello/{n}" for n in range(world_size)]
     while True:
         if rank == 0:
-            for number, name in enumerate(store.multi_get([f"ndtrain/hello/{n}" for n in range(world_size)])):
+            for number, name in enumerate(store.multi_get(hellos) if store.check(hellos) else ()):
                 if answered[number] != name.decode():
                     answered[number] = name.decode()
                     store.set(f"ndtrain/welcome/{number}", f"{answered[number]} {own}")
@@ -57,13 +62,21 @@ def launcher_store(rank: int, world_size: int) -> Any:
         if rank == 0 and store.check([f"ndtrain/{own}/here/{n}" for n in range(1, world_size)]):
             break
         if time.monotonic() > deadline:
+            missing = [n for n in range(1, world_size) if not store.check([f"ndtrain/{own}/here/{n}"])]
+            which = f"{ranks_are(missing)} missing" if rank == 0 else "rank 0 does not answer"
             raise NdtrainError(
-                f"the {world_size} ranks did not find each other within {_minutes(STEP_TIMEOUT)}; check that the "
-                "workers of every node are running"
+                f"{_apart(world_size, limit)}: {which}; check that the workers of every node are running"
             )
         time.sleep(0.02)
     return dist.PrefixStore(f"ndtrain/{attempt}", store)
 
 
-def _minutes(duration: timedelta) -> str:
-    return f"{duration.total_seconds() / 60:g} minutes"
+def _apart(world_size: int, limit: timedelta) -> str:
+    return (
+        f"rendezvous: the {world_size} ranks did not find each other within {_words(limit)} (run.rendezvous_timeout_s)"
+    )
+
+
+def _words(duration: timedelta) -> str:
+    seconds = duration.total_seconds()
+    return f"{seconds / 60:g} minutes" if seconds >= 120 else f"{seconds:g} s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from ndtrain.data.batches import GlobalBatches
@@ -43,9 +42,11 @@ def open_batches(
 
     def build() -> None:
         files = find_files(recipe.data.path)
-        progress: Callable[[int, int], None] | None = None
-        if runtime.is_main:
-            progress = lambda done, total: reporter.progress("tokenizing", done, total)  # noqa: E731
+
+        def progress(done: int, total: int) -> None:
+            runtime.watch.beat()
+            reporter.progress("tokenizing", done, total)
+
         directories.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))
 
     rank0_first(runtime, build)

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ndtrain import proof
 from ndtrain.checkpoint import CheckpointStore, load_tensors, read_state
 from ndtrain.engine import Engine
-from ndtrain.errors import PlanError, RecipeError
+from ndtrain.errors import PlanError, RecipeError, keeps_its_name
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
-from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.messages import of_rank0, on_rank0
+from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Attempt
 from ndtrain.storage.paths import open_to_write, os_errors
-from ndtrain.torch_compat import process_groups
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state, save_extras
@@ -50,9 +49,9 @@ def try_extras(model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) 
     try:
         with tempfile.TemporaryDirectory() as folder:
             save_extras(Path(folder), model, tokenizer)
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) or keeps_its_name(error):
+            raise
         line = " ".join(str(error).split())
         raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
 
@@ -86,20 +85,26 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
     recipe, model = engine.recipe, engine.model
     # Whole blocks to compare with, copied before the model is cut.
     references = proof.ReferenceBlocks(model, engine.plan) if engine.sizes.tp > 1 else None
-    engine.cut()
-    set_timeouts(WAIT_TIMEOUT, process_groups())
-    materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
-    fix_frequencies(model, recipe.data.seq_len)
-    fill_with_noise(model)
-    known = _prove(engine, references, reporter)
-    unset(model_tensors(model).values())
-    if resumed is None:
-        for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
-            reporter.info(f"note: {note}")
-    else:
-        load_tensors(resumed.directory / "model", model_tensors(model), all_of_it=True)
-        extra_states.restore(model, extra_states.read(resumed.directory))
-    if not known and not _prove(engine, references, reporter):
+    watch = runtime.watch
+    with watch.during(MESHES):
+        engine.cut()
+    with watch.during(NOISE):
+        materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
+        fix_frequencies(model, recipe.data.seq_len)
+        fill_with_noise(model)
+    with watch.during(PROOF):
+        known = _prove(engine, references, reporter)
+    with watch.during(READ if resumed is None else RESUME):
+        unset(model_tensors(model).values())
+        if resumed is None:
+            for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
+                reporter.info(f"note: {note}")
+        else:
+            load_tensors(resumed.directory / "model", model_tensors(model), all_of_it=True)
+            extra_states.restore(model, extra_states.read(resumed.directory))
+    with watch.during(PROOF):
+        known = known or _prove(engine, references, reporter)
+    if not known:
         raise PlanError(
             f"{engine.plan.model_type}: its weights give logits or gradients that are not finite, or that follow "
             "rounding alone; check the weights"

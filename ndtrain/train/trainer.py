@@ -23,10 +23,10 @@ from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runs.messages import on_rank0
+from ndtrain.runs.phases import FIND, RESUME, SAVE, TOKENIZE
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import StopSignals, nothing_to_save, request_name
-from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
@@ -68,7 +68,7 @@ class Trainer:
         self.cursor = 0
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
-        self.watch = Watch(recipe.run.step_timeout_s)
+        self.watch = runtime.watch
         self.loggers: list[Logger] = []
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
@@ -80,14 +80,18 @@ class Trainer:
         recipe, reporter = self.recipe, self.reporter
         on_rank0(lambda: open_run_dir(self.run_dir))
         check_loggers(recipe, self.run_dir)
-        self.open_inputs()
-        resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, data=self.batches.fingerprint)
+        with self.watch.during(TOKENIZE):
+            self.open_inputs()
+        with self.watch.during(FIND):
+            store, data = self.saving.store, self.batches.fingerprint
+            resumed = find_resumed(store, self.run_dir, self.engine, reporter, data=data)
         reporter.info(self._arithmetic())
         for note in self.plan.notes:
             reporter.info(f"note: {note}")
         build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
         if resumed is not None:
-            self._restore(resumed)
+            with self.watch.during(RESUME):
+                self._restore(resumed)
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
         if self.runtime.is_main:
             (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
@@ -241,7 +245,7 @@ class Trainer:
         self.save_due = self.save_due or bool(every and self.step % every == 0)
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
         if last or any(self.requested) or (self.save_due and not self.skips.in_row):
-            with self.watch.saving():
+            with self.watch.during(SAVE):
                 refuse_not_finite(model_tensors(self.engine.model), step=self.step)
                 self.save()
                 self.saving.settle(wait=last or any(self.requested))
