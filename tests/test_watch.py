@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ndtrain.recipe import RunSection
 from ndtrain.runs.watch import Progress, Watch
 from tests.ranks import get_pool
 from tests.test_stop_signals import ENV, lines_of, make_recipe, wait_for, workers
@@ -55,10 +56,14 @@ def test_the_rank_that_is_behind_is_named() -> None:
                 Progress(self.reads if self.rank_2_writes else 1, 7, 20),
             ]
 
-    watch = ThreeRanks(0.01)
-    assert watch._blame() == "rank 1 is behind, at step 6"
+        def _left(self, number: int) -> bool:
+            return False
+
+    watch = ThreeRanks(RunSection(dir="run", start_timeout_s=0.01))
+    watch.step = 7
+    assert watch._blame() == ("rank 1 is behind, at step 6", False)
     watch.rank_2_writes = False
-    assert watch._blame() == "rank 2 is stopped, dead or cut off"
+    assert watch._blame() == ("rank 2 is stopped, dead or cut off", True)
 
 
 def printed(folder: str) -> str:
@@ -70,15 +75,15 @@ def printed(folder: str) -> str:
     import torch.distributed as dist
 
     from ndtrain.runs.limits import set_timeouts
-    from ndtrain.torch_compat import process_groups
+    from ndtrain.torch_compat import default_store, process_groups
 
-    watch, output = Watch(2.0), io.StringIO()
-    watch.start()
+    watch, output = Watch(RunSection(dir=folder, step_timeout_s=2.0)), io.StringIO()
+    watch.start(default_store(), dist.get_rank(), dist.get_world_size())  # type: ignore[operator]
     watch.beat(5)
     dist.barrier()
     try:
         if dist.get_rank() == 3:
-            watch.stop()
+            watch._ended.set()
         else:
             time.sleep(0.3 * dist.get_rank())
             stderr, exits = mock.patch("sys.stderr", output), mock.patch("os._exit", side_effect=SystemExit)

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,16 @@ class CheckpointStore:
     """Save and find the checkpoints of one run, on a file system that all ranks share.
 
     With `background` a save returns once this rank's part is copied to host memory, and `settle` gives its outcome. At
-    most one save is in flight.
+    most one save is in flight. `progress` is called after each block that is written, and each file that is verified.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int, background: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, *, keep: int, background: bool = False, progress: Callable[[], None] = lambda: None
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.root = run_dir / "checkpoints"
-        self.keep, self.background = keep, background
+        self.keep, self.background, self.progress = keep, background, progress
         self.local = is_local(run_dir)
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
@@ -216,7 +218,9 @@ class CheckpointStore:
 
         def write() -> None:
             for part, files in job.files.items():
-                written.update({f"{part}/{name}": entry for name, entry in write_files(work / part, files).items()})
+                written.update(
+                    {f"{part}/{name}": entry for name, entry in write_files(work / part, files, self.progress).items()}
+                )
 
         def publish() -> None:
             (work / "train_state.json").write_text(json.dumps(job.state, indent=1))
@@ -246,7 +250,9 @@ class CheckpointStore:
                 with contextlib.suppress(OSError):
                     self._as_os_errors(self._undo)(work)
             if isinstance(error, NdtrainError):
-                raise type(error)(f"{final} was not written, older checkpoints are kept: {error}") from error
+                told = type(error)(f"{final} was not written, older checkpoints are kept: {error}")
+                told.rank = error.rank
+                raise told from error
             raise
         if rank() == 0:
             self.prune(job.step)
@@ -345,4 +351,10 @@ class CheckpointStore:
         else:
             files = of_rank0(self._as_os_errors(lambda: check(directory)["files"]))
             names = sorted(name for name in files if is_tensor_file(name))
-            together(self._as_os_errors(lambda: check_hashes(directory, files, names[rank() :: world_size()])))
+
+            def mine() -> Iterator[str]:
+                for name in names[rank() :: world_size()]:
+                    yield name
+                    self.progress()
+
+            together(self._as_os_errors(lambda: check_hashes(directory, files, mine())))

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def files_of(tensors: Mapping[str, Tensor]) -> Files:
     return files
 
 
-def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[str, Any]:
+def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]], progress: Callable[[], None]) -> dict[str, Any]:
     """Write and sync a safetensors file of {key: (tensor, global offsets)}; return its size and hash.
 
     Copies one tensor at a time to the CPU.
@@ -101,6 +101,7 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
             size += len(data)
             while data:
                 data = data[file.write(data[:_WRITE_BYTES]) :]
+                progress()
 
         if is_local(path):
             allocate(file.fileno(), len(header) + sum(target.nbytes for target in targets.values()))
@@ -115,11 +116,11 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
     return {"size": size, HASH: found.hexdigest()}
 
 
-def write_files(directory: Path, files: Files) -> dict[str, Any]:
-    """Write this rank's files; return {name: size and hash}."""
+def write_files(directory: Path, files: Files, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write this rank's files; return {name: size and hash}. `progress` is called after each block."""
     if is_local(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    return {name: _write_file(directory / name, entries) for name, entries in files.items()}
+    return {name: _write_file(directory / name, entries, progress) for name, entries in files.items()}
 
 
 # ---- reading
@@ -145,10 +146,17 @@ def pieces_of(directory: Path) -> dict[str, list[Piece]]:
     return dict(stored)
 
 
-def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: bool = False) -> None:
+def load_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    all_of_it: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
     """Fill the tensors in place from a save on any mesh, reading only what this rank holds; collective.
 
-    With `all_of_it` a stored key that is not in `tensors` is an error too: it belongs to another model.
+    With `all_of_it` a stored key that is not in `tensors` is an error too: it belongs to another model. `progress` is
+    called after each block.
 
     Raises `DamagedError` on all ranks: a key is missing, its shape or dtype differs, its pieces overlap or do not cover
     the tensor, or a file cannot be read. Some tensors may be partly filled then.
@@ -158,7 +166,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
         stored = pieces_of(directory)
         if all_of_it and (left := sorted(stored.keys() - tensors.keys())):
             raise DamagedError(f"{directory}: holds {left[0]}, which this model does not have")
-        read_held(tensors, stored, directory)
+        read_held(tensors, stored, directory, progress=progress)
 
     together(read)
 

@@ -36,7 +36,7 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     """
     notes: list[str] = []
     if recipe.model.init == "random":
-        initialize(model, plan, recipe=recipe)
+        initialize(model, plan, recipe=recipe, progress=runtime.watch.advance)
     elif recipe.load.mode == "rank0":
         load_rank0(model, recipe=recipe, runtime=runtime, notes=notes)
     else:

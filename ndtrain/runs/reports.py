@@ -55,12 +55,11 @@ class Report:
             # A rank looks for the silent ones before it speaks.
             found = self.wait(4 * STORE_S + 5 * self._poll_s)
             code = 1 if found is None else found
-        self._meet(f"told/{code}", (2 * self._poll_s + 1) if first else 0)
+        # The rank that serves the store leaves last, and the launcher ends no rank before it knows the code.
+        self.count("told")
+        if first:
+            self.counts_all("told", 2 * self._poll_s + 1)
         return code
-
-    def same_on_all(self, text: str) -> bool:
-        """Return whether every rank asks this about the same `text`, shortly after another."""
-        return self._meet(f"same/{text}", SAME_S)
 
     def wait(self, seconds: float) -> int | None:
         """Return the exit code of the report, None if there is none within this time."""
@@ -77,18 +76,20 @@ class Report:
         """Return the exit code of the report, None without one."""
         return int(self._store.get("reported")) if self._store.check(["reported"]) else None
 
-    def _meet(self, key: str, seconds: float) -> bool:
-        """Count this rank under `key`; return whether all ranks are counted within this time.
+    def count(self, key: str) -> None:
+        """Count this rank under `key`."""
+        with suppress(RuntimeError, TimeoutError):
+            within(STORE_S, lambda: self._store.add(key, 1))
 
-        The rank that serves the store leaves last, and no rank is ended by the launcher before it knows the code.
-        """
+    def counts_all(self, key: str, seconds: float = SAME_S) -> bool:
+        """Return whether all ranks are counted under `key` within this time."""
         end = time.monotonic() + seconds
         with suppress(RuntimeError, TimeoutError):
-            count = within(STORE_S, lambda: self._store.add(key, 1))
-            while count < self._world_size and time.monotonic() < end:
+            while not (found := within(STORE_S, lambda: self._store.add(key, 0)) >= self._world_size):
+                if time.monotonic() > end:
+                    break
                 time.sleep(0.1)
-                count = within(STORE_S, lambda: self._store.add(key, 0))
-            return bool(count == self._world_size)
+            return bool(found)
         return False
 
 

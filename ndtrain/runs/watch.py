@@ -63,7 +63,7 @@ class Watch:
         self.step = self.beats = 0
         self._rank, self._world_size = 0, 1
         self._limit_s, self._deadline = self.phase.limit_s(section), float("inf")
-        self._writes = self._told = self._heard = 0
+        self._writes = self._advanced = self._told = self._heard = 0
         self._store: Any = None
         self._report: Report | None = None
         self._groups: list[Any] = []
@@ -102,6 +102,10 @@ class Watch:
             self._limit_s = self.phase.limit_s(self.section)
         self.beats += 1
         self._deadline = time.monotonic() + self._limit_s
+
+    def advance(self) -> None:
+        """Record that reading or writing goes on, in any thread: it counts in phases whose limit is on progress."""
+        self._advanced += 1
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
@@ -166,7 +170,7 @@ class Watch:
 
     def _share_progress(self) -> None:
         """Tell the others of this rank's progress, and let the limit begin anew at the progress of any rank."""
-        done = self.beats + moved_bytes() // max(MOVED_BYTES, self._world_size * MOVED_BYTES_PER_RANK)
+        done = self.beats + self._advanced + moved_bytes() // max(MOVED_BYTES, self._world_size * MOVED_BYTES_PER_RANK)
         shared = self._store.add("progress", int(done != self._told))
         if shared != self._heard:
             self._deadline = time.monotonic() + self._limit_s
@@ -191,8 +195,11 @@ class Watch:
         self._ending.acquire()
         for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, signal.SIG_IGN)  # the launcher sends some as soon as one rank has failed
-        if isinstance(error, NdtrainError) and error.rank not in (None, self._rank):
-            self._report.wait(STORE_S)  # the rank that failed knows more
+        if isinstance(error, NdtrainError):
+            if error.rank is None:
+                self._report.count(_same(error))
+            elif error.rank != self._rank:
+                self._report.wait(STORE_S)  # the rank that failed knows more
         code = self._report.make(lambda: self._say(error))
         # A collective that was begun, or a file system that hangs, must not keep the process.
         timer = threading.Timer(LEAVE_S, os._exit, [code])
@@ -203,10 +210,11 @@ class Watch:
     def _say(self, error: BaseException) -> int:
         """Print what ended this rank; return the exit code."""
         if lost_peer(error):
-            blame = self._blame()
-            if not blame.gone:  # then the error itself may tell more
+            blame, text = self._blame(), ""
+            if not blame.gone:  # then the error itself tells more
                 traceback.print_exception(error)
-            return self._say_lost(f"a collective failed ({' '.join(str(error).split())[:200]}); ", blame)
+                text = f" ({' '.join(str(error).split())[:200]})"
+            return self._say_lost(f"a collective failed{text}; ", blame)
         if isinstance(error, Stopped) and "SIGTERM" in str(error) and not self.step:
             # torchrun sends SIGTERM to the other workers when one has died, too.
             blame = self._blame()
@@ -224,8 +232,10 @@ class Watch:
     def _prefix(self, error: NdtrainError) -> str:
         """Return where the error was met, if its text does not tell and it is not one of the recipe and the mesh."""
         assert self._report is not None
+        if isinstance(error, Stopped):
+            return ""
         if error.rank is None:
-            return "" if self._report.same_on_all(str(error)) else f"{self._where()}: rank {self._rank}: "
+            return "" if self._report.counts_all(_same(error)) else f"{self._where()}: rank {self._rank}: "
         return f"{self._where()}: " if error.exit_code == 1 else ""
 
     def _say_lost(self, reason: str, blame: Blame) -> int:
@@ -243,14 +253,15 @@ class Watch:
             time.sleep(2.5 * self._interval_s)
             after = within(STORE_S, self._read_progress)
             still = [n for n in range(len(after)) if n != self._rank and after[n].writes == before[n].writes]
-            silent = [n for n in still if not within(STORE_S, partial(self._left, n))]
+            left = [n for n in still if within(STORE_S, partial(self._left, n))]
         except (RuntimeError, TimeoutError):
             return Blame("the store of the ranks does not answer: its process (rank 0 or the launcher) is gone", True)
-        if silent:
+        if silent := [n for n in still if n not in left]:
             return Blame(f"{ranks_are(silent)} stopped, dead or cut off", True)
-        lowest, furthest = min(progress[1:] for progress in after), max(progress[1:] for progress in after)
-        if lowest < furthest:
-            behind = [number for number, progress in enumerate(after) if progress[1:] == lowest]
+        reached = {n: progress[1:] for n, progress in enumerate(after) if n not in left}
+        lowest = min(reached.values())
+        if lowest < max(reached.values()):
+            behind = [n for n in reached if reached[n] == lowest]
             return Blame(f"{ranks_are(behind)} behind{f', at step {lowest[0]}' if self.step else ''}", False)
         same = (
             f"all ranks respond and made equal progress: run.{self.phase.key} is too short, or the network is at fault"
@@ -261,6 +272,11 @@ class Watch:
         """Return whether a rank has ended its work in good order."""
         found: bool = self._store.check([f"left/{number}"])
         return found
+
+
+def _same(error: NdtrainError) -> str:
+    """Return the key under which the ranks are counted that raise this error, each by itself."""
+    return f"same/{type(error).__name__} {error}"
 
 
 def moved_bytes() -> int:

@@ -44,7 +44,7 @@ def open_batches(
         files = find_files(recipe.data.path)
 
         def progress(done: int, total: int) -> None:
-            runtime.watch.beat()
+            runtime.watch.advance()
             reporter.progress("tokenizing", done, total)
 
         directories.append(build_cache(files, tokenizer, cache_dir=cache_root() / "data", progress=progress))

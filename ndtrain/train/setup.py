@@ -100,7 +100,8 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
             for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
                 reporter.info(f"note: {note}")
         else:
-            load_tensors(resumed.directory / "model", model_tensors(model), all_of_it=True)
+            wanted = model_tensors(model)
+            load_tensors(resumed.directory / "model", wanted, all_of_it=True, progress=watch.advance)
             extra_states.restore(model, extra_states.read(resumed.directory))
     with watch.during(PROOF):
         known = known or _prove(engine, references, reporter)

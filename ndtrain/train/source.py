@@ -54,6 +54,6 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
 
     on_rank0(lambda: check(directory))
     wanted = model_tensors(model)
-    load_tensors(directory / "model", wanted)
+    load_tensors(directory / "model", wanted, progress=runtime.watch.advance)
     extra_states.restore(model, extra_states.read(directory))
     return unused(read_manifest(directory)["tensors"]["model"].keys() - wanted.keys())

@@ -63,12 +63,12 @@ class Trainer:
         self.run_dir = to_path(recipe.run.dir)
         self.stop_signals = stop_signals or StopSignals(self.run_dir)
         self.requested = [0, 0]  # stop and save, as all ranks agreed after the last step
-        self.saving = Saving(recipe.checkpoint, self.run_dir, reporter)
+        self.watch = runtime.watch
+        self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
         self.step = 0
         self.cursor = 0
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
-        self.watch = runtime.watch
         self.loggers: list[Logger] = []
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
@@ -107,7 +107,9 @@ class Trainer:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
         self.saving.step = self.step
         self.skips.restore(resumed.state, resumed.directory)
-        self.engine.restore_optimizer(resumed.directory / "optim", updates=self.step - self.skips.total)
+        self.engine.restore_optimizer(
+            resumed.directory / "optim", updates=self.step - self.skips.total, progress=self.watch.advance
+        )
         self.reporter.info(f"resumed from {resumed.directory} (step {self.step}, sample {self.cursor})")
 
     def _arithmetic(self) -> str:

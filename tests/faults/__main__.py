@@ -58,7 +58,7 @@ def main() -> None:
         f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR`: torch {torch.__version__}, Python "
         f"{sys.version.split()[0]}.",
         "",
-        f"A fault on rank {options.rank} of four (dp_shard 2 x tp 2): an error that it alone raises, SIGSTOP or SIGKILL. "
+        f"A fault on rank {options.rank} of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP or SIGKILL. "
         f"Limits in seconds: {', '.join(f'{key} {seconds}' for key, seconds in LIMITS.items())}. Seconds are from the "
         "fault to the end of all other ranks.",
         "",
