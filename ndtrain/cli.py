@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndtrain
-from ndtrain.errors import NdtrainError, RecipeError, Reported
+from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import speaks_for_all, under_torchrun
 from ndtrain.runs.reports import print_error
@@ -60,7 +60,8 @@ def main() -> None:
     except NdtrainError as error:
         if prints:
             print_error(error)
-        _leave(error.exit_code, untold=None if prints else error)
+        shared = prints or isinstance(error, RecipeError | PlanError)  # rank 0 meets those too
+        _leave(error.exit_code, first=prints, untold=None if shared else error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -77,8 +78,8 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _leave(code: int, *, untold: NdtrainError | None = None) -> None:
-    """Exit with `code` on every rank, rank 0 first; print the error `untold` of a rank that rank 0 does not share.
+def _leave(code: int, *, first: bool = True, untold: NdtrainError | None = None) -> None:
+    """Exit with `code` on every rank, rank 0 first; print `untold`, an error that rank 0 may not have met.
 
     torchrun kills the other workers as soon as one has failed. If another rank were first, rank 0 might be killed
     before it has printed the error. A worker that torchrun ends while it waits still exits with `code`.
@@ -87,9 +88,10 @@ def _leave(code: int, *, untold: NdtrainError | None = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-        if untold is not None:
-            # The first rank of a node to speak ends the others of the node.
+        if not first:
+            # The first rank of a node to end ends the others of the node.
             time.sleep(LEAVE_AFTER_S + int(os.environ.get("LOCAL_RANK", 0)) / 2)
+        if untold is not None:
             print_error(untold, f"rank {os.environ['RANK']}: ")
         # Python restores the default handlers before it ends: a late signal would replace `code`.
         for number in (signal.SIGINT, *STOP_SIGNALS):

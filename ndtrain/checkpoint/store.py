@@ -101,7 +101,7 @@ class CheckpointStore:
     """Save and find the checkpoints of one run, on a file system that all ranks share.
 
     With `background` a save returns once this rank's part is copied to host memory, and `settle` gives its outcome. At
-    most one save is in flight. `progress` is called after each block that is written, and each file that is verified.
+    most one save is in flight. `progress` is called after each file that is written or verified.
     """
 
     def __init__(

@@ -82,7 +82,7 @@ def files_of(tensors: Mapping[str, Tensor]) -> Files:
     return files
 
 
-def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]], progress: Callable[[], None]) -> dict[str, Any]:
+def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[str, Any]:
     """Write and sync a safetensors file of {key: (tensor, global offsets)}; return its size and hash.
 
     Copies one tensor at a time to the CPU.
@@ -101,7 +101,6 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]], progress
             size += len(data)
             while data:
                 data = data[file.write(data[:_WRITE_BYTES]) :]
-                progress()
 
         if is_local(path):
             allocate(file.fileno(), len(header) + sum(target.nbytes for target in targets.values()))
@@ -117,10 +116,14 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]], progress
 
 
 def write_files(directory: Path, files: Files, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Write this rank's files; return {name: size and hash}. `progress` is called after each block."""
+    """Write this rank's files; return {name: size and hash}. `progress` is called after each file."""
     if is_local(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    return {name: _write_file(directory / name, entries, progress) for name, entries in files.items()}
+    written = {}
+    for name, entries in files.items():
+        written[name] = _write_file(directory / name, entries)
+        progress()
+    return written
 
 
 # ---- reading

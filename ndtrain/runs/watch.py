@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -23,7 +24,7 @@ from ndtrain.errors import NdtrainError, Reported, Stopped, lost_peer
 from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.phases import START, STEP, Phase
 from ndtrain.runs.reports import STORE_S, Report, print_error, ranks_are, within
-from ndtrain.runs.stop_signals import STOP_SIGNALS
+from ndtrain.runs.stop_signals import STOP_SIGNALS, nothing_to_save
 from ndtrain.torch_compat import collectives_begun, process_groups
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ INTERVAL_S = 1.0
 RANKS_PER_SECOND = 1000
 # A rank that knows its exit code may take so long to end in good order.
 LEAVE_S = 10.0
+# The main thread may take so long to act on a request to end.
+TERMINATE_S = 3.0
 # Bytes that a process moves from or to files between two signs of progress. The threads of a waiting process move fewer
 # within any limit; rank 0 may serve the store, whose traffic grows with the ranks.
 MOVED_BYTES, MOVED_BYTES_PER_RANK = 1 << 26, 1 << 20
@@ -67,6 +70,9 @@ class Watch:
         self._store: Any = None
         self._report: Report | None = None
         self._groups: list[Any] = []
+        self._thread: threading.Thread | None = None
+        self._signals: socket.socket | None = None
+        self._terminated_at = float("inf")
         self._ended = threading.Event()
         self._ending = threading.Lock()
         self._fit_interval()
@@ -86,12 +92,21 @@ class Watch:
         self._report = Report(self._store, world_size, poll_s=max(INTERVAL_S, self._interval_s))
         self._begin(self._limit_s)
         self._write_progress()
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        # The main thread sees no signal while it waits in a collective, nor while ranks connect.
+        self._signals, wake = socket.socketpair()
+        for end in (self._signals, wake):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """End the thread: the silence of this rank is no failure any more."""
-        if self._store is not None and not self._ended.is_set():
+        if self._thread is not None and not self._ended.is_set():
             self._ended.set()
+            # Python must not end while a thread is inside torch, which would abort the process.
+            self._thread.join(STORE_S)
+            os.close(signal.set_wakeup_fd(-1))
             with suppress(RuntimeError, TimeoutError):
                 within(STORE_S, lambda: self._store.set(f"left/{self._rank}", ""))
 
@@ -154,11 +169,21 @@ class Watch:
                 if self._ending.acquire(blocking=False):
                     os._exit(self._report.make(lambda: 1))
                 return
+            # Not in this thread: a rank that writes no progress while it ends would be blamed by another.
+            if self._is_terminated():
+                self._terminated_at = float("inf")
+                threading.Thread(target=self._end_terminated, daemon=True).start()
             if time.monotonic() >= self._deadline:
                 self._deadline = float("inf")
                 reason = f"no progress for {self._limit_s:g} s (run.{self.phase.key})"
-                # Not in this thread: a rank that writes no progress while it ends would be blamed by another.
                 threading.Thread(target=self.end, args=(reason,), daemon=True).start()
+
+    def _is_terminated(self) -> bool:
+        """Return whether this rank was asked to end before its first step, and the main thread has not done so."""
+        with suppress(BlockingIOError):
+            if self._signals is not None and signal.SIGTERM in self._signals.recv(4096):
+                self._terminated_at = min(self._terminated_at, time.monotonic())
+        return not self.step and time.monotonic() > self._terminated_at + TERMINATE_S
 
     def _write_progress(self) -> None:
         self._writes += 1
@@ -183,6 +208,12 @@ class Watch:
         self._ending.acquire()  # never released: a second caller waits until the first ends the process
         assert self._report is not None
         os._exit(self._report.make(lambda: self._say_lost(f"{reason}; ", self._blame())))
+
+    def _end_terminated(self) -> NoReturn:
+        """End this process, whose main thread waits for something and cannot act on SIGTERM."""
+        self._ending.acquire()
+        assert self._report is not None
+        os._exit(self._report.make(lambda: self._say(nothing_to_save(signal.SIGTERM))))
 
     def failed(self, error: BaseException) -> BaseException:
         """Return what to raise for `error`, which ended this rank's work: a `Reported`, after one rank has printed.
