@@ -169,8 +169,9 @@ def collectives_begun() -> int:
     """Return how many collectives this rank has begun, in all the groups that it is in."""
     total = 0
     for group in process_groups():
-        with suppress(RuntimeError):  # a group that has no connections yet
-            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        with suppress(RuntimeError):  # a group whose ranks still connect
+            backends = {group._get_backend(device) for device in group._device_types}
+            total += sum(backend._get_sequence_number_for_group() for backend in backends)
     return total
 
 

@@ -213,7 +213,7 @@ class RunSection(Section):
 
     dir: Text = Field(description="Run directory.")
     rendezvous_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        900.0, description="Seconds in which all ranks must have started and found each other."
+        1800.0, description="Seconds in which all ranks must have started and found each other."
     )
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0,

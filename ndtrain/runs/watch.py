@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from ndtrain.errors import NdtrainError, Reported, Stopped, lost_peer
+from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped, lost_peer
 from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.phases import START, STEP, Phase
 from ndtrain.runs.reports import STORE_S, Report, print_error, ranks_are, within
@@ -113,8 +113,9 @@ class Watch:
     def beat(self, step: int | None = None) -> None:
         """Record that the rank has made progress, and from the first step on the `step` that it works at."""
         if step is not None:
-            self.step, self.phase = step, STEP
-            self._limit_s = self.phase.limit_s(self.section)
+            if self.phase is not STEP:
+                self._enter(STEP)
+            self.step = step
         self.beats += 1
         self._deadline = time.monotonic() + self._limit_s
 
@@ -261,13 +262,13 @@ class Watch:
         return 1
 
     def _prefix(self, error: NdtrainError) -> str:
-        """Return where the error was met, if its text does not tell and it is not one of the recipe and the mesh."""
+        """Return where the error was met; nothing for a request, or for what all ranks find wrong."""
         assert self._report is not None
         if isinstance(error, Stopped):
             return ""
         if error.rank is None:
             return "" if self._report.counts_all(_same(error)) else f"{self._where()}: rank {self._rank}: "
-        return f"{self._where()}: " if error.exit_code == 1 else ""
+        return "" if isinstance(error, RecipeError | PlanError) else f"{self._where()}: "
 
     def _say_lost(self, reason: str, blame: Blame) -> int:
         way_out = "resume it to continue from the newest checkpoint" if self.step else "it has made no step"
