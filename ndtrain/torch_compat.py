@@ -170,7 +170,7 @@ def collectives_begun() -> int:
     total = 0
     for group in process_groups():
         with suppress(RuntimeError):  # a group whose ranks still connect
-            backends = {group._get_backend(device) for device in group._device_types}
+            backends: set[Any] = {group._get_backend(device) for device in group._device_types}
             total += sum(backend._get_sequence_number_for_group() for backend in backends)
     return total
 

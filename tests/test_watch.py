@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ndtrain.recipe import RunSection
+from ndtrain.runs.phases import STEP
 from ndtrain.runs.watch import Progress, Watch
 from tests.ranks import get_pool
 from tests.test_stop_signals import ENV, lines_of, make_recipe, wait_for, workers
@@ -60,7 +61,7 @@ def test_the_rank_that_is_behind_is_named() -> None:
             return False
 
     watch = ThreeRanks(RunSection(dir="run", start_timeout_s=0.01))
-    watch.step = 7
+    watch.step, watch.phase = 7, STEP
     assert watch._blame() == ("rank 1 is behind, at step 6", False)
     watch.rank_2_writes = False
     assert watch._blame() == ("rank 2 is stopped, dead or cut off", True)
@@ -77,7 +78,7 @@ def printed(folder: str) -> str:
     from ndtrain.runs.limits import set_timeouts
     from ndtrain.torch_compat import default_store, process_groups
 
-    watch, output = Watch(RunSection(dir=folder, step_timeout_s=2.0)), io.StringIO()
+    watch, output = Watch(RunSection(dir=folder)), io.StringIO()
     watch.start(default_store(), dist.get_rank(), dist.get_world_size())  # type: ignore[operator]
     watch.beat(5)
     dist.barrier()

@@ -36,3 +36,5 @@ READ = Phase("reading the weights", "read_timeout_s", by_progress=True)
 RESUME = Phase("reading the checkpoint", "read_timeout_s", by_progress=True)
 STEP = Phase("step", "step_timeout_s")
 SAVE = Phase("saving", "save_timeout_s", by_progress=True)
+
+PHASES = (RENDEZVOUS, START, TOKENIZE, FIND, MESHES, NOISE, PROOF, READ, RESUME, STEP, SAVE)

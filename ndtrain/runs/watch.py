@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped, lost_peer
 from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
-from ndtrain.runs.phases import START, STEP, Phase
+from ndtrain.runs.phases import PHASES, START, STEP, Phase
 from ndtrain.runs.reports import STORE_S, Report, print_error, ranks_are, within
 from ndtrain.runs.stop_signals import STOP_SIGNALS, nothing_to_save
 from ndtrain.torch_compat import collectives_begun, process_groups
@@ -30,11 +30,13 @@ from ndtrain.torch_compat import collectives_begun, process_groups
 if TYPE_CHECKING:
     from ndtrain.recipe import RunSection
 
-# How often a rank writes its progress: at least ten times within the limit, and at most 1,000 ranks each second.
+# How often a rank writes its progress: at least ten times within any limit, and at most 1,000 ranks each second.
 INTERVAL_S = 1.0
 RANKS_PER_SECOND = 1000
 # A rank that knows its exit code may take so long to end in good order.
 LEAVE_S = 10.0
+# The most characters of another library's message.
+MESSAGE = 300
 # The main thread may take so long to act on a request to end.
 TERMINATE_S = 3.0
 # Bytes that a process moves from or to files between two signs of progress. The threads of a waiting process move fewer
@@ -43,11 +45,12 @@ MOVED_BYTES, MOVED_BYTES_PER_RANK = 1 << 26, 1 << 20
 
 
 class Progress(NamedTuple):
-    """A rank's progress: how often it was written, the rank's step, and its beats and collectives."""
+    """A rank's progress: how often it was written, its step, its beats and collectives, its place in `PHASES`."""
 
     writes: int
     step: int
     beats: int
+    phase: int = PHASES.index(STEP)
 
 
 class Blame(NamedTuple):
@@ -75,7 +78,7 @@ class Watch:
         self._terminated_at = float("inf")
         self._ended = threading.Event()
         self._ending = threading.Lock()
-        self._fit_interval()
+        self._interval_s = min(INTERVAL_S, min(phase.limit_s(section) for phase in PHASES) / 10)
 
     # ---- what the rank's own work calls
 
@@ -86,7 +89,7 @@ class Watch:
         self._rank, self._world_size = rank, world_size
         if world_size == 1:
             return
-        self._fit_interval()
+        self._interval_s = max(self._interval_s, world_size / RANKS_PER_SECOND)
         # A connection of its own, which no waiting collective blocks.
         self._store = dist.PrefixStore("ndtrain/watch", store.clone())
         self._report = Report(self._store, world_size, poll_s=max(INTERVAL_S, self._interval_s))
@@ -134,7 +137,6 @@ class Watch:
     def _enter(self, phase: Phase, at_least: float = 0.0) -> None:
         self.phase, self._limit_s = phase, phase.limit_s(self.section)
         self.beats += 1
-        self._fit_interval()
         self._begin(max(self._limit_s, at_least))
 
     def _begin(self, limit_s: float) -> None:
@@ -148,23 +150,14 @@ class Watch:
         backstop = timedelta(seconds=limit_s + 4 * self._interval_s + 5)
         set_timeouts(WAIT_TIMEOUT if self.phase.by_progress else backstop, self._groups)
 
-    def _fit_interval(self) -> None:
-        self._interval_s = max(min(INTERVAL_S, self._limit_s / 10), self._world_size / RANKS_PER_SECOND)
-
     # ---- the thread
 
     def _run(self) -> None:
         assert self._report is not None
         while not self._ended.wait(self._interval_s):
-            try:
-                self._write_progress()
-                if self.phase.by_progress:
-                    self._share_progress()
-                code = self._report.code()
-            except RuntimeError:
-                code = None
-                if time.monotonic() < self._deadline:
-                    continue  # the store may come back
+            code = None
+            with suppress(RuntimeError, TimeoutError):  # the store may come back
+                code = within(STORE_S, self._exchange)
             if code is not None:
                 # The main thread ends this process unless it waits for something that never comes.
                 if self._ending.acquire(blocking=False):
@@ -179,6 +172,14 @@ class Watch:
                 reason = f"no progress for {self._limit_s:g} s (run.{self.phase.key})"
                 threading.Thread(target=self.end, args=(reason,), daemon=True).start()
 
+    def _exchange(self) -> int | None:
+        """Write this rank's progress and read that of all; return the exit code of the run if a rank has reported."""
+        assert self._report is not None
+        self._write_progress()
+        if self.phase.by_progress:
+            self._share_progress()
+        return self._report.code()
+
     def _is_terminated(self) -> bool:
         """Return whether this rank was asked to end before its first step, and the main thread has not done so."""
         with suppress(BlockingIOError):
@@ -188,7 +189,10 @@ class Watch:
 
     def _write_progress(self) -> None:
         self._writes += 1
-        self._store.set(str(self._rank), f"{self._writes} {self.step} {self.beats + collectives_begun()}")
+        self._store.set(str(self._rank), " ".join(map(str, self._own_progress())))
+
+    def _own_progress(self) -> Progress:
+        return Progress(self._writes, self.step, self.beats + collectives_begun(), PHASES.index(self.phase))
 
     def _read_progress(self) -> list[Progress]:
         values = self._store.multi_get([str(number) for number in range(self._world_size)])
@@ -245,7 +249,7 @@ class Watch:
             blame, text = self._blame(), ""
             if not blame.gone:  # then the error itself tells more
                 traceback.print_exception(error)
-                text = f" ({' '.join(str(error).split())[:200]})"
+                text = f" ({' '.join(str(error).split())[:MESSAGE]})"
             return self._say_lost(f"a collective failed{text}; ", blame)
         if isinstance(error, Stopped) and "SIGTERM" in str(error) and not self.step:
             # torchrun sends SIGTERM to the other workers when one has died, too.
@@ -258,7 +262,8 @@ class Watch:
         if isinstance(error, KeyboardInterrupt):
             return 130
         traceback.print_exception(error)
-        print_error(NdtrainError(f"{self._where()}: rank {self._rank}: {type(error).__name__}: {error}"))
+        text = " ".join(str(error).split())[:MESSAGE]
+        print_error(NdtrainError(f"{self._where()}: rank {self._rank}: {type(error).__name__}: {text}"))
         return 1
 
     def _prefix(self, error: NdtrainError) -> str:
@@ -271,8 +276,8 @@ class Watch:
         return "" if isinstance(error, RecipeError | PlanError) else f"{self._where()}: "
 
     def _say_lost(self, reason: str, blame: Blame) -> int:
-        way_out = "resume it to continue from the newest checkpoint" if self.step else "it has made no step"
-        print_error(NdtrainError(f"{self._where()}: {reason}{blame.words}. The run ends; {way_out}"))
+        ends = "; resume it to continue from the newest checkpoint" if self.step else " before its first step"
+        print_error(NdtrainError(f"{self._where()}: {reason}{blame.words}. The run ends{ends}"))
         return 1
 
     def _where(self) -> str:
@@ -289,16 +294,22 @@ class Watch:
         except (RuntimeError, TimeoutError):
             return Blame("the store of the ranks does not answer: its process (rank 0 or the launcher) is gone", True)
         if silent := [n for n in still if n not in left]:
-            return Blame(f"{ranks_are(silent)} stopped, dead or cut off", True)
-        reached = {n: progress[1:] for n, progress in enumerate(after) if n not in left}
+            return Blame(f"{ranks_are(silent)} stopped, dead or cut off{self._elsewhere(after, silent)}", True)
+        reached = {n: progress[1:3] for n, progress in enumerate(after) if n not in left}
         lowest = min(reached.values())
         if lowest < max(reached.values()):
             behind = [n for n in reached if reached[n] == lowest]
-            return Blame(f"{ranks_are(behind)} behind{f', at step {lowest[0]}' if self.step else ''}", False)
+            where = f", at step {lowest[0]}" if self.step else self._elsewhere(after, behind)
+            return Blame(f"{ranks_are(behind)} behind{where}", False)
         same = (
             f"all ranks respond and made equal progress: run.{self.phase.key} is too short, or the network is at fault"
         )
         return Blame(same, False)
+
+    def _elsewhere(self, progress: list[Progress], numbers: list[int]) -> str:
+        """Return in which phase the first of these ranks is, if this rank is in another."""
+        phase = PHASES[progress[numbers[0]].phase]
+        return "" if phase is self.phase else f" ({phase.name})"
 
     def _left(self, number: int) -> bool:
         """Return whether a rank has ended its work in good order."""

@@ -15,13 +15,16 @@ from tests.faults.run import LIMITS, check_end, disturbed, prepare
 from tests.faults.worker import PLACES
 
 FAULTS = ("error", "stop", "kill")
-# Under torchrun itself, and errors that have a name or an exit code of their own.
+# Errors that have a name or an exit code of their own, rank 0, and ranks that torchrun itself starts.
 MORE = (
-    ("checking the model on noise", "memory", False),
-    ("reading the weights", "damaged", False),
-    ("filling the model with noise", "error", True),
-    ("checking the model on noise", "stop", True),
-    ("checking the model on noise", "kill", True),
+    ("checking the model on noise", "memory", 1, False),
+    ("reading the weights", "damaged", 1, False),
+    ("tokenizing", "error", 0, False),
+    ("checking the model on noise", "stop", 0, False),
+    ("checking the model on noise", "kill", 0, False),
+    ("filling the model with noise", "error", 1, True),
+    ("checking the model on noise", "stop", 1, True),
+    ("checking the model on noise", "kill", 1, True),
 )
 
 
@@ -35,14 +38,16 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True)
     prepare(options.out)
-    cases = [(phase, fault, False) for phase in options.phase or PLACES for fault in options.fault or FAULTS]
+    cases = [
+        (phase, fault, options.rank, False) for phase in options.phase or PLACES for fault in options.fault or FAULTS
+    ]
     if not (options.phase or options.fault):
         cases += MORE
     rows, failed = [], 0
-    for phase, fault, torchrun in cases:
-        end = disturbed(options.out, phase, fault, rank=options.rank, torchrun=torchrun)
+    for phase, fault, rank, torchrun in cases:
+        end = disturbed(options.out, phase, fault, rank=rank, torchrun=torchrun)
         try:
-            check_end(end, phase, fault, rank=options.rank, torchrun=torchrun)
+            check_end(end, phase, fault, rank=rank, torchrun=torchrun)
             verdict = "as it should"
         except AssertionError as error:
             failed, verdict = failed + 1, "**wrong**"
@@ -50,7 +55,7 @@ def main() -> None:
         codes = " ".join(str(end.ranks[n]) for n in sorted(end.ranks)) or "-"
         message = "<br>".join(end.errors).replace("|", "\\|").replace(str(options.out), "DIR")
         rows.append(
-            f"| {phase} | {fault}{', torchrun' * torchrun} | {end.seconds:.1f} | {codes} | {end.code} "
+            f"| {phase} | {fault}{', torchrun' * torchrun} | {rank} | {end.seconds:.1f} | {codes} | {end.code} "
             f"| {verdict} | {message} |"
         )
         print(rows[-1], flush=True)
@@ -58,15 +63,15 @@ def main() -> None:
         f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR`: torch {torch.__version__}, Python "
         f"{sys.version.split()[0]}.",
         "",
-        f"A fault on rank {options.rank} of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP or SIGKILL. "
+        f"A fault on one rank of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP or SIGKILL. "
         f"Limits in seconds: {', '.join(f'{key} {seconds}' for key, seconds in LIMITS.items())}. Seconds are from the "
         "fault to the end of all other ranks.",
         "",
         f"{len(rows) - failed} of {len(rows)} ended as they should: in time, with one message that names the phase and "
         "the rank, and with its exit code on every rank.",
         "",
-        "| phase | fault | s | exit codes of the ranks | of the launcher | | message |",
-        "|---|---|---|---|---|---|---|",
+        "| phase | fault | rank | s | exit codes of the ranks | of the launcher | | message |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     if options.log:
         options.log.write_text("\n".join([*head, *rows, ""]))
