@@ -84,6 +84,7 @@ def printed(folder: str) -> str:
     dist.barrier()
     try:
         if dist.get_rank() == 3:
+            watch._write_progress()
             watch._ended.set()
         else:
             time.sleep(0.3 * dist.get_rank())
