@@ -14,7 +14,7 @@ import torch
 from tests.faults.run import LIMITS, check_end, disturbed, prepare
 from tests.faults.worker import PLACES
 
-FAULTS = ("error", "stop", "kill")
+FAULTS = ("error", "stop", "kill", "sleep")
 # Errors that have a name or an exit code of their own, rank 0, and ranks that torchrun itself starts.
 MORE = (
     ("checking the model on noise", "memory", 1, False),
@@ -63,7 +63,8 @@ def main() -> None:
         f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR`: torch {torch.__version__}, Python "
         f"{sys.version.split()[0]}.",
         "",
-        f"A fault on one rank of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP or SIGKILL. "
+        f"A fault on one rank of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP, SIGKILL, or a call "
+        "that does not return. "
         f"Limits in seconds: {', '.join(f'{key} {seconds}' for key, seconds in LIMITS.items())}. Seconds are from the "
         "fault to the end of all other ranks.",
         "",

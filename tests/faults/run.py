@@ -20,7 +20,7 @@ RANKS = 4
 # Each phase's limit in seconds. The start of a phase on one rank may be later than on another by as much as a rank of a
 # loaded machine falls behind, and a step waits for nothing.
 LIMITS = {"rendezvous": 60, "start": 20, "read": 20, "save": 20, "step": 60}
-CODES = {"error": 1, "memory": 1, "damaged": 4, "stop": 1, "kill": 1}
+CODES = {"error": 1, "memory": 1, "damaged": 4, "stop": 1, "kill": 1, "sleep": 1}
 
 
 class End(NamedTuple):

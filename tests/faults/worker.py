@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,6 +44,8 @@ def happen(fault: str, file: Path) -> None:
     file.write_text(str(os.getpid()))
     if fault in ERRORS:
         raise ERRORS[fault]
+    if fault == "sleep":
+        time.sleep(600)
     os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
 
 
