@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ndtrain.checkpoint import CheckpointStore, load_tensors
 from ndtrain.errors import (
     DamagedError,
     PlanError,
@@ -23,7 +24,7 @@ from ndtrain.errors import (
 from ndtrain.recipe import RunSection
 from ndtrain.runs.launcher import exit_code_of
 from ndtrain.runs.phases import MESHES, READ
-from ndtrain.runs.watch import Watch
+from ndtrain.runs.watch import Watch, moved_bytes
 from tests.faults.run import check_end, disturbed, prepare
 from tests.ranks import get_pool
 from tests.test_stop_signals import make_recipe
@@ -173,6 +174,25 @@ def test_progress_of_one_rank_counts_for_all_where_the_limit_is_on_progress(
     folder = tmp_path / f"{by_progress}-{advances}"
     for took in get_pool(2).run(seconds_watched, str(folder), by_progress, advances):
         assert (took >= 5) == stays, took
+
+
+def test_blocks_read_and_files_written_or_verified_count_as_progress(tmp_path: Path) -> None:
+    calls: list[int] = []
+    store = CheckpointStore(tmp_path, keep=1, progress=lambda: calls.append(1))
+    path = store.save(1, model={"w": torch.ones(4, 4)}, optim={"w.exp_avg": torch.ones(4)}, state={"step": 1})
+    assert path is not None and len(calls) == 2
+    assert store.find("auto", verify=True)[0] == path and len(calls) == 4
+    got = {"w": torch.zeros(4, 4)}
+    load_tensors(path / "model", got, progress=lambda: calls.append(1))
+    assert got["w"].eq(1).all() and len(calls) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux tells what a process moves")
+def test_bytes_moved_from_files_and_to_them_are_counted(tmp_path: Path) -> None:
+    before = moved_bytes()
+    (tmp_path / "x").write_bytes(bytes(1 << 20))
+    assert len((tmp_path / "x").read_bytes()) == 1 << 20
+    assert 2 << 20 <= moved_bytes() - before < 5 << 20
 
 
 @pytest.mark.parametrize(
