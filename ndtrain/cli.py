@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndtrain
-from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported
+from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import speaks_for_all, under_torchrun
 from ndtrain.runs.reports import print_error
@@ -60,7 +60,7 @@ def main() -> None:
     except NdtrainError as error:
         if prints:
             print_error(error)
-        shared = prints or isinstance(error, RecipeError | PlanError)  # rank 0 meets those too
+        shared = prints or isinstance(error, RecipeError | PlanError | Stopped)  # rank 0 meets those too
         _leave(error.exit_code, first=prints, untold=None if shared else error)
     except KeyboardInterrupt:
         sys.exit(130)

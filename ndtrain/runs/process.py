@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.runs.limits import MARGIN
@@ -81,10 +82,11 @@ def start(section: RunSection | None = None) -> Iterator[Runtime]:
         backend = "gloo"
     watch = Watch(section) if section is not None else _idle()
     limit = timedelta(seconds=RENDEZVOUS.limit_s(watch.section))
-    store: Any = launcher_store(rank, world_size, limit) if under_torchrun() else dist.HashStore()
     try:
         with watch.during(RENDEZVOUS):
-            watch.start(store, rank, world_size)
+            store: Any = dist.HashStore()
+            if under_torchrun():
+                store = launcher_store(rank, world_size, limit, partial(watch.start, rank=rank, world_size=world_size))
             timeout = limit + MARGIN  # the watch, which knows the rank at fault, comes first
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
         yield Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=device, watch=watch)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from ndtrain.runs.reports import ranks_are
+from ndtrain.runs.limits import MARGIN
 
 CONNECT_TIMEOUT = timedelta(minutes=2)
-# Rank 0 knows which ranks are missing, so the others leave it this time to tell.
-RANK0_S = 3.0
 
 
-def launcher_store(rank: int, world_size: int, limit: timedelta) -> Any:
+def launcher_store(rank: int, world_size: int, limit: timedelta, joined: Callable[[Any], None]) -> Any:
     """Return the store through which the ranks find each other, with a prefix that only this attempt uses.
 
     torchrun's store outlives the workers that it restarts (torch 2.13), so it still holds the addresses of processes
     that are gone. Restart counts cannot tell attempts apart, since they differ between nodes. So each rank writes a
-    fresh random name and waits until rank 0 answers that name with its own, which becomes the prefix. Raises
-    `NdtrainError` if the store does not answer or a rank does not arrive within `limit`.
+    fresh random name and waits until rank 0 answers that name with its own, which becomes the prefix. `joined` is
+    called with the store as soon as this rank has it, while others may still be missing. Raises `NdtrainError` if the
+    store or rank 0 does not answer within `limit`.
     """
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -41,12 +41,15 @@ def launcher_store(rank: int, world_size: int, limit: timedelta) -> Any:
     except dist.DistStoreError as error:  # this process serves the store
         raise NdtrainError(f"{_apart(world_size, limit)}: {str(error).splitlines()[0]}") from error
     if not agent_store:
+        joined(store)
         return store
     store.set_timeout(limit)
     own = uuid.uuid4().hex
     store.set(f"ndtrain/hello/{rank}", own)
     attempt, answered = own, dict.fromkeys(range(world_size), "")
-    deadline = time.monotonic() + limit.total_seconds() + (RANK0_S if rank else 0)
+    if rank == 0:
+        joined(dist.PrefixStore(f"ndtrain/{own}", store))
+    deadline = time.monotonic() + (limit + MARGIN).total_seconds()  # whoever is joined reports first
     hellos = [f"ndtrain/hello/{n}" for n in range(world_size)]
     while True:
         if rank == 0:
@@ -57,15 +60,14 @@ def launcher_store(rank: int, world_size: int, limit: timedelta) -> Any:
         elif store.check([f"ndtrain/welcome/{rank}"]):
             name, attempt = store.get(f"ndtrain/welcome/{rank}").decode().split()
             if name == own:
+                joined(dist.PrefixStore(f"ndtrain/{attempt}", store))
                 store.set(f"ndtrain/{attempt}/here/{rank}", "")
                 break
         if rank == 0 and store.check([f"ndtrain/{own}/here/{n}" for n in range(1, world_size)]):
             break
         if time.monotonic() > deadline:
-            missing = [n for n in range(1, world_size) if not store.check([f"ndtrain/{own}/here/{n}"])]
-            which = f"{ranks_are(missing)} missing" if rank == 0 else "rank 0 does not answer"
             raise NdtrainError(
-                f"{_apart(world_size, limit)}: {which}; check that the workers of every node are running"
+                f"{_apart(world_size, limit)}: rank 0 does not answer; check that the workers of every node are running"
             )
         time.sleep(0.02)
     return dist.PrefixStore(f"ndtrain/{attempt}", store)

@@ -76,7 +76,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._signals: socket.socket | None = None
         self._terminated_at = float("inf")
-        self._ended = threading.Event()
+        self._due, self._ended = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._interval_s = min(INTERVAL_S, min(phase.limit_s(section) for phase in PHASES) / 10)
 
@@ -107,6 +107,7 @@ class Watch:
         """End the thread: the silence of this rank is no failure any more."""
         if self._thread is not None and not self._ended.is_set():
             self._ended.set()
+            self._due.set()
             # Python must not end while a thread is inside torch, which would abort the process.
             self._thread.join(STORE_S)
             os.close(signal.set_wakeup_fd(-1))
@@ -138,6 +139,7 @@ class Watch:
         self.phase, self._limit_s = phase, phase.limit_s(self.section)
         self.beats += 1
         self._begin(max(self._limit_s, at_least))
+        self._due.set()  # the others learn of the phase at once
 
     def _begin(self, limit_s: float) -> None:
         """Let a limit begin now: this rank's deadline, and the timeouts of its collectives."""
@@ -154,7 +156,11 @@ class Watch:
 
     def _run(self) -> None:
         assert self._report is not None
-        while not self._ended.wait(self._interval_s):
+        while True:
+            self._due.wait(self._interval_s)
+            self._due.clear()
+            if self._ended.is_set():
+                return
             code = None
             with suppress(RuntimeError, TimeoutError):  # the store may come back
                 code = within(STORE_S, self._exchange)
@@ -194,9 +200,13 @@ class Watch:
     def _own_progress(self) -> Progress:
         return Progress(self._writes, self.step, self.beats + collectives_begun(), PHASES.index(self.phase))
 
-    def _read_progress(self) -> list[Progress]:
-        values = self._store.multi_get([str(number) for number in range(self._world_size)])
-        return [Progress(*map(int, value.split())) for value in values]
+    def _read_progress(self) -> dict[int, Progress]:
+        """Return the progress of every rank that has joined."""
+        keys = [str(number) for number in range(self._world_size)]
+        if not self._store.check(keys):
+            keys = [key for key in keys if self._store.check([key])]
+        values = self._store.multi_get(keys)
+        return {int(key): Progress(*map(int, value.split())) for key, value in zip(keys, values, strict=True)}
 
     def _share_progress(self) -> None:
         """Tell the others of this rank's progress, and let the limit begin anew at the progress of any rank."""
@@ -289,13 +299,15 @@ class Watch:
             before = within(STORE_S, self._read_progress)
             time.sleep(2.5 * self._interval_s)
             after = within(STORE_S, self._read_progress)
-            still = [n for n in range(len(after)) if n != self._rank and after[n].writes == before[n].writes]
+            still = [n for n in before if n != self._rank and after[n].writes == before[n].writes]
             left = [n for n in still if within(STORE_S, partial(self._left, n))]
         except (RuntimeError, TimeoutError):
             return Blame("the store of the ranks does not answer: its process (rank 0 or the launcher) is gone", True)
         if silent := [n for n in still if n not in left]:
             return Blame(f"{ranks_are(silent)} stopped, dead or cut off{self._elsewhere(after, silent)}", True)
-        reached = {n: progress[1:3] for n, progress in enumerate(after) if n not in left}
+        if missing := [n for n in range(self._world_size) if n not in after]:
+            return Blame(f"{ranks_are(missing)} missing", False)
+        reached = {n: progress[1:3] for n, progress in after.items() if n not in left}
         lowest = min(reached.values())
         if lowest < max(reached.values()):
             behind = [n for n in reached if reached[n] == lowest]
@@ -306,7 +318,7 @@ class Watch:
         )
         return Blame(same, False)
 
-    def _elsewhere(self, progress: list[Progress], numbers: list[int]) -> str:
+    def _elsewhere(self, progress: dict[int, Progress], numbers: list[int]) -> str:
         """Return in which phase the first of these ranks is, if this rank is in another."""
         phase = PHASES[progress[numbers[0]].phase]
         return "" if phase is self.phase else f" ({phase.name})"
