@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndtrain
-from ndtrain.errors import NdtrainError, RecipeError, Stopped
+from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import speaks_for_all, under_torchrun
+from ndtrain.runs.reports import print_error
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import INTERRUPTED, STOP_SIGNALS, StopSignals
 from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
-from ndtrain.storage.urls import without_secrets
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
@@ -60,12 +60,14 @@ def main() -> None:
     prints = speaks_for_all()  # under torchrun every rank meets the same error
     try:
         code = app(prog_name="ndtrain", standalone_mode=False)
+    except Reported as error:
+        _leave(error.exit_code)
     except NdtrainError as error:
         if prints:
-            kind = "" if isinstance(error, Stopped) else "error: "
-            for line in str(error).splitlines() or [type(error).__name__]:
-                print(f"ndtrain: {kind}{without_secrets(line)}", file=sys.stderr, flush=True)
-        _leave(error.exit_code, first=prints, wait_s=STOPPED_AFTER_S if isinstance(error, Stopped) else LEAVE_AFTER_S)
+            print_error(error)
+        shared = prints or isinstance(error, RecipeError | PlanError | Stopped)  # rank 0 meets those too
+        wait_s = STOPPED_AFTER_S if isinstance(error, Stopped) else LEAVE_AFTER_S
+        _leave(error.exit_code, first=prints, wait_s=wait_s, untold=None if shared else error)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
@@ -89,8 +91,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _leave(code: int, *, first: bool, wait_s: float) -> None:
+def _leave(code: int, *, first: bool = True, wait_s: float = LEAVE_AFTER_S, untold: NdtrainError | None = None) -> None:
     """Exit with `code` on every rank, rank 0 first and the others after `wait_s` seconds.
+
+    `untold` is an error that rank 0 may not have met, which this rank prints.
 
     torchrun kills the other workers as soon as one has failed. If another rank were first, rank 0 might be killed
     before it has printed the error. A worker that torchrun ends while it waits still exits with `code`.
@@ -100,7 +104,10 @@ def _leave(code: int, *, first: bool, wait_s: float) -> None:
         sys.stderr.flush()
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         if not first:
-            time.sleep(wait_s)
+            # The first rank of a node to end ends the others of the node.
+            time.sleep(wait_s + int(os.environ.get("LOCAL_RANK", 0)) / 2)
+        if untold is not None:
+            print_error(untold, f"rank {os.environ['RANK']}: ")
         # Python restores the default handlers before it ends: a late signal would replace `code`.
         for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, signal.SIG_IGN)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -172,6 +172,16 @@ def __getattr__(name: str) -> Any:
 def process_groups() -> list[torch.distributed.ProcessGroup]:
     """Return every process group that this rank is in."""
     return list(NAMES["world"].find().pg_map)
+
+
+def collectives_begun() -> int:
+    """Return how many collectives this rank has begun, in all the groups that it is in."""
+    total = 0
+    for group in process_groups():
+        with suppress(RuntimeError):  # a group whose ranks still connect
+            backends: set[Any] = {group._get_backend(device) for device in group._device_types}
+            total += sum(backend._get_sequence_number_for_group() for backend in backends)
+    return total
 
 
 def in_backward() -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 import ndtrain
 from ndtrain import cli
-from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Stopped
+from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Reported, Stopped
 from ndtrain.runs import launcher, versions
 from ndtrain.runs.stop_signals import STOP_SIGNALS
 
@@ -141,6 +141,26 @@ def test_only_rank_0_prints_the_error_and_every_rank_exits_with_its_code(
         as_worker(monkeypatch, rank)
         assert call(monkeypatch, "run", bad) == 2
         assert ("error" in capsys.readouterr().err) == (rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (DamagedError("a file of this node is damaged"), "ndtrain: error: rank 1: a file of this node is damaged\n"),
+        (PlanError("every rank meets this"), ""),
+        (Reported(4), ""),
+    ],
+)
+def test_an_error_that_rank_0_need_not_meet_is_printed_by_the_rank_that_met_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, train: list[Any], error: NdtrainError, printed: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    as_worker(monkeypatch, 1)
+    monkeypatch.setattr(sys.modules["ndtrain.train"], "run", fail)
+    assert call(monkeypatch, "run", QUICKSTART) == error.exit_code
+    assert capsys.readouterr().err == printed
 
 
 @pytest.mark.parametrize("verb", ["convert", "run", "inspect"])

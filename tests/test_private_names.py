@@ -98,6 +98,18 @@ def test_private_attributes_of_fsdp_are_what_they_were() -> None:
         dist.destroy_process_group()
 
 
+def test_collectives_are_counted_as_they_begin() -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        other, before = dist.new_group([0]), torch_compat.collectives_begun()
+        for group in (None, other, other):
+            dist.all_reduce(torch.ones(1), group=group)
+        assert torch_compat.collectives_begun() - before == 3
+    finally:
+        dist.destroy_process_group()
+    assert torch_compat.collectives_begun() == 0
+
+
 def test_private_attributes_of_models_are_what_they_were() -> None:
     config = transformers.AutoConfig.for_model("qwen3_moe", **MATRIX["qwen3_moe"])
     with torch.device("meta"):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ndtrain.recipe import RunSection
+from ndtrain.runs.phases import STEP
 from ndtrain.runs.watch import Progress, Watch
 from tests.ranks import get_pool
 from tests.test_stop_signals import ENV, lines_of, make_recipe, wait_for, workers
@@ -45,20 +47,27 @@ def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(tmp_path: Pat
 def test_the_rank_that_is_behind_is_named() -> None:
     class ThreeRanks(Watch):
         reads = 0
-        rank_2_writes = True
+        rank_2_writes = rank_2_is_here = True
 
-        def _read_progress(self) -> list[Progress]:
+        def _read_progress(self) -> dict[int, Progress]:
             self.reads += 1
-            return [
-                Progress(self.reads, 7, 20),
-                Progress(self.reads, 6, 18),
-                Progress(self.reads if self.rank_2_writes else 1, 7, 20),
-            ]
+            found = {
+                0: Progress(self.reads, 7, 20),
+                1: Progress(self.reads, 6, 18),
+                2: Progress(self.reads if self.rank_2_writes else 1, 7, 20),
+            }
+            return {rank: progress for rank, progress in found.items() if rank != 2 or self.rank_2_is_here}
 
-    watch = ThreeRanks(0.01)
-    assert watch._blame() == "rank 1 is behind, at step 6"
+        def _left(self, number: int) -> bool:
+            return False
+
+    watch = ThreeRanks(RunSection(dir="run", start_timeout_s=0.01))
+    watch.step, watch.phase, watch._world_size = 7, STEP, 3
+    assert watch._blame() == ("rank 1 is behind, at step 6", False)
     watch.rank_2_writes = False
-    assert watch._blame() == "rank 2 is stopped, dead or cut off"
+    assert watch._blame() == ("rank 2 is stopped, dead or cut off", True)
+    watch.rank_2_is_here = False
+    assert watch._blame() == ("rank 2 is missing", False)
 
 
 def printed(folder: str) -> str:
@@ -70,15 +79,16 @@ def printed(folder: str) -> str:
     import torch.distributed as dist
 
     from ndtrain.runs.limits import set_timeouts
-    from ndtrain.torch_compat import process_groups
+    from ndtrain.torch_compat import default_store, process_groups
 
-    watch, output = Watch(2.0), io.StringIO()
-    watch.start()
+    watch, output = Watch(RunSection(dir=folder)), io.StringIO()
+    watch.start(default_store(), dist.get_rank(), dist.get_world_size())  # type: ignore[operator]
     watch.beat(5)
     dist.barrier()
     try:
         if dist.get_rank() == 3:
-            watch.stop()
+            watch._write_progress()
+            watch._ended.set()
         else:
             time.sleep(0.3 * dist.get_rank())
             stderr, exits = mock.patch("sys.stderr", output), mock.patch("os._exit", side_effect=SystemExit)

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,10 @@ def check(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_together(directory: Path, *, verify: bool = False) -> None:
+def check_together(directory: Path, *, verify: bool = False, progress: Callable[[], None] = lambda: None) -> None:
     """Do what `check` does with each rank reading a share of the headers; with `verify` also of all hashes. Collective.
 
-    Raises `DamagedError` on all ranks.
+    `progress` is called after each file. Raises `DamagedError` on all ranks.
     """
 
     def check_share() -> None:
@@ -87,7 +87,13 @@ def check_together(directory: Path, *, verify: bool = False) -> None:
             check_headers(pieces_of(directory / part), directory / part, lambda i, file: i % world_size() == rank())
         if verify:
             names = sorted(name for name in files if is_tensor_file(name))
-            check_hashes(directory, files, names[rank() :: world_size()])
+
+            def mine() -> Iterator[str]:
+                for name in names[rank() :: world_size()]:
+                    yield name
+                    progress()
+
+            check_hashes(directory, files, mine())
 
     on_rank0(_as_os_errors(directory, lambda: _check_sizes_and_coverage(directory)))  # all headers without an index
     together(_as_os_errors(directory, check_share))
@@ -148,14 +154,16 @@ class CheckpointStore:
     """Save and find the checkpoints of one run, on a file system that all ranks share.
 
     With `background` a save returns once this rank's part is copied to host memory, and `settle` gives its outcome. At
-    most one save is in flight.
+    most one save is in flight. `progress` is called after each file that is written or verified.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int, background: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, *, keep: int, background: bool = False, progress: Callable[[], None] = lambda: None
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.root = run_dir / "checkpoints"
-        self.keep, self.background = keep, background
+        self.keep, self.background, self.progress = keep, background, progress
         self.local = is_local(run_dir)
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
@@ -264,7 +272,9 @@ class CheckpointStore:
 
         def write() -> None:
             for part, files in job.files.items():
-                written.update({f"{part}/{name}": entry for name, entry in write_files(work / part, files).items()})
+                written.update(
+                    {f"{part}/{name}": entry for name, entry in write_files(work / part, files, self.progress).items()}
+                )
                 rows[part] = rows_of(files, job.listed[part])
 
         def publish() -> None:
@@ -300,7 +310,9 @@ class CheckpointStore:
                 with contextlib.suppress(OSError):
                     _as_os_errors(self.root, self._undo)(work)
             if isinstance(error, NdtrainError):
-                raise type(error)(f"{final} was not written, older checkpoints are kept: {error}") from error
+                told = type(error)(f"{final} was not written, older checkpoints are kept: {error}")
+                told.rank = error.rank
+                raise told from error
             raise
         if rank() == 0:
             self.prune(job.step)
@@ -365,14 +377,14 @@ class CheckpointStore:
                     )
 
             on_rank0(_as_os_errors(self.root, require_directory))
-            check_together(directory, verify=verify)
+            check_together(directory, verify=verify, progress=self.progress)
             return directory, []
         on_rank0(_as_os_errors(self.root, self._clean))
         refused: list[str] = []
         for name in of_rank0(_as_os_errors(self.root, lambda: [path.name for _, path in reversed(self._steps())])):
             directory = self.root / name
             try:
-                check_together(directory, verify=verify)
+                check_together(directory, verify=verify, progress=self.progress)
             except DamagedError as error:
                 refused.append(str(error))
             else:

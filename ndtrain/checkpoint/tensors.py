@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -145,11 +145,15 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
     return {"size": size, HASH: found.hexdigest()}
 
 
-def write_files(directory: Path, files: Files) -> dict[str, Any]:
-    """Write this rank's files; return {name: size and hash}."""
+def write_files(directory: Path, files: Files, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write this rank's files; return {name: size and hash}. `progress` is called after each file."""
     if is_local(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    return {name: _write_file(directory / name, entries) for name, entries in files.items()}
+    written = {}
+    for name, entries in files.items():
+        written[name] = _write_file(directory / name, entries)
+        progress()
+    return written
 
 
 # ---- reading
@@ -210,10 +214,17 @@ def _without_copies(key: str, pieces: Pieces, copies: list[tuple[str, Piece, Pie
     return Pieces(pieces.dtype, pieces.files, pieces.table[rows])
 
 
-def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: bool = False) -> None:
+def load_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    all_of_it: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
     """Fill the tensors in place from a save on any mesh, reading only what this rank holds; collective.
 
-    With `all_of_it` a stored key that is not in `tensors` is an error too: it belongs to another model.
+    With `all_of_it` a stored key that is not in `tensors` is an error too: it belongs to another model. `progress` is
+    called after each block.
 
     Raises `DamagedError` on all ranks: a key is missing, its shape or dtype differs, its pieces overlap or do not cover
     the tensor, or a file cannot be read. Some tensors may be partly filled then.
@@ -226,7 +237,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
         plan = plan_held(tensors, stored, directory)
         if indexed:
             check_headers(stored, directory, lambda number, file: file in plan)
-        read_planned(plan, directory)
+        read_planned(plan, directory, progress=progress)
 
     together(read)
 

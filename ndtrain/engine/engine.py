@@ -122,10 +122,11 @@ class Engine:
         """Return the optimizer's state as named tensors, sharded."""
         return state_tensors(self.model, self.optimizer, OPTIMIZERS[self.recipe.optim.name])
 
-    def restore_optimizer(self, directory: Path, *, updates: int) -> None:
+    def restore_optimizer(self, directory: Path, *, updates: int, progress: Callable[[], None] = lambda: None) -> None:
         """Load the optimizer's state after `updates` updates from a tensor directory; collective.
 
-        Works with and without gradients. Raises `DamagedError` as `load_tensors` does.
+        Works with and without gradients. `progress` is called after each block that is read. Raises `DamagedError` as
+        `load_tensors` does.
         """
-        load_tensors(directory, self.optimizer_tensors(), all_of_it=True)
+        load_tensors(directory, self.optimizer_tensors(), all_of_it=True, progress=progress)
         set_step(self.model, self.optimizer, updates)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from ndtrain.errors import DamagedError, RecipeError, first_line
+from ndtrain.errors import DamagedError, RecipeError, first_line, keeps_its_name
 from ndtrain.hf.hub import directory_of
 from ndtrain.hf.overrides import overridden
 from ndtrain.recipe import Recipe
@@ -36,6 +36,8 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         try:
             base = transformers.AutoConfig.for_model(section.type)
         except Exception as error:
+            if keeps_its_name(error):
+                raise
             raise RecipeError(f"cannot load the config of {what}: {first_line(error)}") from error
         raw = {}
     else:
@@ -47,9 +49,9 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         return base
     try:
         return overridden(base, raw, section.config)
-    except RecipeError:
-        raise
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         raise RecipeError(f"[model.config] makes the config of {what} invalid: {first_line(error)}") from error
 
 
@@ -86,6 +88,8 @@ def read_config(at: Path, what: str, *, trust_remote_code: bool, allow: str = AL
     try:
         return transformers.AutoConfig.from_pretrained(str(at), trust_remote_code=trust_remote_code)
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         raise RecipeError(f"cannot load the config of {what}: {first_line(error)}") from error
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 
-from ndtrain.errors import RecipeError, first_line
+from ndtrain.errors import RecipeError, first_line, keeps_its_name
 from ndtrain.hf.compat import float32_patterns, is_causal_lm
 from ndtrain.hf.config import load_config, own_code, untrusted
 from ndtrain.recipe import Recipe
@@ -46,6 +46,8 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
                 trust_remote_code=recipe.model.trust_remote_code,
             )
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         if "attention implementation" in str(error) or "attn_implementation" in str(error):
             reason = first_line(error).split(". ")[0]
             raise RecipeError(

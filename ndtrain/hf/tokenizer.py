@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import transformers
 
-from ndtrain.errors import RecipeError, first_line
+from ndtrain.errors import RecipeError, first_line, keeps_its_name
 from ndtrain.hf.config import untrusted
 from ndtrain.hf.hub import MAIN, directory_of
 from ndtrain.hf.special_tokens import can_parse, control_tokens, encode, without_special
@@ -110,9 +110,9 @@ class HubTokenizer:
         """
         try:
             return self._ids(raw.decode())
-        except RecipeError:
-            raise
         except Exception as error:  # of a vocabulary without an unknown token, or of a tokenizer's own code
+            if keeps_its_name(error):
+                raise
             raise RecipeError(f"data.tokenizer cannot encode the text: {first_line(error)}") from error
 
     def _ids(self, text: str) -> np.ndarray:
@@ -186,6 +186,8 @@ def load_tokenizer(recipe: Recipe, directory: str | None = None) -> ByteTokenize
     try:
         inner = transformers.AutoTokenizer.from_pretrained(at, trust_remote_code=trusted)
     except Exception as error:
+        if keeps_its_name(error):
+            raise
         if Path(at).is_dir() and not any("token" in file.name or "vocab" in file.name for file in Path(at).iterdir()):
             other = "set data.tokenizer to one" if key == "model.name" else "choose another"
             raise RecipeError(f'{key} = "{name}": {at} has no tokenizer; {other}') from error

@@ -35,11 +35,11 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     """
     notes: list[str] = []
     if recipe.model.init == "random":
-        initialize(model, plan, recipe=recipe)
+        initialize(model, plan, recipe=recipe, progress=runtime.watch.advance)
     elif _mode(model, recipe, notes) == "rank0":
         load_rank0(model, recipe=recipe, runtime=runtime, notes=notes)
     else:
-        together(lambda: load_sharded(model, recipe, notes))
+        together(lambda: load_sharded(model, recipe, notes, progress=runtime.watch.advance))
     tie(model)
     if recipe.model.init != "random":
         _load_extra(model, recipe, notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
+def initialize(
+    model: PreTrainedModel, plan: Plan, *, recipe: Recipe, progress: Callable[[], None] = lambda: None
+) -> None:
     """Draw the weights from (train.seed, FQN) with the model's own initialization, the same on every mesh.
 
-    Draws one whole block at a time on the CPU and keeps this rank's boxes. Raises `PlanError` naming a weight that the
-    model's own initialization leaves unset, and `RecipeError` if a block does not fit the memory.
+    Draws one whole block at a time on the CPU and keeps this rank's boxes; calls `progress` after each. Raises
+    `PlanError` naming a weight that the model's own initialization leaves unset, and `RecipeError` if a block does not
+    fit the memory.
     """
     reference = meta_model(recipe)
     targets = model_tensors(model)
@@ -43,6 +46,7 @@ def initialize(model: PreTrainedModel, plan: Plan, *, recipe: Recipe) -> None:
             for box in held_boxes(target):
                 local[box.local] = value[box.inside]
         module.to("meta")
+        progress()
     if targets:
         raise PlanError(_unset_message(min(targets)))
 

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:
-    """Read this rank's boxes of every weight, and add notes for the user to `notes`.
+def load_sharded(
+    model: PreTrainedModel, recipe: Recipe, notes: list[str], *, progress: Callable[[], None] = lambda: None
+) -> None:
+    """Read this rank's boxes of every weight, and add notes for the user to `notes`; call `progress` now and then.
 
     Raises `RecipeError` for weights in other files than safetensors, `DamagedError` for weights that are missing,
     unreadable, of another shape, NaN, or tied but saved with different values, and `PlanError` for weights that
@@ -69,7 +71,7 @@ def load_sharded(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> No
     check_report(missing, mismatched, recipe)
     refuse_nan({name: tensor for name, tensor in wanted.items() if name not in direct}, recipe)
     stored = {name: [piece] for name, piece in direct.items()}
-    read_held({name: wanted[name] for name in direct}, stored, recipe.model.name, as_weights=True)
+    read_held({name: wanted[name] for name in direct}, stored, recipe.model.name, as_weights=True, progress=progress)
 
 
 def choose_mode(model: PreTrainedModel, recipe: Recipe) -> tuple[str, str]:

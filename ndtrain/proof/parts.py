@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate
 
 from ndtrain.engine import Engine
 from ndtrain.engine.gradients import sum_over_tp
-from ndtrain.errors import PlanError
+from ndtrain.errors import PlanError, of_the_machine
 from ndtrain.layout import local_part
 from ndtrain.plan.refuse import dropouts
 from ndtrain.proof.noise import does_not_run, learn, way_out
@@ -41,6 +41,8 @@ def check_parts(engine: Engine, references: References) -> bool:
             copies = plan.sizes.world_size // plan.sizes.tp
             differences = dict(references.differences(model, copies=copies, limit=LIMIT))
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            if of_the_machine(error):
+                raise
             raise does_not_run(engine, error) from error
     model.zero_grad(set_to_none=True)
     model.train()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ndtrain.engine import Engine
 from ndtrain.engine.gradients import sum_over_tp
-from ndtrain.errors import PlanError
+from ndtrain.errors import PlanError, of_the_machine
 from ndtrain.layout import local_part
 from ndtrain.parallel.sequence import SequenceParallel
 from ndtrain.plan.refuse import dropouts
@@ -40,6 +40,8 @@ def try_sequence_parallel(engine: Engine, sequence: SequenceParallel, limits: Li
         try:
             worst = _largest(engine, sequence.off(), copies=1, limits=limits)
         except Exception as error:
+            if of_the_machine(error):
+                raise
             reason = " ".join(str(error).split())[:150]
             worst = torch.full((), torch.inf, device=engine.device)
             if not hasattr(model, "reset_iter_state"):  # torch < 2.13
@@ -65,6 +67,8 @@ def check_context_parallel(engine: Engine) -> None:
     try:
         worst = _largest(engine, engine.context.off(), copies=engine.sizes.cp, limits=FLOAT32)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        if of_the_machine(error):
+            raise
         raise does_not_run(engine, error) from error
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if not float(worst) < FLOAT32.difference:

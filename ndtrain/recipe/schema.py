@@ -231,9 +231,23 @@ class LogSection(Section):
 
 
 class RunSection(Section):
-    """The run's directory and its time limit."""
+    """The run's directory and its time limits, which end a run with several ranks."""
 
     dir: Text = Field(description="Run directory.")
+    rendezvous_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="Seconds in which all ranks must have started and found each other."
+    )
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1800.0,
+        description="Seconds; a part of the start that reads no data (the meshes, the checks on noise) and takes "
+        "longer ends the run.",
+    )
+    read_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="Seconds without progress on any rank that end tokenizing, or reading of weights."
+    )
+    save_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="Seconds without progress on any rank that end the wait for a checkpoint."
+    )
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="Seconds; a forward, backward or update that takes longer ends the run."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.errors import DamagedError, PlanError, RecipeError
+from ndtrain.runs.reports import ranks_are
 from ndtrain.runs.stop_signals import handle_all, nothing_to_save
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ def launch_workers(ranks: int, arguments: list[str]) -> int:
         own = [failure for failure in failures if -failure[1] not in forwarded]
         if not own:
             raise nothing_to_save(forwarded[0]) from None
-        return exit_code_of(own)
+        code = exit_code_of(own)
+        killed = [rank for rank, failure in error.failures.items() if code == 128 - failure.exitcode > 128]
+        if killed:
+            reason = f"{ranks_are(sorted(killed))} dead, killed by {signal.Signals(code - 128).name}"
+            print(f"ndtrain: error: {reason}", file=sys.stderr, flush=True)
+        return code
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
@@ -97,8 +103,10 @@ def children(parent: int) -> list[int]:
 def exit_code_of(failures: list[tuple[int, int]]) -> int:
     """Return the exit code of the worker whose failure explains the others, from each one's `(time, exit code)`.
 
-    A worker that names its reason comes before one that died, or was told to stop, because its peers were gone.
+    A worker that names its reason comes before one that died, or was told to stop, because its peers were gone; so does
+    one that has reported, by exit code 1, that a peer died.
     """
     named = {error.exit_code for error in (RecipeError, PlanError, DamagedError)}
-    _, code = min(failures, key=lambda failure: (failure[1] not in named, failure[0]))
+    reported = any(code == 1 for _, code in failures)
+    _, code = min(failures, key=lambda failure: (failure[1] not in named, reported and failure[1] < 0, failure[0]))
     return code if code >= 0 else 128 - code

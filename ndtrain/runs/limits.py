@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# One rank may tokenize or read a large model for hours while the others wait.
+# One rank may tokenize, read or write for hours while the others wait: the watch ends them if nothing moves any more.
 WAIT_TIMEOUT = timedelta(days=30)
-# The ranks must find each other within this time.
-STEP_TIMEOUT = timedelta(minutes=30)
+# A collective's own limit ends later than the watch's by at least this.
+MARGIN = timedelta(seconds=30)
 
 
 def set_timeouts(timeout: timedelta, groups: list[dist.ProcessGroup]) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.runs.limits import WAIT_TIMEOUT
 from ndtrain.runs.process import Runtime, rank, world_size
 
 if TYPE_CHECKING:
@@ -18,22 +17,14 @@ MESSAGE_BYTES = 4000
 
 
 def rank0_first(runtime: Runtime, work: Callable[[], object]) -> None:
-    """Run `work` on rank 0 while the others wait without a deadline, then on one rank of every node that needs it.
+    """Run `work` on rank 0 while the others wait, then on one rank of every node that needs it.
 
     `work` must be idempotent and cheap when its result exists: it runs on local rank 0 of every node after
     rank 0 is done, so that nodes without a shared file system get their own copy. An error of one rank is raised on
     every rank.
     """
-    import torch.distributed as dist
-
-    if world_size() == 1:
-        return together(work)
-    group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-    try:
-        together(work if runtime.rank == 0 else None, group)
-        together(work if runtime.local_rank == 0 and runtime.rank != 0 else None, group)
-    finally:
-        dist.destroy_process_group(group)
+    together(work if runtime.rank == 0 else None)
+    together(work if runtime.local_rank == 0 and runtime.rank != 0 else None)
 
 
 def on_rank0(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
@@ -53,7 +44,8 @@ def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None 
 
     A rank that raised alone would leave the others waiting in the next collective. An `NdtrainError` keeps its class,
     and so its exit code, on all ranks; an `OSError` becomes an `NdtrainError`. Any other error is raised as it is on
-    the rank that failed, and as an `NdtrainError` with its message on the others. The message is sent as bytes.
+    the rank that failed, and as an `NdtrainError` with its message on the others. Those have the failed rank's number
+    as `rank`. The message is sent as bytes.
     """
     import torch
     import torch.distributed as dist
@@ -86,9 +78,11 @@ def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None 
     dist.all_gather(everyone, mine, group=group)
     if failure is not None and not isinstance(failure, errors.NdtrainError):
         raise failure
-    for theirs in everyone:
+    for number, theirs in enumerate(everyone):
         if message := bytes(theirs[1:].tolist()).rstrip(b"\0").decode(errors="replace"):
-            raise kinds[int(theirs[0])](message) from failure
+            shared = kinds[int(theirs[0])](message)
+            shared.rank = number
+            raise shared from failure
 
 
 def broadcast_json(value: Any) -> Any:

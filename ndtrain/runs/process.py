@@ -5,25 +5,38 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.runs.limits import STEP_TIMEOUT, WAIT_TIMEOUT, set_timeouts
+from ndtrain.runs.limits import MARGIN
+from ndtrain.runs.phases import RENDEZVOUS
 from ndtrain.runs.rendezvous import launcher_store
-from ndtrain.torch_compat import process_groups
+from ndtrain.runs.watch import Watch
 
 if TYPE_CHECKING:
     import torch
 
+    from ndtrain.recipe import RunSection
+
+
+def _idle() -> Watch:
+    """Return a watch of default limits that watches nothing, for ranks that no launcher started."""
+    from ndtrain.recipe import RunSection
+
+    return Watch(RunSection(dir="."))
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs: its rank, the world size, its device."""
+    """Where this process runs: its rank, the world size, its device, and the watch over all ranks."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    watch: Watch = field(default_factory=_idle, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -46,8 +59,12 @@ def speaks_for_all() -> bool:
 
 
 @contextmanager
-def start() -> Iterator[Runtime]:
-    """Join the process group that torchrun describes, or one of a single rank, and leave it at the end."""
+def start(section: RunSection | None = None) -> Iterator[Runtime]:
+    """Join the process group that torchrun describes, or one of a single rank, and leave it at the end.
+
+    `section` has the limits of a run's phases. With several ranks an error of the body is printed once for all of them
+    and raised as `Reported`.
+    """
     import torch
     import torch.distributed as dist
 
@@ -63,13 +80,24 @@ def start() -> Iterator[Runtime]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    store: Any = launcher_store(rank, world_size) if under_torchrun() else dist.HashStore()
-    dist.init_process_group(backend, timeout=STEP_TIMEOUT, store=store, rank=rank, world_size=world_size)
-    set_timeouts(WAIT_TIMEOUT, process_groups())
+    watch = Watch(section) if section is not None else _idle()
+    limit = timedelta(seconds=RENDEZVOUS.limit_s(watch.section))
     try:
-        yield Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
+        with watch.during(RENDEZVOUS):
+            store: Any = dist.HashStore()
+            if under_torchrun():
+                store = launcher_store(rank, world_size, limit, partial(watch.start, rank=rank, world_size=world_size))
+            timeout = limit + MARGIN  # the watch, which knows the rank at fault, comes first
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+        yield Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=device, watch=watch)
+    except BaseException as error:
+        if (ends := watch.failed(error)) is error:
+            raise
+        raise ends from error
     finally:
-        dist.destroy_process_group()
+        watch.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,16 +198,23 @@ def converts(dtype: str, to: torch.dtype) -> bool:
 
 @torch.no_grad()
 def read_held(
-    tensors: Mapping[str, Tensor], stored: Mapping[str, Iterable[Piece]], where: object, *, as_weights: bool = False
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Iterable[Piece]],
+    where: object,
+    *,
+    as_weights: bool = False,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill this rank's part of each tensor from the pieces of its key, reading nothing else.
 
-    With `as_weights` floats are cast to the dtype of the tensor, and NaN is refused.
+    With `as_weights` floats are cast to the dtype of the tensor, and NaN is refused. `progress` is called, by several
+    threads, after each block.
 
     Raises `DamagedError` naming `where` and the key: it is missing, its shape or dtype differs, its pieces overlap or
     do not cover this rank's part, or a file cannot be read. Some tensors may be partly filled then.
     """
-    read_planned(plan_held(tensors, stored, where, as_weights=as_weights), where, as_weights=as_weights)
+    plan = plan_held(tensors, stored, where, as_weights=as_weights)
+    read_planned(plan, where, as_weights=as_weights, progress=progress)
 
 
 def plan_held(
@@ -227,12 +234,15 @@ def plan_held(
 
 
 @torch.no_grad()
-def read_planned(plan: Plan, where: object, *, as_weights: bool = False) -> None:
+def read_planned(
+    plan: Plan, where: object, *, as_weights: bool = False, progress: Callable[[], None] = lambda: None
+) -> None:
     """Read what `plan_held` planned, with the same arguments. Raises `DamagedError`."""
     for file, planned in sorted(plan.items(), key=lambda item: str(item[0])):
         parts = (held.part(i) for held, i in planned)
         try:
-            (_read_local if is_local(file) else _read_remote)(file, parts, where, refuse_nan=as_weights)
+            read = _read_local if is_local(file) else _read_remote
+            read(file, parts, where, refuse_nan=as_weights, progress=progress)
         except OSError as error:
             raise DamagedError(f"{file}: damaged tensor file ({error})") from error
 
@@ -258,7 +268,9 @@ def _held(key: str, tensor: Tensor, pieces: Pieces, where: object, *, cast: bool
         yield _Held(key, local, box, pieces, rows.tolist(), low, high)
 
 
-def _read_local(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:
+def _read_local(
+    file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool, progress: Callable[[], None]
+) -> None:
     """Read in several threads: a single one leaves a fast disk or a network file system mostly idle."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     buffers = threading.local()
@@ -270,6 +282,7 @@ def _read_local(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan
             values = block.target if block.is_direct else buffers.own[: block.nbytes]
             read_into(opened.fileno(), block.start, raw(values))
             _fill(block, values, where, refuse_nan=refuse_nan)
+            progress()
 
     with file.open("rb", buffering=0) as opened, ThreadPoolExecutor(min(4, max(2, cores)), "read") as pool:
         try:
@@ -279,7 +292,9 @@ def _read_local(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan
             pool.shutdown(cancel_futures=True)
 
 
-def _read_remote(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:
+def _read_remote(
+    file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool, progress: Callable[[], None]
+) -> None:
     """Read with several requests at once, of at most `_READ_BYTES` together."""
     batch: list[_Part] = []
 
@@ -290,6 +305,7 @@ def _read_remote(file: Path, parts: Iterable[_Part], where: object, *, refuse_na
                 raise OSError(f"read {len(data):,} of {block.nbytes:,} bytes")
             _fill(block, torch.frombuffer(bytearray(data), dtype=torch.uint8), where, refuse_nan=refuse_nan)
         batch.clear()
+        progress()
 
     requested = 0
     for part in parts:

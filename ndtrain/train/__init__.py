@@ -13,8 +13,7 @@ from ndtrain.runs.lock import RunLock
 from ndtrain.runs.messages import broadcast_json, on_rank0, rank0_first, together
 from ndtrain.runs.process import env_world_size, start
 from ndtrain.runs.restarts import Attempt
-from ndtrain.runs.stop_signals import StopSignals, nothing_to_save
-from ndtrain.runs.watch import lost_peer
+from ndtrain.runs.stop_signals import StopSignals
 from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.setup import open_run_dir
@@ -31,7 +30,7 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
     """
     recipe, notes = with_checkpoint(recipe)
     sizes = sizes_for(recipe, env_world_size() or 1)
-    with start() as runtime:
+    with start(recipe.run) as runtime:
         own = reporter if runtime.is_main else Silent()
         recipe, found = with_commit(recipe, lambda work: rank0_first(runtime, work))
         notes += found
@@ -43,7 +42,6 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
         trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, stop_signals=stop_signals)
         for note in notes:
             own.info(f"note: {note}")
-        first: int | None = None
         attempt = Attempt.of_process(trainer.run_dir)
         lock = RunLock(trainer.run_dir, launch=attempt.launch if attempt.max_restarts else "")
 
@@ -56,25 +54,14 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
             on_rank0(own_run_dir)
             _same_everywhere(recipe)
             trainer.prepare()
-            first = trainer.step
-            trainer.watch.start()
             trainer.train()
         except Stopped:
             # torchrun also sends SIGTERM to workers that it will restart, so only other requests stop the launch.
             if runtime.is_main and (trainer.requested[0] or stop_signals.signal) != signal.SIGTERM:
                 attempt.record_stop()
             raise
-        except RuntimeError as error:
-            # Another rank raised on its signal while this one waited for it in a collective.
-            if stop_signals.signal and first in (None, trainer.step):
-                raise nothing_to_save(stop_signals.signal) from error
-            if trainer.watch.on and lost_peer(error):
-                own.close()
-                trainer.watch.end(f"a collective failed ({' '.join(str(error).split())[:200]})")
-            raise
         finally:
             lock.release()
-            trainer.watch.stop()
             own.close()
 
 

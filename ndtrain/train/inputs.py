@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from ndtrain.data.batches import GlobalBatches
@@ -80,9 +79,11 @@ def open_batches(
 
     def build() -> None:
         files.extend(find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}")))
-        progress: Callable[[int, int], None] | None = None
-        if runtime.is_main:
-            progress = lambda done, total: reporter.progress("tokenizing", done, total)  # noqa: E731
+
+        def progress(done: int, total: int) -> None:
+            runtime.watch.advance()
+            reporter.progress("tokenizing", done, total)
+
         directory = build_cache(
             files, tokenizer, cache_dir=cache_root() / "data", progress=progress, scan=tokenizer.spelled
         )

@@ -20,8 +20,8 @@ from ndtrain.train.report import Reporter
 class Saving:
     """Save a run's checkpoints. `step` is the step of the last one known to be complete, None before the first."""
 
-    def __init__(self, section: CheckpointSection, run_dir: Path, reporter: Reporter):
-        self.store = CheckpointStore(run_dir, keep=section.keep, background=section.async_)
+    def __init__(self, section: CheckpointSection, run_dir: Path, reporter: Reporter, *, progress: Callable[[], None]):
+        self.store = CheckpointStore(run_dir, keep=section.keep, background=section.async_, progress=progress)
         self.step: int | None = None
         self._stops, self._reporter = section.on_error == "stop", reporter
         self._begun: int | None = None

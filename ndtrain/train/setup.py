@@ -14,12 +14,11 @@ from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
-from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
+from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Attempt
 from ndtrain.storage.paths import open_to_write, os_errors, to_path
-from ndtrain.torch_compat import process_groups
 from ndtrain.train.changes import changes_data, config_of, find_changes, read_config, refuse, table
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
@@ -111,22 +110,31 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
     earlier = _EarlierProof(engine)
     # What to compare with, copied before the model is cut.
     references = proof.References(model, engine.plan) if runtime.world_size > 1 else None
-    engine.cut()
-    set_timeouts(WAIT_TIMEOUT, process_groups())
-    materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
-    fix_frequencies(model, recipe.data.seq_len)
-    known = earlier.holds(reporter)
+    watch = runtime.watch
+    with watch.during(MESHES):
+        engine.cut()
+    with watch.during(NOISE):
+        materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
+        fix_frequencies(model, recipe.data.seq_len)
+        known = earlier.holds(reporter)
+        if not known:
+            fill_with_noise(model)
     if not known:
-        fill_with_noise(model)
-        known = _prove(engine, references, reporter, earlier)
+        with watch.during(PROOF):
+            known = _prove(engine, references, reporter, earlier)
+    with watch.during(READ if resumed is None else RESUME):
         unset(model_tensors(model).values())
-    if resumed is None:
-        for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
-            reporter.info(f"note: {note}")
-    else:
-        load_tensors(resumed.directory / "model", model_tensors(model), all_of_it=True)
-        extra_states.restore(model, extra_states.read(resumed.directory))
-    if not known and not _prove(engine, references, reporter):
+        if resumed is None:
+            for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
+                reporter.info(f"note: {note}")
+        else:
+            wanted = model_tensors(model)
+            load_tensors(resumed.directory / "model", wanted, all_of_it=True, progress=watch.advance)
+            extra_states.restore(model, extra_states.read(resumed.directory))
+    if not known:
+        with watch.during(PROOF):
+            known = _prove(engine, references, reporter)
+    if not known:
         raise PlanError(
             f"{engine.plan.model_type}: its weights give logits or gradients that are not finite, or that follow "
             "rounding alone; check the weights"

@@ -156,12 +156,12 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
         fetch_weights(recipe, runtime)
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
-    check_together(directory)
+    check_together(directory, progress=runtime.watch.advance)
     wanted, saved = model_tensors(model), read_manifest(directory)["tensors"]["model"].keys()
     tied = {alias: name for alias, name in tied_keys(model).items() if {alias, name} <= saved}
     if tied:
         together(lambda: _compare(tied, directory))
-    load_tensors(directory / "model", wanted)
+    load_tensors(directory / "model", wanted, progress=runtime.watch.advance)
     extra_states.restore(model, extra_states.read(directory))
     return unused(saved - wanted.keys() - tied.keys())
 

@@ -24,10 +24,10 @@ from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runs.messages import on_rank0
+from ndtrain.runs.phases import FIND, RESUME, SAVE, TOKENIZE
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
-from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
@@ -65,12 +65,12 @@ class Trainer:
         self.run_dir = to_path(recipe.run.dir)
         self.stop_signals = stop_signals or StopSignals(self.run_dir)
         self.requested = [0, 0]  # stop and save, as all ranks agreed after the last step
-        self.saving = Saving(recipe.checkpoint, self.run_dir, reporter)
+        self.watch = runtime.watch
+        self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
         self.step = 0
         self.cursor = 0
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
-        self.watch = Watch(recipe.run.step_timeout_s)
         self.loggers: list[Logger] = []
         self.origin: dict[str, Any] = {}  # on rank 0
         self._asks_at = 0  # the step at whose end the ranks next ask each other
@@ -85,17 +85,21 @@ class Trainer:
         recipe, reporter = self.recipe, self.reporter
         on_rank0(lambda: open_run_dir(self.run_dir))
         check_loggers(recipe, self.run_dir)
-        self.open_tokenizer()
-        resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, origin=self.origin)
-        self.open_batches()
-        if resumed is not None:
-            resumed.check_data(self.batches.fingerprint)
+        with self.watch.during(TOKENIZE):
+            self.open_tokenizer()
+        with self.watch.during(FIND):
+            resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, origin=self.origin)
+        with self.watch.during(TOKENIZE):
+            self.open_batches()
+            if resumed is not None:
+                resumed.check_data(self.batches.fingerprint)
         reporter.info(self._arithmetic())
         for note in (*self.plan.notes, *self._slow_dtype()):
             reporter.info(f"note: {note}")
         build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
         if resumed is not None:
-            self._restore(resumed)
+            with self.watch.during(RESUME):
+                self._restore(resumed)
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
         if self.runtime.is_main:
             written = self.run_dir / "recipe.toml"
@@ -128,7 +132,9 @@ class Trainer:
         self.origin["base"] = self.origin.get("base") or resumed.state.get("origin", {}).get("base")
         self.saving.step = self.step
         self.skips.restore(resumed.state, resumed.directory)
-        self.engine.restore_optimizer(resumed.directory / "optim", updates=self.step - self.skips.total)
+        self.engine.restore_optimizer(
+            resumed.directory / "optim", updates=self.step - self.skips.total, progress=self.watch.advance
+        )
         self.reporter.info(f"resumed from {resumed.directory} (step {self.step}, sample {self.cursor})")
 
     def _arithmetic(self) -> str:
@@ -276,7 +282,7 @@ class Trainer:
         self.save_due = self.save_due or bool(every and self.step % every == 0)
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
         if last or any(self.requested) or (self.save_due and not self.skips.in_row):
-            with self.watch.saving():
+            with self.watch.during(SAVE):
                 refuse_not_finite(model_tensors(self.engine.model), step=self.step)
                 self.save()
                 self.saving.settle(wait=last or any(self.requested))
