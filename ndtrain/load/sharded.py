@@ -7,6 +7,7 @@ converts, such as experts that were saved one by one, go through its converting 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
