@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +20,7 @@ from ndtrain.errors import NdtrainError, RecipeError, Stopped
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.process import speaks_for_all, under_torchrun
 from ndtrain.runs.restarts import Attempt
-from ndtrain.runs.stop_signals import STOP_SIGNALS, StopSignals
+from ndtrain.runs.stop_signals import INTERRUPTED, STOP_SIGNALS, StopSignals
 from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
 from ndtrain.storage.urls import without_secrets
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Seconds that ranks other than 0 wait for rank 0 to print an error, for it may still be importing torch.
 LEAVE_AFTER_S = 10.0
+# Where a run is stopped, all ranks are at the same point; torchrun kills them some time after Ctrl-C.
+STOPPED_AFTER_S = 3.0
 
 
 app = typer.Typer(
@@ -52,6 +55,8 @@ SetOption = Annotated[
 
 def main() -> None:
     """Run the command line. An `NdtrainError` is printed without a traceback and exits with its own code."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
     prints = speaks_for_all()  # under torchrun every rank meets the same error
     try:
         code = app(prog_name="ndtrain", standalone_mode=False)
@@ -60,9 +65,9 @@ def main() -> None:
             kind = "" if isinstance(error, Stopped) else "error: "
             for line in str(error).splitlines() or [type(error).__name__]:
                 print(f"ndtrain: {kind}{without_secrets(line)}", file=sys.stderr, flush=True)
-        _leave(error.exit_code, first=prints)
+        _leave(error.exit_code, first=prints, wait_s=STOPPED_AFTER_S if isinstance(error, Stopped) else LEAVE_AFTER_S)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of the output has gone; the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,8 +82,15 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _leave(code: int, *, first: bool) -> None:
-    """Exit with `code` on every rank, rank 0 first.
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Print that Ctrl-C ends the command, now, since Typer catches the exception."""
+    if speaks_for_all():
+        print("ndtrain: stopped by Ctrl-C", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
+
+
+def _leave(code: int, *, first: bool, wait_s: float) -> None:
+    """Exit with `code` on every rank, rank 0 first and the others after `wait_s` seconds.
 
     torchrun kills the other workers as soon as one has failed. If another rank were first, rank 0 might be killed
     before it has printed the error. A worker that torchrun ends while it waits still exits with `code`.
@@ -88,7 +100,7 @@ def _leave(code: int, *, first: bool) -> None:
         sys.stderr.flush()
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         if not first:
-            time.sleep(LEAVE_AFTER_S)
+            time.sleep(wait_s)
         # Python restores the default handlers before it ends: a late signal would replace `code`.
         for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, signal.SIG_IGN)
@@ -127,7 +139,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     if speaks_for_all():
         _print(f"ndtrain {ndtrain.__version__}: {recipe}: loading torch and transformers")
 
-    with _without_gc():
+    with _without_gc(), stop_signals.importing():
         from transformers import PreTrainedModel  # noqa: F401
 
         from ndtrain import console, train

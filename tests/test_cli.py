@@ -34,6 +34,7 @@ def as_worker(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli, "LEAVE_AFTER_S", 0.0)
+    monkeypatch.setattr(cli, "STOPPED_AFTER_S", 0.0)
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
 
 
@@ -304,3 +305,16 @@ def test_a_version_outside_the_bounds_is_the_first_line(
 def test_the_bounds_are_those_of_the_package() -> None:
     found = {requirement.split("<")[0].split(">")[0] for requirement in versions.requires("ndtrain") or ()}
     assert set(versions.LIBRARIES) <= found and versions.outside_bounds() == []
+
+
+def test_ctrl_c_ends_a_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda **settings: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and capsys.readouterr().err == "ndtrain: stopped by Ctrl-C\n"

@@ -19,6 +19,7 @@ from ndtrain.mesh import MeshSizes, build_mesh
 from ndtrain.parallel import parallelize
 from ndtrain.parallel.fsdp import exchange_repeated_at_once
 from ndtrain.plan import Plan, make_plan
+from tests import tiny
 from tests.matrix.worker import whole
 from tests.ranks import get_pool
 from tests.test_plan import plan_for
@@ -165,7 +166,8 @@ def mixed_reference(
     for name, dtype in dtypes.items():
         differs = dtype != around and name != "lm_head"
         compute_in(model.get_submodule(name), getattr(torch, dtype), getattr(torch, around) if differs else None)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.optim.betas, eps=recipe.optim.eps, weight_decay=0.1)
+    groups = tiny.decay_groups(model, 0.1)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps)
     results = []
     for step in range(recipe.train.steps):
         batches = [batch for rank in ranks for batch in rank.load(step * recipe.train.global_batch_size)]
@@ -178,7 +180,8 @@ def mixed_reference(
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
         optimizer.step()
         optimizer.zero_grad()
         results.append((total, norm.item()))

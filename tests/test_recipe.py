@@ -60,14 +60,34 @@ def test_every_key_has_its_documented_default(recipe: Any) -> None:
     )
     assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("auto", True, True, None)
     assert (r.train.global_batch_size, r.train.micro_batch_size, r.train.seed) == (32, 4, 0)
-    assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (100, 2, True)
+    assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (500, 2, True)
     assert (r.checkpoint.resume, r.schedule.kind, r.optim.max_grad_norm, r.log.every) == (
         "auto",
         "cosine",
         1.0,
         1,
     )
+    assert (r.optim.decay_norms, r.schedule.warmup_steps) == (False, 0)
     assert r.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("steps", "more", "warmup"),
+    [
+        (1, [], 0),
+        (24, [], 0),
+        (25, [], 1),
+        (1000, [], 20),
+        (1000, ["schedule.warmup_steps=0"], 0),
+        (1000, ["schedule.kind=constant"], 20),
+        (1000, ["schedule.kind=wsd", "schedule.decay_steps=990"], 10),
+        (1000, ["schedule.kind=wsd", "schedule.decay_steps=1000"], 0),
+    ],
+)
+def test_warm_up_takes_2_percent_of_the_steps_by_default(recipe: Any, steps: int, more: list[str], warmup: int) -> None:
+    r = recipe(MINIMAL, f"train.steps={steps}", *more)
+    assert r.schedule.warmup_steps == warmup
+    assert tomli.loads(to_toml(r))["schedule"]["warmup_steps"] == warmup
 
 
 # section, line, words that the message must contain

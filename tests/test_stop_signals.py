@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
+import pty
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,12 +73,6 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("*")) if (run / "checkpoints").is_dir() else []
 
 
-def ignores_interrupts(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text()
-    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn"))
-    return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
-
-
 # Like a SLURM batch script: the signal ends the first wait.
 SCRIPT = """
 "$@" & run=$!
@@ -94,8 +93,8 @@ def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
         assert len(checkpoints(run)) == 1
         (launcher,) = launchers.children(process.pid)
         process.send_signal(signal.SIGUSR1)
-        wait_for(lambda: ignores_interrupts(launcher), process)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # none of them breaks the save
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            # None of them breaks the save; bash lets what it starts in the background ignore Ctrl-C.
             os.kill(launcher, number)
         out, err = process.communicate(timeout=200)
     finally:
@@ -108,6 +107,123 @@ def test_the_launcher_hands_signals_on_and_ends_with_75(tmp_path: Path) -> None:
     assert f" after step {last} of 100000, which is saved; start again to continue\n" in err
     assert checkpoints(run)[-1] == f"step-{last:08d}" and len(checkpoints(run)) == 2
     assert f"saved {run}/checkpoints/step-{last:08d}" in out
+
+
+SLOW = {"global_batch_size": 800, "micro_batch_size": 8}  # a step of seconds
+FIRST = r"ndtrain: stopping after step (\d+) with a save; Ctrl-C again ends now, losing (all|the) steps"
+STOPPED = r"ndtrain: stopped by Ctrl-C after step (\d+) of 100000, which is saved; start again to continue"
+ENDED = r"ndtrain: ended by Ctrl-C; (no complete step|step 1|steps 1 to \d+|steps 2 to \d+|step 2)"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "torchrun", "twice", "code"),
+    [(1, False, False, 75), (2, False, False, 75), (2, False, True, 130), (2, True, False, 1), (2, True, True, 1)],
+    ids=["one rank", "local workers", "local workers, twice", "torchrun", "torchrun, twice"],
+)
+def test_ctrl_c_stops_with_a_save_and_a_second_ends_at_once(
+    tmp_path: Path, ranks: int, torchrun: bool, twice: bool, code: int
+) -> None:
+    more = {"train": SLOW} if twice else {}
+    recipe, run = make_recipe(tmp_path, steps=100_000, mesh={"dp_shard": ranks}, **more), tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if torchrun else []
+    command = [sys.executable, *launcher, "-m", "ndtrain", "run", str(recipe)]
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
+    said = (tmp_path / "err").read_text
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and lines_of(run), process)
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: re.search(FIRST, said()), process)
+        if twice:
+            os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=100)
+    finally:
+        for pid in (*workers(process.pid).values(), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    last = lines_of(run)[-1]["step"]
+    assert process.returncode == code, said()
+    assert len(re.findall(FIRST, said())) == 1 and ("torchrun kills" in said()) == torchrun, said()
+    if twice:
+        assert re.search(ENDED, said()) and "stopped by" not in said(), said()
+        assert not [name for name in checkpoints(run) if not name.startswith(".")]
+    else:
+        assert [int(n) for n in re.findall(STOPPED, said())] == [last], said()
+        assert checkpoints(run) == [f"step-{last:08d}"]
+    if not torchrun:
+        assert said().count("\n") == 2 and "Traceback" not in said(), said()
+
+
+def at_a_terminal(recipe: Path, presses: list[str]) -> tuple[int, str]:
+    """Exit code and output of a run at a terminal; Ctrl-C is pressed when the output has each of the patterns."""
+    terminal, own = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ndtrain", "run", str(recipe)],
+        env={**ENV, "TERM": "xterm", "COLUMNS": "200"},
+        stdin=own,
+        stdout=own,
+        stderr=own,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(own)
+    said = bytearray()
+
+    def read() -> str:
+        with contextlib.suppress(OSError):  # the terminal closes with the process
+            while select.select([terminal], [], [], 0.05)[0] and (more := os.read(terminal, 4096)):
+                said.extend(more)
+        return said.decode(errors="replace")
+
+    try:
+        for pattern in presses:
+            wait_for(lambda pattern=pattern: re.search(pattern, read()), process)
+            os.write(terminal, b"\x03")
+        wait_for(lambda: read() and process.poll() is not None)
+        return process.returncode, read()
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def test_ctrl_c_at_a_terminal_before_and_after_the_first_step(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, steps=100_000, mesh={"dp_shard": 1}, train=SLOW)
+    code, text = at_a_terminal(recipe, ["loading torch"])
+    assert "ndtrain: stopped by Ctrl-C before the first step, so there is nothing to save" in text
+    assert code == 75 and "Traceback" not in text, text
+    code, text = at_a_terminal(recipe, ["1/100,000 ", FIRST])
+    assert re.search(ENDED, text) and text.endswith("\x1b[?25h\r\n"), text
+    assert code == 130 and "Traceback" not in text, text
+
+
+WAITING = """
+import datetime, pathlib, torch.distributed
+from ndtrain.runs.stop_signals import Steps, StopSignals
+signals = StopSignals(pathlib.Path("."))
+signals.listen()
+signals.begin(lambda: Steps(complete=7, stop_after=8, saved=4))
+store = torch.distributed.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+print("waiting", flush=True)
+store.wait(["never"], datetime.timedelta(seconds=100))
+"""
+
+
+def test_ctrl_c_is_answered_while_the_main_thread_waits_for_a_peer() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        first = "stopping after step 8 with a save; Ctrl-C again ends now, losing the steps since step 4"
+        assert process.stderr.readline() == f"ndtrain: {first}\n"
+        process.send_signal(signal.SIGINT)
+        lost = "ended by Ctrl-C; steps 5 to 7 are lost; start again to continue from step 4"
+        assert process.communicate(timeout=20)[1] == f"ndtrain: {lost}\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
 
 
 def test_second_signal_after_the_workers_ended_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

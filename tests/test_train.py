@@ -99,9 +99,11 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
     attn = recipe.model.attn
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attn)
     model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1.0, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, weight_decay=0.1
-    )
+    section = recipe.optim
+    groups: Any = tiny.decay_groups(model, section.weight_decay)
+    if section.decay_norms:
+        groups = [{"params": list(model.parameters()), "weight_decay": section.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=tuple(section.betas), eps=section.eps)
     total = recipe.train.steps
     warm = recipe.schedule.warmup_steps
     low = recipe.schedule.min_lr_ratio
@@ -118,7 +120,8 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warm) / (total - warm), dtype=torch.float64)))
         share = (step + 1) / warm if step < warm else low + (1 - low) * float(cosine)
-        optimizer.param_groups[0]["lr"] = recipe.optim.lr * share
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.optim.lr * share
         if step + 1 not in without:
             optimizer.step()
         results.append((loss.item(), norm.item()))
@@ -207,6 +210,12 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "experts without tokens": ("gpt_oss_biased", "ep2", {"model": {"attn": "eager"}, "data": {"packing": False}}),
     "ulysses": ("llama", "cp2", {"cp": {"kind": "ulysses"}}),
     "betas and eps": ("llama", "dp_shard2", {"optim": {"betas": [0.7, 0.8], "eps": 1e-3}}),
+    "decay of all parameters": ("gpt2", "dp_shard2-tp2", {"optim": {"decay_norms": True, "weight_decay": 30.0}}),
+    "no decay of norms": ("gpt2", "dp_shard2-tp2", {"optim": {"weight_decay": 30.0}}),
+    "no decay of experts' biases and sinks": (
+        *("gpt_oss", "ep2"),
+        {"optim": {"weight_decay": 30.0}, "model": {"attn": "eager"}, "data": {"packing": False}},
+    ),
     "ulysses, sliding windows": ("gemma3_text", "dp_shard2-cp2", {}),
     "ulysses, learned positions": ("gpt2", "cp4", {}),
     "ulysses, one document a row": ("qwen3", "cp2", {"data": {"packing": False}}),

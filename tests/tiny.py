@@ -108,6 +108,19 @@ def save_model(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32
     return path
 
 
+def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of a plain optimizer: the HF Trainer's two, and fewer than two dims exempt too."""
+    from transformers.trainer import Trainer
+
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        groups.setdefault(weight_decay if name in decayed and param.dim() >= 2 else 0.0, []).append(param)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
+
+
 def write_corpus(directory: Path) -> Path:
     """Real text of ragged lengths: a few documents of this package's own dependencies."""
 

@@ -6,7 +6,7 @@ samples the whole run has consumed. It does not depend on ranks, so it stays val
 """
 
 from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches
-from ndtrain.data.cache import TokenCache, Tokenizer, build_cache
+from ndtrain.data.cache import TokenCache, Tokenizer, build_cache, contents_of
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
 from ndtrain.data.samples import IGNORE, Samples
@@ -19,6 +19,7 @@ __all__ = [
     "TokenCache",
     "Tokenizer",
     "build_cache",
+    "contents_of",
     "find_files",
     "labels_count",
     "micro_batches",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,14 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     return digests
 
 
+class Contents(NamedTuple):
+    """What a token cache is made of: its key, the tokenizer's identity, and that of each file, in order."""
+
+    key: str
+    tokenizer: str
+    files: list[str]
+
+
 def build_cache(
     files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None, scan: Scan = None
 ) -> Path:
@@ -90,12 +98,8 @@ def build_cache(
     `DamagedError` for a file that cannot be read or changes meanwhile.
     """
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
         stamps = [stamp_of(file) for file in files]
-        digests = _digests(files, cache_dir)
-        identity = [FORMAT_VERSION, tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id]
-        kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
-        key = hashlib.blake2b(json.dumps([identity, kinds]).encode(), digest_size=16).hexdigest()
+        key = _contents(files, tokenizer, cache_dir).key
         final = cache_dir / key
         if final.exists():
             return final
@@ -117,10 +121,31 @@ def build_cache(
                     raise
         return final
     except OSError as error:
-        kind = RecipeError if error.errno in MENDABLE else NdtrainError
-        raise kind(
-            f"cannot write the token cache in {cache_dir}: {error.strerror}; set NDTRAIN_CACHE to another directory"
-        ) from error
+        raise _not_written(cache_dir, error) from error
+
+
+def contents_of(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path) -> Contents:
+    """Return what `build_cache` would make a cache of, without tokenizing. Raises what it raises."""
+    try:
+        return _contents(files, tokenizer, cache_dir)
+    except OSError as error:
+        raise _not_written(cache_dir, error) from error
+
+
+def _contents(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Contents:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    digests = _digests(files, cache_dir)
+    identity = [FORMAT_VERSION, tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id]
+    kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
+    key = hashlib.blake2b(json.dumps([identity, kinds]).encode(), digest_size=16).hexdigest()
+    return Contents(key, " ".join(map(str, identity[1:])), [" ".join(map(str, kind)) for kind in kinds])
+
+
+def _not_written(cache_dir: Path, error: OSError) -> NdtrainError:
+    kind = RecipeError if error.errno in MENDABLE else NdtrainError
+    return kind(
+        f"cannot write the token cache in {cache_dir}: {error.strerror}; set NDTRAIN_CACHE to another directory"
+    )
 
 
 def _encode(tokenizer: Tokenizer, raw: bytes, where: str) -> npt.NDArray[Any]:

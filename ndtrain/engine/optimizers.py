@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
 
 Groups = list[dict[str, Any]]
+
+# Names that the HF Trainer exempts from weight decay (`Trainer.get_decay_parameter_names` of transformers 5.24).
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,6 @@ def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         lr=section.lr,
         betas=(section.betas[0], section.betas[1]),
         eps=section.eps,
-        weight_decay=section.weight_decay,
         fused=True,
     )
 
@@ -51,16 +54,34 @@ OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, {"exp_avg": _as_parameter, 
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer, with one parameter group per device mesh and device.
+    """Build the recipe's optimizer, with one parameter group per device mesh, device and weight decay.
 
     A fused or foreach kernel cannot mix DTensors of two meshes.
     """
-    groups: dict[tuple[DeviceMesh, torch.device], list[nn.Parameter]] = {}
-    for param in model.parameters():
-        if param.requires_grad:
-            assert isinstance(param, DTensor)
-            groups.setdefault((param.device_mesh, local_part(param).device), []).append(param)
-    return OPTIMIZERS[recipe.optim.name].build([{"params": params} for params in groups.values()], recipe)
+    groups: dict[tuple[DeviceMesh, torch.device, float], list[nn.Parameter]] = {}
+    exempt = set() if recipe.optim.decay_norms else without_decay(model)
+    for fqn, param in _trainable(model):
+        assert isinstance(param, DTensor)
+        decay = 0.0 if fqn in exempt else recipe.optim.weight_decay
+        groups.setdefault((param.device_mesh, local_part(param).device, decay), []).append(param)
+    return OPTIMIZERS[recipe.optim.name].build(
+        [{"params": params, "weight_decay": decay} for (_, _, decay), params in groups.items()], recipe
+    )
+
+
+def without_decay(model: nn.Module) -> set[str]:
+    """Return the FQNs of the parameters that carry no weight decay unless `optim.decay_norms` is set.
+
+    They are those of fewer than two dims (norms, biases, scalars, attention sinks) and those that the HF Trainer
+    exempts: in an `nn.LayerNorm`, or with a norm or bias in their names, such as the `[experts, out]` biases of fused
+    experts. Embeddings, convolutions and fused experts' weights keep it.
+    """
+    in_norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
+    return {
+        fqn
+        for fqn, param in model.named_parameters()
+        if param.dim() < 2 or id(param) in in_norms or _NO_DECAY.search(fqn.lower())
+    }
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from ndtrain.errors import RecipeError
 from ndtrain.recipe.aliases import ALIASES, canonical
 from ndtrain.recipe.paths import expand_paths
 from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.resuming import NEVER
 from ndtrain.recipe.rules import contradictions, not_yet
 from ndtrain.recipe.schema import Recipe
 from ndtrain.storage.urls import without_secrets
@@ -70,7 +71,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         except ValidationError as error:
             problems = list(_problems(error, document))
         else:
-            problems = [*contradictions(recipe), *not_yet(recipe)]
+            problems = [*contradictions(recipe), *not_yet(recipe), *_not_allowed(recipe)]
             if not problems:
                 recipe._notes = tuple(notes)
                 return recipe
@@ -259,6 +260,33 @@ def _unknown(at: Key) -> str:
     return text + "its keys are " + ", ".join(known)
 
 
+def _not_allowed(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each entry of `checkpoint.allow` that is no key, or whose change can never pass."""
+    at = ("checkpoint", "allow")
+    for entry in recipe.checkpoint.allow:
+        key = _parts(entry)
+        if reason := _no_key(key):
+            yield at, f"{dotted(at)}: {show(entry)} is no key of a recipe; {reason}"
+        elif entry in NEVER:
+            yield (
+                at,
+                f"{dotted(at)}: a resume cannot let a change of {entry} pass: {NEVER[entry]}; restore it for "
+                "the resume, or choose another run.dir to train anew",
+            )
+
+
+def _no_key(key: Key) -> str | None:
+    """Return why `key` is no key of a section, nor in a table that is one; None if it is."""
+    if len(key) < 2:
+        return _unknown(key) if key and key[0] not in Recipe.model_fields else "give SECTION.KEY"
+    if key[0] not in Recipe.model_fields:
+        return _unknown(key[:1])
+    if key[1] not in _keys(key[0]):
+        return _unknown(key[:2])
+    schema = _schema(key)
+    return f"{dotted(key[:2])} is not a table" if len(key) > 2 and schema.get("type") != "object" else None
+
+
 def _home(sections: list[str]) -> str:
     return "it belongs to " + " or ".join(f"[{name}]" for name in sections)
 
@@ -270,8 +298,13 @@ def _keys(section: str) -> list[str]:
 
 def _rule(at: Key) -> str:
     """Return in words what the schema allows for the key `at`."""
+    return _words(_schema(at))
+
+
+def _schema(at: Key) -> dict[str, Any]:
     annotation: Any = Recipe.model_fields[at[0]].annotation
-    return _words(annotation.model_json_schema(by_alias=True)["properties"][at[1]])
+    properties: dict[str, dict[str, Any]] = annotation.model_json_schema(by_alias=True)["properties"]
+    return properties[at[1]]
 
 
 def _words(schema: dict[str, Any]) -> str:
@@ -286,6 +319,8 @@ def _words(schema: dict[str, Any]) -> str:
             return "true or false"
         case "string":
             return "a string that is not empty" if schema.get("minLength") else "a string"
+        case "array" if "items" in schema:
+            return f"an array, each entry {_words(schema['items'])}"
         case "array":
             return f"an array of {schema['minItems']}, each {_words(schema['prefixItems'][0])}"
         case "object":

@@ -158,6 +158,9 @@ class OptimSection(Section):
     betas: Betas = Field((0.9, 0.95), description="Decay of the running averages.")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the denominator.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay.")
+    decay_norms: bool = Field(
+        False, description="Decay norms, biases and all parameters of fewer than two dims too; embeddings always decay."
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
@@ -165,7 +168,10 @@ class ScheduleSection(Section):
     """Learning rate over the steps."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default_factory=int,  # `Recipe` sets the default, which depends on train.steps
+        description="Steps of linear warm-up; default 2 % of train.steps, rounded, so none in fewer than 25 steps.",
+    )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Final learning rate divided by the peak."
     )
@@ -197,7 +203,7 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     """Saving and resuming."""
 
-    every: Annotated[int, Field(ge=0)] = Field(100, description="Steps between checkpoints; 0 = only at the end.")
+    every: Annotated[int, Field(ge=0)] = Field(500, description="Steps between checkpoints; 0 = only at the end.")
     keep: Size = Field(2, description="How many of the newest checkpoints to keep.")
     async_: bool = Field(
         True, alias="async", description="Write while training goes on; host memory holds a copy of this rank's part."
@@ -210,6 +216,11 @@ class CheckpointSection(Section):
         "auto", description='"auto": the newest valid one in run.dir; "never"; or the path or URL of a checkpoint.'
     )
     verify: bool = Field(False, description="On resume, check the hash of every file.")
+    allow: list[Text] = Field(
+        [],
+        description="Keys whose change a resume lets pass though it changes what is trained or on what, "
+        'e.g. ["model.name"].',
+    )
 
 
 class LogSection(Section):
@@ -247,6 +258,19 @@ class Recipe(Section):
     run: RunSection
 
     _notes: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_up(cls, values: Any) -> Any:
+        """Fill in `schedule.warmup_steps`, short enough for the decay that follows it."""
+        schedule, train = values.get("schedule", {}), values.get("train")
+        if not isinstance(schedule, dict) or not isinstance(train, dict) or "warmup_steps" in schedule:
+            return values
+        steps, decay = train.get("steps"), schedule.get("decay_steps")
+        if type(steps) is not int:
+            return values
+        most = steps - decay if type(decay) is int else steps
+        return {**values, "schedule": {**schedule, "warmup_steps": max(0, min((2 * steps + 50) // 100, most))}}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.errors import DamagedError, PlanError, RecipeError
-from ndtrain.runs.stop_signals import STOP_SIGNALS, nothing_to_save
+from ndtrain.runs.stop_signals import handle_all, nothing_to_save
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
@@ -50,7 +50,7 @@ def launch_workers(ranks: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",  # the machine's own host name may not resolve
         max_restarts=0,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        signals_to_handle="SIGHUP,SIGQUIT",
     )
     launch: Any = elastic_launch(config, sys.executable)
     forwarded: list[int] = []
@@ -63,11 +63,12 @@ def launch_workers(ranks: int, arguments: list[str]) -> int:
             raise nothing_to_save(number)
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, number)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not break the save either
+                # A terminal sends Ctrl-C to its whole process group; torch starts workers outside it (torch 2.13).
+                if number != signal.SIGINT or os.getpgid(worker) != os.getpgrp():
+                    os.kill(worker, number)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, forward_signal)
+    signal.set_wakeup_fd(-1)  # the workers answer Ctrl-C
+    handle_all(forward_signal)
     try:
         launch("-m", "ndtrain", *arguments)
     except ChildFailedError as error:

@@ -73,6 +73,11 @@ class Attempt:
             with suppress(OSError):
                 (self.run_dir / FILE).unlink()
 
+    @property
+    def is_restart(self) -> bool:
+        """Whether an earlier attempt of this launch has begun to train."""
+        return self._read() is not None
+
     def resume_from(self, requested: str, newest: int | None) -> str:
         """Return what to resume from: "auto" once this launch has saved a checkpoint, else the `requested` value.
 

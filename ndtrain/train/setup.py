@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ndtrain import proof
 from ndtrain.checkpoint import CheckpointStore, load_tensors, read_state
+from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
@@ -19,6 +20,7 @@ from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Attempt
 from ndtrain.storage.paths import open_to_write, os_errors, to_path
 from ndtrain.torch_compat import process_groups
+from ndtrain.train.changes import changes_data, config_of, find_changes, read_config, refuse, table
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
@@ -28,10 +30,19 @@ if TYPE_CHECKING:
 
 
 class Resumed(NamedTuple):
-    """The checkpoint that a run resumes from, and its train_state.json."""
+    """The checkpoint that a run resumes from, its train_state.json, and whether the run goes on with other data."""
 
     directory: Path
     state: Mapping[str, Any]
+    other_data: bool
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raise `RecipeError` if the batches have another fingerprint, though what they are made from is the same."""
+        if self.state["data"] != fingerprint and not self.other_data:
+            raise RecipeError(
+                f"{self.directory} was trained on other samples: {self.state['data']}, now {fingerprint}; use the "
+                "version of ndtrain that wrote it, or choose another run.dir to train anew"
+            )
 
 
 def open_run_dir(run_dir: Path) -> None:
@@ -44,11 +55,12 @@ def open_run_dir(run_dir: Path) -> None:
 
 
 def find_resumed(
-    store: CheckpointStore, run_dir: Path, engine: Engine, reporter: Reporter, *, data: str
+    store: CheckpointStore, run_dir: Path, engine: Engine, reporter: Reporter, *, origin: Mapping[str, Any]
 ) -> Resumed | None:
     """Return the checkpoint to resume from, None for a new run. Collective.
 
-    Raises `RecipeError` if it does not fit the recipe or `data`, the fingerprint of the batches.
+    Reports what differs from it, unless an earlier attempt of this launch has. Raises `RecipeError` for what a resume
+    must not let pass. `origin` is that of this run (`origin_of`), on rank 0.
     """
     recipe = engine.recipe
     attempt = Attempt.of_process(run_dir)
@@ -57,14 +69,40 @@ def find_resumed(
     found, messages = store.find(resume, verify=recipe.checkpoint.verify)
     for message in messages:
         reporter.info(message)
-    resumed = Resumed(found, read_state(found)) if found is not None else None
-    check_run_dir(run_dir, newest, resumed.state if resumed is not None else None, resume)
-    if resumed is not None:
-        config = cast("PreTrainedConfig", engine.model.export_config)
-        for note in check_state(resumed.state, resumed.directory, recipe, data=data, config=config):
-            reporter.info(f"note: {note}")
-    on_rank0(lambda: attempt.record_begin(resumed.state["step"] if resumed is not None else -1))
-    return resumed
+    state = read_state(found) if found is not None else None
+    check_run_dir(run_dir, newest, state, resume)
+    if found is None or state is None:
+        on_rank0(lambda: attempt.record_begin(-1))
+        return None
+    check_state(state, found)
+
+    def compare() -> bool:
+        shapes = {key: list(tensor.shape) for key, tensor in model_tensors(engine.model).items()}
+        changes = find_changes(
+            state,
+            recipe,
+            origin,
+            sizes=engine.sizes,
+            configs=(
+                read_config(found / "config.json"),
+                config_of(cast("PreTrainedConfig", engine.model.export_config)),
+            ),
+            same_shapes=lambda: (
+                shapes == {key: entry["shape"] for key, entry in read_manifest(found)["tensors"]["model"].items()}
+            ),
+        )
+        if changes and not attempt.is_restart:
+            reporter.info(table(changes, found, recipe))
+        if "recipe" not in state and not attempt.is_restart:
+            reporter.info(
+                f"note: {found} does not record its recipe; only the data, train.seed, the model's config, the mesh "
+                "and [schedule] were compared"
+            )
+        refuse(changes, found, recipe)
+        attempt.record_begin(state["step"])
+        return changes_data(changes)
+
+    return Resumed(found, state, of_rank0(compare))
 
 
 def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:

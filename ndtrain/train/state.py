@@ -20,7 +20,7 @@ from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def extras(
@@ -60,23 +60,6 @@ def save_extras(directory: Path, files: Mapping[str, bytes], states: Mapping[str
         (directory / extra_states.FILE).write_text(json.dumps(states))
 
 
-def config_difference(saved: Path, own: PreTrainedConfig) -> str | None:
-    """Return in words the first key in which a checkpoint's config differs from `own`, or None.
-
-    Raises `DamagedError` if the checkpoint's config cannot be read.
-    """
-    try:
-        before = json.loads(saved.read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{saved} cannot be read ({error})") from error
-    now = json.loads(own.to_json_string())
-    same = {"transformers_version", "_name_or_path", "architectures", "auto_map"}  # whatever the weights are
-    for key in sorted((before.keys() | now.keys()) - same):
-        if before.get(key) != now.get(key):
-            return f"{key} was {before.get(key)}, is now {now.get(key)}"
-    return None
-
-
 def check_run_dir(run_dir: Path, newest: int | None, state: Mapping[str, Any] | None, resume: str) -> None:
     """Raise `RecipeError` if the directory has later checkpoints of another run: the next resume would use those."""
     if resume == "auto":
@@ -88,29 +71,14 @@ def check_run_dir(run_dir: Path, newest: int | None, state: Mapping[str, Any] | 
         )
 
 
-def check_state(
-    state: Mapping[str, Any], found: Path, recipe: Recipe, *, data: str, config: PreTrainedConfig
-) -> list[str]:
-    """Check that a run may resume from `found`; return notes on differences that are allowed.
-
-    Raises `RecipeError` if `data`, the fingerprint of the batches, or the model differs, `DamagedError` for a key that
-    is missing.
-    """
-    for key, kind in {"step": int, "samples": int, "data": str, "seed": int}.items():
+def check_state(state: Mapping[str, Any], found: Path) -> None:
+    """Raise `DamagedError` for a key of `found`'s train_state.json that a resume needs and that is missing."""
+    kinds = {"step": int, "samples": int, "data": str, "seed": int}
+    if "recipe" in state:
+        kinds |= {"recipe": dict, "origin": dict}
+    for key, kind in kinds.items():
         if type(state.get(key)) is not kind:
             raise DamagedError(f"{found}/train_state.json has no {key}")
-    if state["data"] != data or state["seed"] != recipe.train.seed:
-        raise RecipeError(
-            f"{found} was trained on other data, or with another tokenizer, data.seq_len, data.packing, data.shuffle "
-            "or train.seed, than this recipe; restore them, or choose another run.dir to train anew"
-        )
-    if differs := config_difference(found / "config.json", config):
-        raise RecipeError(
-            f"{found} holds another model than this recipe describes: {differs}; restore it in [model], or choose "
-            "another run.dir to train anew"
-        )
-    now = recipe.schedule.model_dump()
-    return ["[schedule] differs from the checkpoint's"] if state.get("schedule", now) != now else []
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,12 @@ from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runs.messages import on_rank0
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
-from ndtrain.runs.stop_signals import StopSignals, nothing_to_save, request_name
+from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.runs.watch import Watch
 from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
+from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
 from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir
@@ -71,6 +72,8 @@ class Trainer:
         self.skips = Skips(recipe.train.max_bad_steps)
         self.watch = Watch(recipe.run.step_timeout_s)
         self.loggers: list[Logger] = []
+        self.origin: dict[str, Any] = {}  # on rank 0
+        self._asks_at = 0  # the step at whose end the ranks next ask each other
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
         self._extras: dict[str, bytes] = {}  # on rank 0, the files beside the tensors of every checkpoint
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
@@ -82,8 +85,11 @@ class Trainer:
         recipe, reporter = self.recipe, self.reporter
         on_rank0(lambda: open_run_dir(self.run_dir))
         check_loggers(recipe, self.run_dir)
-        self.open_inputs()
-        resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, data=self.batches.fingerprint)
+        self.open_tokenizer()
+        resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, origin=self.origin)
+        self.open_batches()
+        if resumed is not None:
+            resumed.check_data(self.batches.fingerprint)
         reporter.info(self._arithmetic())
         for note in (*self.plan.notes, *self._slow_dtype()):
             reporter.info(f"note: {note}")
@@ -92,26 +98,34 @@ class Trainer:
             self._restore(resumed)
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
         if self.runtime.is_main:
-            (self.run_dir / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+            written = self.run_dir / "recipe.toml"
+            if self.step < recipe.train.steps or not written.exists():  # else nothing is trained with it
+                written.write_text(to_toml(recipe), encoding="utf-8")
             self.loggers = open_loggers(recipe, self.run_dir)
 
-    def open_inputs(self) -> None:
-        """Open the tokenizer and this rank's batches; collective."""
+    def open_tokenizer(self) -> None:
+        """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
 
-        def prepare_extras() -> None:
+        def prepare() -> None:
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
             notes.extend(found)
+            self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer))
 
-        on_rank0(prepare_extras)
+        on_rank0(prepare)
         for note in notes:
             self.reporter.info(f"note: {note}")
+
+    def open_batches(self) -> None:
+        """Open this rank's batches, tokenizing what is not cached; collective."""
         self.batches = open_batches(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
         )
 
     def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
+        # The base may be gone: no resume reads its weights.
+        self.origin["base"] = self.origin.get("base") or resumed.state.get("origin", {}).get("base")
         self.saving.step = self.step
         self.skips.restore(resumed.state, resumed.directory)
         self.engine.restore_optimizer(resumed.directory / "optim", updates=self.step - self.skips.total)
@@ -192,6 +206,7 @@ class Trainer:
         engine, measure = self.engine, self._measure
         started = time.perf_counter()
         self.watch.beat(self.step + 1)
+        self._asks_at = self.step + 1
         batches = self._load()
         targets = count_targets(batches, engine)
         self._seed()
@@ -300,8 +315,9 @@ class Trainer:
                 "seed": self.recipe.train.seed,
                 **self.skips.state(),
                 "mesh": asdict(self.sizes),
-                "schedule": self.recipe.schedule.model_dump(),
                 "versions": versions(),
+                "recipe": self.origin.get("recipe"),
+                "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "content", "files")},
             },
             extra_files=lambda directory: save_extras(directory, self._extras, states),
         )
@@ -310,7 +326,7 @@ class Trainer:
 
     def _listen(self) -> None:
         """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
-        self.stop_signals.training = True
+        self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.recipe.train.steps), self.saving.step))
         self.requested = self._agree(0)[1:]
         if self.requested[0]:
             self._remove_request_files()
@@ -319,6 +335,7 @@ class Trainer:
     def _agree(self, number: int) -> list[int]:
         """Return [the largest `number`, stop, save] over all ranks; collective."""
         own = [number, *self.stop_signals.seen(files=self.runtime.is_main)]
+        self._asks_at += 1
         shared = torch.tensor(own, dtype=torch.int64, device=self.engine.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return cast("list[int]", shared.tolist())

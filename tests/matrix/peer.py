@@ -52,9 +52,8 @@ def cell(model: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
     batch_ranks = way.get("fsdp_size", 1)
     micro = ROWS // (2 * batch_ranks)
     batches = worker.Batches(model["vocab"], micro=micro, rank=dist.get_rank() % batch_ranks, ranks=batch_ranks)
-    keys = {k: v for k, v in OPTIM.items() if k != "max_grad_norm"}
     # foreach cannot take parameters of several meshes at once.
-    optimizer = torch.optim.AdamW(loaded.parameters(), foreach=False, **keys)  # type: ignore[arg-type]
+    optimizer = worker.plain_optimizer(loaded, foreach=False)
     first: dict[str, torch.Tensor] = {}
     steps = []
     for step in range(STEPS):

@@ -26,7 +26,7 @@ from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
 from ndtrain.runs.process import Runtime
 from ndtrain.train import Silent, Trainer, sizes_for
-from tests.tiny import recipe_text
+from tests.tiny import decay_groups, recipe_text
 
 # 30 tokens are padded to 32 by ring attention, which cuts a sequence into 4.
 STEPS, ROWS, SEQ = 3, 8, 30
@@ -144,11 +144,15 @@ def reference(path: Path, attn: str, vocab: int) -> list[str]:
     return [n for n in params if f"grad.{n}" not in tensors or not tensors[f"grad.{n}"].any()]
 
 
+def plain_optimizer(model: torch.nn.Module, **more: Any) -> torch.optim.Optimizer:
+    keys = {k: v for k, v in OPTIM.items() if k not in ("max_grad_norm", "weight_decay")}
+    return torch.optim.AdamW(decay_groups(model, 0.1), **keys, **more)  # type: ignore[arg-type]
+
+
 def plain_steps(model: Any, vocab: int) -> Iterator[dict[str, float]]:
     """Steps of torch.optim on `rows`, each yielded before the optimizer moves the parameters."""
     model.train()
-    keys = {k: v for k, v in OPTIM.items() if k != "max_grad_norm"}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **keys)  # type: ignore[arg-type]
+    optimizer = plain_optimizer(model)
     routed = getattr(model.config, "output_router_logits", False)
     for step in range(STEPS):
         batch = rows(vocab, step)
@@ -213,8 +217,10 @@ def whole(tensor: Tensor) -> tuple[Tensor, float]:
 class MatrixTrainer(Trainer):
     vocab: int
 
-    def open_inputs(self) -> None:
+    def open_tokenizer(self) -> None:
         self.engine.vocabulary = self.vocab
+
+    def open_batches(self) -> None:
         rank = self.sizes.coordinate(self.runtime.rank)["batch"]
         self.batches = Batches(  # type: ignore[assignment]
             self.vocab, micro=self.recipe.train.micro_batch_size, rank=rank, ranks=self.sizes.batch

@@ -1,0 +1,246 @@
+"""Compare a run with the checkpoint that it resumes from: what differs, and whether it may go on with that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.mesh import MeshSizes
+from ndtrain.recipe import Recipe
+from ndtrain.recipe.problems import dotted, show
+from ndtrain.recipe.resuming import NEVER, covers, rule_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Keys that say where something is: what is there decides whether a resume may go on.
+_BASE = ("model.init", "model.name", "model.revision")
+_DATA = ("data.path", "data.tokenizer")
+# Keys that are compared elsewhere, or are about this resume alone.
+_ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
+# Keys after whose change the cursor counts samples of another order or other text.
+_ORDER = (*_DATA, "data.shuffle", "train.seed")
+
+
+class Change(NamedTuple):
+    """A key that differs, its values, what that means, and whether a resume may go on with it (`rule_of`)."""
+
+    key: str
+    before: str
+    now: str
+    rule: Literal["free", "allow", "never"]
+    meaning: str = ""
+
+
+def find_changes(
+    state: Mapping[str, Any],
+    recipe: Recipe,
+    origin: Mapping[str, Any],
+    *,
+    sizes: MeshSizes,
+    configs: tuple[Mapping[str, Any], Mapping[str, Any]],
+    same_shapes: Callable[[], bool],
+) -> list[Change]:
+    """Return what differs between a checkpoint's train_state.json and this run; `origin` as `origin_of` returns it.
+
+    `configs` are the model's config in the checkpoint and now; `same_shapes` says whether the checkpoint has the
+    model's tensors. A checkpoint without a recipe, of an earlier version, is compared as far as it goes.
+    """
+    found = list(_recorded(state, recipe, origin) if "recipe" in state else _unrecorded(state, recipe, origin))
+    before, now = _mesh(state.get("mesh", {})), sizes.describe()
+    if "mesh" in state and before != now:
+        found.append(Change("mesh", before, now, "free"))
+    return [*found, *_config_changes(*configs, same_shapes)]
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Return a checkpoint's config. Raises `DamagedError` if it cannot be read."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedError(f"{file} cannot be read ({error})") from error
+
+
+def config_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the config as `read_config` would read it back."""
+    return dict(json.loads(config.to_json_string()))
+
+
+def changes_data(changes: Sequence[Change]) -> bool:
+    """Return whether samples or their order differ."""
+    return any(change.key in _ORDER and change.rule != "free" for change in changes)
+
+
+def table(changes: Sequence[Change], found: Path, recipe: Recipe) -> str:
+    """Return the changes as a table of one line each."""
+    verdict = {"free": "", "allow": "refused", "never": "refused"}
+    rows = [("key", "checkpoint", "now", "")]
+    for change in changes:
+        word = "allowed" if _allowed(change, recipe) else verdict[change.rule]
+        rows.append((change.key, change.before, change.now, ": ".join(filter(None, (word, change.meaning)))))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
+    ]
+    return "\n".join([f"{found} differs from this run:", *(f"  {line}".rstrip() for line in lines)])
+
+
+def refuse(changes: Sequence[Change], found: Path, recipe: Recipe) -> None:
+    """Raise `RecipeError` with a line for each change that a resume must not let pass."""
+    lines = []
+    for change in changes:
+        if change.rule == "free" or _allowed(change, recipe):
+            continue
+        values = f" was {change.before}, is now {change.now}" if change.before != change.now else " differs"
+        meaning = f" ({change.meaning})" if change.meaning else ""
+        way = "restore it, or choose another run.dir to train anew"
+        if change.rule == "allow":
+            way = (
+                "restore it, choose another run.dir to train anew, or let it pass with "
+                f"checkpoint.allow = [{show(change.key)}]"
+            )
+        lines.append(f"{found}: {change.key}{values}{meaning}; {way}")
+    if lines:
+        raise RecipeError("\n".join(lines))
+
+
+def _allowed(change: Change, recipe: Recipe) -> bool:
+    return change.rule == "allow" and covers(recipe.checkpoint.allow, change.key)
+
+
+def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any]) -> Iterator[Change]:
+    """Yield the changes of recipe and inputs against a checkpoint that records them."""
+    saved = state["origin"]
+    before, now = _flat(state["recipe"]), _flat(origin["recipe"])
+    # A key that a later version has added had its default.
+    before = {**{key: value for key, value in _defaults().items() if key in now}, **before}
+    names = [key for key in {**now, **before} if not covers(_ELSEWHERE, key) and before.get(key) != now.get(key)]
+    same_place = not set(names) & set(_BASE)
+    same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
+    same_data = origin["data"] == state["data"].split()[0]
+    changed_base = next((key for key in _BASE if key in names), "model.name")
+    for key in dict.fromkeys([*names, *([] if same_base else [changed_base]), *([] if same_data else _DATA)]):
+        values = _value(before.get(key)), _value(now.get(key))
+        if key in _BASE:
+            if same_base or key != changed_base:
+                yield Change(key, *values, "free", "the same base weights" if same_base else "")
+                continue
+            own, other = (
+                f"{value} ({base})" for value, base in zip(values, (saved["base"], origin["base"]), strict=True)
+            )
+            yield Change(key, own, other, "allow", "another base")
+        elif key in _DATA and same_data:
+            yield Change(key, *values, "free", "the same content")
+        elif key == "data.path":
+            yield from _files(values, saved, origin, changed=key in names)
+        elif key == "data.tokenizer":
+            if saved["tokenizer"] != origin["tokenizer"]:
+                yield Change(key, *values, "allow", "it gives other tokens")
+            elif key in names:
+                yield Change(key, *values, "free", "the same tokenizer")
+        else:
+            yield Change(key, *values, rule_of(key), NEVER.get(key, "") or _meaning(key, state))
+
+
+def _files(
+    values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool
+) -> Iterator[Change]:
+    """Yield the change of data.path, where tokens differ."""
+    old, new = saved["files"], origin["files"]
+    if saved["content"] != origin["content"]:
+        meaning = "the files of data.path changed"
+        if old is not None and new is not None:
+            other = sum(old[name] != new[name] for name in old.keys() & new.keys())
+            meaning += (
+                f": {len(new.keys() - old.keys())} added, {len(old.keys() - new.keys())} removed, {other} changed"
+            )
+        yield Change("data.path", *values, "allow", meaning)
+    elif saved["tokenizer"] == origin["tokenizer"]:
+        yield Change("data.path", *values, "allow", "this version of ndtrain reads the same files in another way")
+    elif changed:
+        yield Change("data.path", *values, "free", "the same content")
+
+
+def _unrecorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any]) -> Iterator[Change]:
+    """Yield the changes that an earlier version's checkpoint shows: in its data, its seed and its schedule."""
+    key, *fields = state["data"].split()
+    written = dict(field.split("=", 1) for field in fields if "=" in field)
+    now = _flat(origin["recipe"])
+    for name in ("data.seq_len", "data.packing", "data.shuffle"):
+        before = written.get(name.removeprefix("data."))
+        if before is not None and before != str(now[name]):
+            yield Change(name, before, str(now[name]), rule_of(name), NEVER.get(name, ""))
+    if state["seed"] != recipe.train.seed:
+        yield Change("train.seed", str(state["seed"]), str(recipe.train.seed), "allow", _meaning("train.seed", state))
+    if key != origin["data"]:
+        value = _value(now["data.path"])
+        yield Change("data.path", value, value, "allow", "its files, or the tokenizer, changed")
+    for name, value in state.get("schedule", {}).items():
+        if value != now.get(f"schedule.{name}"):
+            yield Change(f"schedule.{name}", _value(value), _value(now.get(f"schedule.{name}")), "free")
+
+
+def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], same_shapes: Callable[[], bool]) -> list[Change]:
+    ignored = {"transformers_version", "_name_or_path", "architectures", "auto_map"}
+    keys = sorted(k for k in (before.keys() | now.keys()) - ignored if before.get(k) != now.get(k))
+    if not keys:
+        return []
+    # Other keys may follow from those that shape the tensors: restore these first.
+    shaping = [key for key in keys if f"model.config.{key}" in NEVER] or keys
+    other = [] if same_shapes() else shaping
+    return [
+        Change(
+            f"model.config.{key}",
+            _value(before.get(key)),
+            _value(now.get(key)),
+            "never" if key in other else "free" if other else "allow",
+            "the checkpoint's tensors have other shapes" if key in other else "",
+        )
+        for key in keys
+    ]
+
+
+def _meaning(key: str, state: Mapping[str, Any]) -> str:
+    if key == "train.global_batch_size":
+        return f"the data goes on at sample {state['samples']}; the learning rate follows steps, not samples"
+    if key in _ORDER:
+        return f"another order of samples, in which the data goes on at sample {state['samples']}"
+    return ""
+
+
+def _flat(tables: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return {dotted key: value} of a recipe's sections; the keys of tables in them are entries of their own."""
+    flat: dict[str, Any] = {}
+    for name, value in tables.items():
+        key = (*prefix, name)
+        if isinstance(value, dict) and (value or not prefix):
+            flat.update(_flat(value, key))
+        elif value != {}:
+            flat[dotted(key)] = value
+    return flat
+
+
+def _defaults() -> dict[str, Any]:
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {
+        f"{section}.{field.alias or name}": list(field.default) if isinstance(field.default, tuple) else field.default
+        for section, annotation in sections.items()
+        for name, field in getattr(annotation, "model_fields", {}).items()
+        if not field.is_required() and field.default_factory is None
+    }
+
+
+def _mesh(sizes: Any) -> str:
+    try:
+        return MeshSizes(**sizes).describe()
+    except TypeError:
+        return _value(sizes)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'  # paths may differ at their ends alone
+    return "-" if value is None else show(value)

@@ -1,0 +1,48 @@
+"""Record in a checkpoint what its run is made from: the resolved recipe, base weights, tokenizer and data files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ndtrain.data import contents_of, find_files
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.load import base_identity
+from ndtrain.recipe import Recipe
+from ndtrain.train.inputs import cache_root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Every checkpoint lists the files, and every rank reads the list.
+MOST_FILES = 100_000
+
+
+def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[str, Any]:
+    """Return, as JSON, the `recipe` with all defaults, and the identities of its inputs, before anything is tokenized.
+
+    `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, `content` the text of
+    data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
+    tokens. Reads the data files whose digests are not cached.
+    """
+    files = find_files(recipe.data.path)
+    root = Path(recipe.data.path).expanduser()
+    if not root.is_dir():
+        root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    contents = contents_of(files, tokenizer, cache_dir=cache_root() / "data")
+    return {
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "base": base_identity(model, recipe),
+        "tokenizer": contents.tokenizer,
+        "data": contents.key,
+        "content": _digest(" ".join(contents.files)),
+        "files": {os.path.relpath(file, root): _digest(own) for file, own in zip(files, contents.files, strict=True)}
+        if len(files) <= MOST_FILES
+        else None,
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
