@@ -36,8 +36,8 @@ STILL: dict[str, Any] = {"optim": {"lr": 0.0, "weight_decay": 0.0}, "schedule": 
 def contents(directory: Path) -> dict[str, bytes]:
     """{path: content} of a directory's files without weights and what a checkpoint adds."""
     found = {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-    added = ("train_state.json", "manifest.json")
-    return {path: text for path, text in found.items() if not path.endswith(".safetensors") and path not in added}
+    added = ("model/", "optim/", "model.safetensors", "train_state.json", "manifest.json")
+    return {path: text for path, text in found.items() if not path.startswith(added)}
 
 
 def write_tokenizer(directory: Path) -> None:
