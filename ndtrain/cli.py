@@ -17,8 +17,8 @@ import typer
 
 import ndtrain
 from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped
+from ndtrain.runs.environment import speaks_for_all, under_torchrun
 from ndtrain.runs.launcher import launch_workers, local_world_size
-from ndtrain.runs.process import speaks_for_all, under_torchrun
 from ndtrain.runs.reports import print_error
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import INTERRUPTED, STOP_SIGNALS, StopSignals

@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ndtrain.runs.environment import under_torchrun
 from ndtrain.runs.limits import MARGIN
 from ndtrain.runs.phases import RENDEZVOUS
 from ndtrain.runs.rendezvous import launcher_store
@@ -41,21 +42,6 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def env_world_size() -> int | None:
-    """Return the world size that torchrun gave, or None outside torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
-
-
-def under_torchrun() -> bool:
-    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
-def speaks_for_all() -> bool:
-    """Return whether this process prints what all ranks have to say: rank 0, or a process outside a launch."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NamedTuple, NoReturn
 
 from ndtrain.errors import Stopped
-from ndtrain.runs.process import speaks_for_all
+from ndtrain.runs.environment import speaks_for_all
 from ndtrain.storage.paths import is_local, os_errors
 
 # SLURM (USR1, if the job asks for it), Kubernetes and torchrun (TERM) send these before they kill.

@@ -9,9 +9,10 @@ from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
+from ndtrain.runs.environment import env_world_size
 from ndtrain.runs.lock import RunLock
 from ndtrain.runs.messages import broadcast_json, on_rank0, rank0_first, together
-from ndtrain.runs.process import env_world_size, start
+from ndtrain.runs.process import start
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals
 from ndtrain.train.inputs import cache_root
