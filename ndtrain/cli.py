@@ -254,6 +254,9 @@ def convert(
             help="The model's config.json, for a DCP directory that another tool wrote.",
         ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint to a directory that from_pretrained reads, or such a directory to a checkpoint."""
     _print_notes()
@@ -271,6 +274,7 @@ def convert(
             max_shard_size=max_shard_size,
             verify=verify,
             config=config,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     for note in notes:

@@ -1,9 +1,12 @@
 """Checkpoints: the layout against torch and FSDP, saving on one mesh and loading on another, damage,
 crashes."""
 
+import math
 import random
+import re
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from itertools import product
@@ -12,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,14 +28,21 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from ndtrain.checkpoint import (
     CheckpointStore,
     check,
+    check_together,
     load_tensors,
     read_state,
 )
-from ndtrain.checkpoint.tensors import files_of, write_files
+from ndtrain.checkpoint.index import write_index
+from ndtrain.checkpoint.manifest import hash_of, write_manifest
+from ndtrain.checkpoint.tensors import files_of, pieces_of, write_files
 from ndtrain.engine.optimizers import OPTIMIZERS, set_step, state_tensors
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_boxes
 from ndtrain.runs.messages import together
+from ndtrain.storage.pieces import pieces_in, pieces_of_files, plan_held
+from ndtrain.storage.stored import checkpoint_tensors
+from ndtrain.storage.table import Pieces
+from tests.benchmarks.plan_headers import key_of, with_index, write_checkpoint
 from tests.ranks import RanksFailed, get_pool
 from tests.tiny import forged
 
@@ -303,7 +314,15 @@ def test_save_find_read_and_keep(tmp_path: Path) -> None:
 TENSOR_FILE = "model/00000-of-00001.safetensors"
 
 
-FILES = [TENSOR_FILE, TENSOR_FILE.replace("model", "optim"), "train_state.json", "config.json", "manifest.json"]
+FILES = [
+    TENSOR_FILE,
+    TENSOR_FILE.replace("model", "optim"),
+    "model/pieces.index",
+    "optim/pieces.index",
+    "train_state.json",
+    "config.json",
+    "manifest.json",
+]
 
 
 def damages(kind: str, content: bytes) -> Iterator[bytes | None]:
@@ -339,6 +358,23 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
     assert store.find("auto", verify=True) == (last, [])
 
 
+def test_a_flipped_byte_in_a_header_is_found_without_hashes_or_changes_nothing(tmp_path: Path) -> None:
+    before, last = save_step(tmp_path, 1), save_step(tmp_path, 2)
+    store, content = CheckpointStore(tmp_path, keep=2), (last / TENSOR_FILE).read_bytes()
+    length, refused = 8 + int.from_bytes(content[:8], "little"), 0
+    for damaged in damages("flip", content[:length]):
+        assert damaged is not None
+        (last / TENSOR_FILE).write_bytes(damaged + content[length:])
+        found, _ = store.find("auto")
+        if found == before:
+            refused += 1
+            continue
+        got = {key: torch.full_like(value, math.nan) for key, value in tensors_of(2).items()}
+        load_tensors(last / "model", got, all_of_it=True)
+        assert all(torch.equal(got[key], value) for key, value in tensors_of(2).items())
+    assert refused > 100
+
+
 def test_a_damaged_checkpoint_given_by_path_is_refused(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1)
     (path / TENSOR_FILE).write_bytes((path / TENSOR_FILE).read_bytes()[:-1] + b"\1")
@@ -369,10 +405,11 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m["tensors"]["model"].pop("w"), "holds w, which its manifest does not list"),
-        (lambda m: m["tensors"]["model"].update(x={"shape": [2], "dtype": "F32"}), "x has 0 of 2 values"),
-        (lambda m: m["tensors"]["model"]["w"].update(shape=[65, 8]), "w has 512 of 520 values"),
+        (lambda m: m["tensors"]["model"].update(x={"shape": [2], "dtype": "F32"}), r"x\[0:2\] is in no file"),
+        (lambda m: m["tensors"]["model"]["w"].update(shape=[65, 8]), r"w\[64:65, 0:8\] is in no file"),
         (lambda m: m["tensors"]["model"]["w"].update(shape=[8, 64]), r"lists w as F32 of shape \(8, 64\)"),
         (lambda m: m["tensors"]["model"]["w"].update(dtype="BF16"), "lists w as BF16"),
+        (lambda m: m["tensors"]["model"]["w"].update(shape=[2**80, 8]), "bad entry of w"),
         (lambda m: m["tensors"].update({"../model": {}}), "part '../model'"),
         (lambda m: m["files"].pop("train_state.json"), "train_state.json is missing"),
         (lambda m: m.update(version=99), "format version 99"),
@@ -433,8 +470,281 @@ def test_garbage_headers_are_refused(tmp_path: Path, garbage: bytes) -> None:
 def test_a_missing_piece_is_refused(tmp_path: Path) -> None:
     get_pool(2).run(save_two, tmp_path)
     (tmp_path / "00000-of-00002.1.safetensors").unlink()
-    with pytest.raises(DamagedError, match="of 12 values"):
+    with pytest.raises(DamagedError, match=r"w\[3:5, 0:2\] is in no file"):
         load_tensors(tmp_path, {"w": torch.zeros(6, 2)})
+
+
+# Pieces that do not make up a tensor
+
+ROWS_TWICE = [((0, 0), (2, 2)), ((1, 0), (1, 2)), ((3, 0), (1, 2))]  # (offsets, sizes); as many values as [4, 2] has
+DAMAGED = {
+    "rows twice and not at all": (ROWS_TWICE, "w[1:2, 0:2] is stored more than once"),
+    "rows missing": ([((0, 0), (2, 2)), ((3, 0), (1, 2))], "w[2:3, 0:2] is in no file"),
+    "columns missing": ([((0, 0), (4, 1))], "[0:4, 1:2] is in no file"),
+    "columns overlap": ([((0, 0), (4, 1)), ((0, 0), (4, 2))], "w[0:4, 0:1] is stored more than once"),
+    "a corner missing": ([((0, 0), (2, 2)), ((2, 0), (2, 1))], "w[2:4, 1:2] is in no file"),
+    "outside": ([((0, 0), (4, 2)), ((4, 0), (1, 2))], "shape (4, 2)"),
+    "empty and outside": ([((0, 0), (4, 2)), ((9, 0), (0, 2))], "shape (4, 2)"),
+    "another number of dims": ([((0, 0), (3, 2)), ((3,), (1,))], "w has pieces that differ in dtype or number of dims"),
+}
+WHOLE = torch.arange(8.0).reshape(4, 2)
+
+
+def write_pieces(directory: Path, corners: Any) -> None:
+    """Write a piece of `WHOLE` to a file of its own for each (offsets, sizes); rows beyond it are zeros."""
+    wide = torch.cat([WHOLE, torch.zeros(8, 2)])
+    for i, (offsets, sizes) in enumerate(corners):
+        part = wide[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+        part = part if part.ndim == len(sizes) and part.numel() else torch.zeros(sizes)
+        write_files(directory, {f"{i:05d}-of-00009.safetensors": {"w": (part.reshape(sizes).contiguous(), offsets)}})
+
+
+def step_with(directory: Path, *, indexed: bool = False) -> Path:
+    """Complete a checkpoint of `w` whose tensor files are written."""
+    if indexed:
+        files = sorted((directory / "model").iterdir())
+        write_index(directory / "model", pieces_of_files(files, range(len(files)), "here"))
+    (directory / "train_state.json").write_text("{}")
+    write_manifest(directory, {"model": {"w": {"shape": [4, 2], "dtype": "F32"}}}, {})
+    return directory
+
+
+# No index can have pieces of several numbers of dims.
+@pytest.mark.parametrize(
+    ("kind", "indexed"), [(k, i) for k, i in product(DAMAGED, (False, True)) if not (i and "dims" in k)]
+)
+def test_pieces_that_overlap_or_leave_gaps_are_refused_by_every_reader(
+    tmp_path: Path, kind: str, indexed: bool
+) -> None:
+    corners, said = DAMAGED[kind]
+    model = tmp_path / "model"
+    write_pieces(model, corners)
+    with pytest.raises(DamagedError, match=re.escape(said)):
+        load_tensors(model, {"w": torch.full((4, 2), math.nan)})
+    step = step_with(tmp_path, indexed=indexed)
+    readers: list[Any] = [
+        lambda: check(step),
+        lambda: check_together(step),
+        lambda: CheckpointStore(tmp_path / "run", keep=1).find(step),
+        lambda: load_tensors(model, {"w": torch.full((4, 2), math.nan)}),
+    ]
+    if "outside" not in kind and "columns missing" not in kind:  # conversion compares these with the model's config
+        readers.append(lambda: checkpoint_tensors(pieces_of(model), model))
+    for reader in readers:
+        with pytest.raises(DamagedError, match=rf"w as F32|{re.escape(said)}"):
+            reader()
+
+
+@pytest.mark.parametrize(
+    "corners",
+    [
+        [((0, 0), (4, 2))],
+        [((2, 0), (2, 2)), ((0, 0), (2, 1)), ((0, 1), (2, 1))],
+        [((0, 0), (4, 2)), ((4, 0), (0, 2)), ((0, 0), (4, 0))],  # empty ones inside
+        [((0, 0), (2, 2)), ((2, 0), (2, 2)), ((0, 0), (2, 2))],  # a copy
+    ],
+)
+def test_a_load_leaves_no_memory_as_it_was(tmp_path: Path, corners: Any) -> None:
+    write_pieces(tmp_path / "model", corners)
+    got = {"w": torch.full((4, 2), math.nan)}
+    load_tensors(tmp_path / "model", got)
+    assert torch.equal(got["w"], WHOLE)
+    assert checkpoint_tensors(pieces_of(tmp_path / "model"), tmp_path)["w"].shape == (4, 2)
+
+
+def test_a_box_stored_twice_is_read_if_both_have_the_same_bytes(tmp_path: Path) -> None:
+    write_pieces(tmp_path, [((0, 0), (2, 2)), ((2, 0), (2, 2)), ((0, 0), (2, 2))])
+    got = {"w": torch.full((4, 2), math.nan)}
+    load_tensors(tmp_path, got)
+    assert torch.equal(got["w"], WHOLE)
+    file = tmp_path / "00002-of-00009.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    said = "00000-of-00009.safetensors and 00002-of-00009.safetensors have different values of w at offsets (0, 0)"
+    with pytest.raises(DamagedError, match=re.escape(said)):
+        load_tensors(tmp_path, got)
+    (tmp_path / "step" / "model").mkdir(parents=True)
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(tmp_path / "step" / "model" / file.name)
+    with pytest.raises(DamagedError, match=re.escape(said)):
+        check(step_with(tmp_path / "step"))
+
+
+def part_of_each_rank(directory: Path) -> str:
+    """Return the error of loading 3 of 6 rows on each of two ranks, whose memory is NaN before."""
+    mesh = init_device_mesh("cpu", (2,))
+    held = DTensor.from_local(torch.full((3, 2), math.nan), mesh, [Shard(0)])
+    try:
+        load_tensors(directory, {"w": held})
+    except DamagedError as error:
+        return str(error)
+    assert torch.equal(held.to_local(), torch.arange(12.0).reshape(6, 2).chunk(2)[dist.get_rank()])
+    return ""
+
+
+def test_each_element_that_a_rank_holds_is_filled_once(tmp_path: Path) -> None:
+    """The pieces cross the borders of the ranks' parts; the damage is in the part of rank 1 alone."""
+    whole = torch.arange(12.0).reshape(6, 2)
+    for name, cuts in {"good": [(0, 2), (2, 5), (5, 6)], "bad": [(0, 2), (2, 5), (4, 5), (5, 6)]}.items():
+        files = {f"{a}{b}.safetensors": {"w": (whole[a:b].clone(), (a, 0))} for a, b in cuts}
+        write_files(tmp_path / name, files)
+    assert get_pool(2).run(part_of_each_rank, tmp_path / "good") == ["", ""]
+    for said in get_pool(2).run(part_of_each_rank, tmp_path / "bad"):
+        assert said == f"rank 1: {tmp_path / 'bad'}: w[4:5, 0:2] is stored more than once"
+
+
+# The index
+
+
+def slices_of_a_mesh(run: Path) -> list[str]:
+    """Save a tensor that lies on the dp axis of a mesh of dp 1 x tp 2: both ranks hold it whole, each on its slice."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    norm = distribute_tensor(torch.arange(5.0), mesh["dp"], (Shard(0),), src_data_rank=None)
+    cut = distribute_tensor(torch.arange(6.0), mesh["tp"], (Shard(0),), src_data_rank=None)
+    store, model = CheckpointStore(run, keep=1), {"norm": norm, "cut": cut}
+    store.save(1, model=model, optim={}, state={})
+    got = {key: torch.full_like(tensor, math.nan) for key, tensor in model.items()}
+    load_tensors(store.path(1) / "model", got)
+    assert all(torch.equal(local_of(got[key]), local_of(model[key])) for key in model)
+    return [piece.file.name for piece in pieces_of(store.path(1) / "model")["norm"]]
+
+
+def test_what_all_slices_of_a_mesh_hold_is_saved_once(tmp_path: Path) -> None:
+    assert get_pool(2).run(slices_of_a_mesh, tmp_path) == [["00000-of-00002.safetensors"]] * 2
+
+
+def save_indexed(run: Path) -> list[str]:
+    """Save tensors of every kind on two ranks without reading a header; return the files that rank 0 then opens."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = {
+        "rows": torch.arange(12.0).reshape(6, 2),
+        "packed": torch.arange(16.0).reshape(8, 2),
+        "norm": torch.ones(3),
+    }
+    whole |= {"scalar": torch.tensor(3.0), "few": torch.ones(1, 2), "cube": torch.arange(24.0).reshape(2, 4, 3)}
+    cuts = {"rows": Shard(0), "packed": strided(0, 2), "norm": R, "scalar": R, "few": Shard(0), "cube": Shard(1)}
+    tensors = {k: distribute_tensor(v, mesh, (cuts[k],), src_data_rank=None) for k, v in whole.items()}
+    opened: list[str] = []
+
+    def reading(file: Path, name: str = "") -> Any:
+        opened.append(file.name)
+        return pieces_in(file, name)
+
+    store = CheckpointStore(run, keep=1)
+    with mock.patch("ndtrain.storage.pieces.pieces_in", reading):
+        store.save(1, model=tensors, optim={"m": tensors["rows"]}, state={})
+        assert not opened
+        own = DTensor.from_local(torch.full((3, 2), math.nan), mesh, [Shard(0)])
+        load_tensors(store.path(1) / "model", {"rows": own})
+    assert torch.equal(own.to_local(), whole["rows"].chunk(2)[dist.get_rank()])
+    return opened
+
+
+def test_the_index_is_that_of_the_headers_and_a_reader_opens_only_its_files(tmp_path: Path) -> None:
+    opened = get_pool(2).run(save_indexed, tmp_path)
+    assert opened == [["00000-of-00002.safetensors"], ["00001-of-00002.safetensors"]]
+    step = CheckpointStore(tmp_path, keep=1).path(1)
+    for part in ("model", "optim"):
+        files = sorted((step / part).glob("*.safetensors"))
+        wanted = pieces_of_files(files, range(len(files)), "here")
+        found = pieces_of(step / part)
+        assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in wanted.items()}
+    plain = {"rows": torch.full((6, 2), math.nan), "cube": torch.full((2, 4, 3), math.nan)}
+    plain |= {"packed": torch.full((8, 2), math.nan), "scalar": torch.tensor(math.nan)}
+    load_plain_dcp(step / "model", plain)  # which does not take the index for weights
+    ours = {key: torch.full_like(value, math.nan) for key, value in plain.items()}
+    load_tensors(step / "model", ours)
+    assert all(torch.equal(ours[key], plain[key]) for key in plain) and not plain["cube"].isnan().any()
+
+
+def test_an_empty_tensor_has_no_pieces_and_is_no_gap(tmp_path: Path) -> None:
+    store, model = CheckpointStore(tmp_path, keep=1), {"none": torch.zeros(0, 3), "w": torch.ones(2)}
+    path = store.save(1, model=model, optim={"none": torch.zeros(0, 3)}, state={})
+    assert path is not None and check(path)["tensors"]["model"]["none"]["shape"] == [0, 3]
+    for part in ("model", "optim"):
+        assert "none" not in checkpoint_tensors(pieces_of(path / part), path)
+        load_tensors(path / part, {"none": torch.zeros(0, 3)})
+    load_tensors(path / "model", {key: torch.zeros_like(value) for key, value in model.items()}, all_of_it=True)
+    with pytest.raises(DamagedError, match="none is missing"):
+        load_tensors(path / "model", {"none": torch.zeros(1, 3)})
+
+
+def test_a_checkpoint_without_an_index_is_read_by_its_headers(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 1)
+    for part in ("model", "optim"):
+        (path / part / "pieces.index").unlink()
+    forged(path, lambda m: [m["files"].pop(f"{part}/pieces.index") for part in ("model", "optim")])
+    assert CheckpointStore(tmp_path, keep=1).find("auto", verify=True) == (path, [])
+    got = {key: torch.full_like(value, math.nan) for key, value in tensors_of(1).items()}
+    load_tensors(path / "model", got, all_of_it=True)
+    assert all(torch.equal(got[key], value) for key, value in tensors_of(1).items())
+
+
+def test_files_of_the_same_size_that_are_swapped_are_refused_without_hashes(tmp_path: Path) -> None:
+    """Their sizes are those of the manifest; only the headers tell that one is in the place of the other."""
+    write_pieces(tmp_path / "model", [((0, 0), (2, 2)), ((2, 0), (2, 2))])
+    step = step_with(tmp_path, indexed=True)
+    a, b = sorted((step / "model").glob("*.safetensors"))
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second), b.write_bytes(first)
+    said = r"model/00000-of-00009\.safetensors: its header and pieces\.index differ in w"
+    for read in (check, check_together, lambda step: load_tensors(step / "model", {"w": torch.zeros(4, 2)})):
+        with pytest.raises(DamagedError, match=said):
+            read(step)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.__setitem__((0, 1), t[0, 1] + 8), "its header and pieces.index differ in w"),
+        (lambda t: t.__setitem__((0, 2), 1), "w[0:1, 0:2] is in no file"),
+        (lambda t: t.__setitem__((0, 2), -1), "pieces.index is damaged"),
+        (lambda t: t.__setitem__((0, 4), 1 << 62), "pieces.index is damaged"),
+        (lambda t: t.__setitem__((0, 0), 2), "pieces.index is damaged"),
+        (lambda t: t.__setitem__((0, 0), 1), "its header and pieces.index differ in w"),
+    ],
+)
+def test_an_index_with_another_hash_or_of_other_pieces_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    write_pieces(tmp_path / "model", [((0, 0), (2, 2)), ((2, 0), (2, 2))])
+    step = step_with(tmp_path, indexed=True)
+    index = step / "model" / "pieces.index"
+    stored = {key: Pieces(p.dtype, p.files, p.table.copy()) for key, p in pieces_of(step / "model").items()}
+    change(stored["w"].table)
+    write_index(step / "model", stored)
+    with pytest.raises(DamagedError, match=r"model/pieces\.index was altered"):
+        load_tensors(step / "model", {"w": torch.zeros(4, 2)})
+    forged(step, lambda m: m["files"]["model/pieces.index"].update(xxh3_128=hash_of(index.read_bytes())))
+    for read in (check, lambda step: load_tensors(step / "model", {"w": torch.zeros(4, 2)})):
+        with pytest.raises(DamagedError, match=re.escape(message)):
+            read(step)
+
+
+def test_an_index_of_other_files_than_the_manifest_is_refused(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 1)
+    (path / TENSOR_FILE).rename(path / "model" / "other.safetensors")
+    forged(path, lambda m: m["files"].update({"model/other.safetensors": m["files"].pop(TENSOR_FILE)}))
+    with pytest.raises(DamagedError, match=r"pieces\.index is damaged .*its files are not those of the manifest"):
+        check(path)
+
+
+def test_a_checkpoint_of_512_files_is_planned_in_seconds(tmp_path: Path) -> None:
+    """A comparison of each piece with all others of its key takes three minutes here."""
+    ranks, keys = 512, 300
+    step = write_checkpoint(tmp_path / "step", ranks, keys)
+    started = time.process_time()
+    by_headers = pieces_of(step / "model")
+    with_index(step, by_headers)
+    check(step)
+    by_index = pieces_of(step / "model")
+    wanted = {key_of(i): torch.full((ranks, 2), math.nan) for i in range(keys)}
+    plan = plan_held(wanted, by_index, "here")
+    assert time.process_time() - started < 30
+    assert len(plan) == ranks and sum(map(len, plan.values())) == ranks * keys
+    assert by_index.keys() == by_headers.keys() == wanted.keys()
+    assert all(np.array_equal(by_index[key].table, by_headers[key].table) for key in wanted)
+    file = step / f"model/00400-of-{ranks:05d}.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"[400, 0]", b"[401, 0]", 1))  # a second of row 401, none of 400
+    with pytest.raises(DamagedError, match=r"00400-of-00512\.safetensors: its header and pieces\.index differ"):
+        check(step)
 
 
 # Failures and crashes

@@ -19,19 +19,21 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ndtrain import cli
 from ndtrain.checkpoint import check
+from ndtrain.checkpoint.manifest import write_manifest
+from ndtrain.checkpoint.tensors import _write_file
 from ndtrain.convert import convert, shards, stream
 from ndtrain.convert.shards import parse_size
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.storage.paths import to_path
-from ndtrain.storage.pieces import Piece
 from ndtrain.storage.stored import stored
+from ndtrain.storage.table import Piece
 from tests.convert_cases import FAMILIES, build, save_checkpoint
 from tests.ranks import get_pool
 
@@ -363,6 +365,58 @@ def test_a_dcp_directory_of_two_ranks_converts(tmp_path: Path) -> None:
         convert(tmp_path / "dcp", tmp_path / "again", config=tmp_path / "want")
 
 
+def test_a_dcp_directory_whose_pieces_overlap_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its pieces have as many values as the tensor, but one column is stored twice and the last is not."""
+    get_pool(2).run(_save_sharded, str(tmp_path / "dcp"), timeout=200)
+    build("qwen3").save_pretrained(tmp_path / "want")
+    metadata: Metadata = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())
+    key = "model.model.embed_tokens.weight"
+    entry: Any = metadata.state_dict_metadata[key]
+    first, second = sorted(entry.chunks, key=lambda chunk: tuple(chunk.offsets))
+    at = second.offsets[1]
+    moved = torch.Size((0, at - 1))
+    entry.chunks = [first, ChunkStorageMetadata(moved, second.sizes)]
+    index = next(i for i in metadata.storage_data if i.fqn == key and i.offset == second.offsets)
+    metadata.storage_data[MetadataIndex(key, moved)] = metadata.storage_data.pop(index)
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(metadata))
+    monkeypatch.setattr(sys, "argv", ["ndtrain", "convert", "dcp", "out", "--config", "want"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 4 and not (tmp_path / "out").exists()
+    rows = first.sizes[0]
+    said = (
+        f"dcp: {key} does not have the shape ({rows}, {2 * at}), but ({rows}, {2 * at - 1}): [0:{rows}, {at - 1}:{at}]"
+    )
+    assert f"{said} is stored more than once" in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_pieces_overlap_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = save_checkpoint(build("llama"), tmp_path / "step", ranks=1)
+    whole = load_file(step / "model/00000-of-00001.safetensors")
+    key = "model.norm.weight"
+    parts = [((0,), whole[key][:32]), ((20,), whole[key][20:32]), ((44,), whole[key][44:])]
+    assert sum(part.numel() for _, part in parts) == whole[key].numel()
+    (step / "model/00000-of-00001.safetensors").unlink()
+    first = {k: (v, (0,) * v.ndim) for k, v in whole.items() if k != key}
+    for i, (offsets, part) in enumerate(parts):
+        entries = {key: (part, offsets)} | ({} if i else first)
+        _write_file(step / f"model/{i:05d}-of-00003.safetensors", entries)
+    tensors = json.loads((step / "manifest.json").read_text())["tensors"]
+    (step / "manifest.json").unlink()
+    write_manifest(step, tensors, {})
+    monkeypatch.setattr(sys, "argv", ["ndtrain", "convert", "step", "out"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 4 and not (tmp_path / "out").exists()
+    assert f"step/model: {key}[20:32] is stored more than once" in capsys.readouterr().err
+
+
 def test_torchtitans_names_and_rotation_convert(tmp_path: Path) -> None:
     model = build("llama")
     model.save_pretrained(tmp_path / "want")
@@ -482,8 +536,15 @@ def test_pieces_that_do_not_make_up_a_tensor_are_refused(tmp_path: Path) -> None
     whole = [Piece(file, (0, 0), (2, 3), "F32", 8), Piece(file, (2, 0), (2, 3), "F32", 32)]
     assert stored("x", (4, 3), torch.float32, whole, tmp_path).nbytes == 48
     for pieces, shape, said in (
-        (whole[:1], (4, 3), "x has 6 of 12 values"),
-        ([*whole, whole[1]], (4, 3), "x has 18 of 12 values"),
+        (whole[:1], (4, 3), r"x does not have the shape \(4, 3\), but \(2, 3\): \[2:4, 0:3\] is in no file"),
+        ([], (4, 3), r"x\[0:4, 0:3\] is in no file"),
+        ([*whole, whole[1]], (4, 3), r"x\[2:4, 0:3\] is stored more than once"),
+        ([whole[0], whole[0]._replace(offsets=(1, 0)), whole[1]], (4, 3), r"x\[1:2, 0:3\] is stored more than once"),
+        ([*whole, whole[1]._replace(offsets=(-2, 0))], (4, 3), r"x has a piece .* outside every tensor"),
+        ([*whole, whole[1]._replace(offsets=(9, 0), sizes=(0, 3))], (4, 3), "does not have the shape"),
+        ([whole[0]._replace(offsets=(0,), sizes=(1,))], (), "does not have the shape"),
+        ([whole[0]._replace(offsets=(), sizes=())] * 2, (), r"x\[\] is stored more than once"),
+        ([whole[0], whole[1]._replace(dtype="BF16")], (4, 3), "differ in dtype"),
         (whole, (3, 3), "does not have the shape"),
         (whole, (12,), "does not have the shape"),
     ):

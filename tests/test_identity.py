@@ -74,6 +74,4 @@ def test_pickled_weights_are_identified_by_their_files(tmp_path: Path) -> None:
 
 
 def test_a_hub_repository_is_identified_by_its_commit(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc" / "config.json"
-    with mock.patch.object(identity, "cached_file", lambda *args, **kwargs: str(snapshot)):
-        assert identity_of(tmp_path, "org/name") == "commit 0123abc"
+    assert identity_of(tmp_path, "org/name", revision="0123abc") == "commit 0123abc"

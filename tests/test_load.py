@@ -350,8 +350,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "NaN in one corner": (_edit(lambda t: t[DOWN][0, :1].fill_(float("nan"))), "DamagedError", [DOWN, "NaN"]),
     "truncated": (_truncate, "DamagedError", ["cannot be read"]),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "", ["safetensors"]),
-    "no config": (lambda d: (d / "config.json").unlink(), "RecipeError", ["cannot load the config of model.name"]),
-    "nothing": (shutil.rmtree, "RecipeError", ["cannot load the config of model.name"]),
+    "no config": (lambda d: (d / "config.json").unlink(), "RecipeError", ["model.name", "has no config.json"]),
+    "nothing": (shutil.rmtree, "RecipeError", ["model.name", "there is no such directory"]),
 }
 
 

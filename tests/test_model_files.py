@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ndtrain.convert import convert
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
+from ndtrain.hf import hub
 from ndtrain.hf.files import model_files
 from ndtrain.mesh import MeshSizes
 from tests import tiny
@@ -143,11 +144,9 @@ def test_files_in_the_cache_of_the_hub_are_found_without_a_network(
     (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    files, here = model_files("org/name"), model_files(snapshot)
-    assert files is not None and here is not None
-    assert (files.kind, files.main, files.weight_map) == (here.kind, here.main, here.weight_map)
-    assert list(files.files) == list(here.files)
-    assert [p.read_bytes() for p in files.files.values()] == [p.read_bytes() for p in here.files.values()]
+    here, found = model_files(Path(hub.directory_of("org/name"))), hub.resolve("org/name", "main")
+    assert here is not None and found.commit == commit
+    assert set(hub.weights_of("org/name", found)) == {here.main, *here.files}
 
 
 # ---- what is refused

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from ndtrain.errors import DamagedError
 from ndtrain.storage import pieces
-from ndtrain.storage.pieces import Piece, pieces_in, read_held
+from ndtrain.storage.pieces import pieces_in, read_held
+from ndtrain.storage.table import Piece
 from tests import tiny
 from tests.ranks import get_pool
 from tests.test_load import EP, WITH_TP, recipe_for

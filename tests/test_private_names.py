@@ -107,6 +107,8 @@ def test_private_attributes_of_models_are_what_they_were() -> None:
     assert compat.attention_name(model.config) == "eager"
     assert compat.is_causal_lm(config) and compat.causal_lm_class(config) is type(model)
     assert compat.no_split_modules(model) == {"Qwen3MoeDecoderLayer"}
+    assert not compat.comes_with_code(type(model))
+    assert compat.comes_with_code(type("Own", (type(model),), {"_auto_class": "AutoModelForCausalLM"}))
     assert len(compat.recorded_outputs(model, "router_logits")) == 1 and not compat.recorded_outputs(model, "nothing")
     rule = "self_attn.q_proj.weight"
     expanded = compat.expanded_plan(model, {f"model.layers.*.{rule}": "colwise"})

@@ -12,6 +12,7 @@ import xxhash
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.storage.paths import is_local, sizes_of, sync
+from ndtrain.storage.table import LARGEST
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -27,7 +28,8 @@ def hasher() -> Any:
     return xxhash.xxh3_128()
 
 
-def _digest_of(content: bytes) -> str:
+def hash_of(content: bytes) -> str:
+    """Return the hash of a file with this content."""
     return str(xxhash.xxh3_128_hexdigest(content))
 
 
@@ -61,7 +63,7 @@ def write_manifest(directory: Path, tensors: dict[str, Any], written: Mapping[st
     body = {HASH: _NO_HASH, "version": FORMAT_VERSION, "files": files, "tensors": tensors}
     text = json.dumps(body, indent=1).encode()
     manifest = directory / MANIFEST
-    manifest.write_bytes(text.replace(_NO_HASH.encode(), _digest_of(text).encode(), 1))
+    manifest.write_bytes(text.replace(_NO_HASH.encode(), hash_of(text).encode(), 1))
     sync(manifest)
     if is_local(directory):
         for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
@@ -75,7 +77,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(text)
         if manifest["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {manifest['version']}, but this ndtrain reads {FORMAT_VERSION}")
-        if _digest_of(text.replace(manifest[HASH].encode(), _NO_HASH.encode(), 1)) != manifest[HASH]:
+        if hash_of(text.replace(manifest[HASH].encode(), _NO_HASH.encode(), 1)) != manifest[HASH]:
             raise ValueError("its hash does not match")
         for name, entry in manifest["files"].items():
             if not _FILE.fullmatch(name):
@@ -86,7 +88,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             if not _FILE.fullmatch(part):
                 raise ValueError(f"bad part {part!r}")
             for key, entry in keys.items():
-                if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in entry["shape"]):
+                if not isinstance(entry["dtype"], str) or any(
+                    type(n) is not int or not 0 <= n < LARGEST for n in entry["shape"]
+                ):
                     raise ValueError(f"bad entry of {key}")
     except FileNotFoundError as error:
         raise DamagedError(f"{directory}: manifest.json is missing") from error

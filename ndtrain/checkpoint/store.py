@@ -19,14 +19,23 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ndtrain.checkpoint.manifest import MANIFEST, check_files, check_hashes, is_tensor_file, write_manifest
+from ndtrain.checkpoint.index import INDEX, check_headers, tables_of, write_index
+from ndtrain.checkpoint.manifest import (
+    MANIFEST,
+    check_files,
+    check_hashes,
+    is_tensor_file,
+    read_manifest,
+    write_manifest,
+)
 from ndtrain.checkpoint.staging import Staging
-from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, write_files
+from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, pieces_of, rows_of, write_files
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.runs.limits import WAIT_TIMEOUT
-from ndtrain.runs.messages import gather_json, of_rank0, on_rank0, together
+from ndtrain.runs.messages import gather_json, gather_rows, of_rank0, on_rank0, together
 from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.paths import is_local, local_copy_to, os_errors, remove_tree, sync, to_path
+from ndtrain.storage.table import Pieces
 
 _STEP = re.compile(r"step-(\d{8,})")
 # Everything in a checkpoint but its tensors' values takes less than this many bytes plus this share of theirs.
@@ -44,16 +53,54 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
+def _as_os_errors(path: Path, work: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `work` with the errors of the object store of `path` raised as `OSError`."""
+
+    def wrapped(*args: Any) -> Any:
+        with os_errors(path):
+            return work(*args)
+
+    return wrapped
+
+
 def check(directory: Path) -> dict[str, Any]:
     """Return the manifest of a complete checkpoint. Raises `DamagedError`, naming the file or the tensor.
 
-    Checks the size of every file, that the headers of tensor files cover every value of every tensor, and the hash of
-    all other files. `check_hashes` also reads the tensors.
+    Checks the size of every file, that the headers of tensor files cover every value of every tensor exactly once, and
+    the hash of all other files. `check_hashes` also reads the tensors.
+    """
+    manifest, indexed = _check_sizes_and_coverage(directory)
+    for part, stored in indexed.items():
+        check_headers(stored, directory / part, lambda number, file: True)
+    return manifest
+
+
+def check_together(directory: Path, *, verify: bool = False) -> None:
+    """Do what `check` does with each rank reading a share of the headers; with `verify` also of all hashes. Collective.
+
+    Raises `DamagedError` on all ranks.
+    """
+
+    def check_share() -> None:
+        files = read_manifest(directory)["files"]
+        for part in {name.split("/")[0] for name in files if name.endswith(f"/{INDEX}")}:
+            check_headers(pieces_of(directory / part), directory / part, lambda i, file: i % world_size() == rank())
+        if verify:
+            names = sorted(name for name in files if is_tensor_file(name))
+            check_hashes(directory, files, names[rank() :: world_size()])
+
+    on_rank0(_as_os_errors(directory, lambda: _check_sizes_and_coverage(directory)))  # all headers without an index
+    together(_as_os_errors(directory, check_share))
+
+
+def _check_sizes_and_coverage(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Pieces]]]:
+    """Return the manifest and the pieces of the parts that have an index, whose headers were not read.
+
+    Raises `DamagedError`.
     """
     manifest = check_files(directory)
-    for part, listed in manifest["tensors"].items():
-        check_coverage(directory / part, listed)
-    return manifest
+    stored = {part: check_coverage(directory / part, listed) for part, listed in manifest["tensors"].items()}
+    return manifest, {part: pieces for part, pieces in stored.items() if f"{part}/{INDEX}" in manifest["files"]}
 
 
 @dataclass(frozen=True)
@@ -199,6 +246,7 @@ class CheckpointStore:
         final = self.path(job.step)
         work = self.root / f".tmp-{final.name}" if self.local else final
         written: dict[str, Any] = {}
+        rows: dict[str, Tensor] = {}
 
         def prepare() -> None:
             if not self.local:
@@ -217,14 +265,18 @@ class CheckpointStore:
         def write() -> None:
             for part, files in job.files.items():
                 written.update({f"{part}/{name}": entry for name, entry in write_files(work / part, files).items()})
+                rows[part] = rows_of(files, job.listed[part])
 
         def publish() -> None:
             (work / "train_state.json").write_text(json.dumps(job.state, indent=1))
             if job.extra_files is not None:
                 with local_copy_to(work) as folder:
                     job.extra_files(folder)
+            for part, listed in job.listed.items():
+                names = [[n.removeprefix(f"{part}/") for n in mine if n.startswith(f"{part}/")] for mine in files]
+                write_index(work / part, tables_of(all_rows[part], names, listed, work / part))
             write_manifest(work, dict(job.listed), {name: entry for mine in files for name, entry in mine.items()})
-            check(work)
+            _check_sizes_and_coverage(work)
             if not self.local:
                 return
             if final.exists():
@@ -234,32 +286,25 @@ class CheckpointStore:
             sync(self.root)
 
         try:
-            sizes = [piece.nbytes for part in job.files.values() for f in part.values() for piece, _ in f.values()]
+            pieces = [piece for part in job.files.values() for f in part.values() for piece, _ in f.values()]
+            sizes = [piece.nbytes + 16 * (1 + piece.ndim) for piece in pieces]  # and its row in the index
             everyone = gather_json(sum(sizes), group)
-            on_rank0(self._as_os_errors(prepare), group)
-            together(self._as_os_errors(write), group)
+            on_rank0(_as_os_errors(self.root, prepare), group)
+            together(_as_os_errors(self.root, write), group)
             files = gather_json(written, group)
-            on_rank0(self._as_os_errors(publish), group)
+            all_rows = {part: gather_rows(rows[part], group) for part in job.files}
+            on_rank0(_as_os_errors(self.root, publish), group)
         except BaseException as error:
             # on_rank0 and together raise on all ranks, so every rank is here, unless its user interrupted it
             if rank() == 0:
                 with contextlib.suppress(OSError):
-                    self._as_os_errors(self._undo)(work)
+                    _as_os_errors(self.root, self._undo)(work)
             if isinstance(error, NdtrainError):
                 raise type(error)(f"{final} was not written, older checkpoints are kept: {error}") from error
             raise
         if rank() == 0:
             self.prune(job.step)
         return final
-
-    def _as_os_errors(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `work` with the errors of an object store raised as `OSError`."""
-
-        def wrapped(*args: Any) -> Any:
-            with os_errors(self.root):
-                return work(*args)
-
-        return wrapped
 
     def _undo(self, work: Path) -> None:
         remove_tree(work, first=MANIFEST)
@@ -280,7 +325,7 @@ class CheckpointStore:
         One that cannot be removed stays: disk space that is not freed is no reason to fail.
         """
         with contextlib.suppress(OSError):
-            self._as_os_errors(self._prune)(newest)
+            _as_os_errors(self.root, self._prune)(newest)
 
     # ---- finding
 
@@ -319,15 +364,15 @@ class CheckpointStore:
                         f'checkpoint.resume = "{resume}" is not a directory; give a checkpoint, "auto" or "never"'
                     )
 
-            on_rank0(self._as_os_errors(require_directory))
-            self._check(directory, verify=verify)
+            on_rank0(_as_os_errors(self.root, require_directory))
+            check_together(directory, verify=verify)
             return directory, []
-        on_rank0(self._as_os_errors(self._clean))
+        on_rank0(_as_os_errors(self.root, self._clean))
         refused: list[str] = []
-        for name in of_rank0(self._as_os_errors(lambda: [path.name for _, path in reversed(self._steps())])):
+        for name in of_rank0(_as_os_errors(self.root, lambda: [path.name for _, path in reversed(self._steps())])):
             directory = self.root / name
             try:
-                self._check(directory, verify=verify)
+                check_together(directory, verify=verify)
             except DamagedError as error:
                 refused.append(str(error))
             else:
@@ -337,12 +382,3 @@ class CheckpointStore:
                 f"every checkpoint in {self.root} is damaged; move them away to train anew. The newest: {refused[0]}"
             )
         return None, []
-
-    def _check(self, directory: Path, *, verify: bool) -> None:
-        """Run `check` on rank 0; with `verify` each rank also hashes a share of the tensor files. Collective."""
-        if not verify:
-            on_rank0(self._as_os_errors(lambda: check(directory)))
-        else:
-            files = of_rank0(self._as_os_errors(lambda: check(directory)["files"]))
-            names = sorted(name for name in files if is_tensor_file(name))
-            together(self._as_os_errors(lambda: check_hashes(directory, files, names[rank() :: world_size()])))

@@ -14,14 +14,17 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ndtrain.checkpoint.index import INDEX, check_headers, read_index
 from ndtrain.checkpoint.manifest import HASH, hasher, is_tensor_file, read_manifest
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Ints
@@ -29,9 +32,11 @@ from ndtrain.runs.messages import together
 from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.headers import DTYPE_NAMES, Target, header_of
 from ndtrain.storage.paths import allocate, flushing, is_local
-from ndtrain.storage.pieces import Piece, local_and_boxes, pieces_in, read_held
+from ndtrain.storage.pieces import local_and_boxes, pieces_of_files, plan_held, read_planned, same_bytes
+from ndtrain.storage.table import Piece, Pieces
 
 _WRITE_BYTES = 1 << 26
+_COMPARED_AT_ONCE = 16
 
 # File name -> key -> (this rank's piece, its offsets in the global tensor)
 Files = Mapping[str, Mapping[str, tuple[Tensor, Ints]]]
@@ -44,7 +49,8 @@ def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the keys that this rank writes. All ranks compute the same choice, without communication.
 
     Of a tensor's R replicas the one with the fewest bytes so far writes it; bytes are counted separately for each way
-    of replicating.
+    of replicating. A mesh of fewer ranks than all is one of several slices that hold the same, such as the fsdp axis of
+    a tensor that tp does not cut: the slice that has rank 0 writes.
     """
     loads: dict[Any, list[int]] = {}
     mine = []
@@ -62,7 +68,8 @@ def _owned(tensors: Mapping[str, Tensor]) -> list[str]:
         replica = 0
         for i in copies:
             replica = replica * mesh.shape[i] + (coordinate[i] if coordinate is not None else 0)
-        if coordinate is not None and replica == chosen:
+        in_charge = mesh.size() == world_size() or bool((mesh.mesh == 0).any())
+        if coordinate is not None and replica == chosen and in_charge:
             mine.append(key)
     return mine
 
@@ -82,16 +89,39 @@ def files_of(tensors: Mapping[str, Tensor]) -> Files:
     return files
 
 
+def _header(entries: Mapping[str, tuple[Tensor, Ints]]) -> tuple[bytes, dict[str, Target], dict[str, int]]:
+    """Return the header of a file of `entries`, its tensors, and their offsets after it in the order of the file."""
+    sharding = {key: {"saved_offsets": list(offsets)} for key, (_, offsets) in entries.items()}
+    targets = {key: Target(tuple(tensor.shape), _known_dtype(key, tensor)) for key, (tensor, _) in entries.items()}
+    info = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
+    header, starts = header_of(targets, info)
+    return header, targets, starts
+
+
+def rows_of(files: Files, listed: Mapping[str, Any]) -> Tensor:
+    """Return where this rank's files have their pieces, int64 `[pieces, 3 + 2 dims]`, for the index.
+
+    A row has the number of its key in sorted `listed`, that of its file in `files`, the offset of its values there, and
+    offsets and sizes of the box. All ranks' rows have the dims of the largest tensor; others are followed by zeros.
+    """
+    keys = {key: i for i, key in enumerate(sorted(listed))}
+    dims = max((len(entry["shape"]) for entry in listed.values()), default=0)
+    rows = []
+    for number, entries in enumerate(files.values()):
+        header, targets, starts = _header(entries)
+        for key, start in starts.items():
+            shape, offsets = targets[key].shape, entries[key][1]
+            fill = (0,) * (dims - len(shape))
+            rows.append([keys[key], number, len(header) + start, *offsets, *fill, *shape, *fill])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3 + 2 * dims)
+
+
 def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[str, Any]:
     """Write and sync a safetensors file of {key: (tensor, global offsets)}; return its size and hash.
 
     Copies one tensor at a time to the CPU.
     """
-    sharding = {key: {"saved_offsets": list(offsets)} for key, (_, offsets) in entries.items()}
-    targets = {key: Target(tuple(tensor.shape), _known_dtype(key, tensor)) for key, (tensor, _) in entries.items()}
-    header, starts = header_of(
-        targets, {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
-    )
+    header, targets, starts = _header(entries)
     found, size = hasher(), 0
     with path.open("xb", buffering=0) if is_local(path) else path.open("wb") as file:
 
@@ -125,24 +155,59 @@ def write_files(directory: Path, files: Files) -> dict[str, Any]:
 # ---- reading
 
 
-def pieces_of(directory: Path) -> dict[str, list[Piece]]:
-    """Return the stored pieces of every key, from the files that the manifest beside lists, or from all without one.
+def pieces_of(directory: Path) -> dict[str, Pieces]:
+    """Return the stored pieces of every key, from the index, or from the headers of all files if there is none.
 
-    Raises `DamagedError` for a damaged header.
+    Files are those that the manifest beside lists, or all without one. Raises `DamagedError` for a damaged index or
+    header. Headers of files that the index lists are not read; `check_headers` compares them.
     """
-    if (directory.parent / "manifest.json").exists():
-        prefix = directory.name + "/"
-        names = [n[len(prefix) :] for n in read_manifest(directory.parent)["files"] if n.startswith(prefix)]
+    return _pieces_of(directory)[0]
+
+
+def _pieces_of(directory: Path, *, compare: bool = False) -> tuple[dict[str, Pieces], bool]:
+    """Return what `pieces_of` does, and whether it is from the index.
+
+    Of pieces of one box only the first is returned. Without an index there are such: each slice of a mesh saved what
+    all of them hold, and other writers do. Their values are compared with `compare` and where there is no manifest,
+    since nothing else has checked the directory then.
+    """
+    prefix, files = directory.name + "/", {}
+    has_manifest = (directory.parent / "manifest.json").exists()
+    if has_manifest:
+        files = read_manifest(directory.parent)["files"]
+        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
     else:
         names = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
-    stored: dict[str, list[Piece]] = defaultdict(list)
-    for name in names:
-        if is_tensor_file(name):
-            for key, piece in pieces_in(directory / name, f"{directory.parent}: {directory.name}/{name}").items():
-                # the same box written by another rank too is not an overlap
-                if all((piece.offsets, piece.sizes) != (p.offsets, p.sizes) for p in stored[key]):
-                    stored[key].append(piece)
-    return dict(stored)
+    names = [name for name in names if is_tensor_file(name)]
+    if prefix + INDEX in files:
+        return read_index(directory, files[prefix + INDEX], names), True
+    where = f"{directory.parent}: {directory.name}"
+    stored = pieces_of_files([directory / name for name in names], range(len(names)), where)
+    copies: list[tuple[str, Piece, Piece]] = []
+    stored = {key: _without_copies(key, pieces, copies) for key, pieces in stored.items()}
+    if compare or not has_manifest:
+        with ThreadPoolExecutor(_COMPARED_AT_ONCE) as pool:
+            same = pool.map(lambda item: same_bytes(*item[1:]), copies)
+            for (key, a, b), is_same in zip(copies, same, strict=True):
+                if not is_same:
+                    both = f"{a.file.name} and {b.file.name}"
+                    raise DamagedError(f"{where}: {both} have different values of {key} at offsets {a.offsets}")
+    return stored, False
+
+
+def _without_copies(key: str, pieces: Pieces, copies: list[tuple[str, Piece, Piece]]) -> Pieces:
+    """Return the first piece of each box; add the others to `copies` as (key, first piece, other)."""
+    if pieces.numel <= math.prod(pieces.shape):
+        return pieces
+    first: dict[tuple[Ints, Ints], Piece] = {}
+    rows = []
+    for i, piece in enumerate(pieces):
+        original = first.setdefault((piece.offsets, piece.sizes), piece)
+        if original is piece:
+            rows.append(i)
+        else:
+            copies.append((key, original, piece))
+    return Pieces(pieces.dtype, pieces.files, pieces.table[rows])
 
 
 def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: bool = False) -> None:
@@ -155,10 +220,13 @@ def load_tensors(directory: Path, tensors: Mapping[str, Tensor], *, all_of_it: b
     """
 
     def read() -> None:
-        stored = pieces_of(directory)
+        stored, indexed = _pieces_of(directory)
         if all_of_it and (left := sorted(stored.keys() - tensors.keys())):
             raise DamagedError(f"{directory}: holds {left[0]}, which this model does not have")
-        read_held(tensors, stored, directory)
+        plan = plan_held(tensors, stored, directory)
+        if indexed:
+            check_headers(stored, directory, lambda number, file: file in plan)
+        read_planned(plan, directory)
 
     together(read)
 
@@ -174,19 +242,21 @@ def _known_dtype(key: str, tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def check_coverage(directory: Path, listed: Mapping[str, Any]) -> None:
-    """Raise `DamagedError` unless the pieces in a tensor directory are exactly those of the tensors in `listed`."""
-    stored = pieces_of(directory)
+def check_coverage(directory: Path, listed: Mapping[str, Any]) -> dict[str, Pieces]:
+    """Return the pieces in a tensor directory if they are exactly those of the tensors in `listed`.
+
+    Raises `DamagedError`, naming the first box of a tensor that is in no piece or in two.
+    """
+    stored, _ = _pieces_of(directory, compare=True)
     if extra := sorted(stored.keys() - listed.keys()):
         raise DamagedError(f"{directory}: holds {extra[0]}, which its manifest does not list")
     for key, entry in listed.items():
-        pieces, shape = stored.get(key, []), entry["shape"]
-        if any(p.dtype != entry["dtype"] or len(p.sizes) != len(shape) for p in pieces) or any(
-            p.offsets[dim] + p.sizes[dim] > shape[dim] for p in pieces for dim in range(len(shape))
-        ):
+        shape = tuple(entry["shape"])
+        pieces = stored[key] if key in stored else Pieces(entry["dtype"], (), np.empty((0, 2 + 2 * len(shape)), int))
+        if pieces.dtype != entry["dtype"] or not pieces.fits(shape):
             raise DamagedError(
-                f"{directory}: the manifest lists {key} as {entry['dtype']} of shape {tuple(shape)}, the files do not"
+                f"{directory}: the manifest lists {key} as {entry['dtype']} of shape {shape}, the files do not"
             )
-        found = sum(math.prod(p.sizes) for p in pieces)
-        if found != math.prod(shape):
-            raise DamagedError(f"{directory}: {key} has {found:,} of {math.prod(shape):,} values")
+        if flaw := pieces.flaw(shape):
+            raise DamagedError(f"{directory}: {key}{flaw}")
+    return stored

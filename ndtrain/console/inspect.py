@@ -33,7 +33,7 @@ from ndtrain.estimate import (
 from ndtrain.hf.model import meta_model
 from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe
-from ndtrain.train import sizes_for, with_checkpoint
+from ndtrain.train import sizes_for, with_checkpoint, with_commit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,13 +86,20 @@ def _write(path: Path, text: str) -> None:
 
 
 def _planned(recipe: Recipe, world_size: int | None, rank: int) -> tuple[Recipe, Plan, PreTrainedModel]:
-    recipe, _ = with_checkpoint(recipe)
+    recipe = _source(recipe)
     mesh = recipe.mesh
     sizes = sizes_for(recipe, world_size or mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp)
     if not 0 <= rank < sizes.world_size:
         raise RecipeError(f"--rank {rank} must be from 0 to {sizes.world_size - 1}")
     model = meta_model(recipe)
     return recipe, make_plan(model, sizes, recipe), model
+
+
+def _source(recipe: Recipe) -> Recipe:
+    """Return the recipe with what its `model.name` stands for."""
+    recipe, _ = with_checkpoint(recipe)
+    recipe, _ = with_commit(recipe, lambda work: work(), of_run=False)
+    return recipe
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -149,7 +156,7 @@ def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node
     Shows on standard error how far the search is, if that is a terminal.
     """
     target = find_device(device)
-    recipe, _ = with_checkpoint(recipe)
+    recipe = _source(recipe)
     with CountProgress() as progress:
         search = suggest(
             recipe,

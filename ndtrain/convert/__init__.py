@@ -23,6 +23,7 @@ from ndtrain.convert.to_checkpoint import copy_beside, hub_files, write_checkpoi
 from ndtrain.convert.to_hub import match, meta_model_of, state_to_store, write_hub
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.beside import GENERATION
 from ndtrain.hf.model import tied_keys
 from ndtrain.storage import headers
 from ndtrain.storage.paths import is_local, local_copy_of, os_errors, sync
@@ -30,7 +31,7 @@ from ndtrain.storage.stored import checkpoint_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Files of a checkpoint that are not copied: write_hub writes its own, or they belong to the checkpoint alone.
-_OWN = ("config.json", "train_state.json", "manifest.json", extra_states.FILE)
+_OWN = ("config.json", GENERATION, "train_state.json", "manifest.json", extra_states.FILE)
 
 
 def convert(
@@ -41,6 +42,7 @@ def convert(
     max_shard_size: str | None = None,
     verify: bool = False,
     config: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Write `checkpoint` (a step directory, or a run directory: its newest) as Hugging Face safetensors to `out`.
@@ -49,6 +51,8 @@ def convert(
     config's unless given. A DCP directory that another tool wrote converts in the same way, with the `config` (a
     file, or a directory that has the tokenizer too) of its model. A Hugging Face directory becomes a checkpoint, in
     float32, for `model.name` to start from.
+
+    Code that comes with a model travels with it; only with `trust_remote_code` does it run, which such a model needs.
 
     `out` appears whole or not at all; with `verify` only after the hash of every file of the checkpoint was compared
     and every bit of `out` was read back. Returns notes for the user. Raises `RecipeError` for wrong arguments and
@@ -86,7 +90,11 @@ def convert(
     if config is not None and (not foreign or not config.exists()):
         raise RecipeError(
             f"--config {config} "
-            + ("does not exist" if foreign else f"is for DCP directories, and {checkpoint} is not one; leave it out")
+            + (
+                f"does not exist (looked from {Path.cwd()})"
+                if foreign
+                else f"is for DCP directories, and {checkpoint} is not one; leave it out"
+            )
         )
     if not is_local(checkpoint) and (to_checkpoint or foreign):
         raise RecipeError(
@@ -109,10 +117,11 @@ def convert(
     except OSError as error:
         raise RecipeError(f"{out} cannot be created: {error.strerror}; choose another directory") from error
     try:
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "verify": verify, "progress": progress}
         if hub is not None:
-            notes = write_checkpoint(source, hub, part, verify=verify, progress=progress)
+            notes = write_checkpoint(source, hub, part, **options)
         else:
-            options: dict[str, Any] = {"dtype": dtype, "max_shard_size": size, "verify": verify, "progress": progress}
+            options |= {"dtype": dtype, "max_shard_size": size}
             notes = (
                 _foreign_to_hub(source, config, part, **options)
                 if foreign and config
@@ -157,25 +166,29 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         raise DamagedError(f"{checkpoint} cannot be read: {error.strerror or error}") from error
 
 
-def _to_hub(source: Path, part: Path, *, dtype: str | None, **options: Any) -> list[str]:
-    beside = [name for name in read_manifest(source)["files"] if "/" not in name]
+def _to_hub(source: Path, part: Path, *, dtype: str | None, trust_remote_code: bool, **options: Any) -> list[str]:
+    manifest = read_manifest(source)
+    beside = [name for name in manifest["files"] if name.split("/")[0] not in manifest["tensors"]]
     with local_copy_of(source, beside) as near:
-        model, target = meta_model_of(near, dtype)
+        model, target, notes = meta_model_of(near, dtype, trust_remote_code=trust_remote_code)
         tensors = checkpoint_tensors(pieces_of(source / "model"), source / "model")
         match(state_to_store(model), tensors, source / "model")
-        write_hub(tensors, model, part, dtype=target, states=extra_states.read(near), **options)
+        notes += write_hub(tensors, model, part, dtype=target, states=extra_states.read(near), **options)
         for name in beside:
             if name not in _OWN:
+                (part / name).parent.mkdir(exist_ok=True)
                 shutil.copy2(near / name, part / name)
-    return []
+    return notes
 
 
-def _foreign_to_hub(source: Path, config: Path, part: Path, *, dtype: str | None, **options: Any) -> list[str]:
-    model, target = meta_model_of(config, dtype)
+def _foreign_to_hub(
+    source: Path, config: Path, part: Path, *, dtype: str | None, trust_remote_code: bool, **options: Any
+) -> list[str]:
+    model, target, notes = meta_model_of(config, dtype, trust_remote_code=trust_remote_code)
     state = state_to_store(model)
-    tensors, notes = foreign_tensors(source, state, tied_keys(model), model.config)
+    tensors, found = foreign_tensors(source, state, tied_keys(model), model.config)
     match(state, tensors, source)
-    write_hub(tensors, model, part, dtype=target, states={}, **options)
+    notes += found + write_hub(tensors, model, part, dtype=target, states={}, **options)
     copy_beside(config, part)
     return notes
 
@@ -200,7 +213,9 @@ def _step_directory(path: Path) -> Path:
             raise DamagedError(f"{path} has no complete checkpoint")
         return found
     if not path.exists():
-        raise RecipeError(f"{path} does not exist; give a directory like RUN_DIR/checkpoints/step-00000100")
+        raise RecipeError(
+            f"{path} does not exist (looked from {Path.cwd()}); give a directory like RUN_DIR/checkpoints/step-00000100"
+        )
     raise DamagedError(
         f"{path} is not a checkpoint: it has neither manifest.json (ndtrain), .metadata (DCP) nor config.json and "
         "model.safetensors or its index (Hugging Face)"

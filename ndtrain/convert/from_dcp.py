@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ndtrain.errors import DamagedError
 from ndtrain.hf.tied import refuse_other_values
 from ndtrain.storage.headers import DTYPE_NAMES
-from ndtrain.storage.pieces import Piece
 from ndtrain.storage.stored import Stored, stored
+from ndtrain.storage.table import LARGEST, Piece
 from ndtrain.torch_compat import FakeTensorMode, offset_in_archive
 
 METADATA = ".metadata"
@@ -212,10 +212,10 @@ def _tensor(directory: Path, key: str, metadata: Any, parts: Mapping[Any, Any]) 
     pieces = []
     for chunk in metadata.chunks:
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-        if any(type(n) is not int or n < 0 for n in (*offsets, *sizes, *metadata.size)):
+        if any(type(n) is not int or not 0 <= n < LARGEST for n in (*offsets, *sizes, *metadata.size)):
             raise DamagedError(
                 f"{directory}: {METADATA} gives {key} of shape {tuple(metadata.size)} a piece of shape {sizes} at "
-                f"{offsets}; only integers of at least 0 are valid"
+                f"{offsets}; only integers of at least 0 and below 2**62 are valid"
             )
         info = parts.get((key, offsets))
         if info is None:

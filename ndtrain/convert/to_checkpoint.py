@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from ndtrain.checkpoint import check
+from ndtrain.checkpoint.index import write_index
 from ndtrain.checkpoint.manifest import write_manifest
-from ndtrain.checkpoint.tensors import listing
+from ndtrain.checkpoint.tensors import listing, pieces_of
 from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.to_hub import meta_model_of, state_to_store
 from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.beside import save_config
 from ndtrain.hf.files import ModelFiles, model_files
+from ndtrain.hf.hub import is_beside
 from ndtrain.hf.model import kept_in_fp32
 from ndtrain.hf.tied import refuse_other_values
 from ndtrain.storage.headers import Target
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE_BYTES = 5 * 10**9
-# Endings of config and tokenizer files; weights in other formats are not copied.
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe", ".md")
 
 
 def hub_files(directory: Path) -> ModelFiles | None:
@@ -56,13 +57,19 @@ def hub_files(directory: Path) -> ModelFiles | None:
 
 
 def write_checkpoint(
-    directory: Path, files: ModelFiles, out: Path, *, verify: bool, progress: Progress | None
+    directory: Path,
+    files: ModelFiles,
+    out: Path,
+    *,
+    trust_remote_code: bool,
+    verify: bool,
+    progress: Progress | None,
 ) -> list[str]:
     """Fill the directory `out` with the weights of `files` and what lies beside them; return notes for the user.
 
-    Raises `DamagedError` and `PlanError`.
+    Raises `DamagedError`, `PlanError` and `RecipeError`.
     """
-    model, published = meta_model_of(directory, None)
+    model, published, notes = meta_model_of(directory, None, trust_remote_code=trust_remote_code)
     source = checkpoint_tensors({key: [piece] for key, piece in files.pieces().items()}, directory)
     if quantized := [k for k, t in source.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1]:
         raise PlanError(
@@ -91,19 +98,22 @@ def write_checkpoint(
     stream.write(ShardWriter(out / "model", out_files, targets, lambda keys: _metadata(keys, targets)))
     if verify:
         stream.verify(out / "model", list(out_files))
+    notes += save_config(model, out)
     copy_beside(directory, out)
     (out / "train_state.json").write_text(json.dumps({"step": 0}))
+    write_index(out / "model", pieces_of(out / "model"))
     write_manifest(out, {"model": listing({key: wanted[key] for key in targets}), "optim": {}}, {})
     check(out)
-    return _notes(source, groups, model, published, unused=unused, unread=unread)
+    return notes + _notes(source, groups, model, published, unused=unused, unread=unread)
 
 
 def copy_beside(directory: Path, out: Path) -> None:
-    """Copy config and tokenizer files that `out` does not have yet; do nothing where `directory` is a file."""
-    for file in sorted(directory.iterdir()) if directory.is_dir() else ():
-        wanted = file.suffix in _BESIDE and not file.name.startswith(".") and not file.name.endswith(".index.json")
-        if wanted and file.is_file() and not (out / file.name).exists():
-            shutil.copyfile(file, out / file.name)
+    """Copy config, tokenizer and code files that `out` does not have yet; do nothing where `directory` is a file."""
+    for file in sorted(directory.rglob("*")) if directory.is_dir() else ():
+        path = file.relative_to(directory).as_posix()
+        if file.is_file() and is_beside(path, file.stat().st_size) and not (out / path).exists():
+            (out / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, out / path)
 
 
 def _files(targets: dict[str, Target]) -> dict[str, list[str]]:

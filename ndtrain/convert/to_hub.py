@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,9 +16,11 @@ from torch import Tensor
 from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stream import Progress, Stream
 from ndtrain.convert.weights import to_hub
-from ndtrain.errors import DamagedError
+from ndtrain.errors import DamagedError, first_line
 from ndtrain.hf import extra_states
-from ndtrain.hf.compat import ignored_on_save
+from ndtrain.hf.beside import save_config, take_generation_config
+from ndtrain.hf.compat import ignored_on_save, is_causal_lm
+from ndtrain.hf.config import Untrusted, own_code, read_config, untrusted
 from ndtrain.hf.files import INDEX
 from ndtrain.hf.model import kept_in_fp32, tied_keys
 from ndtrain.storage.headers import DTYPE_NAMES, Target
@@ -29,24 +30,35 @@ from ndtrain.torch_compat import storage_key
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+ALLOW = "add --trust-remote-code"
 
-def meta_model_of(config_at: Path, dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
-    """Return the model that a config file or directory describes, float32 on meta, and the dtype to publish it in.
+
+def meta_model_of(
+    config_at: Path, dtype: str | None, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, torch.dtype, list[str]]:
+    """Return the model that a config file or directory describes, float32 on meta, the dtype to publish, and notes.
 
     `model.export_config` is the config to publish; the model gets a copy, because building it writes its own dtype into
-    every part of the config. Raises `DamagedError` if no causal LM can be built.
+    every part of the config. Raises `DamagedError` if no causal LM can be built, `RecipeError` if its code is not
+    trusted.
     """
+    path = config_at if config_at.is_file() else config_at / "config.json"
     try:
-        config = transformers.AutoConfig.from_pretrained(config_at)
-        target = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
+        config = read_config(config_at, str(config_at), trust_remote_code=trust_remote_code, allow=ALLOW)
+        if own_code(config, "AutoModelForCausalLM") and not is_causal_lm(config) and not trust_remote_code:
+            raise untrusted(str(config_at), config_at, ALLOW)
+        target: Any = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         model.export_config = config
+    except Untrusted:
+        raise
     except Exception as error:
-        path = config_at if config_at.is_file() else config_at / "config.json"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedError(f"{path} does not describe a causal language model: {reason}") from error
-    return model, target
+        raise DamagedError(f"{path} does not describe a causal language model: {first_line(error)}") from error
+    notes = take_generation_config(model, config_at) if config_at.is_dir() else []
+    return model, target, notes
 
 
 def state_to_store(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -86,14 +98,14 @@ def write_hub(
     max_shard_size: int,
     verify: bool,
     progress: Progress | None,
-) -> None:
-    """Fill the directory `out`; `states` are the extra states of modules. Raises `DamagedError`."""
+) -> list[str]:
+    """Fill the directory `out`, and return notes; `states` are the extra states of modules. Raises `DamagedError`."""
     kept = kept_in_fp32(model, dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not (kept is not None and kept.search(name)):
             tensor.data = tensor.data.to(dtype)
     extra_states.restore(model, states)
-    _write_config(model, out)
+    notes = _write_config(model, out)
 
     left_out = {*tied_keys(model), *ignored_on_save(model)}
     # transformers can save an extra state only if it is one tensor.
@@ -131,17 +143,14 @@ def write_hub(
         (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if verify:
         stream.verify(out, list(split.filename_to_tensors))
+    return notes
 
 
-def _write_config(model: PreTrainedModel, out: Path) -> None:
+def _write_config(model: PreTrainedModel, out: Path) -> list[str]:
     config = cast("PreTrainedConfig", model.export_config)
     parts = [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
     for part in (config, *parts):
         if part is config or getattr(part, "dtype", None) is not None:
             part.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.save_pretrained(out)
-    if model.can_generate():
-        # transformers refuses to save some generation configs; the weights must still be written.
-        with suppress(ValueError):
-            cast(Any, model.generation_config).save_pretrained(out)
+    return save_config(model, out)

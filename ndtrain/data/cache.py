@@ -35,7 +35,9 @@ class Tokenizer(Protocol):
     @property
     def key(self) -> str: ...
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The largest id + 1; ids may have gaps."""
+
     @property
     def eos_id(self) -> int: ...
     @property
@@ -158,7 +160,7 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
     bos, eos, most = tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size - 1
     sizes = [stamp_of(file)[0] for file in files]
     odd: dict[str, list[Any]] = {}
-    tokens = documents = before = told = 0
+    tokens = documents = before = told = largest = 0
     with (folder / "tokens.bin").open("wb") as token_file, (folder / "docs.bin").open("wb") as doc_file:
         doc_file.write(struct.pack("=q", 0))
         for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
@@ -174,7 +176,7 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
                             f"{file}: the tokenizer gave ids {row.min()} to {row.max()}, expected 0 to {most}"
                         )
                     token_file.write(row.astype(dtype).tobytes())
-                    tokens, documents = tokens + row.size, documents + 1
+                    tokens, documents, largest = tokens + row.size, documents + 1, max(largest, int(row.max()))
                     doc_file.write(struct.pack("=q", tokens))
                 special = scan(document.raw.decode()) if scan is not None else ""
                 for kind in filter(None, (document.odd, special and "special")):
@@ -188,7 +190,7 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
         if not documents:
             count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
             raise RecipeError(f"data.path: {count} no text")
-    return {"dtype": dtype.name, "tokens": tokens, "documents": documents, "odd": odd}
+    return {"dtype": dtype.name, "tokens": tokens, "documents": documents, "largest": largest, "odd": odd}
 
 
 _SPELLED = {
@@ -210,6 +212,12 @@ class TokenCache:
     tokens: npt.NDArray[Any]
     docs: IntArray
     odd: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    largest: int | None = None  # None in a cache of an earlier version
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return self.largest if self.largest is not None else int(self.tokens.max())
 
     @classmethod
     def open(cls, path: Path) -> "TokenCache":
@@ -238,7 +246,14 @@ class TokenCache:
         docs = arrays["docs.bin"]
         if docs[0] != 0 or docs[-1] != counts["tokens.bin"] or (docs[1:] - docs[:-1] < 2).any():
             raise damaged("docs.bin", "its document bounds do not match the tokens")
-        return cls(key=key, tokens=arrays["tokens.bin"], docs=docs, odd=meta.get("odd", {}))
+        largest = meta.get("largest")
+        return cls(
+            key=key,
+            tokens=arrays["tokens.bin"],
+            docs=docs,
+            odd=meta.get("odd", {}),
+            largest=largest if type(largest) is int else None,
+        )
 
     def notes(self, files: Sequence[Path], *, special_tokens: str) -> Iterator[str]:
         """Yield a line for each kind of odd documents in `files`, with what to do about them."""

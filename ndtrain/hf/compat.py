@@ -74,10 +74,6 @@ NAMES: dict[str, Private] = {
     "GradientCheckpointingLayer": Private(f"{_T}.modeling_layers:GradientCheckpointingLayer", "blocks"),
     "no_split_modules": Private(f"{_MODEL}._no_split_modules", "blocks"),
     # ---- weights and their names in files
-    "cached_file": Private(f"{_T}.utils.hub:cached_file", "files of the hub", "path_or_repo_id filename"),
-    "get_checkpoint_shard_files": Private(
-        f"{_T}.utils.hub:get_checkpoint_shard_files", "files of the hub", "pretrained_model_name_or_path index_filename"
-    ),
     "get_model_conversion_mapping": Private(
         f"{_T}.conversion_mapping:get_model_conversion_mapping", _CONVERT, "model add_legacy"
     ),
@@ -106,6 +102,13 @@ NAMES: dict[str, Private] = {
     "keys_to_ignore_on_save": Private(f"{_MODEL}._keys_to_ignore_on_save", "what is not saved"),
     "keys_to_ignore_on_load_missing": Private(
         f"{_MODEL}._keys_to_ignore_on_load_missing", "what may be missing from files"
+    ),
+    # ---- a model's own code
+    "custom_object_save": Private(
+        f"{_T}.dynamic_module_utils:custom_object_save", "code that travels with a model", "obj folder config"
+    ),
+    "get_relative_import_files": Private(
+        f"{_T}.dynamic_module_utils:get_relative_import_files", "code that travels with a model", "module_file"
     ),
     # ---- building a model
     "model_mapping": Private(f"{_T}:AutoModelForCausalLM._model_mapping", "which configs are causal models'"),
@@ -144,6 +147,11 @@ def is_causal_lm(config: PreTrainedConfig) -> bool:
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the causal LM of a config's class; None where transformers has none."""
     return NAMES["model_mapping"].find().get(type(config), None)  # type: ignore[no-any-return]
+
+
+def comes_with_code(kind: type[nn.Module]) -> bool:
+    """Return whether a class of models is from code that comes with the weights."""
+    return getattr(kind, "_auto_class", None) is not None
 
 
 def no_split_modules(model: nn.Module) -> set[str]:

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ndtrain.errors import DamagedError, RecipeError, first_line
-from ndtrain.hf.compat import cached_file, get_checkpoint_shard_files
 from ndtrain.storage.paths import is_local
-from ndtrain.storage.pieces import Piece, pieces_in
+from ndtrain.storage.pieces import pieces_in
+from ndtrain.storage.table import Piece
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_SUFFIX = ".index.json"
 # In order of precedence.
-_STANDARD = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+STANDARD = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 # A file of the directory itself.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class ModelFiles(NamedTuple):
-    """The files that hold the weights of `where`, a directory or a hub id."""
+    """The files that hold the weights of the directory `where`."""
 
-    where: Path | str
+    where: Path
     kind: Literal["checkpoint", "safetensors", "torch"]  # of ndtrain, of safetensors files, of torch.save
     main: str  # name of the manifest, the one file or the index
     files: Mapping[str, Path]  # by name, in the order in which transformers reads them; none of a checkpoint
@@ -60,16 +60,14 @@ class ModelFiles(NamedTuple):
         return pieces
 
 
-def model_files(where: Path | str, *, named: str | None = None) -> ModelFiles | None:
-    """Return the files of the weights of a directory or a hub id (which downloads them), or None if it has none.
+def model_files(where: Path, *, named: str | None = None) -> ModelFiles | None:
+    """Return the files of the weights of a directory, or None if it has none.
 
     `named` is the file that config.json names as `transformers_weights`. Raises `RecipeError` for a directory that
     holds an adapter or two models, and `DamagedError` for links and indexes to files that are missing.
     """
-    if isinstance(where, str) and Path(where).is_dir():
-        where = Path(where)
-    found = next((name for name in _STANDARD if _find(where, name) is not None), None)
-    checkpoint = isinstance(where, Path) and _find(where, "manifest.json") is not None
+    found = next((name for name in STANDARD if _find(where, name) is not None), None)
+    checkpoint = _find(where, "manifest.json") is not None
     if checkpoint and found:
         raise RecipeError(
             f"{where} holds both an ndtrain checkpoint (manifest.json) and the weights {found}; move one of them to "
@@ -94,11 +92,8 @@ def model_files(where: Path | str, *, named: str | None = None) -> ModelFiles | 
     return _listed(where, named)
 
 
-def _find(where: Path | str, name: str) -> Path | None:
+def _find(where: Path, name: str) -> Path | None:
     """Return the path of a file of `where`, or None. Raises `DamagedError` for a link to nothing."""
-    if isinstance(where, str):
-        path = cached_file(where, name, _raise_exceptions_for_missing_entries=False)
-        return Path(path) if path is not None else None
     path = where / name
     if path.is_file():
         return path
@@ -107,7 +102,7 @@ def _find(where: Path | str, name: str) -> Path | None:
     return None
 
 
-def _listed(where: Path | str, main: str) -> ModelFiles:
+def _listed(where: Path, main: str) -> ModelFiles:
     """Return the files that `main`, a file or an index, stands for."""
     path = _find(where, main)
     assert path is not None
@@ -126,11 +121,6 @@ def _listed(where: Path | str, main: str) -> ModelFiles:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{where}: {main} is damaged ({first_line(error)})") from error
     names = sorted(set(weight_map.values()))
-    if isinstance(where, str):
-        shards, _ = get_checkpoint_shard_files(where, str(path))
-        files = dict(zip(names, map(Path, shards), strict=True))
-    else:
-        files = {name: where / name for name in names}
-        if lost := [name for name in names if _find(where, name) is None]:
-            raise DamagedError(f"{where}: {lost[0]} is missing, which {main} names")
-    return ModelFiles(where, kind, main, files, weight_map)
+    if lost := [name for name in names if _find(where, name) is None]:
+        raise DamagedError(f"{where}: {lost[0]} is missing, which {main} names")
+    return ModelFiles(where, kind, main, {name: where / name for name in names}, weight_map)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ndtrain.errors import RecipeError, first_line
 from ndtrain.hf.compat import float32_patterns, is_causal_lm
-from ndtrain.hf.config import load_config
+from ndtrain.hf.config import load_config, own_code, untrusted
 from ndtrain.recipe import Recipe
 from ndtrain.torch_compat import device_constructors
 
@@ -29,7 +29,10 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     """
     config = config if config is not None else load_config(recipe)
     known = is_causal_lm(config)
-    if not known and not getattr(config, "auto_map", None):
+    if not known and own_code(config, "AutoModelForCausalLM"):
+        if not recipe.model.trust_remote_code:
+            raise untrusted(f'model.name = "{recipe.model.name}"', config.name_or_path)
+    elif not known:
         raise RecipeError(
             f'transformers has no causal language model of model type "{config.model_type}"; choose another model'
         )

@@ -13,6 +13,8 @@ import numpy as np
 import transformers
 
 from ndtrain.errors import RecipeError, first_line
+from ndtrain.hf.config import untrusted
+from ndtrain.hf.hub import MAIN, directory_of
 from ndtrain.hf.special_tokens import can_parse, control_tokens, encode, without_special
 from ndtrain.hf.tokenizer_key import PROBE, tokenizer_key
 from ndtrain.recipe import Recipe
@@ -66,7 +68,9 @@ def _byte_letters() -> list[str]:
 
 
 class HubTokenizer:
-    """Wraps a tokenizer of transformers. Raises `RecipeError` if it has no end-of-text token.
+    """Wraps a tokenizer of transformers; `vocab_size` is its largest id + 1.
+
+    Raises `RecipeError` if it has no end-of-text token.
 
     Text that spells a special token is encoded as the plain text that it is, or to that token if `parse_special`.
     Added tokens that are not special, such as Gemma's runs of spaces, are ordinary vocabulary in both cases.
@@ -76,7 +80,9 @@ class HubTokenizer:
         self.inner = tokenizer
         self.key = f"{key}-{'parse' if parse_special else 'text'}"
         self.parse_special = parse_special
-        self.vocab_size = len(tokenizer)
+        # Ids may have gaps, so the number of tokens says nothing of them.
+        ids = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        self.vocab_size = max(ids, default=-1) + 1
         eos = tokenizer.eos_token_id
         if eos is None:
             raise RecipeError(
@@ -146,20 +152,45 @@ class HubTokenizer:
         except Exception:
             return None
 
+    def text_of(self, token: int) -> str:
+        """Return the text of a token, for a message."""
+        return str(self.inner.convert_ids_to_tokens(token))
+
     def save_pretrained(self, directory: Path) -> None:
         self.inner.save_pretrained(directory)
 
 
-def load_tokenizer(recipe: Recipe) -> ByteTokenizer | HubTokenizer:
-    """Return the recipe's tokenizer. Raises `RecipeError` if it cannot be loaded."""
-    name = recipe.data.tokenizer or recipe.model.name
-    if name == "bytes":
+def tokenizer_source(recipe: Recipe) -> tuple[str, str, str]:
+    """Return what the tokenizer is read from: the key that names it, the name, and its revision on the hub."""
+    model, given = recipe.model, recipe.data.tokenizer
+    own = given is None or given == model.name
+    return (
+        "model.name" if given is None else "data.tokenizer",
+        str(model.name if given is None else given),
+        model.revision if own else MAIN,
+    )
+
+
+def load_tokenizer(recipe: Recipe, directory: str | None = None) -> ByteTokenizer | HubTokenizer:
+    """Return the recipe's tokenizer, from `directory` or the one that its name stands for.
+
+    Raises `RecipeError` if it cannot be loaded.
+    """
+    if recipe.data.tokenizer == "bytes":
         return ByteTokenizer()
+    key, name, revision = tokenizer_source(recipe)
+    at = directory or directory_of(name, revision, key=key)
+    trusted = recipe.model.trust_remote_code
     # Only one process tokenizes, so the library's warning about forks does not apply.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        inner = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
+        inner = transformers.AutoTokenizer.from_pretrained(at, trust_remote_code=trusted)
     except Exception as error:
-        raise RecipeError(f'data.tokenizer = "{name}" cannot be loaded: {first_line(error)}') from error
-    key = tokenizer_key(inner)
-    return HubTokenizer(inner, key=key, parse_special=recipe.data.special_tokens == "parse")
+        if Path(at).is_dir() and not any("token" in file.name or "vocab" in file.name for file in Path(at).iterdir()):
+            other = "set data.tokenizer to one" if key == "model.name" else "choose another"
+            raise RecipeError(f'{key} = "{name}": {at} has no tokenizer; {other}') from error
+        what = f'the tokenizer of {key} = "{name}"'
+        if not trusted and "trust_remote_code" in str(error):
+            raise untrusted(what, at) from error
+        raise RecipeError(f"{what} cannot be loaded: {first_line(error)}") from error
+    return HubTokenizer(inner, key=tokenizer_key(inner), parse_special=recipe.data.special_tokens == "parse")

@@ -6,12 +6,11 @@ In: a parallelized model on meta. Out: the same model on the device, with every 
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import tie
-from ndtrain.load.files import files_to_load, readable, unused
+from ndtrain.load.files import files_to_load, unused
 from ndtrain.load.identity import base_identity
 from ndtrain.load.memory import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.load.rank0 import load_rank0
@@ -19,7 +18,7 @@ from ndtrain.load.scratch import initialize
 from ndtrain.load.sharded import choose_mode, load_sharded
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.messages import broadcast_json, of_rank0, on_rank0, rank0_first, together
+from ndtrain.runs.messages import broadcast_json, of_rank0, on_rank0, together
 from ndtrain.runs.process import Runtime
 from ndtrain.storage.pieces import read_piece
 
@@ -40,8 +39,6 @@ def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime:
     elif _mode(model, recipe, notes) == "rank0":
         load_rank0(model, recipe=recipe, runtime=runtime, notes=notes)
     else:
-        if not Path(str(recipe.model.name)).is_dir():
-            rank0_first(runtime, lambda: _download(model, recipe))
         together(lambda: load_sharded(model, recipe, notes))
     tie(model)
     if recipe.model.init != "random":
@@ -57,12 +54,6 @@ def _mode(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> str:
     if why:
         notes.append(f'load.mode = "auto": rank 0 reads the weights and sends them, because {why}')
     return str(mode)
-
-
-def _download(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Have the files in this node's cache of the hub, so that its ranks do not all ask for them at once."""
-    with readable(recipe):
-        files_to_load(model, recipe)
 
 
 def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.files import SINGLE, ModelFiles, model_files
+from ndtrain.hf.hub import directory_of
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import has_nan
@@ -21,12 +23,12 @@ if TYPE_CHECKING:
 
 def files_to_load(model: PreTrainedModel, recipe: Recipe) -> ModelFiles:
     """Return the files of the weights of `model.name`. Raises `RecipeError` if it has none."""
-    name = str(recipe.model.name)
-    files = model_files(name, named=getattr(model.config, "transformers_weights", None))
+    directory = directory_of(str(recipe.model.name), recipe.model.revision)
+    files = model_files(Path(directory), named=getattr(model.config, "transformers_weights", None))
     if files is None:
         raise RecipeError(
-            f'model.name = "{name}" has no weights (neither {SINGLE}, pytorch_model.bin nor an index of such files); '
-            'set model.init = "random"'
+            f'model.name = "{recipe.model.name}" has no weights (neither {SINGLE}, pytorch_model.bin nor an index of '
+            'such files); set model.init = "random"'
         )
     return files
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.checkpoint.manifest import HASH, MANIFEST, read_manifest
 from ndtrain.errors import NdtrainError
-from ndtrain.hf.compat import cached_file
 from ndtrain.hf.files import ModelFiles
 from ndtrain.load.files import files_to_load
 from ndtrain.recipe import Recipe
@@ -47,9 +45,7 @@ def base_identity(model: PreTrainedModel, recipe: Recipe) -> str | None:
             digest = hashlib.blake2b(json.dumps(stored, sort_keys=True).encode(), digest_size=8)
             return f"checkpoint {digest.hexdigest()}{code}"
         if not directory.is_dir():
-            config = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
-            commit = re.search(r"/snapshots/([^/]+)/", Path(config).as_posix()) if config else None
-            return f"commit {commit[1]}" if commit else None
+            return f"commit {recipe.model.revision}"  # that a run has resolved
         return f"tensors {_digest(files_to_load(model, recipe)).hexdigest()}{code}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, NdtrainError):
         return None  # whoever reads the weights reports it

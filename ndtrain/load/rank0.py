@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError
 from ndtrain.hf import extra_states
+from ndtrain.hf.hub import directory_of
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.tied import other_values
 from ndtrain.layout import held_boxes, local_part
@@ -90,7 +91,7 @@ def _read_whole(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> dic
         with extra_states.withheld(model):
             # With output_loading_info it returns (model, report); transformers' annotation has only the model.
             whole, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-                str(recipe.model.name),
+                directory_of(str(recipe.model.name), recipe.model.revision),
                 config=copy.deepcopy(model.export_config),
                 dtype=torch.float32,
                 trust_remote_code=recipe.model.trust_remote_code,

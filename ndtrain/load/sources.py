@@ -17,8 +17,9 @@ from ndtrain.hf.model import tied_keys
 from ndtrain.hf.tied import refuse_other_values
 from ndtrain.hf.weight_names import Named, named
 from ndtrain.recipe import Recipe
-from ndtrain.storage.pieces import Piece, converts
+from ndtrain.storage.pieces import converts
 from ndtrain.storage.stored import of_piece
+from ndtrain.storage.table import Piece
 from ndtrain.torch_compat import class_before_fsdp
 
 if TYPE_CHECKING:

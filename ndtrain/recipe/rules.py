@@ -55,6 +55,11 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f'model.init = "pretrained" contradicts model.type = {show(model.type)}, which has no '
             'weights to load; set init = "random", or model.name instead of type',
         )
+    if model.type is not None and model.revision != "main":
+        yield (
+            ("model", "revision"),
+            f"model.revision = {show(model.revision)} is for models of the hub, not for model.type; leave it out",
+        )
     yield from _fsdp(recipe)
     if model.name is None and model.type is not None and data.tokenizer is None:
         yield (

@@ -27,6 +27,10 @@ class ModelSection(Section):
         None, description="Local directory, hub id, or an ndtrain checkpoint or run to start from."
     )
     type: Text | None = Field(None, description='To train from scratch: any model_type of transformers, e.g. "qwen3".')
+    revision: Text = Field(
+        "main",
+        description="Branch, tag or commit of a model of the hub; a run records the commit, and later starts use it.",
+    )
     init: Literal["pretrained", "random"] = Field(
         "pretrained",
         description='"random" draws the weights from train.seed, the same on every mesh; the default with type.',

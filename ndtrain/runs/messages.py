@@ -11,12 +11,13 @@ from ndtrain.runs.process import Runtime, rank, world_size
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch import Tensor
 
 # The longest error message that a rank sends to the others.
 MESSAGE_BYTES = 4000
 
 
-def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
+def rank0_first(runtime: Runtime, work: Callable[[], object]) -> None:
     """Run `work` on rank 0 while the others wait without a deadline, then on one rank of every node that needs it.
 
     `work` must be idempotent and cheap when its result exists: it runs on local rank 0 of every node after
@@ -25,6 +26,8 @@ def rank0_first(runtime: Runtime, work: Callable[[], None]) -> None:
     """
     import torch.distributed as dist
 
+    if world_size() == 1:
+        return together(work)
     group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     try:
         together(work if runtime.rank == 0 else None, group)
@@ -120,3 +123,19 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     everyone = [torch.empty_like(mine) for _ in lengths]
     dist.all_gather(everyone, mine, group=group)
     return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(everyone, lengths, strict=True)]
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Return every rank's int64 `rows` `[n, width]`, n of its own, in rank order on rank 0; an empty list elsewhere."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [rows]
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(rows)]), group=group)
+    mine = rows.new_zeros(max(int(n) for n in lengths), rows.shape[1])
+    mine[: len(rows)] = rows
+    everyone = [torch.empty_like(mine) for _ in lengths] if rank() == 0 else []
+    dist.gather(mine, everyone or None, group=group)
+    return [theirs[: int(n)] for theirs, n in zip(everyone, lengths, strict=False)]

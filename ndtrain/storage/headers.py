@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,13 +71,17 @@ def read_header(file: Path) -> tuple[int, dict[str, Entry], dict[str, str]]:
 
     Raises `OSError`, `ValueError`, `KeyError` or `TypeError` if the file is damaged.
     """
-    size = file.stat().st_size
-    begin = read_range(file, 0, min(size, _FIRST_BYTES))
+    return parse_header(file.stat().st_size, lambda start, stop: read_range(file, start, stop))
+
+
+def parse_header(size: int, read: Callable[[int, int], bytes]) -> tuple[int, dict[str, Entry], dict[str, str]]:
+    """Return what `read_header` does, of `size` bytes of which `read(start, stop)` returns some."""
+    begin = read(0, min(size, _FIRST_BYTES))
     length = int.from_bytes(begin[:8], "little")
     if size < 8 or length > min(size - 8, _MAX_BYTES):
         raise ValueError(f"its header does not fit in its {size:,} bytes")
     if 8 + length > len(begin):
-        begin += read_range(file, len(begin), 8 + length)
+        begin += read(len(begin), 8 + length)
     table = json.loads(begin[8 : 8 + length])
     metadata = table.pop("__metadata__", {})
     entries = {key: _entry(key, value) for key, value in table.items()}
@@ -93,10 +97,18 @@ def read_header(file: Path) -> tuple[int, dict[str, Entry], dict[str, str]]:
     return 8 + length, entries, metadata
 
 
+def are_sizes(values: Iterable[Any]) -> bool:
+    """Return whether all values are integers of at least 0. A header of many tensors asks it of each."""
+    for n in values:  # noqa: SIM110  several times faster than a generator in `all`
+        if type(n) is not int or n < 0:
+            return False
+    return True
+
+
 def _entry(key: str, value: Mapping[str, Any]) -> Entry:
     shape, dtype = tuple(value["shape"]), value["dtype"]
     start, stop = value["data_offsets"]
-    if any(type(n) is not int or n < 0 for n in shape):
+    if not are_sizes(shape):
         raise ValueError(f"{key} has shape {shape}")
     width = DTYPES[dtype].itemsize if dtype in DTYPES else None
     if type(start) is not int or (width is not None and stop - start != math.prod(shape) * width):

@@ -217,5 +217,6 @@ def local_copy_of(path: Path, names: Iterable[str]) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / name).write_bytes((path / name).read_bytes())
         yield Path(folder)

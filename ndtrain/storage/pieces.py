@@ -12,34 +12,27 @@ import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import Box, Ints, held_boxes, local_part
-from ndtrain.storage.headers import DTYPES, read_header
+from ndtrain.storage.boxes import Ints64, first_flaw
+from ndtrain.storage.headers import DTYPES, are_sizes, read_header
 from ndtrain.storage.paths import is_local, read_into, read_range, read_ranges
+from ndtrain.storage.table import Piece, Pieces, Rows, misfit
 
 BLOCK_BYTES = 4 * 2**20  # read, cast and checked for NaN while they are in a processor's cache
 _THREAD_BYTES = 1 << 26  # that one thread reads at a time
 _REQUEST_BYTES = 1 << 25  # of one request to an object store
 _READ_BYTES = 1 << 28  # of all requests at once
-
-
-class Piece(NamedTuple):
-    """A box of a tensor as stored in a file: row-major bytes from the offset `start` of `file`."""
-
-    file: Path
-    offsets: Ints
-    sizes: Ints
-    dtype: str
-    start: int
 
 
 class _Part(NamedTuple):
@@ -86,6 +79,32 @@ class _Part(NamedTuple):
         return whole and target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
 
 
+class _Held(NamedTuple):
+    """A box that this rank holds of a tensor, and its parts `low` to `high` in the pieces numbered `rows`."""
+
+    key: str
+    local: Tensor
+    box: Box
+    pieces: Pieces
+    rows: list[int]
+    low: Ints64
+    high: Ints64
+
+    def part(self, i: int) -> _Part:
+        piece, low = self.pieces[self.rows[i]], self.low[i].tolist()
+        sizes = tuple((self.high[i] - self.low[i]).tolist())
+        inner = tuple(a - o + lo for a, o, lo in zip(low, self.box.offsets, self.box.local_offsets, strict=True))
+        target = self.local[Box((), sizes, inner).local]
+        source = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, piece.offsets, sizes, strict=True))
+        if not source:  # a scalar, as one row
+            target, source = target.view(1), (slice(0, 1),)
+        return _Part(self.key, target, piece.file, piece.start, DTYPES[piece.dtype], piece.sizes or (1,), source)
+
+
+# File -> (box that this rank holds, number of one of its parts, which is in the file)
+Plan = Mapping[Path, list[tuple[_Held, int]]]
+
+
 def raw(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor, sharing memory."""
     values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -103,12 +122,27 @@ def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
         found = {}
         for key, entry in entries.items():
             offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(entry.shape)
-            if len(offsets) != len(entry.shape) or any(type(n) is not int or n < 0 for n in offsets):
+            if len(offsets) != len(entry.shape) or not are_sizes(offsets):
                 raise ValueError(f"{key} has shape {entry.shape} at offsets {offsets}")
             found[key] = Piece(file, offsets, entry.shape, entry.dtype, begin + entry.start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedError(f"{name or file.name}: damaged tensor file ({type(error).__name__}: {error})") from error
     return found
+
+
+def pieces_of_files(files: Sequence[Path], numbers: Iterable[int], where: str) -> dict[str, Pieces]:
+    """Return {key: pieces} of those `files` that have these numbers, from their headers.
+
+    Raises `DamagedError` for a damaged header; its message begins with `where`.
+    """
+    found: dict[str, Rows] = defaultdict(Rows)
+    for number in numbers:
+        for key, piece in pieces_in(files[number], f"{where}/{files[number].name}").items():
+            try:
+                found[key].add(number, piece)
+            except ValueError as error:
+                raise DamagedError(f"{where}/{files[number].name}: {key} {error}") from error
+    return {key: rows.pieces(files) for key, rows in found.items()}
 
 
 def read_piece(piece: Piece) -> Tensor:
@@ -120,6 +154,22 @@ def read_piece(piece: Piece) -> Tensor:
     except OSError as error:
         raise DamagedError(f"{piece.file}: damaged tensor file ({error})") from error
     return torch.frombuffer(data, dtype=dtype).reshape(piece.sizes) if data else torch.empty(piece.sizes, dtype=dtype)
+
+
+def same_bytes(a: Piece, b: Piece) -> bool:
+    """Return whether two pieces of one shape hold the same bytes. Raises `DamagedError` if they cannot be read."""
+    dtype = DTYPES.get(a.dtype)
+    if dtype is None or a.dtype != b.dtype:
+        return False
+    nbytes = math.prod(a.sizes) * dtype.itemsize
+    try:
+        for low in range(0, nbytes, BLOCK_BYTES):
+            high = min(low + BLOCK_BYTES, nbytes)
+            if len({read_range(p.file, p.start + low, p.start + high) for p in (a, b)}) > 1:
+                return False
+    except OSError as error:
+        raise DamagedError(f"{a.file} or {b.file.name}: damaged tensor file ({error})") from error
+    return True
 
 
 def local_and_boxes(key: str, tensor: Tensor) -> tuple[Tensor, list[Box]]:
@@ -157,48 +207,55 @@ def read_held(
     Raises `DamagedError` naming `where` and the key: it is missing, its shape or dtype differs, its pieces overlap or
     do not cover this rank's part, or a file cannot be read. Some tensors may be partly filled then.
     """
-    by_file: dict[Path, list[_Part]] = defaultdict(list)
+    read_planned(plan_held(tensors, stored, where, as_weights=as_weights), where, as_weights=as_weights)
+
+
+def plan_held(
+    tensors: Mapping[str, Tensor], stored: Mapping[str, Iterable[Piece]], where: object, *, as_weights: bool = False
+) -> Plan:
+    """Return what `read_held` reads of each file. Every element that this rank holds is read exactly once.
+
+    Raises `DamagedError` as `read_held` does, before anything is read.
+    """
+    plan: dict[Path, list[tuple[_Held, int]]] = defaultdict(list)
     for key, tensor in tensors.items():
-        for part in _parts(key, tensor, list(stored.get(key, ())), where, cast=as_weights):
-            by_file[part.file].append(part)
-    for file, parts in sorted(by_file.items(), key=lambda item: str(item[0])):
+        pieces = Pieces.of(key, stored.get(key, ()), where)
+        for held in _held(key, tensor, pieces, where, cast=as_weights):
+            for i, file in enumerate(pieces.table[held.rows, 0].tolist()):
+                plan[pieces.files[file]].append((held, i))
+    return plan
+
+
+@torch.no_grad()
+def read_planned(plan: Plan, where: object, *, as_weights: bool = False) -> None:
+    """Read what `plan_held` planned, with the same arguments. Raises `DamagedError`."""
+    for file, planned in sorted(plan.items(), key=lambda item: str(item[0])):
+        parts = (held.part(i) for held, i in planned)
         try:
             (_read_local if is_local(file) else _read_remote)(file, parts, where, refuse_nan=as_weights)
         except OSError as error:
             raise DamagedError(f"{file}: damaged tensor file ({error})") from error
 
 
-def _parts(key: str, tensor: Tensor, pieces: list[Piece], where: object, *, cast: bool) -> Iterator[_Part]:
-    """Yield the parts of the pieces that this rank holds of `tensor`. Raises `DamagedError`."""
+def _held(key: str, tensor: Tensor, pieces: Pieces, where: object, *, cast: bool) -> Iterator[_Held]:
+    """Yield the boxes that this rank holds of `tensor` with their parts. Raises `DamagedError`."""
     local, boxes = local_and_boxes(key, tensor)
-    if tensor.numel() and not pieces:
-        raise DamagedError(f"{where}: {key} is missing")
-    ends = [tuple(o + n for o, n in zip(p.offsets, p.sizes, strict=True)) for p in pieces]
-    if pieces and ({len(e) for e in ends} != {tensor.ndim} or tuple(map(max, *ends, ends[0])) != tuple(tensor.shape)):
-        raise DamagedError(f"{where}: {key} does not have the shape {tuple(tensor.shape)}")
-    for piece in pieces:
-        if DTYPES.get(piece.dtype) != tensor.dtype and not (cast and converts(piece.dtype, tensor.dtype)):
-            raise DamagedError(f"{where}: {key} is {piece.dtype} in {piece.file.name}, not {tensor.dtype}")
+    if not pieces:
+        if tensor.numel():
+            raise DamagedError(f"{where}: {key} is missing")
+        return
+    if reason := misfit(pieces, tuple(tensor.shape)):
+        raise DamagedError(f"{where}: {key} {reason}")
+    if DTYPES.get(pieces.dtype) != tensor.dtype and not (cast and converts(pieces.dtype, tensor.dtype)):
+        raise DamagedError(f"{where}: {key} is {pieces.dtype} in {pieces[0].file.name}, not {tensor.dtype}")
     for box in boxes:
-        covered = 0
-        for piece in pieces:
-            low = [max(a, b) for a, b in zip(box.offsets, piece.offsets, strict=True)]
-            high = [
-                min(a + s, b + t) for a, s, b, t in zip(box.offsets, box.sizes, piece.offsets, piece.sizes, strict=True)
-            ]
-            sizes = tuple(h - at for at, h in zip(low, high, strict=True))
-            if any(s <= 0 for s in sizes):
-                continue
-            covered += math.prod(sizes)
-            inner = tuple(at - o + lo for at, o, lo in zip(low, box.offsets, box.local_offsets, strict=True))
-            target = local[Box((), sizes, inner).local]
-            source = tuple(slice(at - o, at - o + s) for at, o, s in zip(low, piece.offsets, sizes, strict=True))
-            if not source:  # a scalar, as one row
-                target, source = target.view(1), (slice(0, 1),)
-            yield _Part(key, target, piece.file, piece.start, DTYPES[piece.dtype], piece.sizes or (1,), source)
-        wanted = math.prod(box.sizes)
-        if covered != wanted:
-            raise DamagedError(f"{where}: {key} has {covered:,} of {wanted:,} values at offsets {box.offsets}")
+        stop = tuple(o + n for o, n in zip(box.offsets, box.sizes, strict=True))
+        low, high = np.maximum(pieces.low, box.offsets), np.minimum(pieces.high, stop)
+        rows = np.flatnonzero((low < high).all(1))
+        low, high = low[rows], high[rows]
+        if flaw := first_flaw(low, high, box.offsets, stop):
+            raise DamagedError(f"{where}: {key}{flaw}")
+        yield _Held(key, local, box, pieces, rows.tolist(), low, high)
 
 
 def _read_local(file: Path, parts: Iterable[_Part], where: object, *, refuse_nan: bool) -> None:

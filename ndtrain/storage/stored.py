@@ -15,7 +15,8 @@ from ndtrain.errors import DamagedError
 from ndtrain.layout import Ints
 from ndtrain.storage.headers import DTYPES
 from ndtrain.storage.paths import is_local, read_into, read_range
-from ndtrain.storage.pieces import BLOCK_BYTES, Piece, raw
+from ndtrain.storage.pieces import BLOCK_BYTES, raw
+from ndtrain.storage.table import Piece, Pieces, misfit
 
 
 class Stored(NamedTuple):
@@ -35,19 +36,14 @@ class Stored(NamedTuple):
 
 
 def stored(key: str, shape: Iterable[int], dtype: torch.dtype, pieces: Iterable[Piece], where: Path) -> Stored:
-    """Return the tensor `key` of `shape`. Raises `DamagedError` if its pieces do not make it up."""
-    shape = tuple(shape)
-    pieces = tuple(p if shape else p._replace(offsets=(0,), sizes=(1,)) for p in pieces)
-    whole = Stored(shape or (1,), dtype, tuple(p for p in pieces if math.prod(p.sizes)))
-    for piece in whole.pieces:
-        if len(piece.sizes) != len(whole.shape) or any(
-            o + n > limit for o, n, limit in zip(piece.offsets, piece.sizes, whole.shape, strict=True)
-        ):
-            raise DamagedError(f"{where}: {key} does not have the shape {shape}")
-    held, wanted = sum(math.prod(p.sizes) for p in whole.pieces), math.prod(whole.shape)
-    if held != wanted:
-        raise DamagedError(f"{where}: {key} has {held:,} of {wanted:,} values")
-    return whole
+    """Return the tensor `key` of `shape`. Raises `DamagedError` unless each of its values is in exactly one piece."""
+    shape, table = tuple(shape), Pieces.of(key, pieces, where)
+    if table and (reason := misfit(table, shape)):
+        raise DamagedError(f"{where}: {key} {reason}")
+    if flaw := table.flaw(shape):
+        raise DamagedError(f"{where}: {key}{flaw}")
+    full = (piece for piece in table if math.prod(piece.sizes))
+    return Stored(shape or (1,), dtype, tuple(p if shape else p._replace(offsets=(0,), sizes=(1,)) for p in full))
 
 
 def of_piece(piece: Piece) -> Stored:
@@ -61,14 +57,10 @@ def checkpoint_tensors(pieces: Mapping[str, Iterable[Piece]], where: Path) -> di
     """Return the tensors of a directory of safetensors files, from their headers. Raises `DamagedError`."""
     found = {}
     for key, parts in pieces.items():
-        parts = list(parts)
-        names = {part.dtype for part in parts}
-        if len(names) > 1 or len({len(part.sizes) for part in parts}) > 1:
-            raise DamagedError(f"{where}: the pieces of {key} differ in dtype or number of dims")
-        if not names <= DTYPES.keys():
-            raise DamagedError(f"{where}: {key} has dtype {min(names)}, which ndtrain does not convert")
-        ends = zip(*([o + n for o, n in zip(p.offsets, p.sizes, strict=True)] for p in parts), strict=True)
-        found[key] = stored(key, [max(e) for e in ends], DTYPES[names.pop()], parts, where)
+        table = Pieces.of(key, parts, where)
+        if table.dtype not in DTYPES:
+            raise DamagedError(f"{where}: {key} has dtype {table.dtype}, which ndtrain does not convert")
+        found[key] = stored(key, table.shape, DTYPES[table.dtype], table, where)
     return found
 
 

@@ -10,7 +10,7 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.lock import RunLock
-from ndtrain.runs.messages import broadcast_json, on_rank0, together
+from ndtrain.runs.messages import broadcast_json, on_rank0, rank0_first, together
 from ndtrain.runs.process import env_world_size, start
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals, nothing_to_save
@@ -18,10 +18,10 @@ from ndtrain.runs.watch import lost_peer
 from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.setup import open_run_dir
-from ndtrain.train.source import with_checkpoint
+from ndtrain.train.source import with_checkpoint, with_commit
 from ndtrain.train.trainer import Trainer
 
-__all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "with_checkpoint"]
+__all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "with_checkpoint", "with_commit"]
 
 
 def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
@@ -31,10 +31,15 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
     """
     recipe, notes = with_checkpoint(recipe)
     sizes = sizes_for(recipe, env_world_size() or 1)
-    model = meta_model(recipe)
-    plan = make_plan(model, sizes, recipe)
     with start() as runtime:
         own = reporter if runtime.is_main else Silent()
+        recipe, found = with_commit(recipe, lambda work: rank0_first(runtime, work))
+        notes += found
+        if recipe.model.trust_remote_code:
+            # transformers copies the code to a cache of the node, where no rank may import half of a file.
+            rank0_first(runtime, lambda: meta_model(recipe))
+        model = meta_model(recipe)
+        plan = make_plan(model, sizes, recipe)
         trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, stop_signals=stop_signals)
         for note in notes:
             own.info(f"note: {note}")

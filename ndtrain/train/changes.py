@@ -184,7 +184,7 @@ def _unrecorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, A
 
 
 def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], same_shapes: Callable[[], bool]) -> list[Change]:
-    ignored = {"transformers_version", "_name_or_path", "architectures"}
+    ignored = {"transformers_version", "_name_or_path", "architectures", "auto_map"}
     keys = sorted(k for k in (before.keys() | now.keys()) - ignored if before.get(k) != now.get(k))
     if not keys:
         return []

@@ -12,23 +12,54 @@ from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
 from ndtrain.data.samples import Samples
 from ndtrain.errors import RecipeError
-from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
+from ndtrain.hf.hub import snapshot_directory
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter
+from ndtrain.train.source import on_every_node
 
 
-def open_tokenizer(recipe: Recipe, vocabulary: int) -> ByteTokenizer | HubTokenizer:
-    """Return the recipe's tokenizer. Raises `RecipeError` if it has more tokens than the model's `vocabulary`."""
-    tokenizer = load_tokenizer(recipe)
-    if tokenizer.vocab_size > vocabulary:
-        raise RecipeError(
-            f"data.tokenizer has {tokenizer.vocab_size} tokens, but the model only {vocabulary}; "
-            f"set model.config.vocab_size = {tokenizer.vocab_size} or choose the model's tokenizer"
-        )
-    return tokenizer
+def open_tokenizer(recipe: Recipe, runtime: Runtime, vocabulary: int) -> tuple[ByteTokenizer | HubTokenizer, list[str]]:
+    """Return the recipe's tokenizer, from one download a node, and notes. Collective.
+
+    Raises `RecipeError` if a model of `vocabulary` tokens lacks one that every document has.
+    """
+    directory, notes = None, []
+    if recipe.data.tokenizer != "bytes":
+        key, name, revision = tokenizer_source(recipe)
+        found = on_every_node(name, revision, lambda work: rank0_first(runtime, work), key=key)
+        if found is not None:
+            directory = str(snapshot_directory(name, found.commit))
+            notes += [found.note] if found.note and name != recipe.model.name else []
+        if recipe.model.trust_remote_code:  # its code is copied too, as the model's is
+            rank0_first(runtime, lambda: load_tokenizer(recipe, directory))
+    tokenizer = load_tokenizer(recipe, directory)
+    for token in (tokenizer.bos_id, tokenizer.eos_id):
+        if token is not None and token >= vocabulary:
+            raise RecipeError(_lacking(recipe, tokenizer, token, vocabulary, "begins or ends every document"))
+    if tokenizer.pad_id >= vocabulary:
+        # Padding is no target and no token attends to it, so any token will do.
+        notes.append(f"the model has no token {tokenizer.pad_id}, the tokenizer's padding; {tokenizer.eos_id} pads")
+        tokenizer.pad_id = tokenizer.eos_id
+    return tokenizer, notes
+
+
+def _lacking(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, token: int, vocabulary: int, where: str) -> str:
+    """Return the refusal of a token that the model does not embed, with what helps."""
+    text = f' ("{tokenizer.text_of(token)}")' if isinstance(tokenizer, HubTokenizer) else ""
+    wider = (
+        f"set model.config.vocab_size = {tokenizer.vocab_size}"
+        if recipe.model.init == "random"
+        else f"enlarge the model first (transformers: model.resize_token_embeddings({tokenizer.vocab_size}), "
+        "save_pretrained) and give that directory"
+    )
+    return (
+        f"the model embeds tokens 0 to {vocabulary - 1}, but token {token}{text} of the tokenizer {where}; {wider}, or "
+        "choose the model's own tokenizer"
+    )
 
 
 def open_batches(
@@ -37,8 +68,13 @@ def open_batches(
     sizes: MeshSizes,
     tokenizer: ByteTokenizer | HubTokenizer,
     reporter: Reporter,
+    *,
+    vocabulary: int,
 ) -> GlobalBatches:
-    """Return this rank's share of the data, which one rank of each node tokenizes if it is not cached; collective."""
+    """Return this rank's share of the data, which one rank of each node tokenizes if it is not cached; collective.
+
+    Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
+    """
     directories: list[Path] = []
     files: list[Path] = []
 
@@ -64,6 +100,9 @@ def open_batches(
     together(open_cache)
     for note in caches[0].notes(files, special_tokens=recipe.data.special_tokens):
         reporter.info(f"note: {note}")
+    if tokenizer.vocab_size > vocabulary and caches[0].largest_id >= vocabulary:
+        where = f'is in data.path = "{recipe.data.path}"'
+        raise RecipeError(_lacking(recipe, tokenizer, caches[0].largest_id, vocabulary, where))
     samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
     return GlobalBatches(
         samples,

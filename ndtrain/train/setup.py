@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -14,7 +13,6 @@ from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
-from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
@@ -25,10 +23,10 @@ from ndtrain.torch_compat import process_groups
 from ndtrain.train.changes import changes_data, config_of, find_changes, read_config, refuse, table
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
-from ndtrain.train.state import check_run_dir, check_state, save_extras
+from ndtrain.train.state import check_run_dir, check_state
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 class Resumed(NamedTuple):
@@ -54,18 +52,6 @@ def open_run_dir(run_dir: Path) -> None:
             open_to_write(run_dir)
     except OSError as error:
         raise RecipeError(f'run.dir = "{run_dir}" cannot be used: {error.strerror or error}; choose another') from error
-
-
-def try_extras(model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer) -> None:
-    """Save config and tokenizer to a temporary directory. Raises `RecipeError`, before training, if that fails."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            save_extras(Path(folder), model, tokenizer)
-    except OSError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split())
-        raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
 
 
 def find_resumed(

@@ -1,24 +1,28 @@
-"""Start a new run from the weights of an ndtrain checkpoint: `model.name` is its directory, or that of its run."""
+"""Find what a run starts from: an ndtrain checkpoint or its run's directory, or a commit of a model on the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ndtrain.checkpoint import CheckpointStore, check, load_tensors
+import tomli
+
+from ndtrain.checkpoint import CheckpointStore, check_together, load_tensors
 from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.checkpoint.tensors import pieces_of
 from ndtrain.errors import DamagedError, RecipeError
-from ndtrain.hf import extra_states
+from ndtrain.hf import extra_states, hub
 from ndtrain.hf.files import model_files
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.tied import refuse_other_values
 from ndtrain.load import load_weights, model_tensors, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
-from ndtrain.runs.messages import on_rank0, together
+from ndtrain.runs.messages import of_rank0, on_rank0, rank0_first, together
 from ndtrain.runs.process import Runtime, rank, world_size
+from ndtrain.runs.restarts import Attempt
+from ndtrain.storage.paths import to_path
 from ndtrain.storage.stored import checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -48,6 +52,95 @@ def with_checkpoint(recipe: Recipe) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update={"model": model}), [*notes, f"model.name: using {newest}"]
 
 
+# Runs work on one rank of each node, rank 0 first.
+OnNodes = Callable[[Callable[[], None]], None]
+
+
+def with_commit(recipe: Recipe, on_nodes: OnNodes, *, of_run: bool = True) -> tuple[Recipe, list[str]]:
+    """Return the recipe with the commit of its model on the hub in `model.revision`, and notes. Collective.
+
+    Config, tokenizer and code are then in the cache of every node. With `of_run`, a run that will resume keeps the
+    commit that its recipe.toml records. Raises `RecipeError` if there is no such model.
+    """
+    name, asked = recipe.model.name, recipe.model.revision
+    if name is None:
+        return recipe, []
+    recorded = of_rank0(lambda: _recorded_commit(recipe) if of_run and hub.on_hub(name, asked) else None)
+    found = on_every_node(name, recorded or asked, on_nodes)
+    if found is None:
+        return recipe, []
+    notes = [found.note] if found.note else []
+    if asked != found.commit:
+        what = "recorded by the run" if recorded else f'revision "{asked}"'
+        notes.append(f"model.name: {name} at commit {found.commit} ({what})")
+    model = recipe.model.model_copy(update={"revision": found.commit})
+    return recipe.model_copy(update={"model": model}), notes
+
+
+def on_every_node(
+    name: str, revision: str, on_nodes: OnNodes, *, key: str = "model.name", weights: bool = False
+) -> hub.Snapshot | None:
+    """Return the snapshot of a model on the hub, None for a local one, once every node has its files. Collective.
+
+    Those are the files beside the weights, or with `weights` the weights. Rank 0 alone asks which commit it is.
+    """
+
+    def resolve() -> list[object] | None:
+        return [*hub.resolve(name, revision, key=key)] if hub.on_hub(name, revision, key=key) else None
+
+    answer = of_rank0(resolve)
+    if answer is None:
+        return None
+    found = hub.Snapshot(*answer)
+
+    def fetch() -> None:
+        wanted = hub.weights_of(name, found, key=key) if weights else found.beside
+        hub.fetch(name, found.commit, wanted, key=key)
+
+    on_nodes(fetch)
+    return found
+
+
+def _recorded_commit(recipe: Recipe) -> str | None:
+    """Return the commit that the run which is to be resumed has used; None without one. For rank 0.
+
+    Raises `RecipeError` if the recipe names another commit.
+    """
+    name, asked, run_dir = recipe.model.name, recipe.model.revision, to_path(recipe.run.dir)
+    try:
+        newest = CheckpointStore(run_dir, keep=1).newest_step()
+        resume = Attempt.of_process(run_dir).resume_from(recipe.checkpoint.resume, newest)
+        if resume == "never" or (resume == "auto" and newest is None):
+            return None
+        of = run_dir if resume == "auto" else to_path(resume).parent.parent
+        model = tomli.loads((of / "recipe.toml").read_text(encoding="utf-8"))["model"]
+        commit = model["revision"] if model["name"] == name else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not hub.is_commit(commit):
+        return None
+    if hub.is_commit(asked) and asked != commit:
+        raise RecipeError(
+            f'model.revision = "{asked}": the run in {of} uses commit {commit} of {name}; leave model.revision out, or '
+            "choose another run.dir to train anew"
+        )
+    return str(commit)
+
+
+def fetch_weights(recipe: Recipe, runtime: Runtime) -> None:
+    """Download the weights of a model on the hub, once to each node whose ranks read them. Collective."""
+    model = recipe.model
+    if model.name is None or model.init == "random":
+        return
+    on_rank0_alone = recipe.load.mode == "rank0"
+    on_every_node(
+        model.name,
+        model.revision,
+        on_rank0 if on_rank0_alone else lambda work: rank0_first(runtime, work),
+        weights=True,
+    )
+
+
 def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
     """Load weights as `load_weights` does, or from an ndtrain checkpoint; return notes for the user. Collective.
 
@@ -60,9 +153,10 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
     found: list[bool] = []
     together(lambda: found.append(directory.is_dir() and _is_checkpoint(directory)))
     if not found[0]:
+        fetch_weights(recipe, runtime)
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
-    on_rank0(lambda: check(directory))
+    check_together(directory)
     wanted, saved = model_tensors(model), read_manifest(directory)["tensors"]["model"].keys()
     tied = {alias: name for alias, name in tied_keys(model).items() if {alias, name} <= saved}
     if tied:

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 import ndtrain
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import extra_states
+from ndtrain.hf.beside import copied, save_config, take_generation_config
+from ndtrain.hf.hub import directory_of
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
-def save_extras(
-    directory: Path,
-    model: PreTrainedModel,
-    tokenizer: ByteTokenizer | HubTokenizer,
-    states: Mapping[str, Any] | None = None,
-) -> None:
-    """Write config, generation config, tokenizer and the modules' extra states beside the tensors."""
+def extras(
+    model: PreTrainedModel, tokenizer: ByteTokenizer | HubTokenizer, recipe: Recipe
+) -> tuple[dict[str, bytes], list[str]]:
+    """Return {path: content} of the files beside a checkpoint's tensors, the same in every checkpoint, and notes.
+
+    They are what plain transformers saves of the model that `model.name` stands for: config, generation config, code,
+    tokenizer, and the configs of a processor whose tokenizer is trained with. Raises `RecipeError` if they cannot be
+    saved.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            at, notes = Path(folder), []
+            if recipe.model.name is not None:
+                base = Path(directory_of(recipe.model.name, recipe.model.revision))
+                notes += take_generation_config(model, base)
+                own = recipe.data.tokenizer in (None, recipe.model.name)
+                for name, content in copied(base, processor=own).items():
+                    (at / name).write_bytes(content)
+            notes += save_config(model, at)
+            tokenizer.save_pretrained(at)
+            return {f.relative_to(at).as_posix(): f.read_bytes() for f in at.rglob("*") if f.is_file()}, notes
+    except (OSError, NdtrainError):
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split())
+        raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
+
+
+def save_extras(directory: Path, files: Mapping[str, bytes], states: Mapping[str, Any]) -> None:
+    """Write the files that `extras` returned and the modules' extra states beside the tensors."""
+    for path, content in files.items():
+        (directory / path).parent.mkdir(exist_ok=True)
+        (directory / path).write_bytes(content)
     if states:
         (directory / extra_states.FILE).write_text(json.dumps(states))
-    # A copy, because saving removes the key transformers_weights, which says where the weights are.
-    copy.deepcopy(cast("PreTrainedConfig", model.export_config)).save_pretrained(directory)
-    if model.can_generate():
-        # A generation config that transformers refuses to save must not lose the checkpoint.
-        with suppress(ValueError):
-            cast(Any, model.generation_config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def check_run_dir(run_dir: Path, newest: int | None, state: Mapping[str, Any] | None, resume: str) -> None:

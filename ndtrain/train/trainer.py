@@ -34,9 +34,9 @@ from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
-from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, try_extras
+from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir
 from ndtrain.train.skips import Skips, refuse_not_finite
-from ndtrain.train.state import save_extras, versions
+from ndtrain.train.state import extras, save_extras, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +75,7 @@ class Trainer:
         self.origin: dict[str, Any] = {}  # on rank 0
         self._asks_at = 0  # the step at whose end the ranks next ask each other
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
+        self._extras: dict[str, bytes] = {}  # on rank 0, the files beside the tensors of every checkpoint
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
 
     # ---- before the first step
@@ -104,13 +105,22 @@ class Trainer:
 
     def open_tokenizer(self) -> None:
         """Open the tokenizer, and identify what the run is made from; collective."""
-        self.tokenizer = open_tokenizer(self.recipe, self.engine.vocabulary)
-        on_rank0(lambda: try_extras(self.engine.model, self.tokenizer))
-        on_rank0(lambda: self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer)))
+        self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
+
+        def prepare_extras() -> None:
+            self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
+            notes.extend(found)
+            self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer))
+
+        on_rank0(prepare_extras)
+        for note in notes:
+            self.reporter.info(f"note: {note}")
 
     def open_batches(self) -> None:
         """Open this rank's batches, tokenizing what is not cached; collective."""
-        self.batches = open_batches(self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter)
+        self.batches = open_batches(
+            self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
+        )
 
     def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
@@ -309,7 +319,7 @@ class Trainer:
                 "recipe": self.origin.get("recipe"),
                 "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "content", "files")},
             },
-            extra_files=lambda directory: save_extras(directory, engine.model, self.tokenizer, states),
+            extra_files=lambda directory: save_extras(directory, self._extras, states),
         )
 
     # ---- stop signals
