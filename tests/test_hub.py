@@ -337,8 +337,9 @@ def test_two_ranks_ask_the_hub_once_and_a_restart_keeps_the_commit(
         assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["model"]["revision"] == commit
     other = load_recipe(recipe, [f"model.revision={'0' * 40}"])
     asks(lambda: with_commit(other, lambda work: work()), f"uses commit {commit} of {NAME}; leave model.revision out")
-    anew = load_recipe(recipe, [f"model.revision={'0' * 40}", "checkpoint.resume=never"])
-    asks(lambda: with_commit(anew, lambda work: work()), "cannot be reached")
+    for way in ("checkpoint.resume=never", 'checkpoint.allow=["model.revision"]'):
+        anew = load_recipe(recipe, [f"model.revision={'0' * 40}", way])
+        asks(lambda anew=anew: with_commit(anew, lambda work: work()), "cannot be reached")
 
 
 def test_each_of_two_nodes_downloads_the_files_that_its_ranks_read(tmp_path: Path) -> None:

@@ -120,9 +120,11 @@ def _recorded_commit(recipe: Recipe) -> str | None:
     if not hub.is_commit(commit):
         return None
     if hub.is_commit(asked) and asked != commit:
+        if "model.revision" in recipe.checkpoint.allow:
+            return None
         raise RecipeError(
-            f'model.revision = "{asked}": the run in {of} uses commit {commit} of {name}; leave model.revision out, or '
-            "choose another run.dir to train anew"
+            f'model.revision = "{asked}": the run in {of} uses commit {commit} of {name}; leave model.revision out, '
+            'choose another run.dir to train anew, or let it pass with checkpoint.allow = ["model.revision"]'
         )
     return str(commit)
 
