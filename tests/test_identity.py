@@ -74,4 +74,6 @@ def test_pickled_weights_are_identified_by_their_files(tmp_path: Path) -> None:
 
 
 def test_a_hub_repository_is_identified_by_its_commit(tmp_path: Path) -> None:
-    assert identity_of(tmp_path, "org/name", revision="0123abc") == "commit 0123abc"
+    commit = "0123abcd" * 5
+    assert identity_of(tmp_path, "org/name", revision=commit) == f"commit {commit}"
+    assert identity_of(tmp_path, "org/name") is None  # a run has resolved it

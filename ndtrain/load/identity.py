@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ndtrain.checkpoint.manifest import HASH, MANIFEST, read_manifest
 from ndtrain.errors import NdtrainError
 from ndtrain.hf.files import ModelFiles
+from ndtrain.hf.hub import is_commit
 from ndtrain.load.files import files_to_load
 from ndtrain.recipe import Recipe
 from ndtrain.storage.headers import read_header
@@ -45,7 +46,7 @@ def base_identity(model: PreTrainedModel, recipe: Recipe) -> str | None:
             digest = hashlib.blake2b(json.dumps(stored, sort_keys=True).encode(), digest_size=8)
             return f"checkpoint {digest.hexdigest()}{code}"
         if not directory.is_dir():
-            return f"commit {recipe.model.revision}"  # that a run has resolved
+            return f"commit {recipe.model.revision}" if is_commit(recipe.model.revision) else None
         return f"tensors {_digest(files_to_load(model, recipe)).hexdigest()}{code}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, NdtrainError):
         return None  # whoever reads the weights reports it

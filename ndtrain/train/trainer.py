@@ -107,12 +107,12 @@ class Trainer:
         """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
 
-        def prepare_extras() -> None:
+        def prepare() -> None:
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
             notes.extend(found)
             self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer))
 
-        on_rank0(prepare_extras)
+        on_rank0(prepare)
         for note in notes:
             self.reporter.info(f"note: {note}")
 
