@@ -64,7 +64,7 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     head = [
-        f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR`: torch {torch.__version__}, Python "
+        f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR --jobs {options.jobs}`: torch {torch.__version__}, Python "
         f"{sys.version.split()[0]}.",
         "",
         f"A fault on one rank of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP, SIGKILL, or a call "
