@@ -212,7 +212,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("phase", "fault"),
     [
-        ("rendezvous", "stop"),
+        ("building the meshes", "stop"),
         ("checking the model on noise", "kill"),
         ("reading the weights", "damaged"),
     ],

@@ -1,12 +1,13 @@
 """Let a fault happen on one rank in each phase of a run, and see how all ranks end.
 
-OMP_NUM_THREADS=1 python -m tests.faults --out DIR [--phase P]... [--fault F]... [--log tests/faults/LOG.md]
+OMP_NUM_THREADS=1 python -m tests.faults --out DIR [--jobs N] [--log tests/faults/LOG.md]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ import torch
 from tests.faults.run import LIMITS, check_end, disturbed, prepare
 from tests.faults.worker import PLACES
 
-FAULTS = ("error", "stop", "kill", "sleep")
+FAULTS = ("error", "stop", "kill")
 # Errors that have a name or an exit code of their own, rank 0, and ranks that torchrun itself starts.
 MORE = (
     ("checking the model on noise", "memory", 1, False),
     ("reading the weights", "damaged", 1, False),
+    ("checking the model on noise", "sleep", 1, False),
     ("tokenizing", "error", 0, False),
     ("checking the model on noise", "stop", 0, False),
     ("checking the model on noise", "kill", 0, False),
@@ -32,8 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--phase", choices=PLACES, action="append")
-    parser.add_argument("--fault", choices=FAULTS, action="append")
+    parser.add_argument("--fault", choices=(*FAULTS, "sleep"), action="append")
     parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--log", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True)
@@ -44,8 +47,9 @@ def main() -> None:
     if not (options.phase or options.fault):
         cases += MORE
     rows, failed = [], 0
-    for phase, fault, rank, torchrun in cases:
-        end = disturbed(options.out, phase, fault, rank=rank, torchrun=torchrun)
+    pool = ThreadPoolExecutor(options.jobs)
+    ends = pool.map(lambda case: disturbed(options.out, *case[:2], rank=case[2], torchrun=case[3]), cases)
+    for (phase, fault, rank, torchrun), end in zip(cases, ends, strict=True):
         try:
             check_end(end, phase, fault, rank=rank, torchrun=torchrun)
             verdict = "as it should"
@@ -60,7 +64,7 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     head = [
-        f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR`: torch {torch.__version__}, Python "
+        f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR --jobs {options.jobs}`: torch {torch.__version__}, Python "
         f"{sys.version.split()[0]}.",
         "",
         f"A fault on one rank of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP, SIGKILL, or a call "

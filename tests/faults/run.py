@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def _recipe(folder: Path, run: Path, *, steps: int) -> Path:
         mesh={"dp_shard": 2, "tp": 2},
         load={"mode": "sharded"},
         schedule={"warmup_steps": 0},
-        checkpoint={"every": 1, "resume": "auto", "on_error": "stop"},
+        checkpoint={"every": 1, "resume": "auto", "on_error": "stop", "async": False},
         run={f"{key}_timeout_s": seconds for key, seconds in LIMITS.items()},
     )
 
@@ -60,8 +61,9 @@ def _recipe(folder: Path, run: Path, *, steps: int) -> Path:
 def disturbed(folder: Path, phase: str, fault: str, *, rank: int, torchrun: bool = False) -> End:
     """Run with a fault of `rank` in `phase`; return how it ended. No process is left afterwards."""
     name = re.sub(r"\W+", "-", f"{phase} {fault} {rank}{' torchrun' * torchrun}")
-    resumes = phase == "reading the checkpoint"
-    run = folder / ("resumed" if resumes else name)
+    run = folder / name
+    if phase == "reading the checkpoint":
+        shutil.copytree(folder / "resumed", run)
     recipe, file = _recipe(folder, run, steps=3), folder / f"{name}.fault"
     start = [sys.executable, "-m", *(["torch.distributed.run", "--nproc-per-node", str(RANKS), "-m"] * torchrun)]
     command = [*start, "tests.faults.worker", phase, fault, str(rank), str(file), "run", str(recipe)]
