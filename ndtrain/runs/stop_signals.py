@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from ndtrain.errors import Stopped
 from ndtrain.runs.environment import speaks_for_all
+from ndtrain.runs.wakeup import hear
 from ndtrain.storage.paths import is_local, os_errors
 
 # SLURM (USR1, if the job asks for it), Kubernetes and torchrun (TERM) send these before they kill.
@@ -49,6 +49,7 @@ class StopSignals:
         self.signal = 0  # number of the first signal received
         self._progress: Callable[[], Steps] | None = None
         self._importing = False
+        self._interrupts = 0
         self._save, self._stop = run_dir / "save", run_dir / "stop"
         self._not_removable: set[Path] = set()
         self._next_look = 0.0
@@ -56,11 +57,7 @@ class StopSignals:
     def listen(self) -> None:
         """Handle the signals until the process ends, since the launcher sends more meanwhile."""
         handle_all(self._remember)
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # Python handles a signal in the main thread, which a collective may hold up for as long as a peer does.
-        threading.Thread(target=self._answer, args=(reader,), name="interrupts", daemon=True).start()
+        hear(self._answer)
 
     @contextmanager
     def importing(self) -> Iterator[None]:
@@ -82,23 +79,21 @@ class StopSignals:
                 _leave(str(stopped), stopped.exit_code)
             raise stopped
 
-    def _answer(self, reader: int) -> None:
-        """Tell what each Ctrl-C does, and end the process at the second. The pipe has a byte for each signal."""
-        interrupts = 0
+    def _answer(self, number: int) -> None:
+        """Tell what each Ctrl-C does, and end the process at the second."""
         # torchrun passes on the first Ctrl-C as it is, and the second as SIGTERM (torch 2.13).
         by_torchrun = "SIGINT" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
         again = (signal.SIGINT, signal.SIGTERM) if by_torchrun else (signal.SIGINT,)
-        while number := os.read(reader, 1):
-            if number[0] not in (again if interrupts else (signal.SIGINT,)):
-                continue
-            interrupts += 1
-            if interrupts > 1:
-                _end(self._progress)
-            elif self._progress is not None and speaks_for_all():
-                now = self._progress()
-                since = f"losing the steps since step {now.saved}" if now.saved else "losing all steps"
-                limit = "; torchrun kills the workers 30 s after Ctrl-C (--shutdown-timeout)" if by_torchrun else ""
-                _print(f"stopping after step {now.stop_after} with a save; Ctrl-C again ends now, {since}{limit}")
+        if number not in (again if self._interrupts else (signal.SIGINT,)):
+            return
+        self._interrupts += 1
+        if self._interrupts > 1:
+            _end(self._progress)
+        elif self._progress is not None and speaks_for_all():
+            now = self._progress()
+            since = f"losing the steps since step {now.saved}" if now.saved else "losing all steps"
+            limit = "; torchrun kills the workers 30 s after Ctrl-C (--shutdown-timeout)" if by_torchrun else ""
+            _print(f"stopping after step {now.stop_after} with a save; Ctrl-C again ends now, {since}{limit}")
 
     def seen(self, *, files: bool) -> list[int]:
         """Return [stop, save] as numbers, 0 for no; the ranks take the largest. `files`: whether to look for files."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -25,6 +24,7 @@ from ndtrain.runs.limits import WAIT_TIMEOUT, set_timeouts
 from ndtrain.runs.phases import PHASES, START, STEP, Phase
 from ndtrain.runs.reports import STORE_S, Report, print_error, ranks_are, within
 from ndtrain.runs.stop_signals import STOP_SIGNALS, nothing_to_save
+from ndtrain.runs.wakeup import forget, hear
 from ndtrain.torch_compat import collectives_begun, process_groups
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ class Watch:
         self._report: Report | None = None
         self._groups: list[Any] = []
         self._thread: threading.Thread | None = None
-        self._signals: socket.socket | None = None
         self._terminated_at = float("inf")
         self._due, self._ended = threading.Event(), threading.Event()
         self._ending = threading.Lock()
@@ -95,11 +94,7 @@ class Watch:
         self._report = Report(self._store, world_size, poll_s=max(INTERVAL_S, self._interval_s))
         self._begin(self._limit_s)
         self._write_progress()
-        # The main thread sees no signal while it waits in a collective, nor while ranks connect.
-        self._signals, wake = socket.socketpair()
-        for end in (self._signals, wake):
-            end.setblocking(False)
-        signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
+        hear(self._hear)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -110,7 +105,7 @@ class Watch:
             self._due.set()
             # Python must not end while a thread is inside torch, which would abort the process.
             self._thread.join(STORE_S)
-            os.close(signal.set_wakeup_fd(-1))
+            forget(self._hear)
             with suppress(RuntimeError, TimeoutError):
                 within(STORE_S, lambda: self._store.set(f"left/{self._rank}", ""))
 
@@ -186,11 +181,13 @@ class Watch:
             self._share_progress()
         return self._report.code()
 
+    def _hear(self, number: int) -> None:
+        """Note that this rank was asked to end: in a collective, or while ranks connect, its main thread sees nothing."""
+        if number == signal.SIGTERM:
+            self._terminated_at = min(self._terminated_at, time.monotonic())
+
     def _is_terminated(self) -> bool:
         """Return whether this rank was asked to end before its first step, and the main thread has not done so."""
-        with suppress(BlockingIOError):
-            if self._signals is not None and signal.SIGTERM in self._signals.recv(4096):
-                self._terminated_at = min(self._terminated_at, time.monotonic())
         return not self.step and time.monotonic() > self._terminated_at + TERMINATE_S
 
     def _write_progress(self) -> None:

@@ -64,8 +64,8 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     head = [
-        f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR --jobs {options.jobs}`: torch {torch.__version__}, Python "
-        f"{sys.version.split()[0]}.",
+        f"`OMP_NUM_THREADS=1 python -m tests.faults --out DIR --jobs {options.jobs}`: torch {torch.__version__}, "
+        f"Python {sys.version.split()[0]}.",
         "",
         f"A fault on one rank of four (dp_shard 2 x tp 2): an error of its own, SIGSTOP, SIGKILL, or a call "
         "that does not return. "
