@@ -182,7 +182,7 @@ class Watch:
         return self._report.code()
 
     def _hear(self, number: int) -> None:
-        """Note that this rank was asked to end: in a collective, or while ranks connect, its main thread sees nothing."""
+        """Note that this rank was asked to end, which its main thread does not see in a collective."""
         if number == signal.SIGTERM:
             self._terminated_at = min(self._terminated_at, time.monotonic())
 
