@@ -10,6 +10,7 @@ which plain transformers loads again. Each input must end as one of
     equal      both losses are plain transformers', to 1e-5
     refused    ndtrain ends with one line and an exit code, before it has trained
     neither    plain transformers fails too, or draws weights at random that it did not find
+    noted      plain transformers fails for a generation config, which ndtrain replaces with a note: it takes no part
 
 and none as `different`, `trains alone` (what plain transformers cannot load) or `crash`.
 """
@@ -34,9 +35,10 @@ from ndtrain.errors import NdtrainError
 from ndtrain.hf.tokenizer import ByteTokenizer
 from ndtrain.recipe import load_recipe
 from ndtrain.runs.stop_signals import StopSignals
-from ndtrain.train import Silent, run
+from ndtrain.train import run
 from tests.odd_inputs.mutations import MUTATIONS, Input, copied
 from tests.tiny import CONFIGS, MATRIX, recipe_text
+from tests.trainers import Said
 
 SEQ = 32
 FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "phi3", "gpt_neox", "gpt_oss"]
@@ -106,8 +108,8 @@ def edited(given: Input) -> Path:
     return path
 
 
-def own_loss(given: Input, folder: Path) -> tuple[float, Path]:
-    """The loss of ndtrain's first step, and the run's directory."""
+def own_loss(given: Input, folder: Path) -> tuple[float, Path, list[str]]:
+    """The loss of ndtrain's first step, the run's directory, and what the run says."""
     text = folder / "text.txt"
     text.write_text(given.text)
     sections: dict[str, Any] = {
@@ -125,8 +127,10 @@ def own_loss(given: Input, folder: Path) -> tuple[float, Path]:
         del sections["model"]["config"]
     recipe = folder / "recipe.toml"
     recipe.write_text(recipe_text(**sections))
-    run(load_recipe(recipe), Silent(), StopSignals(folder / "run"))
-    return json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[0])["loss"], folder / "run"
+    said = Said()
+    run(load_recipe(recipe), said, StopSignals(folder / "run"))
+    loss = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    return loss, folder / "run", said.said
 
 
 def tried(number: int, families: Path, out: Path) -> dict[str, str]:
@@ -152,12 +156,14 @@ def tried(number: int, families: Path, out: Path) -> dict[str, str]:
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     try:
-        own, run_dir = own_loss(given, folder)
+        own, run_dir, said = own_loss(given, folder)
     except NdtrainError as error:
         line = str(error).replace(str(folder), "DIR")
         return {**found, "outcome": "refused" if plain is not None else "neither", "what": line}
     except BaseException as error:
         return {**found, "outcome": "crash", "what": "".join(traceback.format_exception(error))[-600:]}
+    if plain is None and (notes := [line for line in said if "generation_config.json cannot be used" in line]):
+        return {**found, "outcome": "noted", "what": notes[0].replace(str(folder), "DIR")}
     if plain is None:
         return {**found, "outcome": "trains alone", "what": why}
     try:
@@ -182,16 +188,22 @@ def report(found: list[dict[str, str]], command: str) -> str:
         "",
         f"{len(found)} inputs: " + ", ".join(f"{n} {what}" for what, n in Counter(f["outcome"] for f in found).items()),
         "",
-        "| area | mutation | equal | refused | neither | different, trains alone, crash |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| area | mutation | equal | refused | neither | noted | different, trains alone, crash |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     by_kind: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for one in found:
         by_kind[one["area"], one["mutation"].partition(" {")[0]][one["outcome"]] += 1
     for (area, name), counts in sorted(by_kind.items()):
         bad = sum(counts[outcome] for outcome in BAD)
-        lines.append(f"| {area} | {name} | {counts['equal']} | {counts['refused']} | {counts['neither']} | {bad} |")
-    for outcome in (*BAD, "refused", "neither", "equal"):
+        columns = [
+            area,
+            name,
+            *(str(counts[outcome]) for outcome in ("equal", "refused", "neither", "noted")),
+            str(bad),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    for outcome in (*BAD, "noted", "refused", "neither", "equal"):
         lines += ["", f"{outcome}:", ""]
         lines += [
             f"- {one['number']} {one['family']}, {one['mutation']}: {' '.join(one['what'].split())}"
