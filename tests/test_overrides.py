@@ -215,6 +215,9 @@ def test_the_loss_tells_the_overrides_apart(tmp_path: Path, case: str) -> None:
         ("gemma3_text", {"rope_theta": 50.0, "rope_local_base_freq": 20.0, "sliding_window_pattern": 2}),
         ("gpt2", {"num_hidden_layers": 1}),
         ("gpt_neox", {"rotary_pct": 0.5}),
+        ("gemma4_text", {"global_head_dim": 24}),  # of layers that a shorter model does not have, and of its own
+        ("gemma3n_text", {"intermediate_size": 96}),  # which becomes a list with an entry a layer
+        ("dbrx", {}),  # whose part reads a key that its class does not name
     ],
 )
 def test_overrides_from_scratch_end_at_the_config_of_its_class(tmp_path: Path, kind: str, overrides: Values) -> None:

@@ -40,6 +40,7 @@ _SCALING = {
 }
 # Lists with one entry a layer, whose length transformers checks.
 _PER_LAYER = ("layer_types", "mlp_layer_types")
+_OF_LAYERS = "per_layer_config"  # a table by the number of the layer
 
 
 def overridden(base: PreTrainedConfig, raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -72,21 +73,29 @@ def _built(base: PreTrainedConfig, values: Values) -> PreTrainedConfig:
 # ---- editing
 
 
-def _edited(base: PreTrainedConfig, raw: Mapping[str, Any], overrides: Mapping[str, Any], path: str) -> Values:
-    """Return the keys `raw` of `base` with `overrides`, which are at the key `path` of the recipe."""
-    _check_keys(base, raw, overrides, path)
+def _edited(
+    base: PreTrainedConfig,
+    raw: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    path: str,
+    *,
+    whole: PreTrainedConfig | None = None,
+) -> Values:
+    """Return the keys `raw` of `base`, a part of `whole`, with `overrides`, which are at `path` in the recipe."""
+    whole = whole or base
+    _check_keys(base, raw, overrides, path, whole)
     values = copy.deepcopy(dict(raw))
     given = set()
     for key, value in overrides.items():
-        value, part = copy.deepcopy(value), getattr(base, key, None)
+        value, part = copy.deepcopy(value), _value_of(base, key)
         if _is_config(part) and isinstance(value, dict):
-            values[key] = _edited(part, raw.get(key) or part.to_dict(), value, f"{path}.{key}")
+            values[key] = _edited(part, raw.get(key) or part.to_dict(), value, f"{path}.{key}", whole=whole)
         elif key in _ROPE_TABLES and isinstance(value, dict):
             _edit_rope(values, key, value)
         else:
             own = _own_name(base, key)
             old = [values.pop(name) for name in [n for n in values if n == key or _own_name(base, n) == own]]
-            default = getattr(base, own, None)
+            default = _value_of(base, own)
             values[own] = _merged(old[0] if old else None if isinstance(default, dict) else default, value)
             given.add(own)
     for key in overrides:
@@ -100,12 +109,25 @@ def _edited(base: PreTrainedConfig, raw: Mapping[str, Any], overrides: Mapping[s
         for name in _PER_LAYER:
             if name not in given and isinstance(values.get(name), list):
                 values[name] = values[name][: values[layers]]
+        if _OF_LAYERS not in given and isinstance(kept := values.get(_OF_LAYERS), dict):
+            values[_OF_LAYERS] = {layer: part for layer, part in kept.items() if int(layer) < values[layers]}
     return values
 
 
 def _own_name(config: PreTrainedConfig, key: str) -> str:
     """Return the name under which the config class keeps `key`."""
     return "dtype" if key == "torch_dtype" else config.attribute_map.get(key, key)
+
+
+_ABSENT = object()
+
+
+def _value_of(config: PreTrainedConfig, key: str, default: Any = None) -> Any:
+    """Return an attribute of a config, or `default` if it has none or one that differs by layer."""
+    try:
+        return getattr(config, key, default)
+    except RuntimeError:
+        return default
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -199,7 +221,9 @@ def _at(values: Any, path: Path) -> Any:
 # ---- checking
 
 
-def _check_keys(base: PreTrainedConfig, raw: Mapping[str, Any], overrides: Mapping[str, Any], path: str) -> None:
+def _check_keys(
+    base: PreTrainedConfig, raw: Mapping[str, Any], overrides: Mapping[str, Any], path: str, whole: PreTrainedConfig
+) -> None:
     known = {*_names(base), "torch_dtype", *raw}
     parts = {name: part for name in base.sub_configs if _is_config(part := getattr(base, name, None))}
     for key, value in overrides.items():
@@ -215,7 +239,7 @@ def _check_keys(base: PreTrainedConfig, raw: Mapping[str, Any], overrides: Mappi
                 f'[{path}] has no key "{key}" for model type "{base.model_type}", but its {inside[0]} has; set '
                 f"{path}.{inside[0]}.{key}"
             )
-        if not _reads(base, key):
+        if not _reads(base, key) and not _reads(whole, key):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
             raise RecipeError(f'[{path}] has no key "{key}" for model type "{base.model_type}"{hint}')
@@ -248,17 +272,17 @@ def _check_held(
     homes = {key: _homes(kind, key, value) for key, value in overrides.items()}
     moved = {home for found in homes.values() for home in found}
     for key, value in overrides.items():
-        at, own, part = f"{path}.{key}", _own_name(base, key), getattr(config, key, None)
+        at, own, part = f"{path}.{key}", _own_name(base, key), _value_of(config, key)
         if _is_config(part) and isinstance(value, dict):
             _check_held(getattr(base, key), part, values[key], value, at)
         elif key in _ROPE_TABLES and isinstance(value, dict):
             _check_rope(base, config, value, moved, at)
         elif homes[key]:
             _check_homes(kind, held, values, value, homes[key], at)
-        elif key in _ROPE_SCALARS and key not in _defaults(kind):
+        elif key in _ROPE_SCALARS and hasattr(config, "rope_parameters") and key not in _defaults(kind):
             raise _refused(at, value, "has no effect on a config of this class; set it in rope_parameters")
-        elif own in held or hasattr(config, own):
-            now = held.get(own, getattr(config, own, None))
+        elif own in held or _value_of(config, own, _ABSENT) is not _ABSENT:
+            now = held.get(own, _value_of(config, own))
             if not _same(value, now):
                 raise _refused(
                     at, value, f"becomes {now} when transformers builds the config; set a value that it keeps"
@@ -284,7 +308,8 @@ def _check_homes(
             name = ".".join(map(str, home if leaf == value else home[:1]))
             raise _refused(at, value, f"has no effect, because the config has {name}, which comes first; set that")
         effects += 1
-    if not effects:
+    key = at.rpartition(".")[2]
+    if not effects and kind.from_dict(_without(values, key)).to_dict() == held:
         raise _refused(at, value, "has no effect on the config; leave it out")
 
 
@@ -330,7 +355,7 @@ def _idle(new: Values, part: Values) -> bool:
 
 
 def _same(wanted: Any, held: Any) -> bool:
-    """Return whether `held` is the value `wanted`, or a table with what `wanted` has."""
+    """Return whether `held` is the value `wanted`, a table with what `wanted` has, or that value for each layer."""
     if isinstance(wanted, dict):
         by_name = {str(key): value for key, value in held.items()} if isinstance(held, dict) else {}
         return isinstance(held, dict) and all(k in by_name and _same(v, by_name[k]) for k, v in wanted.items())
@@ -340,6 +365,8 @@ def _same(wanted: Any, held: Any) -> bool:
             and len(wanted) == len(held)
             and all(_same(a, b) for a, b in zip(wanted, held, strict=True))
         )
+    if isinstance(held, list | tuple) and held:
+        return all(_same(wanted, one) for one in held)
     return (type(wanted) is bool and wanted is held) or (type(wanted) is not bool and bool(wanted == held))
 
 
