@@ -19,6 +19,7 @@ import ndtrain
 from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped
 from ndtrain.runs.environment import speaks_for_all, under_torchrun
 from ndtrain.runs.launcher import launch_workers, local_world_size
+from ndtrain.runs.output import outlive_output
 from ndtrain.runs.reports import print_error
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import INTERRUPTED, STOP_SIGNALS, StopSignals
@@ -135,6 +136,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     run_dir = to_path(resolved.run.dir)
     stop_signals = StopSignals(run_dir)
     stop_signals.listen()  # before the import of torch, which takes seconds
+    outlive_output()
     if not under_torchrun():
         ranks = local_world_size(resolved)
         if ranks > 1:

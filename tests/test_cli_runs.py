@@ -144,3 +144,21 @@ def test_a_train_state_without_its_keys_is_damaged(recipe: Path, tmp_path: Path)
     tiny.forged(step, lambda manifest: manifest["files"].update({"train_state.json": entry}))
     with pytest.raises(RanksFailed, match=r"DamagedError: .*train_state\.json has no samples"):
         get_pool(1).run(trained, str(recipe), [*once, "train.steps=4"], timeout=200)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reader_of_the_output_that_goes_away_ends_no_run(tmp_path: Path, ranks: int) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": "llama", "config": tiny.CONFIGS["llama"]},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        batch_ranks=2,
+        steps=6,
+        mesh={"dp_shard": ranks},
+    )
+    command = f"{sys.executable} -m ndtrain run {recipe} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENV, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 6
+    assert (tmp_path / "run/checkpoints/step-00000006").is_dir()

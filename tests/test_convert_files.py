@@ -227,6 +227,18 @@ def test_out_may_be_a_link_or_a_file_url_but_not_the_current_directory_or_remote
         convert(tmp_path / "empty", tmp_path / "back", max_shard_size="10KB")
 
 
+def test_out_may_not_be_inside_the_checkpoint_nor_hide_why_none_is_whole(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    save_checkpoint(build("llama"), step)
+    for given in (step, tmp_path / "run"):
+        with pytest.raises(RecipeError, match="is inside the checkpoint, and would go with it"):
+            convert(given, step / "out")
+    convert(tmp_path / "run", tmp_path / "run" / "export")
+    (step / "config.json").unlink()
+    with pytest.raises(DamagedError, match=r"run has no complete checkpoint: .*config\.json is missing"):
+        convert(tmp_path / "run", tmp_path / "out")
+
+
 def test_shard_sizes_are_parsed_with_their_units() -> None:
     sizes = {"5GB": 5 * 10**9, "0.5gb": 5 * 10**8, " 1.5 MiB ": 3 * 2**19, "1000": 1000, "2kb": 2000, "1TiB": 2**40}
     assert {text: parse_size(text) for text in sizes} == sizes

@@ -139,6 +139,13 @@ def test_a_model_that_depends_on_tensor_values_is_refused(tmp_path: Path) -> Non
         suggest(recipe, 2, find_device("h100"), 8)
 
 
+def test_styles_that_do_not_fit_the_model_are_refused_as_such(tmp_path: Path) -> None:
+    plan = {"model.layers.*.mlp.up_proj": "colwise_gather_output"}
+    recipe = recipe_for(tmp_path, "llama", {"tp": 2}, {}, tp={"plan": plan})
+    with pytest.raises(PlanError, match=r"llama does not run on .*tp 2.* with this \[tp\.plan\].*; correct it"):
+        estimated(recipe, 2)
+
+
 def test_the_roofline_sums_compute_and_exposed_communication() -> None:
     device = find_device("bfloat16=100,float32=10,memory=1e9,bandwidth=50,intra=20,inter=5")
     record = Record()

@@ -286,6 +286,13 @@ def test_what_only_the_model_itself_shows_is_refused(
         get_pool(2).run(trained_unasked, str(recipe), f"ndtrain.{question}", timeout=200)
 
 
+def test_styles_that_do_not_fit_the_model_are_what_is_to_be_corrected(world: dict[str, Any], tmp_path: Path) -> None:
+    plan = {"model.layers.*.mlp.up_proj": "colwise_gather_output"}
+    recipe = recipe_for(world, tmp_path, "llama", "tp2", tp={"plan": plan})
+    with pytest.raises(AssertionError, match=r"PlanError: llama does not run on tp 2 .*; correct \[tp\.plan\], or set"):
+        get_pool(2).run(trained, str(recipe), [], timeout=200)
+
+
 def shapes_of_norms(path: str) -> tuple[bool, list[tuple[int, ...]], list[str]]:
     """Whether sequence parallelism is on after `prepare`, what norms of a block take in a step, the notes."""
     from tests.trainers import Said, trainer_of

@@ -105,6 +105,8 @@ def convert(
     if not to_checkpoint and not foreign:
         with _readable(checkpoint):
             source = _step_directory(checkpoint)
+            if is_local(source) and source.resolve() in out.resolve().parents:
+                raise RecipeError(f"{out} is inside the checkpoint, and would go with it; give another directory")
             manifest = check(source)
             if verify:
                 files = manifest["files"]
@@ -208,9 +210,10 @@ def _step_directory(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     if (path / "checkpoints").is_dir():
-        found, _ = CheckpointStore(path, keep=1).newest_valid()
+        found, refused = CheckpointStore(path, keep=1).newest_valid()
         if found is None:
-            raise DamagedError(f"{path} has no complete checkpoint")
+            why = f": {refused[0][1]}" if refused else ""
+            raise DamagedError(f"{path} has no complete checkpoint{why}")
         return found
     if not path.exists():
         raise RecipeError(

@@ -78,6 +78,14 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
                 f"{plan.model_type} cannot be run on tensors without data: it needs the values that {error} returns; "
                 "leave out --dry-run, --device, --html and --suggest"
             ) from error
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            if not recipe.tp.plan and not recipe.ep.plan:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise PlanError(
+                f"{plan.model_type} does not run on {plan.sizes.describe()} with this [tp.plan] or [ep.plan]: "
+                f"{reason}; correct it"
+            ) from error
         return recorder.record
     finally:
         dist.destroy_process_group()

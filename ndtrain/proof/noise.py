@@ -89,8 +89,7 @@ def does_not_run(engine: Engine, error: Exception) -> PlanError:
             f"{what} with these [fsdp.modules] ({reason}): a unit's weights exist only during its own forward; list "
             'the modules that contain those which read each other\'s weights, or set fsdp.mode = "auto"'
         )
-    changes = " or ".join(f"mesh.{axis} = 1" for axis in ("cp", "tp") if getattr(engine.sizes, axis) > 1)
-    return PlanError(f"{what} ({reason}); set {changes}")
+    return PlanError(f"{what} ({reason}); {way_out(engine)[1]}")
 
 
 def way_out(engine: Engine) -> tuple[str, str]:
@@ -98,7 +97,9 @@ def way_out(engine: Engine) -> tuple[str, str]:
     axes = [axis for axis in ("dp_replicate", "dp_shard", "cp", "tp", "ep") if getattr(engine.sizes, axis) > 1]
     under = ", ".join(f"mesh.{axis} = {getattr(engine.sizes, axis)}" for axis in axes)
     cuts = [axis for axis in axes if axis in ("cp", "tp", "ep")] or axes
-    return under, "set " + " and ".join(f"mesh.{axis} = 1" for axis in cuts)
+    plans = " and ".join(f"[{axis}.plan]" for axis in ("tp", "ep") if getattr(engine.recipe, axis).plan)
+    mended = f"correct {plans}, or " if plans else ""
+    return under, f"{mended}set " + " and ".join(f"mesh.{axis} = 1" for axis in cuts)
 
 
 def _module_of(error: Exception) -> str | None:
