@@ -314,6 +314,8 @@ def own_code(directory: Path, *, rules: str, table: dict[str, int]) -> str:
 def test_code_and_files_of_a_tokenizer_are_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of other tests, from another folder
     rules, other = "SHIFTS = {}\n", 'SHIFTS = {"ж": 1}\n'  # a letter that no probe has
     table = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
     first = own_code(tmp_path / "own_a", rules=rules, table=table)

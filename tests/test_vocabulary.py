@@ -67,7 +67,7 @@ def test_tokens_that_the_text_does_not_have_may_be_more_than_the_model_embeds(tm
     with pytest.raises(
         RanksFailed, match=r"RecipeError: the model embeds tokens 0 to 26, but token 27 \(\"extra\"\)"
     ) as e:
-        get_pool(1).run(notes_of_start, str(recipe), [])
+        get_pool(1).run(notes_of_start, str(recipe), [f"run.dir={tmp_path / 'c'}"])
     assert 'is in data.path = "' in str(e.value) and "resize_token_embeddings(28)" in str(e.value)
     assert "model.config.vocab_size" not in str(e.value)
 

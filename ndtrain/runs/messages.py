@@ -66,7 +66,7 @@ def together(work: Callable[[], object] | None, group: dist.ProcessGroup | None 
             raise failure
         return
     kinds = [errors.NdtrainError, errors.RecipeError, errors.PlanError, errors.DamagedError, errors.Stopped]
-    kind = next((i for i, k in enumerate(kinds) if type(failure) is k), 0)
+    kind = next((i for i, k in reversed([*enumerate(kinds)]) if isinstance(failure, k)), 0)
     reason = str(failure) if isinstance(failure, errors.NdtrainError) else f"{type(failure).__name__}: {failure}"
     # A recipe or plan error is the same on every rank, so the rank is not named.
     prefix = "" if kinds[kind] in (errors.RecipeError, errors.PlanError) else f"rank {rank()}: "
