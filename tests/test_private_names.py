@@ -122,6 +122,8 @@ def test_private_attributes_of_models_are_what_they_were() -> None:
     assert not compat.comes_with_code(type(model))
     assert compat.comes_with_code(type("Own", (type(model),), {"_auto_class": "AutoModelForCausalLM"}))
     assert len(compat.recorded_outputs(model, "router_logits")) == 1 and not compat.recorded_outputs(model, "nothing")
+    youtu = transformers.AutoModelForCausalLM._model_mapping[transformers.YoutuConfig]
+    assert not compat.changes_loaded_weights(model) and compat.changes_loaded_weights(object.__new__(youtu))
     rule = "self_attn.q_proj.weight"
     expanded = compat.expanded_plan(model, {f"model.layers.*.{rule}": "colwise"})
     assert expanded == {f"model.layers.{layer}.{rule}": "colwise" for layer in range(config.num_hidden_layers)}

@@ -6,6 +6,7 @@ when it is asked for. The functions below reach private attributes of transforme
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -191,6 +192,15 @@ def expanded_plan(model: PreTrainedModel, plan: dict[str, str]) -> dict[str, str
 def initialize_own(model: PreTrainedModel, module: nn.Module) -> None:
     """Draw the weights of `module` itself as its model does."""
     model._init_weights(module)
+
+
+def changes_loaded_weights(model: PreTrainedModel) -> bool:
+    """Return whether a model's own initialization writes into weights past the marks of those that were loaded.
+
+    Youtu sets the padding row of a loaded embedding to zero (transformers 5.24).
+    """
+    own = [vars(kind)["_init_weights"] for kind in type(model).__mro__ if "_init_weights" in vars(kind)]
+    return any(".weight.data[" in inspect.getsource(function) for function in own)
 
 
 def mark_initialized(tensor: Tensor, done: bool) -> None:

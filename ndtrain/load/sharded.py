@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf.compat import (
     LoadStateDictConfig,
+    changes_loaded_weights,
     convert_and_load_state_dict_in_model,
     may_be_missing,
 )
@@ -54,6 +55,8 @@ def load_sharded(
         found = sources(model, files)
         direct = found.direct
         _refuse_converted(model, found)
+        if changes_loaded_weights(model):
+            raise PlanError('the model itself changes weights that were loaded; set load.mode = "rank0"')
         refuse_copies(found, recipe, part=rank(), parts=world_size())
         if found.others:
             report = _load_converted(model, found)
@@ -86,6 +89,8 @@ def choose_mode(model: PreTrainedModel, recipe: Recipe) -> tuple[str, str]:
             _refuse_converted(model, found)
         except PlanError as error:
             return "rank0", str(error).rpartition(";")[0]
+    if changes_loaded_weights(model):
+        return "rank0", "the model itself changes weights that were loaded"
     named_here = {saved.name for saved in found.others}
     absent = [name for name in model_tensors(model) if name not in found.direct and name not in named_here]
     if made := sorted(name for name in absent if may_be_missing(model, name)):

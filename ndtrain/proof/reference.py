@@ -43,8 +43,11 @@ class References:
             and not is_within(name, plan.blocks)
             and not any(is_within(block, [name]) for block in plan.blocks)
         ]
-        inner = [name for name in outside if not any(name != other and is_within(name, [other]) for other in outside)]
-        self.parts = {name: copy.deepcopy(model.get_submodule(name)) for name in (*plan.blocks, *inner) if name}
+        outside = [name for name in outside if not any(name != other and is_within(name, [other]) for other in outside)]
+        whole = [
+            name for name in outside if name and _is_given_whole(model.get_submodule(name), plan.tp_rules.get(name))
+        ]
+        self.parts = {name: copy.deepcopy(model.get_submodule(name)) for name in (*plan.blocks, *whole)}
         uses = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
         # The gradient of a parameter that several parts share is the sum of theirs.
         self._shared = {
@@ -185,6 +188,11 @@ class References:
         return _Alone([out.detach() for out in outputs], [x.grad for x in _floats((args, kwargs))])
 
 
+def _is_given_whole(module: nn.Module, style: str | None) -> bool:
+    """Return whether a module that tp cuts by `style` takes and gives whole activations."""
+    return style is None or isinstance(module, nn.Embedding) or style.endswith("gather_output")
+
+
 class _Alone(NamedTuple):
     """What a part gave alone: its outputs, and the gradients of its float inputs."""
 
@@ -265,6 +273,7 @@ def _with_grads_caught(tree: Any) -> tuple[Any, list[Tensor | None]]:
         caught.append(None)
         if x.requires_grad:
             x = x.clone()
+        if x.requires_grad:  # not in code that runs without gradients, as reversible layers do
             x.register_hook(lambda grad: caught.__setitem__(index, grad))
         return x
 

@@ -117,7 +117,7 @@ def loaded(path: Path, attn: str, dtype: torch.dtype) -> Any:
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn)
     with torch.device("meta"):
-        made = from_config(model.config, attn)
+        made = type(model)(copy.deepcopy(model.config))
     for name, param in made.named_parameters():
         model.get_parameter(name).requires_grad_(param.requires_grad)
     return model
