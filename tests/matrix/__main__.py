@@ -85,7 +85,10 @@ def main() -> None:
         peer.run(built, peers, ways=list(peer.WAYS), **keys)
     if options.table:
         arguments = ["--bfloat16"] * options.bfloat16 + ["--peer"] * options.peer
-        options.table.write_text(report(options.out, list(MESHES), list(peer.WAYS), " ".join(arguments)))
+        some = options.types if len(options.types) < len(CONFIGS) else None
+        if some:
+            arguments += ["--meshes", *options.meshes, "--types", *some]
+        options.table.write_text(report(options.out, list(MESHES), list(peer.WAYS), " ".join(arguments), some))
 
 
 if __name__ == "__main__":

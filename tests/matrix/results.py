@@ -152,14 +152,17 @@ def build_all(kinds: list[str], out: Path, *kept: Results, router_loss: bool = F
     return built
 
 
-def report(out: Path, meshes: list[str], ways: list[str], arguments: str) -> str:
-    """Markdown of everything that `out` has: one row a type, one column a mesh or a way of transformers' own."""
+def report(out: Path, meshes: list[str], ways: list[str], arguments: str, kinds: list[str] | None = None) -> str:
+    """Markdown of everything that `out` has: one row a type, one column a mesh or a way of transformers' own.
+
+    With `kinds` the rows are of these types alone.
+    """
     built = {k: v for k, v in json.loads((out / "built.json").read_text()).items() if k in CONFIGS}
     ours, peer = Results(out / "results.json"), Results(out / "peer.json")
     columns = [(c, results) for names, results in ((meshes, ours), (ways, peer)) for c in names if results.has(c)]
     reasons: dict[str, int] = {}
     rows = []
-    for kind in sorted({*CONFIGS, *UNBUILT}):
+    for kind in sorted(kinds or {*CONFIGS, *UNBUILT}):
         error = absent(kind) or UNBUILT.get(kind) or built.get(kind, {"error": "not tried yet"}).get("error")
         if error:
             rows.append([kind, f"no [{reasons.setdefault(error, len(reasons) + 1)}]", *("" for _ in columns)])
