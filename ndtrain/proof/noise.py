@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ndtrain.engine import Engine
-from ndtrain.errors import PlanError
+from ndtrain.errors import PlanError, of_the_machine
 from ndtrain.plan.refuse import dropouts
 
 
@@ -76,6 +78,18 @@ def reshard(engine: Engine) -> None:
     for module in engine.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def models_own_errors(engine: Engine) -> Iterator[None]:
+    """Raise what a model's own code raises inside, on its part of the work, as the `PlanError` of `does_not_run`."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        sizes = engine.sizes
+        if of_the_machine(error) or (sizes.cp == sizes.tp == sizes.ep == 1 and engine.recipe.fsdp.mode == "auto"):
+            raise
+        raise does_not_run(engine, error) from error
 
 
 def does_not_run(engine: Engine, error: Exception) -> PlanError:

@@ -11,10 +11,10 @@ from torch.distributed.tensor import Replicate
 
 from ndtrain.engine import Engine
 from ndtrain.engine.gradients import sum_over_tp
-from ndtrain.errors import PlanError, of_the_machine
+from ndtrain.errors import PlanError
 from ndtrain.layout import local_part
 from ndtrain.plan.refuse import dropouts
-from ndtrain.proof.noise import does_not_run, learn, way_out
+from ndtrain.proof.noise import learn, models_own_errors, way_out
 from ndtrain.proof.reference import References
 
 LIMIT = 1e-2
@@ -33,18 +33,13 @@ def check_parts(engine: Engine, references: References) -> bool:
         for split in (engine.context, engine.sequence):
             if split is not None:
                 whole_sequences.enter_context(split.off())
-        try:
+        with models_own_errors(engine):
             with references.recording(model):
                 learn(engine)
             spreads = dict(_replica_spreads(engine)) if plan.sizes.tp > 1 else {}
             sum_over_tp(model, plan.tp_summed, engine.meshes.tp.get_group())
             copies = plan.sizes.world_size // plan.sizes.tp
             differences = dict(references.differences(model, copies=copies, limit=LIMIT))
-        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            uncut = engine.sizes.cp == engine.sizes.tp == engine.sizes.ep == 1 and engine.recipe.fsdp.mode == "auto"
-            if uncut or of_the_machine(error):
-                raise
-            raise does_not_run(engine, error) from error
     model.zero_grad(set_to_none=True)
     model.train()
     replicated = {f"the gradient of {name}, held whole by every tp rank,": d for name, d in spreads.items()}

@@ -16,7 +16,7 @@ from ndtrain.errors import PlanError, of_the_machine
 from ndtrain.layout import local_part
 from ndtrain.parallel.sequence import SequenceParallel
 from ndtrain.plan.refuse import dropouts
-from ndtrain.proof.noise import does_not_run, learn
+from ndtrain.proof.noise import learn, models_own_errors
 from ndtrain.proof.reference import distance
 
 
@@ -64,12 +64,8 @@ def try_sequence_parallel(engine: Engine, sequence: SequenceParallel, limits: Li
 def check_context_parallel(engine: Engine) -> None:
     """Raise `PlanError` if gradients of sequences split over cp differ from those of whole ones. Collective."""
     assert engine.context is not None
-    try:
+    with models_own_errors(engine):
         worst = _largest(engine, engine.context.off(), copies=engine.sizes.cp, limits=FLOAT32)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        if of_the_machine(error):
-            raise
-        raise does_not_run(engine, error) from error
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if not float(worst) < FLOAT32.difference:
         raise PlanError(

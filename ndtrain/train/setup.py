@@ -14,6 +14,7 @@ from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
+from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
 from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
@@ -107,23 +108,29 @@ def find_resumed(
 def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:
     """Shard the engine's model, check on noise that it computes the right thing, then load its weights. Collective."""
     recipe, model = engine.recipe, engine.model
-    earlier = _EarlierProof(engine)
+    identity = proof.identity(engine)
+    earlier = _recalled(recipe, identity)
     # What to compare with, copied before the model is cut.
-    references = proof.References(model, engine.plan) if runtime.world_size > 1 else None
+    references = proof.References(model, engine.plan) if earlier is None and runtime.world_size > 1 else None
     watch = runtime.watch
     with watch.during(MESHES):
         engine.cut()
     with watch.during(NOISE):
         materialize(model, runtime, recipe=recipe, on_host=engine.plan.on_host)
         fix_frequencies(model, recipe.data.seq_len)
-        known = earlier.holds(reporter)
-        if not known:
+        if earlier is None:
             fill_with_noise(model)
-    if not known:
+    if earlier is not None:
+        known = True
+        if engine.sequence is not None:
+            engine.sequence.enabled = bool(earlier.sequence)
+        for note in earlier.notes:
+            reporter.info(f"note: {note}")
+    else:
         with watch.during(PROOF):
-            known = _prove(engine, references, reporter, earlier)
+            known = _prove(engine, references, reporter, remember_as=identity)
+            unset(model_tensors(model).values())
     with watch.during(READ if resumed is None else RESUME):
-        unset(model_tensors(model).values())
         if resumed is None:
             for note in load_start(model, engine.plan, recipe=recipe, runtime=runtime):
                 reporter.info(f"note: {note}")
@@ -142,38 +149,20 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
     engine.finish()
 
 
-class _EarlierProof:
-    """The proof on noise that an earlier start in the same run directory made of the same model on the same mesh."""
-
-    def __init__(self, engine: Engine):
-        self._engine, self._run_dir = engine, to_path(engine.recipe.run.dir)
-        self._identity = proof.identity(engine)
-
-    def holds(self, reporter: Reporter) -> bool:
-        """Return whether there is one, after doing what it found. Collective."""
-        found = of_rank0(lambda: proof.recall(self._run_dir, self._identity))
-        # A node with another version of a package proves again, and so all do.
-        if found is None or len(set(gather_json(self._identity))) > 1:
-            return False
-        notes, keeps_sequence = found
-        if self._engine.sequence is not None:
-            self._engine.sequence.enabled = keeps_sequence
-        for note in notes:
-            reporter.info(f"note: {note}")
-        return True
-
-    def remember(self, notes: tuple[str, ...]) -> None:
-        """Write what a proof found that has passed. Collective."""
-        sequence = self._engine.sequence.enabled if self._engine.sequence is not None else None
-        on_rank0(lambda: proof.remember(self._run_dir, self._identity, proof.Record(notes, sequence)))
+def _recalled(recipe: Recipe, identity: str) -> proof.Record | None:
+    """Return what an earlier start in the run directory proved of the same model on the same mesh. Collective."""
+    found = of_rank0(lambda: proof.recall(to_path(recipe.run.dir), identity))
+    # A node with another version of a package proves again, and so all do.
+    return proof.Record(*found) if found is not None and len(set(gather_json(identity))) == 1 else None
 
 
 def _prove(
-    engine: Engine, references: proof.References | None, reporter: Reporter, earlier: _EarlierProof | None = None
+    engine: Engine, references: proof.References | None, reporter: Reporter, *, remember_as: str | None = None
 ) -> bool:
     found = proof.prove(engine, references)
     for note in found.notes:
         reporter.info(f"note: {note}")
-    if found.known and earlier is not None:
-        earlier.remember(found.notes)
+    if found.known and remember_as is not None:
+        record = proof.Record(found.notes, engine.sequence.enabled if engine.sequence is not None else None)
+        on_rank0(lambda: proof.remember(to_path(engine.recipe.run.dir), remember_as, record))
     return found.known
