@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from ndtrain.checkpoint import CheckpointStore, load_tensors
 from ndtrain.errors import (
     DamagedError,
+    NdtrainError,
     PlanError,
     RecipeError,
     Stopped,
@@ -23,7 +25,8 @@ from ndtrain.errors import (
 )
 from ndtrain.recipe import RunSection
 from ndtrain.runs.launcher import exit_code_of
-from ndtrain.runs.phases import MESHES, READ
+from ndtrain.runs.phases import MESHES, PHASES, READ
+from ndtrain.runs.process import start
 from ndtrain.runs.watch import Watch, moved_bytes
 from tests.faults.run import check_end, disturbed, prepare
 from tests.ranks import get_pool
@@ -174,6 +177,30 @@ def test_progress_of_one_rank_counts_for_all_where_the_limit_is_on_progress(
     folder = tmp_path / f"{by_progress}-{advances}"
     for took in get_pool(2).run(seconds_watched, str(folder), by_progress, advances):
         assert (took >= 5) == stays, took
+
+
+@pytest.mark.parametrize("key", ["rendezvous", "start", "read", "save", "step"])
+def test_each_limit_is_that_of_its_phases_alone(key: str) -> None:
+    watch = Watch(RunSection.model_validate({"dir": ".", f"{key}_timeout_s": 7.0}))
+    limited = set()
+    for phase in PHASES:
+        with watch.during(phase):
+            if watch._deadline - time.monotonic() < 8:
+                limited.add(phase.key)
+    assert limited == {f"{key}_timeout_s"}
+
+
+def test_a_rank_that_does_not_come_is_waited_for_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    begun = time.monotonic()
+    words = r"rendezvous: the 2 ranks did not find each other within 3 s \(run\.rendezvous_timeout_s\)"
+    with pytest.raises(NdtrainError, match=words), start(RunSection(dir=".", rendezvous_timeout_s=3)):
+        pass
+    assert 2 < time.monotonic() - begun < 60
 
 
 def test_blocks_read_and_files_written_or_verified_count_as_progress(tmp_path: Path) -> None:
