@@ -235,7 +235,7 @@ def fsdp_in_float32(model: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    states = list({id(state): state for module in modules for state in [module._get_fsdp_state()]}.values())
+    states = _fsdp_states(model)
     before = [state._mp_policy for state in states]
 
     def use(policies: list[MixedPrecisionPolicy]) -> None:
@@ -243,8 +243,7 @@ def fsdp_in_float32(model: nn.Module) -> Iterator[None]:
             module.reshard()
         for state, policy in zip(states, policies, strict=True):
             state._mp_policy = policy
-            # A state has several groups from torch 2.12 on.
-            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+            for group in _fsdp_groups(state):
                 group.mp_policy = policy
                 group._init_mp_dtypes()
                 for held in group.fsdp_params:
@@ -267,6 +266,26 @@ def fsdp_in_float32(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         use(before)
+
+
+def forget_forwards(model: nn.Module) -> None:
+    """Drop what FSDP has noted of forwards for the backward pass of each, where there will be none."""
+    for state in _fsdp_states(model):
+        state._comm_ctx.post_forward_order.clear()
+        for group in _fsdp_groups(state):
+            group._post_forward_indices.clear()
+
+
+def _fsdp_states(model: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    found = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
+    return list({id(state): state for state in found}.values())
+
+
+def _fsdp_groups(state: Any) -> list[Any]:
+    """Return the groups of a unit's parameters, of which there are several from torch 2.12 on."""
+    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]))
 
 
 # ---- a dry step

@@ -1,6 +1,6 @@
 """Load the rows of each global batch that belong to one batch rank."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
@@ -57,15 +57,17 @@ class GlobalBatches:
 
     def load(self, cursor: int) -> list[dict[str, torch.Tensor]]:
         """Return this rank's micro batches in order: int64 `[m, S]` input_ids, labels and position_ids each."""
+        return list(self.each(cursor))
+
+    def each(self, cursor: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what `load` returns, each micro batch when it is asked for."""
         ids, micro = self.sample_ids(cursor), self.micro_batch_size
-        batches = []
         for step in range(self.micro_steps):
             first = (step * self.batch_ranks + self.batch_rank) * micro
             rows = [self.samples[int(ids[k if k < len(ids) else 0])] for k in range(first, first + micro)]
             for filler in rows[max(0, len(ids) - first) :]:
                 filler["labels"].fill(IGNORE)
-            batches.append({name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
-        return batches
+            yield {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 def labels_count(batches: Iterable[dict[str, torch.Tensor]]) -> int:

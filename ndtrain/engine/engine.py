@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,6 +20,7 @@ from ndtrain.hf.model import vocabulary
 from ndtrain.hf.routers import Sequences, sequence_ids
 from ndtrain.mesh import Meshes, build_mesh
 from ndtrain.parallel import parallelize
+from ndtrain.parallel.fsdp import end_of_forward
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 
@@ -91,6 +93,27 @@ class Engine:
             total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
             done()
         return total
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let `loss_sum` work inside: no dropout, no gradients. Modes and random numbers are afterwards as before.
+
+        Every evaluation begins with the same random numbers, should a model draw any.
+        """
+        training = [module for module in self.model.modules() if module.training]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.recipe.train.seed)
+            self.model.eval()
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+                end_of_forward(self.model)
+
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Return the summed cross-entropy, in float32, of this rank's part of a micro batch before `shape`."""
+        return self.loss_model.evaluate(self.shape(batch))
 
     def clip(self) -> torch.Tensor:
         """Complete the gradients over tp and scale them to `optim.max_grad_norm`; return their norm before scaling."""

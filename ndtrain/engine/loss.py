@@ -157,9 +157,13 @@ class LossModel:
             def loss_in_head(hidden: Tensor) -> Tensor:
                 if self._labels is None:
                     return project(hidden)
+                flat = hidden.reshape(-1, hidden.shape[-1])
+                if not torch.is_grad_enabled():
+                    rows = chunk_rows(flat.shape[0])
+                    parts = zip(flat.split(rows), self._labels.split(rows), strict=True)
+                    return torch.stack([loss_of_part(*part) for part in parts]).sum()
                 assert self._scale is not None
                 weights = list(head.parameters(recurse=False))
-                flat = hidden.reshape(-1, hidden.shape[-1])
                 return _ChunkedHead.apply(flat, self._labels, self._scale, loss_of_part, group, *weights)
 
             head.forward = loss_in_head  # type: ignore[method-assign]
@@ -173,20 +177,8 @@ class LossModel:
         """
         device = batch["input_ids"].device
         scale = torch.tensor(1.0 / max(1, count), dtype=torch.float32, device=device)
-        labels = batch["labels"].reshape(-1)
-        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-        if self.pass_positions:
-            inputs["position_ids"] = batch["position_ids"]
-        if self._inside_head:
-            self._labels, self._scale = labels, scale
-            try:
-                loss = self.model(**inputs).logits
-            finally:
-                self._labels = self._scale = None
-            target = loss
-        else:
-            loss = self.loss_of(self.model(**inputs).logits, labels)
-            target = loss * scale
+        loss = self._loss(batch, scale)
+        target = loss if self._inside_head else loss * scale
         auxiliary = torch.zeros_like(loss)
         if self.router is not None:
             assert sequences is not None
@@ -195,6 +187,29 @@ class LossModel:
             target = target + auxiliary * (self.router.coefficient / max(1, sequences.total))
         target.backward()
         return torch.stack([loss.detach(), auxiliary.detach()])
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the summed cross-entropy of a micro batch's targets, in float32; the model's mode is the caller's."""
+        loss = self._loss(batch)
+        if self.router is not None:
+            self.router.forget()
+        return loss
+
+    def _loss(self, batch: dict[str, Tensor], scale: Tensor | None = None) -> Tensor:
+        """Return the summed cross-entropy; where it is computed inside the head, its gradients get `scale` there."""
+        labels = batch["labels"].reshape(-1)
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        if self.pass_positions:
+            inputs["position_ids"] = batch["position_ids"]
+        if not self._inside_head:
+            return self.loss_of(self.model(**inputs).logits, labels)
+        self._labels, self._scale = labels, scale
+        try:
+            loss: Tensor = self.model(**inputs).logits
+            return loss
+        finally:
+            self._labels = self._scale = None
 
     @staticmethod
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -98,6 +98,10 @@ class RouterLoss:
         # Without them the model does not compute its own loss, which is over the whole micro batch.
         output.router_logits = None
 
+    def forget(self) -> None:
+        """Free the logits of a forward whose auxiliary loss nobody wants."""
+        self._logits = ()
+
     def __call__(self, sequences: Sequences) -> Tensor:
         """Return the sum of the auxiliary losses of the sequences of the last forward."""
         logits, self._logits = self._logits, ()

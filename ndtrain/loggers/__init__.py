@@ -1,4 +1,4 @@
-"""Write the metrics of each step (`StepMetrics`): one class for each destination, all behind `Logger`."""
+"""Write the metrics of each step and evaluation: one class for each destination, all behind `Logger`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ndtrain.loggers.json_lines import json_lines
 from ndtrain.loggers.logger import Logger
-from ndtrain.loggers.metrics import StepMetrics, now
+from ndtrain.loggers.metrics import EvalMetrics, Metrics, StepMetrics, now
 from ndtrain.loggers.tensorboard import TensorBoard, require_tensorboard
 from ndtrain.recipe import Recipe
 
-__all__ = ["LOGGERS", "Logger", "StepMetrics", "check_loggers", "now", "open_loggers"]
+__all__ = ["LOGGERS", "EvalMetrics", "Logger", "Metrics", "StepMetrics", "check_loggers", "now", "open_loggers"]
 
 # Key of [log] -> (check that raises `RecipeError` if the logger cannot work, function that opens it).
 LOGGERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Logger]]] = {

@@ -1,4 +1,4 @@
-"""Write steps as lines of metrics.jsonl."""
+"""Write steps and evaluations as lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from ndtrain.loggers.logger import Logger
-from ndtrain.loggers.metrics import StepMetrics
+from ndtrain.loggers.metrics import Metrics
 from ndtrain.storage.paths import is_local, os_errors
 
 
 class JsonLines:
-    """Append one line a step to metrics.jsonl; a step trained again after a crash is appended again."""
+    """Append one line a step or evaluation to metrics.jsonl; a step trained again after a crash is appended again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -23,7 +23,7 @@ class JsonLines:
             with path.open("ab") as file:
                 file.write(b"\n")
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: Metrics) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics.as_dict(), allow_nan=False) + "\n")
 
@@ -42,7 +42,7 @@ class UploadedLines:
             self._lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self._uploaded = time.monotonic()
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: Metrics) -> None:
         self._lines.append(json.dumps(metrics.as_dict(), allow_nan=False))
         if time.monotonic() - self._uploaded > self.EVERY_S:
             with suppress(OSError):  # the next upload has these lines too

@@ -1,4 +1,4 @@
-"""The metrics of one step."""
+"""The metrics of one step, and of one evaluation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,29 @@ class StepMetrics:
             del fields["aux_loss"]
         if not self.skipped:
             del fields["skipped"]
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        return _without_infinities(fields)
+
+
+@dataclass(frozen=True)
+class EvalMetrics:
+    """The line of an evaluation in metrics.jsonl: the mean cross-entropy of all `eval_tokens` targets after `step`."""
+
+    step: int
+    eval_loss: float
+    perplexity: float
+    eval_tokens: int
+    time: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields to write, as `StepMetrics.as_dict` does."""
+        return _without_infinities(asdict(self))
+
+
+Metrics = StepMetrics | EvalMetrics
+
+
+def _without_infinities(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 def now() -> str:

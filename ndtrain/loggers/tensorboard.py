@@ -1,4 +1,4 @@
-"""Write steps as TensorBoard scalars."""
+"""Write steps and evaluations as TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from ndtrain.errors import RecipeError
-from ndtrain.loggers.metrics import StepMetrics
+from ndtrain.loggers.metrics import Metrics
 from ndtrain.storage.paths import is_local
 
 
@@ -21,14 +21,14 @@ def require_tensorboard(run_dir: Path) -> None:
 
 
 class TensorBoard:
-    """Write each step's numbers as TensorBoard scalars."""
+    """Write the numbers of each step and evaluation as TensorBoard scalars."""
 
     def __init__(self, directory: Path):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory))
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: Metrics) -> None:
         for name, value in metrics.as_dict().items():
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(name, value, metrics.step)

@@ -11,7 +11,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.mesh import Meshes
 from ndtrain.plan import ParamPlan, Plan, Unit
-from ndtrain.torch_compat import in_backward
+from ndtrain.torch_compat import forget_forwards, in_backward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,18 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
             module.set_force_sum_reduction_for_comms(True)
     if plan.sizes.dp_replicate > 1:
         exchange_repeated_at_once(model)
+
+
+def end_of_forward(model: nn.Module) -> None:
+    """Shard all units of `model` again after forwards that no backward follows.
+
+    Units that stay gathered for the backward pass would stay so, and the next one would gather ahead of itself in the
+    order of these forwards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    forget_forwards(model)
 
 
 def exchange_repeated_at_once(model: nn.Module) -> None:

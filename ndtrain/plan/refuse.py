@@ -41,15 +41,27 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         raise PlanError(f'{what} does not support recomputing its blocks; set train.activation_checkpointing = "none"')
     if sizes.cp > 1:
         _check_cp(model, sizes)
-    # A sequence may be padded to a multiple of 2 cp.
-    length = recipe.data.seq_len + (-recipe.data.seq_len % (2 * sizes.cp) if sizes.cp > 1 else 0)
+    lengths = {"data.seq_len": recipe.data.seq_len}
+    if recipe.eval is not None:
+        lengths["eval.seq_len"] = recipe.eval.seq_len
+        _check_held_out(model, recipe.eval.seq_len, recipe.data.seq_len)
     counted, before = _positions(model)
     learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings(model, "input")]
-    if counted and length > counted - before and any(m.num_embeddings <= counted + 8 for m in learned):
-        limit = counted - before
-        padded = f" (padded to {length} for mesh.cp = {sizes.cp})" if length != recipe.data.seq_len else ""
+    for key, own in lengths.items():
+        # A sequence may be padded to a multiple of 2 cp.
+        length = own + (-own % (2 * sizes.cp) if sizes.cp > 1 else 0)
+        if counted and length > counted - before and any(m.num_embeddings <= counted + 8 for m in learned):
+            limit = counted - before
+            padded = f" (padded to {length} for mesh.cp = {sizes.cp})" if length != own else ""
+            raise PlanError(f"{key} = {own}{padded} exceeds the {limit} learned positions of {what}; shorten it")
+
+
+def _check_held_out(model: PreTrainedModel, length: int, trained: int) -> None:
+    """Refuse held-out sequences of another length where a model's frequencies depend on it: they are set once."""
+    if length != trained and (kinds := {kind for *_, kind in varying_frequencies(model)}):
         raise PlanError(
-            f"data.seq_len = {recipe.data.seq_len}{padded} exceeds the {limit} learned positions of {what}; shorten it"
+            f"{model.config.model_type}: its {', '.join(sorted(kinds))} position embedding uses the frequencies of "
+            f"data.seq_len = {trained} tokens, which are wrong for eval.seq_len = {length}; make them equal"
         )
 
 
@@ -103,6 +115,8 @@ def notes(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Iterator[
     limit, _ = _positions(model)
     if limit is not None and recipe.data.seq_len > limit:
         yield f"data.seq_len = {recipe.data.seq_len} exceeds the model's max_position_embeddings = {limit}"
+    if limit is not None and recipe.eval is not None and recipe.eval.seq_len > max(limit, recipe.data.seq_len):
+        yield f"eval.seq_len = {recipe.eval.seq_len} exceeds the model's max_position_embeddings = {limit}"
 
 
 def check_dropout(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from ndtrain.hf import extra_states
 from ndtrain.hf.attention_functions import attention_computes_in
 from ndtrain.proof.batch import check_same_batch
 from ndtrain.proof.dropout import check_dropout
+from ndtrain.proof.eval_mode import check_eval_mode
 from ndtrain.proof.masks import check_masks
 from ndtrain.proof.parts import check_parts
 from ndtrain.proof.record import Record, identity, recall, remember
@@ -56,6 +57,8 @@ def prove(engine: Engine, references: References | None) -> Proof:
                 check_context_parallel(engine)
             if known and engine.sizes.tp > 1:
                 check_dropout(engine)
+            if known and engine.recipe.eval is not None:
+                check_eval_mode(engine)
         if known and low:
             # Its kernels are others, whose rounding hides small errors: only what is far off is found.
             keep_or_drop_sequence_parallelism(LOW)

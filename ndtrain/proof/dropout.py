@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError
 from ndtrain.parallel.dropout import generator_of
+from ndtrain.parallel.fsdp import end_of_forward
 from ndtrain.plan.refuse import dropouts
-from ndtrain.proof.noise import one_row, reshard
+from ndtrain.proof.noise import one_row
 
 
 class DropoutCheck(TorchFunctionMode):
@@ -63,7 +64,7 @@ def check_dropout(engine: Engine) -> None:
     torch.manual_seed(0)
     with DropoutCheck(engine.meshes.tp.get_group(), engine.device) as dropout, torch.no_grad():
         one_row(engine)
-    reshard(engine)
+    end_of_forward(engine.model)
     wrong = torch.tensor(dropout.wrong, dtype=torch.float32, device=engine.device)
     dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
     if wrong:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, of_the_machine
+from ndtrain.parallel.fsdp import end_of_forward
 from ndtrain.plan.refuse import dropouts
 
 
@@ -28,7 +28,7 @@ def probe(engine: Engine, rows: list[torch.Tensor], positions: torch.Tensor) -> 
     # Undo the joining of all rows into one, and the padding at the end.
     joined = logits.shape[0] < len(rows)
     logits = logits[:, : ids.numel()].view(*ids.shape, -1) if joined else logits[:, : ids.shape[1]]
-    reshard(engine)
+    end_of_forward(engine.model)
     return logits
 
 
@@ -71,13 +71,6 @@ def learn(engine: Engine) -> torch.Tensor:
                 "mesh.tp = 1"
             )
     return logits.detach()
-
-
-def reshard(engine: Engine) -> None:
-    """Shard all FSDP units again: those that stay gathered for the backward pass would stay so without one."""
-    for module in engine.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @contextmanager

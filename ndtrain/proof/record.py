@@ -26,7 +26,7 @@ _LEFT_OUT: dict[str, set[str]] = {
     "data": {"format", "path", "tokenizer", "shuffle"},
     "train": {"steps", "seed", "max_bad_steps", "global_batch_size", "micro_batch_size"},
 }
-_SECTIONS_LEFT_OUT = {"load", "optim", "schedule", "checkpoint", "log", "run"}
+_SECTIONS_LEFT_OUT = {"eval", "load", "optim", "schedule", "checkpoint", "log", "run"}
 
 
 class Record(NamedTuple):
@@ -54,7 +54,8 @@ def identity(engine: Engine) -> str:
     versions = (torch.__version__, transformers.__version__, ndtrain.__version__)
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type
     code = [_digest(path) for path in (*sorted(Path(ndtrain.__file__).parent.rglob("*.py")), *_sources(model))]
-    parts = (kind, config, keys, repr(engine.plan), rows > 1, device, versions, code)
+    evaluates = recipe.eval is not None
+    parts = (kind, config, keys, repr(engine.plan), rows > 1, evaluates, device, versions, code)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
 

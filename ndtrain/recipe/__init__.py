@@ -9,8 +9,10 @@ from ndtrain.recipe.reader import json_schema, load_recipe, to_toml
 from ndtrain.recipe.schema import (
     CheckpointSection,
     CpSection,
+    DataKeys,
     DataSection,
     EpSection,
+    EvalSection,
     FsdpSection,
     LoadSection,
     LogSection,
@@ -22,13 +24,16 @@ from ndtrain.recipe.schema import (
     ScheduleSection,
     TpSection,
     TrainSection,
+    sections,
 )
 
 __all__ = [
     "CheckpointSection",
     "CpSection",
+    "DataKeys",
     "DataSection",
     "EpSection",
+    "EvalSection",
     "FsdpSection",
     "LoadSection",
     "LogSection",
@@ -42,5 +47,6 @@ __all__ = [
     "TrainSection",
     "json_schema",
     "load_recipe",
+    "sections",
     "to_toml",
 ]

@@ -12,6 +12,7 @@ PATHS: tuple[Key, ...] = (
     ("model", "name"),
     ("data", "path"),
     ("data", "tokenizer"),
+    ("eval", "path"),
     ("checkpoint", "resume"),
     ("run", "dir"),
 )

@@ -18,7 +18,7 @@ from ndtrain.recipe.paths import expand_paths
 from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
 from ndtrain.recipe.resuming import NEVER
 from ndtrain.recipe.rules import contradictions, not_yet
-from ndtrain.recipe.schema import Recipe
+from ndtrain.recipe.schema import DataKeys, Recipe, sections
 from ndtrain.storage.urls import without_secrets
 
 MAX_PROBLEMS = 5
@@ -64,7 +64,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(document, argument, arguments, notes)
     problems = [*_unusable(document, ()), *expand_paths(document)]
     if not problems:
-        for section in Recipe.model_fields:
+        for section in set(Recipe.model_fields) - {"eval"}:
             document.setdefault(section, {})  # a missing section is then reported key by key
         try:
             recipe = Recipe.model_validate(document)
@@ -229,6 +229,8 @@ def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Prob
         at: Key = tuple(str(part) for part in item["loc"][:2])
         if at in seen:  # a union reports each of its members
             continue
+        if at[0] == "eval" and at[1:] and at[1] in set(DataKeys.model_fields) - {"path"} - set(document["eval"]):
+            continue  # taken from [data], where it is reported
         seen.add(at)
         if extra:
             yield at, _unknown(at)
@@ -241,21 +243,21 @@ def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Prob
 
 
 def _unknown(at: Key) -> str:
-    sections = {name: _keys(name) for name in Recipe.model_fields}
+    keys_of = {name: _keys(name) for name in Recipe.model_fields}
     if len(at) == 1:
-        homes = [name for name, keys in sections.items() if at[0] in keys]
-        close = difflib.get_close_matches(at[0], sections, n=1)
+        homes = [name for name, keys in keys_of.items() if at[0] in keys]
+        close = difflib.get_close_matches(at[0], keys_of, n=1)
         if homes and not close:
             return f"the recipe has no section or top-level key {show(at[0])}; " + _home(homes)
-        hint = f"did you mean [{close[0]}]?" if close else "its sections are " + ", ".join(sections)
+        hint = f"did you mean [{close[0]}]?" if close else "its sections are " + ", ".join(keys_of)
         return f"the recipe has no section [{dotted(at)}]; {hint}"
     section, key = at
-    known = sections[section]
+    known = keys_of[section]
     aliases = {alias: name for (home, alias), name in ALIASES.items() if home == section}
     text = f"[{section}] has no key {show(key)}; "
     if close := difflib.get_close_matches(key, [*known, *aliases], n=1):
         return text + f'did you mean "{aliases.get(close[0], close[0])}"?'
-    if homes := [name for name, keys in sections.items() if key in keys or (name, key) in ALIASES]:
+    if homes := [name for name, keys in keys_of.items() if key in keys or (name, key) in ALIASES]:
         return text + _home(homes)
     return text + "its keys are " + ", ".join(known)
 
@@ -292,8 +294,7 @@ def _home(sections: list[str]) -> str:
 
 
 def _keys(section: str) -> list[str]:
-    annotation: Any = Recipe.model_fields[section].annotation
-    return [field.alias or name for name, field in annotation.model_fields.items()]
+    return [field.alias or name for name, field in sections()[section].model_fields.items()]
 
 
 def _rule(at: Key) -> str:
@@ -302,8 +303,7 @@ def _rule(at: Key) -> str:
 
 
 def _schema(at: Key) -> dict[str, Any]:
-    annotation: Any = Recipe.model_fields[at[0]].annotation
-    properties: dict[str, dict[str, Any]] = annotation.model_json_schema(by_alias=True)["properties"]
+    properties: dict[str, dict[str, Any]] = sections()[at[0]].model_json_schema(by_alias=True)["properties"]
     return properties[at[1]]
 
 

@@ -61,6 +61,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"model.revision = {show(model.revision)} is for models of the hub, not for model.type; leave it out",
         )
     yield from _fsdp(recipe)
+    yield from _eval(recipe)
     if model.name is None and model.type is not None and data.tokenizer is None:
         yield (
             ("data", "tokenizer"),
@@ -103,6 +104,35 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _eval(recipe: Recipe) -> Iterator[Problem]:
+    held_out, data = recipe.eval, recipe.data
+    if held_out is None:
+        if recipe.checkpoint.keep_best:
+            yield (
+                ("checkpoint", "keep_best"),
+                "checkpoint.keep_best = true needs a held-out loss: give its data in [eval], or leave it out",
+            )
+        return
+    if held_out.packing and not data.packing:
+        yield (
+            ("eval", "packing"),
+            f"eval.packing = {show(held_out.packing)} needs packing in [data] too: only then is the model checked to "
+            "keep packed documents apart; leave it out",
+        )
+    if data.tokenizer == "bytes" and held_out.special_tokens == "parse" != data.special_tokens:
+        yield (
+            ("eval", "special_tokens"),
+            'eval.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
+            "leave it out",
+        )
+    if held_out.patience is not None and not 0 < held_out.every < recipe.train.steps:
+        yield (
+            ("eval", "patience"),
+            f"eval.patience = {held_out.patience} needs evaluations before the end, but eval.every = {held_out.every} "
+            f"and train.steps = {recipe.train.steps}; set eval.every, or leave it out",
+        )
+
+
 def _fsdp(recipe: Recipe) -> Iterator[Problem]:
     fsdp = recipe.fsdp
     if fsdp.modules and fsdp.mode != "manual":
@@ -129,7 +159,10 @@ def _fsdp(recipe: Recipe) -> Iterator[Problem]:
 def not_yet(recipe: Recipe) -> Iterator[Problem]:
     """Yield a problem for each value of `recipe` that this version does not support, so that none is ignored."""
     values = recipe.model_dump(by_alias=True)
-    for key, (supported, why) in NOT_YET.items():
+    checked = {**NOT_YET, **{("eval", key): rule for (section, key), rule in NOT_YET.items() if section == "data"}}
+    for key, (supported, why) in checked.items():
+        if values[key[0]] is None or key[0] == "eval" and values["eval"][key[1]] == values["data"][key[1]]:
+            continue
         value = values[key[0]][key[1]]
         if value not in supported:
             yield key, f"{dotted(key)} = {show(value)} is not available in this version: {why}"

@@ -1,6 +1,7 @@
 """The sections and keys of a recipe: one frozen pydantic model per section, with strict types."""
 
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -132,22 +133,51 @@ class LoadSection(Section):
     )
 
 
-class DataSection(Section):
-    """The training data."""
+class DataKeys(Section):
+    """The keys of [data] that [eval] has too."""
 
     format: Literal["text", "chat", "tokens"] = Field("text", description="Format of the data.")
     path: Text = Field(description="File, directory, glob or hub dataset.")
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
     packing: bool = Field(True, description="Pack documents into sequences; they never attend to each other.")
-    tokenizer: Text | None = Field(
-        None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
-    )
     special_tokens: Literal["text", "parse"] = Field(
         "text",
         description='What a document is encoded to that spells a special token, such as "<|im_start|>": "text" gives '
         'plain text, "parse" the special token, for documents that were rendered with a chat template.',
     )
+
+
+class DataSection(DataKeys):
+    """The training data."""
+
+    tokenizer: Text | None = Field(
+        None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
+    )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
+
+
+def _data_defaults(schema: dict[str, Any]) -> None:
+    """Tell editors that the keys of [data] are optional in [eval], and that their defaults are not constants."""
+    for key in set(DataKeys.model_fields) - {"path"}:
+        schema["properties"][key].pop("default", None)
+        schema["properties"][key]["description"] += " Default: as in [data]."
+    schema["required"] = ["path"]
+
+
+class EvalSection(DataKeys):
+    """Held-out data, on which the loss is measured during the run. A key of [data] that is left out is as there."""
+
+    model_config = ConfigDict(json_schema_extra=_data_defaults)
+
+    every: Annotated[int, Field(ge=0)] = Field(
+        default_factory=int,  # `Recipe` sets the default
+        description="Steps between evaluations; 0 = only at the end. Default: checkpoint.every.",
+    )
+    rows: Size | None = Field(None, description="Evaluate on the first rows alone, at most so many.")
+    at_start: bool = Field(False, description="Evaluate before the first step of a new run too.")
+    patience: Size | None = Field(
+        None, description="So many evaluations in a row without a new lowest loss end the run."
+    )
 
 
 class OptimSection(Section):
@@ -205,6 +235,11 @@ class CheckpointSection(Section):
 
     every: Annotated[int, Field(ge=0)] = Field(500, description="Steps between checkpoints; 0 = only at the end.")
     keep: Size = Field(2, description="How many of the newest checkpoints to keep.")
+    keep_best: bool = Field(
+        False,
+        description="Keep the checkpoint with the lowest held-out loss too; a loss lower than all before is saved at "
+        "once. The file `best` in run.dir names it.",
+    )
     async_: bool = Field(
         True, alias="async", description="Write while training goes on; host memory holds a copy of this rank's part."
     )
@@ -264,6 +299,7 @@ class Recipe(Section):
     cp: CpSection = CpSection()
     load: LoadSection = LoadSection()
     data: DataSection
+    eval: EvalSection | None = None
     optim: OptimSection
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
@@ -286,7 +322,29 @@ class Recipe(Section):
         most = steps - decay if type(decay) is int else steps
         return {**values, "schedule": {**schedule, "warmup_steps": max(0, min((2 * steps + 50) // 100, most))}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out(cls, values: Any) -> Any:
+        """Fill in the keys that [eval] takes from [data], and `eval.every`."""
+        own, data, checkpoint = (values.get(name) for name in ("eval", "data", "checkpoint"))
+        if not isinstance(own, dict) or not isinstance(data, dict):
+            return values
+        shared = {key: data[key] for key in DataKeys.model_fields if key in data and key != "path"}
+        every = checkpoint.get("every", CheckpointSection().every) if isinstance(checkpoint, dict) else 0
+        return {**values, "eval": {**shared, "every": every, **own}}
+
+    def held_out(self) -> "Recipe":
+        """Return the recipe with the data of [eval], which it must have, in file order as its [data]."""
+        shared = {key: getattr(self.eval, key) for key in DataKeys.model_fields}
+        return self.model_copy(update={"data": self.data.model_copy(update={**shared, "shuffle": False})})
+
     @property
     def notes(self) -> tuple[str, ...]:
         """One sentence for each accepted alias, to be shown once. Not part of the schema."""
         return self._notes
+
+
+def sections() -> dict[str, type[Section]]:
+    """Return the model of each section of a recipe, by name."""
+    models = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {name: next(m for m in (*get_args(model), model) if m is not NoneType) for name, model in models.items()}

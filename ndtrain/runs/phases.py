@@ -35,6 +35,7 @@ PROOF = Phase("checking the model on noise", "start_timeout_s")
 READ = Phase("reading the weights", "read_timeout_s", by_progress=True)
 RESUME = Phase("reading the checkpoint", "read_timeout_s", by_progress=True)
 STEP = Phase("step", "step_timeout_s")
+EVALUATE = Phase("evaluating", "step_timeout_s")
 SAVE = Phase("saving", "save_timeout_s", by_progress=True)
 
-PHASES = (RENDEZVOUS, START, TOKENIZE, FIND, MESHES, NOISE, PROOF, READ, RESUME, STEP, SAVE)
+PHASES = (RENDEZVOUS, START, TOKENIZE, FIND, MESHES, NOISE, PROOF, READ, RESUME, STEP, EVALUATE, SAVE)

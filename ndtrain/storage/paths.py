@@ -187,14 +187,19 @@ def open_to_write(directory: Path) -> None:
         probe.unlink()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file's text in one step: a reader sees either the old or the new one."""
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a file's text in one step: a reader sees either the old or the new one, if `durable` after a power cut too.
+    """
     if not is_local(path):
         path.write_text(text, encoding="utf-8")
         return
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    if durable:
+        sync(temporary)
     temporary.replace(path)
+    if durable:
+        sync(path.parent)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.mesh import MeshSizes
-from ndtrain.recipe import Recipe
+from ndtrain.recipe import Recipe, sections
 from ndtrain.recipe.problems import dotted, show
 from ndtrain.recipe.resuming import NEVER, covers, rule_of
 
@@ -53,7 +53,7 @@ def find_changes(
     before, now = _mesh(state.get("mesh", {})), sizes.describe()
     if "mesh" in state and before != now:
         found.append(Change("mesh", before, now, "free"))
-    return [*found, *_config_changes(*configs, same_shapes)]
+    return [*found, *config_changes(*configs, same_shapes)]
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -118,6 +118,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     # A key that a later version has added had its default.
     before = {**{key: value for key, value in _defaults().items() if key in now}, **before}
     names = [key for key in {**now, **before} if not covers(_ELSEWHERE, key) and before.get(key) != now.get(key)]
+    if ("eval.path" in before) != ("eval.path" in now):  # then that one line tells
+        names = [key for key in names if key == "eval.path" or not covers(("eval",), key)]
     same_place = not set(names) & set(_BASE)
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
@@ -183,7 +185,8 @@ def _unrecorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, A
             yield Change(f"schedule.{name}", _value(value), _value(now.get(f"schedule.{name}")), "free")
 
 
-def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], same_shapes: Callable[[], bool]) -> list[Change]:
+def config_changes(before: Mapping[str, Any], now: Mapping[str, Any], same_shapes: Callable[[], bool]) -> list[Change]:
+    """Return what differs between the model's config in the checkpoint and now; the rest as for `find_changes`."""
     ignored = {"transformers_version", "_name_or_path", "architectures", "auto_map"}
     keys = sorted(k for k in (before.keys() | now.keys()) - ignored if before.get(k) != now.get(k))
     if not keys:
@@ -224,11 +227,10 @@ def _flat(tables: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, 
 
 
 def _defaults() -> dict[str, Any]:
-    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     return {
         f"{section}.{field.alias or name}": list(field.default) if isinstance(field.default, tuple) else field.default
-        for section, annotation in sections.items()
-        for name, field in getattr(annotation, "model_fields", {}).items()
+        for section, model in sections().items()
+        for name, field in model.model_fields.items()
         if not field.is_required() and field.default_factory is None
     }
 

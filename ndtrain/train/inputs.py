@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from ndtrain.data.batches import GlobalBatches
@@ -10,14 +12,14 @@ from ndtrain.data.cache import TokenCache, build_cache
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
 from ndtrain.data.samples import Samples
-from ndtrain.errors import RecipeError
+from ndtrain.errors import NdtrainError, RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
 from ndtrain.mesh import MeshSizes
-from ndtrain.recipe import Recipe
+from ndtrain.recipe import DataKeys, Recipe
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
-from ndtrain.train.report import Reporter
+from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.source import on_every_node
 
 
@@ -113,6 +115,51 @@ def open_batches(
         batch_rank=sizes.coordinate(runtime.rank)["batch"],
         batch_ranks=sizes.batch,
     )
+
+
+def open_held_out(
+    recipe: Recipe,
+    runtime: Runtime,
+    sizes: MeshSizes,
+    tokenizer: ByteTokenizer | HubTokenizer,
+    reporter: Reporter,
+    *,
+    vocabulary: int,
+) -> GlobalBatches:
+    """Return this rank's share of the rows of [eval], all of them in one global batch, in file order; collective.
+
+    Raises what `open_batches` raises; messages name its keys as those of [eval].
+    """
+    assert recipe.eval is not None
+    own = recipe.held_out()
+    apart = {key: getattr(recipe.data, key) for key in ("path", "seq_len", "packing", "shuffle")}
+    try:
+        if own.data.model_copy(update=apart) != recipe.data:
+            tokenizer, _ = open_tokenizer(own, runtime, vocabulary)
+        batches = open_batches(own, runtime, sizes, tokenizer, _OfHeldOut(reporter), vocabulary=vocabulary)
+    except NdtrainError as error:
+        error.args = (_of_held_out(str(error)),)
+        raise
+    rows = len(batches.samples)
+    return replace(batches, global_batch_size=min(rows, recipe.eval.rows or rows))
+
+
+class _OfHeldOut(Silent):
+    """Reports what is done to held-out data as such."""
+
+    def __init__(self, reporter: Reporter):
+        self._reporter = reporter
+
+    def info(self, line: str) -> None:
+        self._reporter.info(_of_held_out(line))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self._reporter.progress(f"{what} held-out data", done, total)
+
+
+def _of_held_out(line: str) -> str:
+    """Return a message in which keys of [data] are those of [eval]."""
+    return re.sub(rf"(?<![\w./-])data\.(?=({'|'.join(DataKeys.model_fields)})\b)", "eval.", line)
 
 
 def cache_root() -> Path:
