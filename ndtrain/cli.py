@@ -130,9 +130,20 @@ def _root(
 
 
 @app.command()
-def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def run(
+    recipe: RecipeArgument,
+    eval_only: Annotated[
+        bool,
+        typer.Option(
+            "--eval-only", help="Print the held-out loss of the newest checkpoint, or of the model; train nothing."
+        ),
+    ] = False,
+    set_: SetOption = None,
+) -> None:
     """Train: under torchrun as one of its workers, otherwise by starting a local worker for each rank."""
     resolved = _load(recipe, set_)
+    if eval_only and resolved.eval is None:
+        raise RecipeError("--eval-only needs held-out data: give its path in [eval]")
     run_dir = to_path(resolved.run.dir)
     stop_signals = StopSignals(run_dir)
     stop_signals.listen()  # before the import of torch, which takes seconds
@@ -142,7 +153,8 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
         if ranks > 1:
             _print(f"ndtrain {ndtrain.__version__}: {recipe}: starting {ranks} workers")
             arguments = [part for value in set_ or () for part in ("--set", value)]
-            raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
+            only = ["--eval-only"] if eval_only else []
+            raise typer.Exit(launch_workers(ranks, ["run", *only, *arguments, "--", str(recipe)]))
     Attempt.of_process(run_dir).refuse_stopped()
     _print_notes(resolved)
     if speaks_for_all():
@@ -153,7 +165,10 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
         from ndtrain import console, train
 
-    train.run(resolved, console.Reporter(), stop_signals)
+    if eval_only:
+        train.evaluate(resolved, console.Reporter())
+    else:
+        train.run(resolved, console.Reporter(), stop_signals)
 
 
 @app.command()

@@ -339,7 +339,7 @@ SAMPLES |= {
     "min_lr_ratio": 0.5,
 }
 SAMPLES |= {"activation_checkpointing": True, "resume": "never", "dir": "d"}
-SAMPLES |= {"reshard_after_forward": False, "cpu_offload": True}
+SAMPLES |= {"reshard_after_forward": False, "cpu_offload": True, "at_start": True}
 
 
 @pytest.mark.parametrize(("section", "alias"), ALIASES)
@@ -351,6 +351,8 @@ def test_aliases_are_read_with_a_note(recipe: Any, section: str, alias: str) -> 
     if key == "type":
         text = text.replace('name = "org/model"\n', "")
         extra = ["data.tokenizer=bytes"]
+    if section == "eval":
+        extra = ["eval.path=held-out"]
     header = f"[{section}]\n"
     line = f"{alias} = {json.dumps(value)}\n"
     text = text.replace(header, header + line) if header in text else text + header + line

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ndtrain.checkpoint import best
 from ndtrain.checkpoint.index import INDEX, check_headers, tables_of, write_index
 from ndtrain.checkpoint.manifest import (
     MANIFEST,
@@ -34,12 +35,10 @@ from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.runs.limits import WAIT_TIMEOUT
 from ndtrain.runs.messages import gather_json, gather_rows, of_rank0, on_rank0, together
 from ndtrain.runs.process import rank, world_size
-from ndtrain.storage.paths import is_local, local_copy_to, os_errors, remove_tree, replace_text, sync, to_path
+from ndtrain.storage.paths import is_local, local_copy_to, os_errors, remove_tree, sync, to_path
 from ndtrain.storage.table import Pieces
 
 _STEP = re.compile(r"step-(\d{8,})")
-# The file in the run directory that names the best checkpoint, which is kept whatever its age.
-BEST = "best"
 # Everything in a checkpoint but its tensors' values takes less than this many bytes plus this share of theirs.
 _SPARE_BYTES, _SPARE_SHARE = 1 << 20, 0.01
 
@@ -120,7 +119,7 @@ class _Job:
     listed: Mapping[str, Any]
     state: Mapping[str, Any]
     extra_files: Callable[[Path], None] | None
-    best: int | None
+    best_step: int | None
 
 
 class _Background:
@@ -210,14 +209,14 @@ class CheckpointStore:
         optim: Mapping[str, Tensor],
         state: Mapping[str, Any],
         extra_files: Callable[[Path], None] | None = None,
-        best: int | None = None,
+        best_step: int | None = None,
     ) -> Path | None:
         """Write the checkpoint to a temporary directory, rename it and return its path; collective.
 
-        `state` is JSON; `extra_files(directory)` writes more files, on rank 0 alone. `best` is the step, this or an
-        earlier one, that the file `best` is to name. Then all but that one and the `keep` newest up to this step are
-        removed; later ones, left by a run that was resumed from an older step, stay. If any rank fails, all raise
-        `NdtrainError` with its message, nothing is left of this checkpoint, and older ones stay.
+        `state` is JSON; `extra_files(directory)` writes more files, on rank 0 alone. The file `best` then names the
+        checkpoint of `best_step`, this or an earlier step, if given. All but that one and the `keep` newest up to this
+        step are removed; later ones, left by a run that was resumed from an older step, stay. If any rank fails, all
+        raise `NdtrainError` with its message, nothing is left of this checkpoint, and older ones stay.
 
         With `background` only the copies are made here and None is returned; `settle` returns or raises the rest.
         """
@@ -228,7 +227,7 @@ class CheckpointStore:
             {part: listing(group) for part, group in groups.items()},
             state,
             extra_files,
-            best,
+            best_step,
         )
         if not self.background:
             return self._write(job, None)
@@ -320,10 +319,9 @@ class CheckpointStore:
                 told.rank = error.rank
                 raise told from error
             raise
-        if job.best is not None:
-            best = job.best
+        if (step := job.best_step) is not None:
             # Before older ones go: whenever the process ends, `best` names a complete checkpoint.
-            on_rank0(_as_os_errors(self.root, lambda: self.name_best(best)), group)
+            on_rank0(_as_os_errors(self.root, lambda: self.name_best(step)), group)
         if rank() == 0:
             self.prune(job.step)
         return final
@@ -334,25 +332,15 @@ class CheckpointStore:
 
     def name_best(self, step: int) -> bool:
         """Let the file `best` name the checkpoint of `step`; return whether it exists. For rank 0. Raises `OSError`."""
-        if step not in dict(self._steps()):
-            return False
-        file, text = self.root.parent / BEST, f"{self.root.name}/{self.path(step).name}\n"
-        if self.best_step() != step:
-            replace_text(file, text, durable=True)
-        return True
-
-    def best_step(self) -> int | None:
-        """Return the step of the checkpoint that the file `best` names; None without one."""
-        try:
-            found = _STEP.fullmatch((self.root.parent / BEST).read_text(encoding="utf-8").strip().rpartition("/")[2])
-        except (OSError, UnicodeDecodeError):
-            return None
-        return int(found[1]) if found else None
+        exists = step in dict(self._steps())
+        if exists:
+            best.name(self.path(step))
+        return exists
 
     def _prune(self, newest: int) -> None:
-        best = self.best_step()
-        for number, old in [item for item in self._steps() if item[0] <= newest][: -self.keep]:
-            if number == best:
+        kept = best.named(self.root)
+        for _, old in [item for item in self._steps() if item[0] <= newest][: -self.keep]:
+            if old.name == kept:
                 continue
             if self.local:
                 # renamed first, so that a partly removed directory is never taken for a checkpoint

@@ -31,10 +31,11 @@ class Reporter:
         self._live = sys.stdout.isatty() and not self._console.is_dumb_terminal
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._printed_at = 0.0
+        self._printed_at = time.monotonic()
         self._pace: float | None = None
 
     def info(self, line: str) -> None:
+        self._printed_at = time.monotonic()
         (self._bar.console if self._bar else self._console).print(line, markup=False)
 
     def _task(self, what: str, total: int) -> TaskID:
@@ -52,13 +53,12 @@ class Reporter:
             self._tasks = {what: self._bar.add_task(what, total=total, detail="")}
         return self._tasks[what]
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Show the progress of a long preparation, in bytes."""
+    def progress(self, what: str, done: int, total: int, *, unit: str = "bytes") -> None:
+        """Show the progress of a long preparation or evaluation; without a terminal after 10 s without a line."""
         if self._live:
-            self._bar_update(what, done, total, detail="bytes")
+            self._bar_update(what, done, total, detail=unit)
         elif done >= total or time.monotonic() - self._printed_at > 10:
-            self._printed_at = time.monotonic()
-            self.info(f"{what} {done:,} of {total:,} bytes")
+            self.info(f"{what} {done:,} of {total:,} {unit}")
 
     def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:
         """Show one optimizer step; without a terminal only if `show` is true."""

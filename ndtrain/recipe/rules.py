@@ -125,11 +125,10 @@ def _eval(recipe: Recipe) -> Iterator[Problem]:
             'eval.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
             "leave it out",
         )
-    if held_out.patience is not None and not 0 < held_out.every < recipe.train.steps:
+    if held_out.patience is not None and not held_out.every:
         yield (
             ("eval", "patience"),
-            f"eval.patience = {held_out.patience} needs evaluations before the end, but eval.every = {held_out.every} "
-            f"and train.steps = {recipe.train.steps}; set eval.every, or leave it out",
+            f"eval.patience = {held_out.patience} needs evaluations before the end; set eval.every, or leave it out",
         )
 
 
@@ -159,10 +158,11 @@ def _fsdp(recipe: Recipe) -> Iterator[Problem]:
 def not_yet(recipe: Recipe) -> Iterator[Problem]:
     """Yield a problem for each value of `recipe` that this version does not support, so that none is ignored."""
     values = recipe.model_dump(by_alias=True)
-    checked = {**NOT_YET, **{("eval", key): rule for (section, key), rule in NOT_YET.items() if section == "data"}}
+    checked = dict(NOT_YET)
+    if recipe.eval is not None:
+        changed = {name for name, value in values["eval"].items() if value != values["data"].get(name)}
+        checked |= {("eval", key[1]): rule for key, rule in NOT_YET.items() if key[0] == "data" and key[1] in changed}
     for key, (supported, why) in checked.items():
-        if values[key[0]] is None or key[0] == "eval" and values["eval"][key[1]] == values["data"][key[1]]:
-            continue
         value = values[key[0]][key[1]]
         if value not in supported:
             yield key, f"{dotted(key)} = {show(value)} is not available in this version: {why}"

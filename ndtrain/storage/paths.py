@@ -188,8 +188,7 @@ def open_to_write(directory: Path) -> None:
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Replace a file's text in one step: a reader sees either the old or the new one, if `durable` after a power cut too.
-    """
+    """Replace a file's text in one step: a reader sees the old or the new one, if `durable` after a power cut too."""
     if not is_local(path):
         path.write_text(text, encoding="utf-8")
         return

@@ -1,27 +1,44 @@
-"""Run a training: make the plan, join the process group and start the `Trainer`."""
+"""Run a training or an evaluation: make the plan, join the process group and start the `Trainer`."""
 
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
+from ndtrain.engine import Engine
 from ndtrain.errors import RecipeError, Stopped
 from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes
-from ndtrain.plan import make_plan
+from ndtrain.plan import Plan, make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.environment import env_world_size
 from ndtrain.runs.lock import RunLock
 from ndtrain.runs.messages import broadcast_json, on_rank0, rank0_first, together
-from ndtrain.runs.process import start
+from ndtrain.runs.process import Runtime, start
 from ndtrain.runs.restarts import Attempt
 from ndtrain.runs.stop_signals import StopSignals
+from ndtrain.storage.paths import to_path
+from ndtrain.train.evaluation import evaluate_only
 from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.setup import open_run_dir
 from ndtrain.train.source import with_checkpoint, with_commit
 from ndtrain.train.trainer import Trainer
 
-__all__ = ["Reporter", "Silent", "Trainer", "cache_root", "run", "sizes_for", "with_checkpoint", "with_commit"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Reporter",
+    "Silent",
+    "Trainer",
+    "cache_root",
+    "evaluate",
+    "run",
+    "sizes_for",
+    "with_checkpoint",
+    "with_commit",
+]
 
 
 def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
@@ -33,16 +50,8 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
     sizes = sizes_for(recipe, env_world_size() or 1)
     with start(recipe.run) as runtime:
         own = reporter if runtime.is_main else Silent()
-        recipe, found = with_commit(recipe, lambda work: rank0_first(runtime, work))
-        notes += found
-        if recipe.model.trust_remote_code:
-            # transformers copies the code to a cache of the node, where no rank may import half of a file.
-            rank0_first(runtime, lambda: meta_model(recipe))
-        model = meta_model(recipe)
-        plan = make_plan(model, sizes, recipe)
+        recipe, plan, model = _planned(recipe, sizes, runtime=runtime, reporter=own, notes=notes)
         trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, stop_signals=stop_signals)
-        for note in notes:
-            own.info(f"note: {note}")
         attempt = Attempt.of_process(trainer.run_dir)
         lock = RunLock(trainer.run_dir, launch=attempt.launch if attempt.max_restarts else "")
 
@@ -64,6 +73,48 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
         finally:
             lock.release()
             own.close()
+
+
+def evaluate(recipe: Recipe, reporter: Reporter) -> None:
+    """Print and log the held-out loss of the run's newest checkpoint, or of its model before the first one.
+
+    Nothing is trained or saved. The run directory is locked meanwhile, so that a run that uses it goes on undisturbed
+    and this one is refused. Raises `NdtrainError`s.
+    """
+    run_dir = to_path(recipe.run.dir)
+    recipe, notes = with_checkpoint(recipe)
+    sizes = sizes_for(recipe, env_world_size() or 1)
+    with start(recipe.run) as runtime:
+        own = reporter if runtime.is_main else Silent()
+        recipe, plan, model = _planned(recipe, sizes, runtime=runtime, reporter=own, notes=notes)
+        lock = RunLock(run_dir, launch="")
+
+        def own_run_dir() -> None:
+            open_run_dir(run_dir)
+            lock.take()
+
+        try:
+            on_rank0(own_run_dir)
+            _same_everywhere(recipe)
+            evaluate_only(Engine(recipe, plan, model, device=runtime.device), runtime=runtime, reporter=own)
+        finally:
+            lock.release()
+            own.close()
+
+
+def _planned(
+    recipe: Recipe, sizes: MeshSizes, *, runtime: Runtime, reporter: Reporter, notes: list[str]
+) -> tuple[Recipe, Plan, PreTrainedModel]:
+    """Return the recipe with the commit of its model, its plan and its model on meta; report `notes`. Collective."""
+    recipe, found = with_commit(recipe, lambda work: rank0_first(runtime, work))
+    if recipe.model.trust_remote_code:
+        # transformers copies the code to a cache of the node, where no rank may import half of a file.
+        rank0_first(runtime, lambda: meta_model(recipe))
+    model = meta_model(recipe)
+    plan = make_plan(model, sizes, recipe)
+    for note in [*notes, *found]:
+        reporter.info(f"note: {note}")
+    return recipe, plan, model
 
 
 def _same_everywhere(recipe: Recipe) -> None:

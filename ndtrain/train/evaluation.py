@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
+from ndtrain.checkpoint import CheckpointStore
 from ndtrain.data import GlobalBatches, labels_count
 from ndtrain.engine import Engine
 from ndtrain.errors import DamagedError, RecipeError
-from ndtrain.loggers import EvalMetrics, now
+from ndtrain.loggers import EvalMetrics, check_loggers, now, open_loggers
+from ndtrain.runs.messages import on_rank0
+from ndtrain.runs.phases import EVALUATE, FIND, TOKENIZE
+from ndtrain.runs.process import Runtime
+from ndtrain.storage.paths import to_path
+from ndtrain.train.inputs import open_held_out, open_tokenizer
+from ndtrain.train.report import Reporter
+from ndtrain.train.saving import Best, Saving
+from ndtrain.train.setup import Resumed, build, find_evaluated
 
 
 class Evaluation:
@@ -43,7 +52,9 @@ class Evaluation:
         """Whether `eval.patience` evaluations in a row did not give a new lowest loss."""
         return self.section.patience is not None and self.worse >= self.section.patience
 
-    def measure(self, step: int, *, goes_on: Callable[[int, int], bool] = lambda done, rows: True) -> EvalMetrics | None:
+    def measure(
+        self, step: int, *, goes_on: Callable[[int, int], bool] = lambda done, rows: True
+    ) -> EvalMetrics | None:
         """Return the mean loss of all targets of all rows. Collective.
 
         `goes_on(rows done, rows)` is called after each micro batch; None is returned if it returns False, as it must on
@@ -76,6 +87,19 @@ class Evaluation:
         lower = metrics.eval_loss < self.lowest
         self.lowest, self.worse = (metrics.eval_loss, 0) if lower else (self.lowest, self.worse + 1)
 
+    def lines(self, metrics: EvalMetrics) -> Iterator[str]:
+        """Yield what a person is to know of an evaluation that was counted."""
+        yield (
+            f"step {metrics.step}/{self.steps}  eval loss {metrics.eval_loss:.4f}  "
+            f"perplexity {metrics.perplexity:.4g}  ({metrics.eval_tokens:,} tokens)"
+        )
+        if self.ends_run:
+            count = f"{self.worse} evaluation{'s in a row' if self.worse > 1 else ''}"
+            yield (
+                f"eval.patience = {self.section.patience}: no eval loss below {self.lowest:.4f} in {count}; the run "
+                f"ends at step {metrics.step}"
+            )
+
     # ---- in a checkpoint
 
     @property
@@ -95,19 +119,89 @@ class Evaluation:
         """
         if state.get("data") != self.fingerprint:
             return False
-        step, lowest, worse = (state.get(key) for key in ("step", "lowest", "worse"))
-        counts = type(step) is type(worse) is int and step >= -1 and worse >= 0
-        if not counts or not (lowest is None or type(lowest) is float):
+        step, lowest, worse, best = (state.get(key) for key in ("step", "lowest", "worse", "best"))
+        possible = (
+            (type(step) is type(worse) is int and step >= -1 and worse >= 0)
+            and (lowest is None or type(lowest) is float)
+            and (best is None or (isinstance(best, list) and [type(part) for part in best] == [int, float]))
+        )
+        if not possible:
             raise DamagedError(f"{found}/train_state.json: eval = {dict(state)} is impossible")
-        self.step, self.lowest, self.worse = step, math.inf if lowest is None else lowest, worse
+        self.step, self.worse = cast("int", step), cast("int", worse)
+        self.lowest = math.inf if lowest is None else lowest
         return True
 
 
-def describe(metrics: EvalMetrics) -> str:
-    """Return the result of an evaluation in words."""
-    return (
-        f"eval loss {metrics.eval_loss:.4f}  perplexity {metrics.perplexity:.4g}  ({metrics.eval_tokens:,} tokens)"
-    )
+def restore_evaluations(resumed: Resumed, evaluation: Evaluation, saving: Saving) -> Iterator[str]:
+    """Restore what a checkpoint knows of the evaluations before it, and the best checkpoint; yield notes. Collective.
+
+    Raises `DamagedError` for impossible values.
+    """
+    state = resumed.state.get("eval")
+    if state is None:
+        return
+    if not evaluation.restore(state, resumed.directory):
+        yield "the rows of [eval] are not those of the checkpoint, whose held-out losses count no more"
+        return
+    if state["best"] is None or not evaluation.engine.recipe.checkpoint.keep_best:
+        return
+    best = Best(*state["best"])
+    own = resumed.directory.parent.absolute() == saving.store.root.absolute()
+    if not (own and saving.restore_best(best)):
+        yield f"the best checkpoint so far, of step {best.step}, is not in run.dir; the next evaluation finds another"
+
+
+def nothing_to_do(step: int, steps: int, evaluation: Evaluation | None) -> str:
+    """Return why a run that has made `step` of its `steps` makes no other."""
+    if step < steps and evaluation is not None:
+        return (
+            f"nothing to do: eval.patience = {evaluation.section.patience} ended the run at step {step} of {steps}; "
+            "raise it to train further"
+        )
+    line = f"nothing to do: step {step} of {steps} is already trained; raise train.steps to train further"
+    missing = evaluation is not None and evaluation.due(step)
+    return f"{line} (it has not been evaluated; --eval-only does so)" if missing else line
+
+
+def evaluate_only(engine: Engine, *, runtime: Runtime, reporter: Reporter) -> None:
+    """Report and log the held-out loss of the checkpoint that a run would resume from, or of its model. Collective.
+
+    Raises `RecipeError` if the checkpoint is of another model config or tokenizer.
+    """
+    recipe, watch = engine.recipe, runtime.watch
+    run_dir = to_path(recipe.run.dir)
+    check_loggers(recipe, run_dir)
+    with watch.during(TOKENIZE):
+        tokenizer, notes = open_tokenizer(recipe, runtime, engine.vocabulary)
+        rows = open_held_out(recipe, runtime, engine.sizes, tokenizer, reporter, vocabulary=engine.vocabulary)
+    with watch.during(FIND):
+        store = CheckpointStore(run_dir, keep=recipe.checkpoint.keep, progress=watch.advance)
+        resumed = find_evaluated(store, engine, tokenizer, reporter)
+    for note in (*notes, *engine.plan.notes):
+        reporter.info(f"note: {note}")
+    build(engine, resumed, runtime=runtime, reporter=reporter)
+    step = resumed.state["step"] if resumed is not None else 0
+    reporter.info(f"evaluating {resumed.directory if resumed is not None else 'the model before its first step'}")
+
+    def goes_on(done: int, total: int) -> bool:
+        watch.beat()
+        if done < total:
+            reporter.progress("evaluating", done, total, unit="rows")
+        return True
+
+    evaluation = Evaluation(engine, rows, steps=recipe.train.steps)
+    with watch.during(EVALUATE):
+        metrics = evaluation.measure(step, goes_on=goes_on)
+    assert metrics is not None
+    for line in evaluation.lines(metrics):
+        reporter.info(line)
+
+    def log() -> None:
+        for logger in open_loggers(recipe, run_dir):
+            logger.write(metrics)
+            logger.close()
+
+    on_rank0(log)
 
 
 def _exp(x: float) -> float:

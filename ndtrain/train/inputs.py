@@ -141,7 +141,8 @@ def open_held_out(
         error.args = (_of_held_out(str(error)),)
         raise
     rows = len(batches.samples)
-    return replace(batches, global_batch_size=min(rows, recipe.eval.rows or rows))
+    in_file_order = Order(rows, seed=0, shuffle=False)
+    return replace(batches, order=in_file_order, global_batch_size=min(rows, recipe.eval.rows or rows))
 
 
 class _OfHeldOut(Silent):
@@ -153,8 +154,8 @@ class _OfHeldOut(Silent):
     def info(self, line: str) -> None:
         self._reporter.info(_of_held_out(line))
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        self._reporter.progress(f"{what} held-out data", done, total)
+    def progress(self, what: str, done: int, total: int, *, unit: str = "bytes") -> None:
+        self._reporter.progress(f"{what} held-out data", done, total, unit=unit)
 
 
 def _of_held_out(line: str) -> str:

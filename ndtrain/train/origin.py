@@ -44,5 +44,11 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
     }
 
 
+def tokenizer_identity(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> str:
+    """Return `tokenizer` of `origin_of`, for a recipe with [eval], without a look at the data of the run."""
+    assert recipe.eval is not None
+    return contents_of(find_files(recipe.eval.path), tokenizer, cache_dir=cache_root() / "data").tokenizer
+
+
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -12,7 +12,7 @@ class Reporter(Protocol):
 
     def info(self, line: str) -> None: ...
 
-    def progress(self, what: str, done: int, total: int) -> None: ...
+    def progress(self, what: str, done: int, total: int, *, unit: str = "bytes") -> None: ...
 
     def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None: ...
 
@@ -25,7 +25,7 @@ class Silent:
     def info(self, line: str) -> None:
         pass
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int, *, unit: str = "bytes") -> None:
         pass
 
     def step(self, metrics: StepMetrics, *, steps: int, show: bool) -> None:

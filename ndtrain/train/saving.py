@@ -81,7 +81,7 @@ class Saving:
                     optim=optim,
                     state=state,
                     extra_files=extra_files,
-                    best=best.step if best is not None else None,
+                    best_step=best.step if best is not None else None,
                 )
             )
 

@@ -13,6 +13,7 @@ from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
@@ -20,7 +21,17 @@ from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Attempt
 from ndtrain.storage.paths import open_to_write, os_errors, to_path
-from ndtrain.train.changes import changes_data, config_of, find_changes, read_config, refuse, table
+from ndtrain.train.changes import (
+    Change,
+    changes_data,
+    config_changes,
+    config_of,
+    find_changes,
+    read_config,
+    refuse,
+    table,
+)
+from ndtrain.train.origin import tokenizer_identity
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
@@ -77,19 +88,13 @@ def find_resumed(
     check_state(state, found)
 
     def compare() -> bool:
-        shapes = {key: list(tensor.shape) for key, tensor in model_tensors(engine.model).items()}
         changes = find_changes(
             state,
             recipe,
             origin,
             sizes=engine.sizes,
-            configs=(
-                read_config(found / "config.json"),
-                config_of(cast("PreTrainedConfig", engine.model.export_config)),
-            ),
-            same_shapes=lambda: (
-                shapes == {key: entry["shape"] for key, entry in read_manifest(found)["tensors"]["model"].items()}
-            ),
+            configs=_configs(found, engine),
+            same_shapes=lambda: _same_shapes(found, engine),
         )
         if changes and not attempt.is_restart:
             reporter.info(table(changes, found, recipe))
@@ -103,6 +108,47 @@ def find_resumed(
         return changes_data(changes)
 
     return Resumed(found, state, of_rank0(compare))
+
+
+def find_evaluated(
+    store: CheckpointStore, engine: Engine, tokenizer: ByteTokenizer | HubTokenizer, reporter: Reporter
+) -> Resumed | None:
+    """Return the checkpoint to evaluate, None for the model without one. Collective.
+
+    Only what a held-out loss depends on is compared: raises `RecipeError` for another model config or tokenizer.
+    """
+    recipe = engine.recipe
+    found, messages = store.find(recipe.checkpoint.resume, verify=recipe.checkpoint.verify)
+    for message in messages:
+        reporter.info(message)
+    if found is None:
+        return None
+    state = read_state(found)
+    check_state(state, found)
+
+    def compare() -> None:
+        changes = config_changes(*_configs(found, engine), lambda: _same_shapes(found, engine))
+        saved, own = state.get("origin", {}).get("tokenizer"), tokenizer_identity(recipe, tokenizer)
+        if saved not in (None, own):
+            key = "data.tokenizer"
+            changes.append(Change(key, saved, own, "allow", "it gives other tokens"))
+        if changes:
+            reporter.info(table(changes, found, recipe))
+        refuse(changes, found, recipe)
+
+    on_rank0(compare)
+    return Resumed(found, state, other_data=False)
+
+
+def _configs(found: Path, engine: Engine) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the model's config in the checkpoint, and now."""
+    return read_config(found / "config.json"), config_of(cast("PreTrainedConfig", engine.model.export_config))
+
+
+def _same_shapes(found: Path, engine: Engine) -> bool:
+    """Return whether the checkpoint has the model's tensors."""
+    shapes = {key: list(tensor.shape) for key, tensor in model_tensors(engine.model).items()}
+    return shapes == {key: entry["shape"] for key, entry in read_manifest(found)["tensors"]["model"].items()}
 
 
 def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:

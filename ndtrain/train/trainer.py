@@ -19,17 +19,18 @@ from ndtrain.errors import NdtrainError, Stopped
 from ndtrain.hf import extra_states
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import model_tensors
-from ndtrain.loggers import Logger, StepMetrics, check_loggers, open_loggers
+from ndtrain.loggers import Logger, Metrics, StepMetrics, check_loggers, open_loggers
 from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
 from ndtrain.runs.messages import on_rank0
-from ndtrain.runs.phases import FIND, RESUME, SAVE, TOKENIZE
+from ndtrain.runs.phases import EVALUATE, FIND, RESUME, SAVE, TOKENIZE
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
-from ndtrain.train.inputs import open_batches, open_tokenizer
+from ndtrain.train.evaluation import Evaluation, nothing_to_do, restore_evaluations
+from ndtrain.train.inputs import open_batches, open_held_out, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
@@ -71,6 +72,8 @@ class Trainer:
         self.cursor = 0
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
+        self.evaluation: Evaluation | None = None
+        self._is_best = False  # whether the step's held-out loss is the lowest, so that it is saved
         self.loggers: list[Logger] = []
         self.origin: dict[str, Any] = {}  # on rank 0
         self._asks_at = 0  # the step at whose end the ranks next ask each other
@@ -121,10 +124,15 @@ class Trainer:
             self.reporter.info(f"note: {note}")
 
     def open_batches(self) -> None:
-        """Open this rank's batches, tokenizing what is not cached; collective."""
+        """Open this rank's batches and held-out rows, tokenizing what is not cached; collective."""
         self.batches = open_batches(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
         )
+        if self.recipe.eval is not None:
+            held_out = open_held_out(
+                self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
+            )
+            self.evaluation = Evaluation(self.engine, held_out, steps=self.recipe.train.steps)
 
     def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
@@ -132,6 +140,9 @@ class Trainer:
         self.origin["base"] = self.origin.get("base") or resumed.state.get("origin", {}).get("base")
         self.saving.step = self.step
         self.skips.restore(resumed.state, resumed.directory)
+        if self.evaluation is not None:
+            for note in restore_evaluations(resumed, self.evaluation, self.saving):
+                self.reporter.info(f"note: {note}")
         self.engine.restore_optimizer(
             resumed.directory / "optim", updates=self.step - self.skips.total, progress=self.watch.advance
         )
@@ -166,23 +177,23 @@ class Trainer:
     # ---- the loop
 
     def train(self) -> None:
-        """Train to `train.steps`, saving every `checkpoint.every` steps and at the end."""
-        steps = self.recipe.train.steps
-        if self.step >= steps:
+        """Train to `train.steps` or as `eval.patience` says, saving every `checkpoint.every` steps and at the end."""
+        if self._ends():
             if self.runtime.is_main and self.saving.step is not None:
                 self.saving.store.prune(self.saving.step)  # the last run may have ended before it did
-            self.reporter.info(
-                f"nothing to do: step {self.step} of {steps} is already trained; raise train.steps to train further"
-            )
+            self.reporter.info(nothing_to_do(self.step, self.recipe.train.steps, self.evaluation))
             return
         gc.collect()
         gc.freeze()
+        first = last = None
         try:
             self._listen()
-            started, first = time.perf_counter(), self.train_step()
-            last = first
-            while self.step < steps:
+            self._evaluate_where_due()
+            self._refuse_stopped()
+            started = time.perf_counter()
+            while not self._ends():
                 last = self.train_step()
+                first = first or last
             self._close_loggers()
         except NdtrainError:
             with suppress(NdtrainError):
@@ -191,19 +202,25 @@ class Trainer:
             with suppress(NdtrainError):
                 self.saving.store.settle()
             raise
-        self.reporter.info(
-            f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
-            f"in {time.perf_counter() - started:.0f} s"
-        )
+        if first is not None and last is not None:
+            self.reporter.info(
+                f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
+                f"in {time.perf_counter() - started:.0f} s"
+            )
+
+    def _ends(self) -> bool:
+        """Return whether no step is left, or `eval.patience` allows none; the same on every rank."""
+        return self.step >= self.recipe.train.steps or (self.evaluation is not None and self.evaluation.ends_run)
 
     def train_step(self) -> StepMetrics:
-        """Make one optimizer step, log it, and save if a checkpoint is due or requested.
+        """Make one optimizer step, log it, evaluate if that is due, and save if a checkpoint is due or requested.
 
         Raises `Stopped` after saving if any rank was asked to stop.
         """
         self.saving.settle(wait=False)
         metrics = self.optimize()
         self._log(metrics)
+        self._evaluate_where_due()
         self._save_where_due()
         return metrics
 
@@ -222,7 +239,7 @@ class Trainer:
         # These sums are equal on all ranks, so all decide alike.
         self.skips.count(skipped=not losses.finite)
         lr = engine.update(self.step, skip=bool(self.skips.in_row))
-        peak, *self.requested = self._agree(peak_memory_bytes(engine.device))
+        peak, *self.requested = self._agree(peak_memory_bytes(engine.device), then=self.step + 2)
         self.step += 1
         self.cursor += self.recipe.train.global_batch_size
         seconds = time.perf_counter() - started
@@ -251,11 +268,7 @@ class Trainer:
     # ---- after a step
 
     def _log(self, metrics: StepMetrics) -> None:
-        try:
-            for logger in self.loggers:
-                logger.write(metrics)
-        except OSError as error:
-            raise self._not_logged(error) from error
+        self._write(metrics)
         steps, every = self.recipe.train.steps, self.recipe.log.every
         self.reporter.step(metrics, steps=steps, show=self.step == steps or self.step % every == 0)
         if self.skips.in_row:
@@ -264,6 +277,13 @@ class Trainer:
                 f"({self.skips.in_row} in a row, {self.skips.limit} in a row end the run; {self.skips.total} in total)"
             )
         self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm)
+
+    def _write(self, metrics: Metrics) -> None:
+        try:
+            for logger in self.loggers:
+                logger.write(metrics)
+        except OSError as error:
+            raise self._not_logged(error) from error
 
     def _close_loggers(self) -> None:
         try:
@@ -275,13 +295,42 @@ class Trainer:
     def _not_logged(self, error: OSError) -> NdtrainError:
         return NdtrainError(f"step {self.step} was trained but not logged: {error}")
 
+    def _evaluate_where_due(self) -> None:
+        """Evaluate if it is due and no stop is requested: before the save, so that a checkpoint knows its own loss."""
+        evaluation, self._is_best = self.evaluation, False
+        if evaluation is None or not evaluation.due(self.step):
+            return
+        metrics = None
+        if not self.requested[0]:
+            self._asks_at = self.step
+            with self.watch.during(EVALUATE):
+                metrics = evaluation.measure(self.step, goes_on=self._goes_on)
+        if metrics is None:
+            way = "--eval-only evaluates it" if self._ends() else "started again, the run begins with it"
+            self.reporter.info(f"step {self.step} is not evaluated, since a stop was requested; {way}")
+            return
+        self._write(metrics)
+        evaluation.count(metrics)
+        for line in evaluation.lines(metrics):
+            self.reporter.info(line)
+        self._is_best = self.step > 0 and self.saving.offer(self.step, metrics.eval_loss)
+
+    def _goes_on(self, done: int, rows: int) -> bool:
+        """Report the progress of an evaluation; return False if it is to be cut short. Collective."""
+        self.watch.beat()
+        if done < rows:
+            self.reporter.progress("evaluating", done, rows, unit="rows")
+        asked = self._agree(0, then=self.step + (done == rows))[1:]
+        self.requested = [max(pair) for pair in zip(asked, self.requested, strict=True)]
+        return done == rows or not self.requested[0]
+
     def _save_where_due(self) -> None:
-        """Save if a checkpoint is due or requested; raise `Stopped` afterwards if a stop was requested."""
+        """Save if a checkpoint is due, requested or the best; raise `Stopped` afterwards if a stop was requested."""
         steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
-        last = self.step == steps
+        last = self._ends()
         self.save_due = self.save_due or bool(every and self.step % every == 0)
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
-        if last or any(self.requested) or (self.save_due and not self.skips.in_row):
+        if last or any(self.requested) or self._is_best or (self.save_due and not self.skips.in_row):
             with self.watch.during(SAVE):
                 refuse_not_finite(model_tensors(self.engine.model), step=self.step)
                 self.save()
@@ -320,6 +369,7 @@ class Trainer:
                 "data": self.batches.fingerprint,
                 "seed": self.recipe.train.seed,
                 **self.skips.state(),
+                **({"eval": {**self.evaluation.state(), "best": self.saving.candidate}} if self.evaluation else {}),
                 "mesh": asdict(self.sizes),
                 "versions": versions(),
                 "recipe": self.origin.get("recipe"),
@@ -333,15 +383,18 @@ class Trainer:
     def _listen(self) -> None:
         """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
         self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.recipe.train.steps), self.saving.step))
-        self.requested = self._agree(0)[1:]
+        self.requested = self._agree(0, then=self.step + 1)[1:]
+        self._refuse_stopped()
+
+    def _refuse_stopped(self) -> None:
         if self.requested[0]:
             self._remove_request_files()
             raise nothing_to_save(self.requested[0])
 
-    def _agree(self, number: int) -> list[int]:
-        """Return [the largest `number`, stop, save] over all ranks; collective."""
+    def _agree(self, number: int, *, then: int) -> list[int]:
+        """Return [the largest `number`, stop, save] over all ranks, which next ask after step `then`; collective."""
         own = [number, *self.stop_signals.seen(files=self.runtime.is_main)]
-        self._asks_at += 1
+        self._asks_at = then
         shared = torch.tensor(own, dtype=torch.int64, device=self.engine.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return cast("list[int]", shared.tolist())
