@@ -318,6 +318,57 @@ def test_special_tokens_are_parsed_by_tokenizers_that_have_some(recipe: Any) -> 
         recipe(MINIMAL, "data.special_tokens=parse", "data.tokenizer=bytes")
 
 
+HELD_OUT = MINIMAL + '[eval]\npath = "held-out"\n'
+
+
+def test_eval_has_what_data_has_unless_it_says_otherwise(recipe: Any) -> None:
+    r = recipe(HELD_OUT, "data.packing=false", "checkpoint.every=7", "eval.rows=9")
+    assert (r.eval.path, r.eval.seq_len, r.eval.packing, r.eval.every, r.eval.rows) == ("held-out", 16, False, 7, 9)
+    assert (r.eval.at_start, r.eval.patience, recipe().eval) == (False, None, None)
+    assert recipe(HELD_OUT).eval.every == 500 and recipe(HELD_OUT, "eval.every=0").eval.every == 0
+    own = r.held_out()
+    assert own.data == r.data.model_copy(update={"path": "held-out", "shuffle": False}) and own.train == r.train
+    assert recipe(to_toml(r)) == r and "[eval]" not in to_toml(recipe())
+
+
+def test_what_eval_takes_from_data_is_reported_once(recipe: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^data\.seq_len is required: a whole number of at least 2 \(.*\)$"):
+        recipe(HELD_OUT.replace("seq_len = 16\n", ""))
+    with pytest.raises(RecipeError, match=r"^data\.packing = 3 must be [^\n]*$"):
+        recipe(HELD_OUT, "data.packing=3")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (MINIMAL, ["checkpoint.keep_best=true"], r"checkpoint\.keep_best = true needs a held-out loss"),
+        (MINIMAL, ["eval.every=3"], r"eval\.path is required"),
+        (HELD_OUT, ["eval.patience=2", "eval.every=0"], r"eval\.patience = 2 needs evaluations before the end"),
+        (HELD_OUT, ["data.packing=false", "eval.packing=true"], r"eval\.packing = true needs packing in \[data\] too"),
+        (HELD_OUT, ["eval.shuffle=true"], r'\[eval\] has no key "shuffle"; it belongs to \[data\]'),
+        (HELD_OUT, ["eval.format=chat"], r'eval\.format = "chat" is not available in this version'),
+        (
+            HELD_OUT,
+            ["data.tokenizer=bytes", "eval.special_tokens=parse"],
+            r'eval\.special_tokens = "parse" does not apply',
+        ),
+    ],
+)
+def test_contradictions_about_held_out_data_are_refused(
+    recipe: Any, text: str, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        recipe(text, *overrides)
+
+
+def test_what_data_does_not_support_eval_does_not_either(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NOT_YET, ("data", "packing"), ((True,), "a reason"))
+    with pytest.raises(RecipeError, match=r"^eval\.packing = false is not available in this version: [^\n]*$"):
+        recipe(HELD_OUT, "eval.packing=false")
+    with pytest.raises(RecipeError, match=r"^data\.packing = false is not available in this version: [^\n]*$"):
+        recipe(HELD_OUT, "data.packing=false")
+
+
 def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:
     text = MINIMAL.replace('name = "org/model"', 'type = "llama"\nconfig = {hidden_size = 8, rope = {theta = 1.5}}')
     for r in (

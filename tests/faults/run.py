@@ -54,6 +54,7 @@ def _recipe(folder: Path, run: Path, *, steps: int) -> Path:
         load={"mode": "sharded"},
         schedule={"warmup_steps": 0},
         checkpoint={"every": 1, "resume": "auto", "on_error": "stop", "async": False},
+        eval={"path": str(folder / "corpus"), "every": 2},
         run={f"{key}_timeout_s": seconds for key, seconds in LIMITS.items()},
     )
 

@@ -30,6 +30,7 @@ PLACES = {
     "checking the model on noise": "torch.nn.functional:silu",  # inside a block, between collectives
     "reading the weights": "ndtrain.load:load_sharded",
     "reading the checkpoint": "ndtrain.train.setup:load_tensors",
+    "evaluating": "ndtrain.train.evaluation:labels_count",
     "saving": "ndtrain.checkpoint.store:write_files",
 }
 ERRORS = {
