@@ -20,6 +20,7 @@ from ndtrain.recipe import load_recipe
 from ndtrain.runs.lock import RunLock
 from tests import proofs, tiny
 from tests.ranks import RanksFailed, get_pool
+from tests.test_tokenizer import bytes_on_disk
 from tests.test_train import model_dir as saved_model
 from tests.test_train import world  # noqa: F401
 
@@ -290,9 +291,7 @@ def stopped_while_evaluating(path: str, at_step: int) -> str:
     with pytest.MonkeyPatch.context() as patches, pytest.raises(Stopped) as stopped:
         patches.setattr(Engine, "loss_sum", asked)
         trainer.train()
-    assert any(f"step {at_step} is not evaluated, since a stop was requested" in line for line in said.said) == (
-        at_step > 0
-    )
+    assert any(f"step {at_step} is not evaluated, since a stop was requested" in line for line in said.said)
     return str(stopped.value)
 
 
@@ -300,12 +299,15 @@ def test_a_stop_cuts_an_evaluation_short_which_the_next_start_makes_first(
     world: dict[str, Any],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", held_out={"every": 1}, steps=4)
+    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", held_out={"every": 1, "at_start": True}, steps=4)
+    for end in get_pool(2).run(stopped_while_evaluating, str(recipe), 0, timeout=200):
+        assert "before the first step, so there is nothing to save" in end
+    assert not (tmp_path / "run/metrics.jsonl").exists()
     for end in get_pool(2).run(stopped_while_evaluating, str(recipe), 2, timeout=200):
         assert "after step 2 of 4, which is saved" in end
-    assert list(eval_losses(tmp_path / "run")) == [1]
+    assert list(eval_losses(tmp_path / "run")) == [0, 1]
     ended = run(recipe)
-    assert list(eval_losses(tmp_path / "run")) == [1, 2, 3, 4]
+    assert list(eval_losses(tmp_path / "run")) == [0, 1, 2, 3, 4]
     said = ended["said"]
     resumed = next(i for i, line in enumerate(said) if line.startswith("resumed from"))
     assert said[resumed + 1].startswith("step 2/4  eval loss")
@@ -574,6 +576,21 @@ def test_eval_only_evaluates_the_newest_checkpoint_on_another_mesh_and_saves_not
         get_pool(2).run(evaluated_only, str(recipe), ["model.config.rms_norm_eps=1.0"], timeout=200)
 
 
+def test_held_out_text_is_encoded_as_its_own_keys_say(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    text = "<|im_start|>user\nhello"
+    (tmp_path / "rendered.txt").write_text(text, encoding="utf-8")
+    data = {"tokenizer": str(bytes_on_disk(tmp_path / "tokenizer"))}
+    held_out = {"path": str(tmp_path / "rendered.txt"), "special_tokens": "parse"}
+    recipe = recipe_for(world, tmp_path, "llama", "1", held_out=held_out, data=data)
+    for overrides in ([], ["eval.special_tokens=text"]):
+        get_pool(1).run(evaluated_only, str(recipe), overrides, timeout=200)
+    parsed, plainly = (line["eval_tokens"] for line in lines(tmp_path / "run"))
+    assert plainly - parsed == len("<|im_start|>") - 1
+
+
 def test_eval_only_needs_held_out_data_and_a_run_directory_that_no_run_uses(
     world: dict[str, Any],  # noqa: F811
     tmp_path: Path,
@@ -604,11 +621,7 @@ def test_a_model_that_changes_its_weights_in_eval_mode_is_refused(
     world: dict[str, Any],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    scratch = {
-        "type": "rwkv",
-        "attn": "eager",
-        "config": {**tiny.MATRIX["rwkv"], "num_hidden_layers": 3, "rescale_every": 2},
-    }
+    config = {**tiny.MATRIX["rwkv"], "num_hidden_layers": 3, "rescale_every": 2}
     recipe = tiny.recipe_file(
         tmp_path / "recipe.toml",
         model={"type": "rwkv", "attn": "eager", "config": config},

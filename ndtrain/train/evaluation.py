@@ -22,7 +22,7 @@ from ndtrain.storage.paths import to_path
 from ndtrain.train.inputs import open_held_out, open_tokenizer
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Best, Saving
-from ndtrain.train.setup import Resumed, build, find_evaluated
+from ndtrain.train.setup import Resumed, build, find_evaluated, open_run_dir
 
 
 class Evaluation:
@@ -170,6 +170,7 @@ def evaluate_only(engine: Engine, *, runtime: Runtime, reporter: Reporter) -> No
     """
     recipe, watch = engine.recipe, runtime.watch
     run_dir = to_path(recipe.run.dir)
+    on_rank0(lambda: open_run_dir(run_dir))
     check_loggers(recipe, run_dir)
     with watch.during(TOKENIZE):
         tokenizer, notes = open_tokenizer(recipe, runtime, engine.vocabulary)
