@@ -572,8 +572,16 @@ def test_eval_only_evaluates_the_newest_checkpoint_on_another_mesh_and_saves_not
     assert after.keys() == before.keys()
     assert all(after[name] == content for name, content in before.items() if name not in changing)
 
-    with pytest.raises(RanksFailed, match=r"RecipeError: .*model\.config\.rms_norm_eps was 1e-06, is now 1\.0"):
-        get_pool(2).run(evaluated_only, str(recipe), ["model.config.rms_norm_eps=1.0"], timeout=200)
+    # Only what its loss depends on has to be that of the checkpoint.
+    for override, words in (
+        ("model.config.rms_norm_eps=1.0", r"model\.config\.rms_norm_eps was 1e-06, is now 1\.0"),
+        (
+            f"data.tokenizer={bytes_on_disk(tmp_path / 'tokenizer')}",
+            r"data\.tokenizer was bytes, is now .*other tokens",
+        ),
+    ):
+        with pytest.raises(RanksFailed, match=f"RecipeError: .*{words}"):
+            get_pool(2).run(evaluated_only, str(recipe), [override], timeout=200)
 
 
 def test_held_out_text_is_encoded_as_its_own_keys_say(

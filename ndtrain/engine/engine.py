@@ -96,20 +96,18 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Let `loss_sum` work inside: no dropout, no gradients. Modes and random numbers are afterwards as before.
+        """Have the model in eval mode inside, for forwards without gradients. Afterwards all is as before.
 
-        Every evaluation begins with the same random numbers, should a model draw any.
+        Each time it begins with the same random numbers, should a model draw any.
         """
         training = [module for module in self.model.modules() if module.training]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.recipe.train.seed)
             self.model.eval()
-            try:
-                yield
-            finally:
-                for module in training:
-                    module.training = True
-                end_of_forward(self.model)
+            yield
+        for module in training:
+            module.training = True
+        end_of_forward(self.model)
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Return the summed cross-entropy, in float32, of this rank's part of a micro batch before `shape`."""

@@ -128,10 +128,10 @@ def find_evaluated(
 
     def compare() -> None:
         changes = config_changes(*_configs(found, engine), lambda: _same_shapes(found, engine))
-        saved, own = state.get("origin", {}).get("tokenizer"), tokenizer_identity(recipe, tokenizer)
-        if saved not in (None, own):
-            key = "data.tokenizer"
-            changes.append(Change(key, saved, own, "allow", "it gives other tokens"))
+        saved = state.get("origin", {}).get("tokenizer")
+        if saved not in (None, tokenizer_identity(recipe, tokenizer)):
+            was, now = str(state["recipe"]["data"].get("tokenizer")), str(recipe.data.tokenizer)
+            changes.append(Change("data.tokenizer", was, now, "allow", "it gives other tokens"))
         if changes:
             reporter.info(table(changes, found, recipe))
         refuse(changes, found, recipe)
