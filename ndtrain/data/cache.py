@@ -1,7 +1,6 @@
 """Write the tokens of files to disk, once for the same files and encoder, and memory-map them.
 
-Files are tokenized in groups (`groups_of`), each in a directory of its own: tokens.bin, docs.bin (where documents
-begin), loss.bin (which tokens carry loss, one byte each, unless all do) and meta.json.
+Files are tokenized in groups (`groups_of`), each in a directory of its own (`prepare`).
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ndtrain.data.corpus import Corpus, Part
-from ndtrain.data.documents import documents_of
 from ndtrain.data.files import reading, stamp_of
 from ndtrain.data.formats import name_kind
 from ndtrain.data.groups import groups_of
-from ndtrain.data.row import Encoder, RowError
+from ndtrain.data.preparation import FORMAT_VERSION, Group, prepare
+from ndtrain.data.row import Encoder
+from ndtrain.data.workers import Workers
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
 
-FORMAT_VERSION = 3
+# Bytes from which more processes are worth their start of some seconds.
+PARALLEL = 16 << 20
+_STALE_SECONDS = 7 * 24 * 3600
 _MEMO_NAME = ".digests.json"
 
-Meta = dict[str, Any]
 Progress = Callable[[int, int], None] | None
 
 
@@ -64,13 +65,6 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     return digests
 
 
-class Group(NamedTuple):
-    """Files that are tokenized together, and the key of their tokens."""
-
-    key: str
-    files: list[Path]
-
-
 class Contents(NamedTuple):
     """What a token cache is made of: its key, its groups, and the identities of the encoder and each file, in order."""
 
@@ -88,7 +82,7 @@ def contents_of(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path) -> 
         kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
         groups = [
             Group(_key([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
-            for first, last in groups_of([stamp_of(file)[0] for file in files], digests)
+            for first, last in groups_of(list(map(_size, files)), digests)
         ]
     except OSError as error:
         raise _not_written(cache_dir, error) from error
@@ -96,27 +90,34 @@ def contents_of(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path) -> 
     return Contents(key, groups, encoder.key, [" ".join(map(str, kind)) for kind in kinds])
 
 
-def build_cache(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path, progress: Progress = None) -> Corpus:
-    """Return the tokens of these files; tokenizes what is not in `cache_dir`.
+def build_cache(
+    files: Sequence[Path], encoder: Encoder, *, cache_dir: Path, progress: Progress = None, workers: int = 1
+) -> Corpus:
+    """Return the tokens of these files; tokenizes what is not in `cache_dir`, in so many processes if it is much.
 
-    Documents of fewer than two tokens are skipped. One document at a time is in memory. Ranks and runs may race: each
-    writes its own directory and the first rename wins. `progress(done, total)` is called after each document with bytes
-    of the input. Raises `RecipeError` or `NdtrainError` if the cache cannot be written, `DamagedError` for a file that
-    cannot be read or changes meanwhile, or a cache that is truncated or altered.
+    Documents of fewer than two tokens are skipped. A few documents at a time are in memory. Ranks and runs may race.
+    `progress(done, total)` is called after each document with bytes of the input. Raises `RecipeError` or
+    `NdtrainError` if the cache cannot be written, `DamagedError` for a file that cannot be read or changes meanwhile,
+    or a cache that is truncated or altered.
     """
     contents = contents_of(files, encoder, cache_dir=cache_dir)
-    total, before, parts = sum(stamp_of(file)[0] for file in files), 0, []
+    total, before, parts = sum(map(_size, files)), 0, []
 
     def report(done: int) -> None:
         if progress:
             progress(before + done, total)
 
-    for group in contents.groups:
-        try:
-            parts.append(open_part(_build(group, encoder, cache_dir=cache_dir, progress=report)))
-        except OSError as error:
-            raise _not_written(cache_dir, error) from error
-        before += sum(stamp_of(file)[0] for file in group.files)
+    _remove_stale(cache_dir)
+    missing = sum(sum(map(_size, group.files)) for group in contents.groups if not (cache_dir / group.key).exists())
+    with ExitStack() as stack:
+        pool = stack.enter_context(Workers(encoder, workers)) if workers > 1 and missing >= PARALLEL else None
+        for group in contents.groups:
+            try:
+                directory = prepare(group, encoder, cache_dir=cache_dir, progress=report, workers=pool)
+            except OSError as error:
+                raise _not_written(cache_dir, error) from error
+            parts.append(open_part(directory))
+            before += sum(map(_size, group.files))
     corpus = Corpus(parts, contents.key)
     if not corpus.n_docs:
         count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
@@ -124,28 +125,17 @@ def build_cache(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path, pro
     return corpus
 
 
-def _build(group: Group, encoder: Encoder, *, cache_dir: Path, progress: Callable[[int], None]) -> Path:
-    final = cache_dir / group.key
-    if final.exists():
-        return final
-    stamps = [stamp_of(file) for file in group.files]
-    with tempfile.TemporaryDirectory(prefix=f".{group.key}-", dir=cache_dir, ignore_cleanup_errors=True) as tmp:
-        work = Path(tmp)
-        meta = _write_tokens(group.files, encoder, folder=work, progress=progress)
-        for file, stamp in zip(group.files, stamps, strict=True):
-            if stamp_of(file) != stamp:
-                raise DamagedError(f"{file} changed while it was being tokenized; start the run again")
-        (work / "meta.json").write_text(json.dumps({"version": FORMAT_VERSION, "key": group.key, **meta}))
-        for part in work.iterdir():
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-        work.chmod(0o755)
-        try:
-            os.rename(work, final)
-        except OSError:
-            if not final.is_dir():  # otherwise another process was first, with the same content
-                raise
-    return final
+def _remove_stale(cache_dir: Path) -> None:
+    """Remove what killed processes have left and no later run has completed in a week."""
+    for left in cache_dir.glob(".*.partial"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left)
+                left.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _size(file: Path) -> int:
+    return stamp_of(file)[0]
 
 
 def _key(parts: object) -> str:
@@ -157,51 +147,6 @@ def _not_written(cache_dir: Path, error: OSError) -> NdtrainError:
     return kind(
         f"cannot write the token cache in {cache_dir}: {error.strerror}; set NDTRAIN_CACHE to another directory"
     )
-
-
-def _write_tokens(files: Sequence[Path], encoder: Encoder, *, folder: Path, progress: Callable[[int], None]) -> Meta:
-    dtype = np.dtype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32)
-    most = encoder.vocab_size - 1
-    odd: dict[str, list[Any]] = {}
-    tokens = documents = before = told = largest = 0
-    with ExitStack() as stack:
-        token_file, doc_file = (stack.enter_context((folder / name).open("wb")) for name in ("tokens.bin", "docs.bin"))
-        loss_file = stack.enter_context((folder / "loss.bin").open("wb")) if encoder.masked else None
-        doc_file.write(struct.pack("=q", 0))
-        for number, file in enumerate(files):
-            for document in documents_of(file):
-                try:
-                    ids, loss, special = encoder.encode({"text": document.raw})
-                except (RowError, RecipeError) as error:
-                    kind_of = DamagedError if isinstance(error, RowError) else RecipeError
-                    raise kind_of(f"{file}, {document.where}: {error}") from error
-                if ids.size > 1:  # a mark alone has no target
-                    if ids.min() < 0 or ids.max() > most:
-                        raise RecipeError(
-                            f"{file}: the tokenizer gave ids {ids.min()} to {ids.max()}, expected 0 to {most}"
-                        )
-                    token_file.write(ids.astype(dtype).tobytes())
-                    tokens, documents, largest = tokens + ids.size, documents + 1, max(largest, int(ids.max()))
-                    doc_file.write(struct.pack("=q", tokens))
-                    if loss_file is not None:
-                        assert loss is not None and loss.shape == ids.shape
-                        loss_file.write(loss.tobytes())
-                for kind in filter(None, (document.odd, special and "special")):
-                    odd.setdefault(kind, [0, number, document.where, special])[0] += 1
-                if before + document.done > told:
-                    told = before + document.done
-                    progress(told)
-            before += stamp_of(file)[0]
-        if told < before:
-            progress(before)
-    return {
-        "dtype": dtype.name,
-        "tokens": tokens,
-        "documents": documents,
-        "largest": largest,
-        "masked": encoder.masked,
-        "odd": odd,
-    }
 
 
 def open_part(path: Path) -> Part:

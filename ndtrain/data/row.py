@@ -43,8 +43,13 @@ class RowError(NdtrainError):
 
 
 class Encoder(Protocol):
-    """Turns the fields of a row into tokens. `key` identifies its behaviour: other behaviour needs another key."""
+    """Turns the fields of a row into tokens. `key` identifies its behaviour: other behaviour needs another key.
 
+    It can be pickled. `tokenizer` is what it encodes with.
+    """
+
+    @property
+    def tokenizer(self) -> object: ...
     @property
     def key(self) -> str: ...
     @property

@@ -87,7 +87,15 @@ def open_batches(
             runtime.watch.advance()
             reporter.progress("tokenizing", done, total)
 
-        corpora.append(build_cache(files, encoder, cache_dir=cache_root() / "data", progress=progress))
+        corpora.append(
+            build_cache(
+                files,
+                encoder,
+                cache_dir=cache_root() / "data",
+                progress=progress,
+                workers=recipe.data.workers or len(os.sched_getaffinity(0)),
+            )
+        )
 
     rank0_first(runtime, build)
     # The other ranks compute its keys from the files' digests, which are cached beside it.
