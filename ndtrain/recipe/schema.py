@@ -154,6 +154,9 @@ class DataSection(DataKeys):
         None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
     )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes that tokenize, on one rank of each node; 0: one per core."
+    )
 
 
 def _data_defaults(schema: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ndtrain import proof
 from ndtrain.checkpoint import CheckpointStore, load_tensors, read_state
 from ndtrain.checkpoint.manifest import read_manifest
+from ndtrain.data import TextEncoder
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
@@ -31,7 +32,6 @@ from ndtrain.train.changes import (
     refuse,
     table,
 )
-from ndtrain.train.origin import tokenizer_identity
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
@@ -129,7 +129,7 @@ def find_evaluated(
     def compare() -> None:
         changes = config_changes(*_configs(found, engine), lambda: _same_shapes(found, engine))
         saved = state.get("origin", {}).get("tokenizer")
-        if saved not in (None, tokenizer_identity(recipe, tokenizer)):
+        if saved not in (None, TextEncoder(tokenizer).key):
             was, now = str(state["recipe"]["data"].get("tokenizer")), str(recipe.data.tokenizer)
             changes.append(Change("data.tokenizer", was, now, "allow", "it gives other tokens"))
         if changes:
