@@ -211,3 +211,15 @@ def test_a_run_in_an_object_store_has_one_owner(env: dict[str, str], monkeypatch
     second.take()
     second.release()
     assert not (run_dir / FILE).exists()
+
+
+def test_the_best_checkpoint_of_a_run_in_an_object_store_is_kept_and_named(env: dict[str, str]) -> None:
+    root = to_path(f"s3://{BUCKET}/best")
+    store = CheckpointStore(root, keep=1)
+    for step, best_step in ((1, 1), (2, 1), (3, 1)):
+        store.save(step, model={"w": torch.ones(2)}, optim={}, state={"step": step}, best_step=best_step)
+    assert steps_in(root) == ["step-00000001", "step-00000003"]
+    assert (root / "best").read_text() == "checkpoints/step-00000001\n"
+    assert not store.name_best(2)
+    store.save(4, model={"w": torch.ones(2)}, optim={}, state={"step": 4}, best_step=4)
+    assert steps_in(root) == ["step-00000004"] and (root / "best").read_text() == "checkpoints/step-00000004\n"

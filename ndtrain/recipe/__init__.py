@@ -7,9 +7,9 @@ names the key, the value, the rule and the line.
 
 from ndtrain.recipe.reader import json_schema, load_recipe, to_toml
 from ndtrain.recipe.schema import (
+    SHARED,
     CheckpointSection,
     CpSection,
-    DataKeys,
     DataSection,
     EpSection,
     EvalSection,
@@ -28,9 +28,9 @@ from ndtrain.recipe.schema import (
 )
 
 __all__ = [
+    "SHARED",
     "CheckpointSection",
     "CpSection",
-    "DataKeys",
     "DataSection",
     "EpSection",
     "EvalSection",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.schema import SHARED
 
 # (section, alias) -> key of the same section.
 ALIASES: dict[tuple[str, str], str] = {
@@ -32,10 +33,6 @@ ALIASES: dict[tuple[str, str], str] = {
     ("data", "max_seq_length"): "seq_len",
     ("data", "sequence_len"): "seq_len",
     ("data", "sample_packing"): "packing",
-    ("eval", "max_length"): "seq_len",
-    ("eval", "max_seq_length"): "seq_len",
-    ("eval", "sequence_len"): "seq_len",
-    ("eval", "sample_packing"): "packing",
     ("eval", "eval_steps"): "every",
     ("eval", "eval_on_start"): "at_start",
     ("eval", "early_stopping_patience"): "patience",
@@ -58,6 +55,8 @@ ALIASES: dict[tuple[str, str], str] = {
     ("log", "logging_steps"): "every",
     ("run", "output_dir"): "dir",
 }
+
+ALIASES |= {("eval", alias): key for (section, alias), key in ALIASES.items() if section == "data" and key in SHARED}
 
 # (section, alias) -> [(the other tool's value, ndtrain's)], where they differ.
 VALUES: dict[tuple[str, str], list[tuple[Any, Any]]] = {

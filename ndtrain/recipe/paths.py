@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from ndtrain.recipe.problems import Key, Problem, dotted
+from ndtrain.recipe.schema import SHARED
 from ndtrain.storage.urls import expanded, secret_in
 
 PATHS: tuple[Key, ...] = (
     ("model", "name"),
     ("data", "path"),
     ("data", "tokenizer"),
-    ("eval", "path"),
     ("checkpoint", "resume"),
     ("run", "dir"),
 )
+PATHS += tuple(("eval", key) for section, key in PATHS if section == "data" and key in SHARED)
 
 
 def expand_paths(document: dict[str, Any]) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from ndtrain.recipe.paths import expand_paths
 from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
 from ndtrain.recipe.resuming import NEVER
 from ndtrain.recipe.rules import contradictions, not_yet
-from ndtrain.recipe.schema import DataKeys, Recipe, sections
+from ndtrain.recipe.schema import SHARED, Recipe, sections
 from ndtrain.storage.urls import without_secrets
 
 MAX_PROBLEMS = 5
@@ -229,7 +229,7 @@ def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Prob
         at: Key = tuple(str(part) for part in item["loc"][:2])
         if at in seen:  # a union reports each of its members
             continue
-        if at[0] == "eval" and at[1:] and at[1] in set(DataKeys.model_fields) - {"path"} - set(document["eval"]):
+        if at[0] == "eval" and at[1:] and at[1] in set(SHARED) - {"path"} - set(document["eval"]):
             continue  # taken from [data], where it is reported
         seen.add(at)
         if extra:

@@ -147,6 +147,9 @@ class DataKeys(Section):
     )
 
 
+SHARED = tuple(DataKeys.model_fields)
+
+
 class DataSection(DataKeys):
     """The training data."""
 
@@ -161,7 +164,7 @@ class DataSection(DataKeys):
 
 def _data_defaults(schema: dict[str, Any]) -> None:
     """Tell editors that the keys of [data] are optional in [eval], and that their defaults are not constants."""
-    for key in set(DataKeys.model_fields) - {"path"}:
+    for key in set(SHARED) - {"path"}:
         schema["properties"][key].pop("default", None)
         schema["properties"][key]["description"] += " Default: as in [data]."
     schema["required"] = ["path"]
@@ -332,13 +335,13 @@ class Recipe(Section):
         own, data, checkpoint = (values.get(name) for name in ("eval", "data", "checkpoint"))
         if not isinstance(own, dict) or not isinstance(data, dict):
             return values
-        shared = {key: data[key] for key in DataKeys.model_fields if key in data and key != "path"}
+        shared = {key: data[key] for key in SHARED if key in data and key != "path"}
         every = checkpoint.get("every", CheckpointSection().every) if isinstance(checkpoint, dict) else 0
         return {**values, "eval": {**shared, "every": every, **own}}
 
     def held_out(self) -> "Recipe":
         """Return the recipe with the data of [eval], which it must have, in file order as its [data]."""
-        shared = {key: getattr(self.eval, key) for key in DataKeys.model_fields}
+        shared = {key: getattr(self.eval, key) for key in SHARED}
         return self.model_copy(update={"data": self.data.model_copy(update={**shared, "shuffle": False})})
 
     @property

@@ -52,9 +52,7 @@ class Evaluation:
         """Whether `eval.patience` evaluations in a row did not give a new lowest loss."""
         return self.section.patience is not None and self.worse >= self.section.patience
 
-    def measure(
-        self, step: int, *, goes_on: Callable[[int, int], bool] = lambda done, rows: True
-    ) -> EvalMetrics | None:
+    def measure(self, step: int, *, goes_on: Callable[[int, int], bool]) -> EvalMetrics | None:
         """Return the mean loss of all targets of all rows. Collective.
 
         `goes_on(rows done, rows)` is called after each micro batch; None is returned if it returns False, as it must on
@@ -143,7 +141,7 @@ def restore_evaluations(resumed: Resumed, evaluation: Evaluation, saving: Saving
     if not evaluation.restore(state, resumed.directory):
         yield "the rows of [eval] are not those of the checkpoint, whose held-out losses count no more"
         return
-    if state["best"] is None or not evaluation.engine.recipe.checkpoint.keep_best:
+    if not state.get("best") or not evaluation.engine.recipe.checkpoint.keep_best:
         return
     best = Best(*state["best"])
     own = resumed.directory.parent.absolute() == saving.store.root.absolute()

@@ -18,7 +18,7 @@ from ndtrain.errors import NdtrainError, RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
 from ndtrain.mesh import MeshSizes
-from ndtrain.recipe import DataKeys, Recipe
+from ndtrain.recipe import SHARED, Recipe
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter, Silent
@@ -163,7 +163,7 @@ class _OfHeldOut(Silent):
 
 def _of_held_out(line: str) -> str:
     """Return a message in which keys of [data] are those of [eval]."""
-    return re.sub(rf"(?<![\w./-])data\.(?=({'|'.join(DataKeys.model_fields)})\b)", "eval.", line)
+    return re.sub(rf"(?<![\w./-])data\.(?=({'|'.join(SHARED)})\b)", "eval.", line)
 
 
 def cache_root() -> Path:

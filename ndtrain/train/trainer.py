@@ -313,7 +313,9 @@ class Trainer:
         evaluation.count(metrics)
         for line in evaluation.lines(metrics):
             self.reporter.info(line)
-        self._is_best = self.step > 0 and self.saving.offer(self.step, metrics.eval_loss)
+        if self.step:
+            with self.watch.during(SAVE):
+                self._is_best = self.saving.offer(self.step, metrics.eval_loss)
 
     def _goes_on(self, done: int, rows: int) -> bool:
         """Report the progress of an evaluation; return False if it is to be cut short. Collective."""
