@@ -19,6 +19,7 @@ class Terminal(io.StringIO):
 def metrics(step: int) -> StepMetrics:
     return StepMetrics(
         step=step,
+        epoch=step / 2,
         loss=2.5,
         grad_norm=1.0,
         lr=1e-4,

@@ -149,7 +149,9 @@ def mixed_reference(
 
     recipe = load_recipe(recipe_path)
     cache = data.build_cache(data.find_files(recipe.data.path), ByteTokenizer(), cache_dir=cache_root() / "data")
-    samples = data.Samples(data.TokenCache.open(cache), recipe.data.seq_len, packing=True, pad_id=258)
+    samples = data.open_samples(
+        data.TokenCache.open(cache), recipe.data.seq_len, packing=True, pad_id=258, folder=cache.parent
+    )
     ranks = [
         data.GlobalBatches(
             samples,

@@ -9,7 +9,7 @@ from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches
 from ndtrain.data.cache import TokenCache, Tokenizer, build_cache, contents_of
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
-from ndtrain.data.samples import IGNORE, Samples
+from ndtrain.data.samples import IGNORE, Samples, open_samples
 
 __all__ = [
     "IGNORE",
@@ -23,4 +23,5 @@ __all__ = [
     "find_files",
     "labels_count",
     "micro_batches",
+    "open_samples",
 ]

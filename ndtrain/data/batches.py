@@ -45,11 +45,13 @@ class GlobalBatches:
     @property
     def fingerprint(self) -> str:
         """Text that identifies the data and its order; a cursor is valid only where it is equal."""
-        data, order = self.samples, self.order
-        return (
-            f"{data.cache.key} seq_len={data.seq_len} packing={data.packing} samples={len(data)} "
-            f"seed={order.seed} shuffle={order.shuffle}"
-        )
+        return f"{self.samples.fingerprint} {self.order.fingerprint}"
+
+    def keep_order(self, fingerprint: str) -> None:
+        """Go on in the order of the version that a checkpoint with this fingerprint was trained in."""
+        order = self.order
+        version = Order.version_of(fingerprint)
+        self.order = Order(order.n_samples, seed=order.seed, shuffle=order.shuffle, version=version)
 
     def sample_ids(self, cursor: int) -> IntArray:
         """Return the ids `[G]` of the whole global batch at the cursor; the next batch is at cursor + G."""

@@ -121,7 +121,7 @@ def build_cache(
                     raise
         return final
     except OSError as error:
-        raise _not_written(cache_dir, error) from error
+        raise not_written(cache_dir, error) from error
 
 
 def contents_of(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path) -> Contents:
@@ -129,7 +129,7 @@ def contents_of(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path)
     try:
         return _contents(files, tokenizer, cache_dir)
     except OSError as error:
-        raise _not_written(cache_dir, error) from error
+        raise not_written(cache_dir, error) from error
 
 
 def _contents(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Contents:
@@ -141,7 +141,8 @@ def _contents(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> C
     return Contents(key, " ".join(map(str, identity[1:])), [" ".join(map(str, kind)) for kind in kinds])
 
 
-def _not_written(cache_dir: Path, error: OSError) -> NdtrainError:
+def not_written(cache_dir: Path, error: OSError) -> NdtrainError:
+    """Return the error for a token cache, or what is stored beside it, that cannot be written."""
     kind = RecipeError if error.errno in MENDABLE else NdtrainError
     return kind(
         f"cannot write the token cache in {cache_dir}: {error.strerror}; set NDTRAIN_CACHE to another directory"

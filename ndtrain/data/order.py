@@ -1,5 +1,6 @@
-"""Order the samples in an endless stream of ids."""
+"""Order the samples in an endless stream of ids, without holding any of it in memory."""
 
+import hashlib
 from functools import lru_cache
 from typing import Any
 
@@ -9,23 +10,34 @@ import numpy.typing as npt
 from ndtrain.data.cache import IntArray
 from ndtrain.errors import RecipeError
 
+_ROUNDS = 10
+_NEWEST = 2
+
 
 class Order:
     """The endless stream of sample ids: epoch after epoch, each with its own permutation.
 
-    The permutation sorts raw PCG64 output, which numpy keeps the same in every version. It does not promise that of
-    Generator.permutation, and a resumed run must continue in the same order.
+    The permutation is a cipher of the ids, keyed by seed and epoch: any part of it is computed alone, from integers
+    alone, and so the same in every version of numpy and on every machine. `version` 1 is the order of checkpoints
+    written before there was a cipher, which they keep: a sort of as many random numbers as there are samples.
     """
 
-    def __init__(self, n_samples: int, *, seed: int, shuffle: bool) -> None:
+    def __init__(self, n_samples: int, *, seed: int, shuffle: bool, version: int = _NEWEST) -> None:
         if seed < 0:
             raise RecipeError(f"the seed must not be negative, but is {seed}")
-        self.n_samples, self.seed, self.shuffle = n_samples, seed, shuffle
-        self._permutation = lru_cache(maxsize=2)(self._permute)
+        self.n_samples, self.seed, self.shuffle, self.version = n_samples, seed, shuffle, version
+        self._sorted = lru_cache(maxsize=2)(self._sort)
 
-    def _permute(self, epoch: int) -> npt.NDArray[Any]:
-        raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.n_samples)
-        return np.argsort(raw, kind="stable").astype(np.uint32 if self.n_samples <= 1 << 32 else np.uint64)
+    @property
+    def fingerprint(self) -> str:
+        """Text that identifies the order of a number of samples."""
+        return f"seed={self.seed} shuffle={self.shuffle}" + (f" order={self.version}" if self.version > 1 else "")
+
+    @staticmethod
+    def version_of(fingerprint: str) -> int:
+        """Return the version of the order in a fingerprint of data, as a checkpoint records it."""
+        fields = dict(field.split("=", 1) for field in fingerprint.split() if "=" in field)
+        return int(fields.get("order", 1))
 
     def sample_ids(self, cursor: int, count: int) -> IntArray:
         """Return the ids `[count]` of the stream from `cursor` to cursor + count - 1."""
@@ -33,7 +45,41 @@ class Order:
         while count > 0:
             epoch, start = divmod(cursor, self.n_samples)
             take = min(count, self.n_samples - start)
-            ids = self._permutation(epoch)[start : start + take] if self.shuffle else range(start, start + take)
-            parts.append(np.asarray(ids, dtype=np.int64))
+            parts.append(self._ids(epoch, start, take))
             cursor, count = cursor + take, count - take
         return np.concatenate(parts)
+
+    def _ids(self, epoch: int, start: int, count: int) -> IntArray:
+        if not self.shuffle:
+            return np.arange(start, start + count, dtype=np.int64)
+        if self.version == 1:
+            return self._sorted(epoch)[start : start + count].astype(np.int64)
+        return permuted(np.arange(start, start + count, dtype=np.uint64), self.n_samples, key=f"{self.seed} {epoch}")
+
+    def _sort(self, epoch: int) -> npt.NDArray[Any]:
+        raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.n_samples)
+        return np.argsort(raw, kind="stable").astype(np.uint32 if self.n_samples <= 1 << 32 else np.uint64)
+
+
+def permuted(places: npt.NDArray[np.uint64], n: int, *, key: str) -> IntArray:
+    """Return the numbers below `n` at `places` of the permutation of all of them that `key` selects.
+
+    Each round multiplies by an odd number, adds, and xors the high half of the bits to the low half, all modulo the
+    next power of two, which can be undone and so permutes; a result of `n` or more is ciphered again until it is
+    below (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    bits = max(1, (n - 1).bit_length())
+    mask, half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
+    drawn = np.frombuffer(hashlib.shake_256(key.encode()).digest(16 * _ROUNDS), "<u8").astype(np.uint64)
+    factors, terms = drawn[:_ROUNDS] | np.uint64(1), drawn[_ROUNDS:]
+
+    def cipher(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        for factor, term in zip(factors, terms, strict=True):
+            x = (x * factor + term) & mask  # wraps modulo 2^64, a multiple of the power of two
+            x ^= x >> half
+        return x
+
+    found = cipher(places)
+    while len(outside := np.flatnonzero(found >= n)):
+        found[outside] = cipher(found[outside])
+    return found.astype(np.int64)

@@ -10,6 +10,7 @@ _SAMPLES = "the place in the data counts samples, and a sample would be another"
 NEVER: dict[str, str] = {
     "data.seq_len": _SAMPLES,
     "data.packing": _SAMPLES,
+    "data.too_long": _SAMPLES,
     "data.format": _SAMPLES,
     "model.type": "another model type has other weights",
     "optim.name": "the saved state is that of another optimizer",

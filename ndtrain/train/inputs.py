@@ -9,7 +9,7 @@ from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.cache import TokenCache, build_cache
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
-from ndtrain.data.samples import Samples
+from ndtrain.data.samples import Samples, open_samples
 from ndtrain.errors import RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
@@ -74,37 +74,41 @@ def open_batches(
 
     Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
     """
-    directories: list[Path] = []
-    files: list[Path] = []
+    folder = cache_root() / "data"
+    found: list[tuple[list[Path], Samples]] = []
 
-    def build() -> None:
-        files.extend(find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}")))
+    def find() -> None:
+        files = find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}"))
 
         def progress(done: int, total: int) -> None:
             runtime.watch.advance()
             reporter.progress("tokenizing", done, total)
 
-        directory = build_cache(
-            files, tokenizer, cache_dir=cache_root() / "data", progress=progress, scan=tokenizer.spelled
+        cache = TokenCache.open(
+            build_cache(files, tokenizer, cache_dir=folder, progress=progress, scan=tokenizer.spelled)
         )
-        directories.append(directory)
+        samples = open_samples(
+            cache,
+            recipe.data.seq_len,
+            packing=recipe.data.packing,
+            too_long=recipe.data.too_long,
+            pad_id=tokenizer.pad_id,
+            folder=folder,
+            advance=runtime.watch.advance,
+        )
+        found.append((files, samples))
 
-    rank0_first(runtime, build)
+    rank0_first(runtime, find)
     # The other ranks compute its key from the files' digests, which are cached beside it.
-    caches: list[TokenCache] = []
-
-    def open_cache() -> None:
-        if not directories:
-            build()
-        caches.append(TokenCache.open(directories[0]))
-
-    together(open_cache)
-    for note in caches[0].notes(files, special_tokens=recipe.data.special_tokens):
+    together(None if found else find)
+    files, samples = found[0]
+    cache = samples.cache
+    for note in cache.notes(files, special_tokens=recipe.data.special_tokens):
         reporter.info(f"note: {note}")
-    if tokenizer.vocab_size > vocabulary and caches[0].largest_id >= vocabulary:
+    if tokenizer.vocab_size > vocabulary and cache.largest_id >= vocabulary:
         where = f'is in data.path = "{recipe.data.path}"'
-        raise RecipeError(_lacking(recipe, tokenizer, caches[0].largest_id, vocabulary, where))
-    samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
+        raise RecipeError(_lacking(recipe, tokenizer, cache.largest_id, vocabulary, where))
+    reporter.info(samples.describe())
     return GlobalBatches(
         samples,
         Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle),
