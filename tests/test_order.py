@@ -16,8 +16,7 @@ from ndtrain.errors import RecipeError
 
 # Where a count is drawn at random, its chi-square is further from its mean than this once in some 30,000 times.
 SIGMAS = 5
-OF_VERSION_1 = [3, 2, 1, 6, 0, 7, 4, 5]
-OF_VERSION_2 = [6, 3, 7, 2, 0, 5, 4, 1]
+FIXED_ORDER = [6, 3, 7, 2, 0, 5, 4, 1]
 
 
 def permutation(n: int, *, key: str) -> list[int]:
@@ -43,8 +42,8 @@ def test_every_sample_comes_once_per_epoch_across_its_border() -> None:
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    assert Order(8, seed=0, shuffle=True).sample_ids(0, 8).tolist() == OF_VERSION_2
-    assert Order(8, seed=1, shuffle=True).sample_ids(0, 8).tolist() != OF_VERSION_2
+    assert Order(8, seed=0, shuffle=True).sample_ids(0, 8).tolist() == FIXED_ORDER
+    assert Order(8, seed=1, shuffle=True).sample_ids(0, 8).tolist() != FIXED_ORDER
     assert Order(10**12, seed=5, shuffle=True).sample_ids(10**12 - 1, 3).tolist() == [
         315785797626,
         391923721535,
@@ -53,14 +52,6 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert Order(3, seed=0, shuffle=False).sample_ids(2, 5).tolist() == [2, 0, 1, 2, 0]
     with pytest.raises(RecipeError):
         Order(3, seed=-1, shuffle=True)
-
-
-def test_the_order_of_earlier_checkpoints_is_kept() -> None:
-    order = Order(8, seed=0, shuffle=True, version=1)
-    assert order.sample_ids(0, 8).tolist() == OF_VERSION_1
-    assert order.fingerprint == "seed=0 shuffle=True"  # what those checkpoints record
-    assert Order.version_of(f"key seq_len=8 {order.fingerprint}") == 1
-    assert Order.version_of(f"key seq_len=8 {Order(8, seed=0, shuffle=True).fingerprint}") == 2
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 1000, 2**32 + 1, 2**62, 2**63 - 1])

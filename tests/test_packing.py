@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from ndtrain.data import index
-from ndtrain.data.cache import TokenCache
+from ndtrain.data.corpus import Corpus, Part
 from ndtrain.data.index import RowIndex, build_index, open_index
 from ndtrain.data.samples import Concatenated, Whole, open_samples
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
@@ -23,10 +24,15 @@ def bounds_of(lengths: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def cache_of(lengths: Any) -> TokenCache:
+def corpus_of(lengths: Any, *, parts: int = 1) -> Corpus:
     """Documents whose tokens count up through all of them, so that each token is another."""
-    docs = bounds_of(lengths)
-    return TokenCache(key="k", tokens=np.arange(docs[-1], dtype=np.uint32), docs=docs)
+    first, made = 0, []
+    for some in np.array_split(np.asarray(lengths), parts):
+        docs = bounds_of(some)
+        tokens = np.arange(first, first + docs[-1], dtype=np.uint32)
+        made.append(Part("", tokens=tokens, docs=docs, largest=0))
+        first += int(docs[-1])
+    return Corpus(made, "k")
 
 
 def some_lengths(case: int) -> tuple[np.ndarray, int]:
@@ -58,12 +64,12 @@ def cut(lengths: np.ndarray, size: int) -> list[tuple[int, int]]:
     return pieces
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
-def test_rows_are_those_of_best_fit_decreasing(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(index, "_BLOCK", block)
+@pytest.mark.parametrize(("parts", "block"), [(1, 1), (1, 1 << 20), (3, 7)])
+def test_rows_are_those_of_best_fit_decreasing(parts: int, block: int) -> None:
     for case in range(120):
         lengths, size = some_lengths(case)
-        found = build_index(bounds_of(lengths), size, best_fit=True)
+        corpus = corpus_of(lengths, parts=parts)
+        found = build_index(partial(corpus.bounds, block), size, best_fit=True)
         sizes = dict(cut(lengths, size))
         rows = [found.pieces(row).tolist() for row in range(len(found))]
         assert sorted(itertools.chain(*rows)) == sorted(sizes), "each piece once"
@@ -75,7 +81,7 @@ def test_rows_are_those_of_best_fit_decreasing(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_rows_of_these_lengths_never_change() -> None:
     lengths = [5, 9, 2, 3, 8, 20, 4, 7, 6, 2]
-    found = build_index(bounds_of(lengths), 10, best_fit=True)
+    found = build_index(corpus_of(lengths).bounds, 10, best_fit=True)
     assert [sorted(found.pieces(row).tolist()) for row in range(len(found))] == ROWS
     assert found.first_too_long == 5
 
@@ -87,7 +93,9 @@ ROWS = [[0, 64], [5], [14, 19], [16, 51], [27], [37], [47, 58]]
 def test_documents_are_whole_and_restart_their_positions(tmp_path: Path, packing: Any) -> None:
     for case in range(30):
         lengths, size = some_lengths(case)
-        samples = open_samples(cache_of(lengths), size, packing=packing, pad_id=7, folder=tmp_path / str(case))
+        samples = open_samples(
+            corpus_of(lengths, parts=1 + case % 2), size, packing=packing, pad_id=7, folder=tmp_path / str(case)
+        )
         sizes, docs = dict(cut(lengths, size)), bounds_of(lengths)
         seen: list[int] = []
         for row in (samples[number] for number in range(len(samples))):
@@ -116,7 +124,7 @@ def test_long_documents_are_cut_left_out_or_refused(tmp_path: Path) -> None:
     lengths = [4, 11, 5, 30, 10]  # 10 is as long as a row
 
     def opened(too_long: Any, packing: Any = "best_fit") -> Any:
-        return open_samples(cache_of(lengths), 10, packing=packing, too_long=too_long, pad_id=0, folder=tmp_path)
+        return open_samples(corpus_of(lengths), 10, packing=packing, too_long=too_long, pad_id=0, folder=tmp_path)
 
     for packing in ("best_fit", False):
         rows = [opened("drop", packing)[i] for i in range(len(opened("drop", packing)))]
@@ -124,12 +132,12 @@ def test_long_documents_are_cut_left_out_or_refused(tmp_path: Path) -> None:
         assert tokens == [1, 2, 3, 16, 17, 18, 19, *range(51, 60)]
         assert opened("drop", packing).describe().endswith("; longer than a row and left out: 2")
         assert opened("cut", packing).describe().endswith("; longer than a row and cut: 2")
-        with pytest.raises(RecipeError, match=r"2 of the 5 documents .* document 2 with 11 tokens.*data\.too_long"):
+        with pytest.raises(RecipeError, match=r"2 of the 5 documents .* the first is document 2;.*data\.too_long"):
             opened("error", packing)
     assert "documents: 5; rows of 10 tokens: 6, 98.3% filled by 59 tokens" in opened("cut").describe()
     assert len({opened(how).fingerprint for how in ("cut", "drop")}) == 2
     with pytest.raises(RecipeError, match=r"leaves no document: all 2 have more than data\.seq_len = 3"):
-        open_samples(cache_of([4, 5]), 3, packing=False, too_long="drop", pad_id=0, folder=tmp_path / "none")
+        open_samples(corpus_of([4, 5]), 3, packing=False, too_long="drop", pad_id=0, folder=tmp_path / "none")
 
 
 def test_nothing_that_concat_needs_grows_with_the_documents(tmp_path: Path) -> None:
@@ -141,7 +149,7 @@ def test_nothing_that_concat_needs_grows_with_the_documents(tmp_path: Path) -> N
     docs[-1] = 10**12
     tokens = np.broadcast_to(np.uint16(5), 10**12)
     tracemalloc.start()
-    samples = Concatenated(TokenCache(key="k", tokens=tokens, docs=docs), 4096, pad_id=0)
+    samples = Concatenated(Corpus([Part("", tokens=tokens, docs=docs, largest=5)], "k"), 4096, pad_id=0)
     assert len(samples) == -(-(10**12 - 1) // 4096)
     assert samples[len(samples) // 2]["labels"].tolist() == [5] * 4096
     assert "documents: 1,000,000,000; rows of 4,096 tokens: 244,140,625, 100.0%" in samples.describe()
@@ -155,7 +163,7 @@ def test_nothing_that_concat_needs_grows_with_the_documents(tmp_path: Path) -> N
 
 def stored(folder: Path, **more: Any) -> RowIndex:
     options: dict[str, Any] = {"best_fit": True, "drop": False, "folder": folder, "advance": lambda: None, **more}
-    return open_index(bounds_of([5, 9, 2, 3, 8, 20, 4]), 10, **options)
+    return open_index(corpus_of([5, 9, 2, 3, 8, 20, 4]).bounds, 10, **options)
 
 
 def test_rows_are_computed_once_and_then_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +200,7 @@ def test_rows_that_are_not_whole_are_refused(tmp_path: Path, name: str, how: str
         file.write_text(json.dumps({**json.loads(file.read_text()), "version": 9}))
     else:
         np.array([3] * (file.stat().st_size // 8)).tofile(file)
-    cache = cache_of([5, 9, 2, 3, 8, 20, 4])
+    cache = corpus_of([5, 9, 2, 3, 8, 20, 4])
     with pytest.raises(DamagedError, match=f"{file.parent}: .*; delete the directory"):
         samples = Whole(cache, 10, packing="best_fit", index=stored(file.parent), pad_id=0)
         for row in range(len(samples)):
@@ -202,4 +210,4 @@ def test_rows_that_are_not_whole_are_refused(tmp_path: Path, name: str, how: str
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NdtrainError, match=r"cannot write the token cache in .*NDTRAIN_CACHE"):
-        open_samples(cache_of([5, 6]), 8, packing=False, pad_id=0, folder=tmp_path / "file" / "cache")
+        open_samples(corpus_of([5, 6]), 8, packing=False, pad_id=0, folder=tmp_path / "file" / "cache")

@@ -6,8 +6,8 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 import torch
 
-from ndtrain.data.cache import IntArray
 from ndtrain.data.order import Order
+from ndtrain.data.row import IntArray
 from ndtrain.data.samples import IGNORE, Samples
 
 
@@ -46,12 +46,6 @@ class GlobalBatches:
     def fingerprint(self) -> str:
         """Text that identifies the data and its order; a cursor is valid only where it is equal."""
         return f"{self.samples.fingerprint} {self.order.fingerprint}"
-
-    def keep_order(self, fingerprint: str) -> None:
-        """Go on in the order of the version that a checkpoint with this fingerprint was trained in."""
-        order = self.order
-        version = Order.version_of(fingerprint)
-        self.order = Order(order.n_samples, seed=order.seed, shuffle=order.shuffle, version=version)
 
     def sample_ids(self, cursor: int) -> IntArray:
         """Return the ids `[G]` of the whole global batch at the cursor; the next batch is at cursor + G."""

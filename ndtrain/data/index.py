@@ -9,21 +9,21 @@ import json
 import os
 import tempfile
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from ndtrain.data.row import IntArray
 from ndtrain.errors import DamagedError
 
-IntArray = npt.NDArray[np.int64]
-# Return a new array of int64 of that name and length.
+# Yields the bounds `[d + 1]` of some documents at a time, which together are all of them.
+Bounds = Callable[[], Iterable[IntArray]]
+# Returns a new array of int64 of that name and length.
 New = Callable[[str, int], IntArray]
 
 _VERSION = 1
-_BLOCK = 1 << 20  # documents
 
 
 class RowIndex(NamedTuple):
@@ -66,7 +66,7 @@ class _Block(NamedTuple):
 
 
 def build_index(
-    docs: IntArray,
+    bounds: Bounds,
     seq_len: int,
     *,
     best_fit: bool,
@@ -74,7 +74,7 @@ def build_index(
     new: New = lambda name, length: np.empty(length, np.int64),
     advance: Callable[[], object] = lambda: None,
 ) -> RowIndex:
-    """Return the rows of `seq_len` tokens for documents with bounds `docs` `[n_docs + 1]`.
+    """Return the rows of `seq_len` tokens for the documents that `bounds()` yields each time it is called.
 
     With `best_fit`, pieces share rows: by falling length, each goes to the fullest row that has room (best-fit
     decreasing). The rows come in the order of their first tokens. Otherwise each piece is a row, in the order of the
@@ -83,8 +83,10 @@ def build_index(
     """
 
     def blocks() -> Iterator[_Block]:
-        for first in range(0, len(docs) - 1, _BLOCK):
-            yield _pieces(docs[first : first + _BLOCK + 1], seq_len, first=first, drop=drop)
+        first = 0
+        for some in bounds():
+            yield _pieces(some, seq_len, first=first, drop=drop)
+            first += len(some) - 1
             advance()
 
     counts = np.zeros(seq_len + 1, np.int64)  # of pieces, by their size
@@ -98,7 +100,7 @@ def build_index(
     rows: IntArray | None = None
     if best_fit:
         placed = _Placement.of(counts)
-        begins = np.full(placed.rows, docs[-1], np.int64)
+        begins = np.full(placed.rows, np.iinfo(np.int64).max, np.int64)
         for block in blocks():
             found = placed.place(block)
             np.minimum.at(begins, found.rows, found.starts)
@@ -226,7 +228,7 @@ class _Placement:
 
 
 def open_index(
-    docs: IntArray, seq_len: int, *, best_fit: bool, drop: bool, folder: Path, advance: Callable[[], object]
+    bounds: Bounds, seq_len: int, *, best_fit: bool, drop: bool, folder: Path, advance: Callable[[], object]
 ) -> RowIndex:
     """Return the rows that `build_index` computes, mapped from `folder`, where they are written if it does not exist.
 
@@ -237,7 +239,7 @@ def open_index(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as t:
             work = Path(t)
-            _write(work, build_index(docs, seq_len, best_fit=best_fit, drop=drop, new=_new_in(work), advance=advance))
+            _write(work, build_index(bounds, seq_len, best_fit=best_fit, drop=drop, new=_new_in(work), advance=advance))
             work.chmod(0o755)
             try:
                 os.rename(work, folder)

@@ -1,43 +1,33 @@
 """Order the samples in an endless stream of ids, without holding any of it in memory."""
 
 import hashlib
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ndtrain.data.cache import IntArray
+from ndtrain.data.row import IntArray
 from ndtrain.errors import RecipeError
 
 _ROUNDS = 10
-_NEWEST = 2
 
 
 class Order:
     """The endless stream of sample ids: epoch after epoch, each with its own permutation.
 
-    The permutation is a cipher of the ids, keyed by seed and epoch: any part of it is computed alone, from integers
-    alone, and so the same in every version of numpy and on every machine. `version` 1 is the order of checkpoints
-    written before there was a cipher, which they keep: a sort of as many random numbers as there are samples.
+    The permutation is a cipher of the ids, keyed by seed and epoch. Any part of it is computed alone, and from integers
+    alone, so that it is the same in every version of numpy and on every machine.
     """
 
-    def __init__(self, n_samples: int, *, seed: int, shuffle: bool, version: int = _NEWEST) -> None:
+    def __init__(self, n_samples: int, *, seed: int, shuffle: bool) -> None:
         if seed < 0:
             raise RecipeError(f"the seed must not be negative, but is {seed}")
-        self.n_samples, self.seed, self.shuffle, self.version = n_samples, seed, shuffle, version
-        self._sorted = lru_cache(maxsize=2)(self._sort)
+        self.n_samples, self.seed, self.shuffle = n_samples, seed, shuffle
 
     @property
     def fingerprint(self) -> str:
         """Text that identifies the order of a number of samples."""
-        return f"seed={self.seed} shuffle={self.shuffle}" + (f" order={self.version}" if self.version > 1 else "")
-
-    @staticmethod
-    def version_of(fingerprint: str) -> int:
-        """Return the version of the order in a fingerprint of data, as a checkpoint records it."""
-        fields = dict(field.split("=", 1) for field in fingerprint.split() if "=" in field)
-        return int(fields.get("order", 1))
+        # Before the cipher there was another order, whose fingerprint had no version.
+        return f"seed={self.seed} shuffle={self.shuffle}" + (" order=2" if self.shuffle else "")
 
     def sample_ids(self, cursor: int, count: int) -> IntArray:
         """Return the ids `[count]` of the stream from `cursor` to cursor + count - 1."""
@@ -52,13 +42,7 @@ class Order:
     def _ids(self, epoch: int, start: int, count: int) -> IntArray:
         if not self.shuffle:
             return np.arange(start, start + count, dtype=np.int64)
-        if self.version == 1:
-            return self._sorted(epoch)[start : start + count].astype(np.int64)
         return permuted(np.arange(start, start + count, dtype=np.uint64), self.n_samples, key=f"{self.seed} {epoch}")
-
-    def _sort(self, epoch: int) -> npt.NDArray[Any]:
-        raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.n_samples)
-        return np.argsort(raw, kind="stable").astype(np.uint32 if self.n_samples <= 1 << 32 else np.uint64)
 
 
 def permuted(places: npt.NDArray[np.uint64], n: int, *, key: str) -> IntArray:

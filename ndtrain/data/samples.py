@@ -1,4 +1,4 @@
-"""Cut the documents of a token cache into rows of fixed length."""
+"""Cut the documents of a corpus into rows of fixed length."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from typing import Literal
 
 import numpy as np
 
-from ndtrain.data.cache import IntArray, TokenCache, not_written
-from ndtrain.data.index import RowIndex, open_index
+from ndtrain.data.cache import not_written
+from ndtrain.data.corpus import Corpus
+from ndtrain.data.index import RowIndex, build_index, open_index
+from ndtrain.data.row import IntArray
 from ndtrain.errors import RecipeError
 
 IGNORE = -100
 
 Packing = Literal["concat", "best_fit"] | bool
-Row = dict[str, IntArray]
+Sample = dict[str, IntArray]
 
 
 class Samples(ABC):
     """Rows of S = seq_len tokens: dicts of int64 `[S]` input_ids, labels and position_ids.
 
     Labels are already shifted: labels[t] is the token after input_ids[t], or -100 if that token belongs to another
-    document or there is none. A target at a cut is not lost: the row reads one token past its end.
+    document or carries no loss, or there is none. A target at a cut is not lost: the row reads one token past its end.
     """
 
     packing: Packing
 
-    def __init__(self, cache: TokenCache, seq_len: int, *, pad_id: int) -> None:
-        self.cache, self.seq_len, self.pad_id = cache, seq_len, pad_id
+    def __init__(self, corpus: Corpus, seq_len: int, *, pad_id: int) -> None:
+        self.corpus, self.seq_len, self.pad_id = corpus, seq_len, pad_id
 
     @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         row = {
@@ -46,32 +48,32 @@ class Samples(ABC):
         return row
 
     @abstractmethod
-    def _fill(self, row: Row, index: int) -> None:
+    def _fill(self, row: Sample, index: int) -> None:
         """Write tokens, targets and positions to `row`, which is all padding at positions 0 to S - 1."""
 
-    def _put(self, row: Row, start: int, stop: int, *, at: int) -> int:
-        """Write the tokens `start` to `stop` of the cache and their targets from place `at` on; return the next place.
+    def _put(self, row: Sample, start: int, stop: int, *, at: int) -> int:
+        """Write the tokens `start` to `stop` of the corpus and their targets from place `at` on; return the next place.
 
-        Tokens past the row's end are targets only.
+        A token past the row's end is a target only.
         """
-        tokens = self.cache.tokens[start:stop].astype(np.int64)
-        end = min(self.seq_len, at + len(tokens))
+        tokens = self.corpus.tokens(start, stop)
+        end, targets = min(self.seq_len, at + len(tokens)), tokens[1:]
+        if self.corpus.masked:
+            targets = np.where(self.corpus.loss(start + 1, stop), targets, IGNORE)
         row["input_ids"][at:end] = tokens[: end - at]
-        row["labels"][at : at + len(tokens) - 1] = tokens[1:]
+        row["labels"][at : at + len(targets)] = targets
         return end
 
     @property
     def fingerprint(self) -> str:
         """Text that identifies the rows."""
-        # "True" is what checkpoints of earlier versions have for "concat".
-        packing = True if self.packing == "concat" else self.packing
-        return f"{self.cache.key} seq_len={self.seq_len} packing={packing} samples={len(self)}"
+        return f"{self.corpus.key} seq_len={self.seq_len} packing={self.packing} samples={len(self)}"
 
     def describe(self) -> str:
         """Return how many documents and tokens are in how many rows, and how full these are."""
         rows, tokens = len(self), self._tokens
         return (
-            f"documents: {len(self.cache.docs) - 1:,}; rows of {self.seq_len:,} tokens: {rows:,}, "
+            f"documents: {self.corpus.n_docs:,}; rows of {self.seq_len:,} tokens: {rows:,}, "
             f"{tokens / (rows * self.seq_len):.1%} filled by {tokens:,} tokens"
         )
 
@@ -92,13 +94,12 @@ class Concatenated(Samples):
 
     def __len__(self) -> int:
         # A document's last token has no target, so a row that would hold only that token is left out.
-        return -(-(len(self.cache.tokens) - 1) // self.seq_len)
+        return -(-(self.corpus.n_tokens - 1) // self.seq_len)
 
-    def _fill(self, row: Row, index: int) -> None:
-        docs, size, start = self.cache.docs, self.seq_len, index * self.seq_len
+    def _fill(self, row: Sample, index: int) -> None:
+        size, start = self.seq_len, index * self.seq_len
         self._put(row, start, start + size + 1, at=0)
-        low, high = np.searchsorted(docs, [start, start + size], side="right")
-        starts = docs[low:high] - start  # of documents and of the padding at the end, from 1 to S
+        starts = self.corpus.ends(start, start + size) - start  # of the next document or of the padding, 1 to S
         row["labels"][starts - 1] = IGNORE
         starts, begins = starts[starts < size], np.zeros(size, np.int64)
         begins[starts] = starts
@@ -106,7 +107,7 @@ class Concatenated(Samples):
 
     @property
     def _tokens(self) -> int:
-        return min(len(self.cache.tokens), len(self) * self.seq_len)
+        return min(self.corpus.n_tokens, len(self) * self.seq_len)
 
 
 class Whole(Samples):
@@ -118,22 +119,20 @@ class Whole(Samples):
     """
 
     def __init__(
-        self, cache: TokenCache, seq_len: int, *, packing: Literal["best_fit", False], index: RowIndex, pad_id: int
+        self, corpus: Corpus, seq_len: int, *, packing: Literal["best_fit", False], index: RowIndex, pad_id: int
     ) -> None:
-        super().__init__(cache, seq_len, pad_id=pad_id)
+        super().__init__(corpus, seq_len, pad_id=pad_id)
         self.packing, self.index = packing, index
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def _fill(self, row: Row, index: int) -> None:
-        docs, size = self.cache.docs, self.seq_len
-        starts = np.sort(self.index.pieces(index))
-        ahead = np.searchsorted(docs, starts, side="right")
-        if not len(starts) or starts[0] < 0 or ahead[-1] == len(docs):
+    def _fill(self, row: Sample, index: int) -> None:
+        size, starts = self.seq_len, np.sort(self.index.pieces(index))
+        if not len(starts) or starts[0] < 0 or starts[-1] >= self.corpus.n_tokens:
             raise self.index.damaged(f"row {index} is not in the data")
-        ends, filled = docs[ahead], np.minimum(docs[ahead] - starts, size)
-        if ((starts - docs[ahead - 1]) % size).any() or filled.sum() > size:
+        begins, ends = self.corpus.around(starts)
+        if ((starts - begins) % size).any() or np.minimum(ends - starts, size).sum() > size:
             raise self.index.damaged(f"row {index} has other pieces than whole ones of {size} tokens")
         at = 0
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -152,13 +151,13 @@ class Whole(Samples):
 
 
 def open_samples(
-    cache: TokenCache,
+    corpus: Corpus,
     seq_len: int,
     *,
     packing: Packing,
     too_long: Literal["cut", "drop", "error"] = "cut",
     pad_id: int,
-    folder: Path,
+    folder: Path | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Samples:
     """Return the rows of `seq_len` tokens; what has to be computed for them is stored in `folder` for later starts.
@@ -169,24 +168,27 @@ def open_samples(
     stored is not whole.
     """
     if packing is True or packing == "concat":
-        return Concatenated(cache, seq_len, pad_id=pad_id)
-    drop = too_long == "drop"
-    name = f"{cache.key}-{packing or 'single'}-{seq_len}{'-drop' if drop else ''}"
-    path = folder / name
-    try:
-        index = open_index(cache.docs, seq_len, best_fit=bool(packing), drop=drop, folder=path, advance=advance)
-    except OSError as error:
-        raise not_written(folder, error) from error
+        return Concatenated(corpus, seq_len, pad_id=pad_id)
+    best_fit, drop = bool(packing), too_long == "drop"
+    if folder is None:
+        index = build_index(corpus.bounds, seq_len, best_fit=best_fit, drop=drop, advance=advance)
+    else:
+        name = f"{corpus.key}-{packing or 'single'}-{seq_len}{'-drop' if drop else ''}"
+        try:
+            index = open_index(
+                corpus.bounds, seq_len, best_fit=best_fit, drop=drop, folder=folder / name, advance=advance
+            )
+        except OSError as error:
+            raise not_written(folder, error) from error
     if too_long == "error" and index.too_long:
-        first, last = (int(bound) for bound in cache.docs[index.first_too_long :][:2])
         raise RecipeError(
-            f"data.seq_len = {seq_len}: {index.too_long:,} of the {len(cache.docs) - 1:,} documents of data.path are "
-            f"longer, the first is document {index.first_too_long + 1:,} with {last - first:,} tokens; raise "
-            'data.seq_len, or set data.too_long to "cut" or "drop"'
+            f"data.seq_len = {seq_len}: {index.too_long:,} of the {corpus.n_docs:,} documents of data.path are longer, "
+            f"the first is document {index.first_too_long + 1:,}; raise data.seq_len, or set data.too_long to "
+            '"cut" or "drop"'
         )
     if not len(index):
         raise RecipeError(
             f'data.too_long = "drop" leaves no document: all {index.too_long:,} have more than data.seq_len = '
             f'{seq_len} tokens; raise it, or set data.too_long = "cut"'
         )
-    return Whole(cache, seq_len, packing="best_fit" if packing else False, index=index, pad_id=pad_id)
+    return Whole(corpus, seq_len, packing="best_fit" if best_fit else False, index=index, pad_id=pad_id)

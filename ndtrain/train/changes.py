@@ -170,7 +170,7 @@ def _unrecorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, A
     """Yield the changes that an earlier version's checkpoint shows: in its data, its seed and its schedule."""
     key, *fields = state["data"].split()
     written = dict(field.split("=", 1) for field in fields if "=" in field)
-    if written.get("packing") == "True":
+    if written.get("packing") == "True":  # see `_recorded`
         written["packing"] = "concat"
     now = _flat(origin["recipe"])
     for name in ("data.seq_len", "data.packing", "data.shuffle"):

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from ndtrain.data.batches import GlobalBatches
-from ndtrain.data.cache import TokenCache, build_cache
+from ndtrain.data.cache import build_cache, contents_of, notes
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
 from ndtrain.data.samples import Samples, open_samples
+from ndtrain.data.text import TextEncoder
 from ndtrain.errors import RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
@@ -74,40 +75,46 @@ def open_batches(
 
     Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
     """
-    folder = cache_root() / "data"
-    found: list[tuple[list[Path], Samples]] = []
+    files: list[Path] = []
+    opened: list[Samples] = []
+    encoder, folder = TextEncoder(tokenizer), cache_root() / "data"
 
-    def find() -> None:
-        files = find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}"))
+    def build() -> None:
+        files[:] = find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}"))
 
         def progress(done: int, total: int) -> None:
             runtime.watch.advance()
             reporter.progress("tokenizing", done, total)
 
-        cache = TokenCache.open(
-            build_cache(files, tokenizer, cache_dir=folder, progress=progress, scan=tokenizer.spelled)
+        corpus = build_cache(
+            files,
+            encoder,
+            cache_dir=folder,
+            progress=progress,
+            workers=recipe.data.workers or len(os.sched_getaffinity(0)),
         )
-        samples = open_samples(
-            cache,
-            recipe.data.seq_len,
-            packing=recipe.data.packing,
-            too_long=recipe.data.too_long,
-            pad_id=tokenizer.pad_id,
-            folder=folder,
-            advance=runtime.watch.advance,
+        opened.append(
+            open_samples(
+                corpus,
+                recipe.data.seq_len,
+                packing=recipe.data.packing,
+                too_long=recipe.data.too_long,
+                pad_id=tokenizer.pad_id,
+                folder=folder,
+                advance=runtime.watch.advance,
+            )
         )
-        found.append((files, samples))
 
-    rank0_first(runtime, find)
-    # The other ranks compute its key from the files' digests, which are cached beside it.
-    together(None if found else find)
-    files, samples = found[0]
-    cache = samples.cache
-    for note in cache.notes(files, special_tokens=recipe.data.special_tokens):
+    rank0_first(runtime, build)
+    # The other ranks compute its keys from the files' digests, which are cached beside it.
+    together(None if opened else build)
+    samples = opened[0]
+    corpus, contents = samples.corpus, contents_of(files, encoder, cache_dir=folder)
+    for note in notes(corpus, contents, special_tokens=recipe.data.special_tokens):
         reporter.info(f"note: {note}")
-    if tokenizer.vocab_size > vocabulary and cache.largest_id >= vocabulary:
+    if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
         where = f'is in data.path = "{recipe.data.path}"'
-        raise RecipeError(_lacking(recipe, tokenizer, cache.largest_id, vocabulary, where))
+        raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
     reporter.info(samples.describe())
     return GlobalBatches(
         samples,

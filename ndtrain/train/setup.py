@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ndtrain import proof
 from ndtrain.checkpoint import CheckpointStore, load_tensors, read_state
 from ndtrain.checkpoint.manifest import read_manifest
-from ndtrain.data import GlobalBatches
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
@@ -37,18 +36,12 @@ class Resumed(NamedTuple):
     state: Mapping[str, Any]
     other_data: bool
 
-    def check_data(self, batches: GlobalBatches) -> None:
-        """Have the batches go on in the checkpoint's order of samples, unless the run goes on with other data.
-
-        Raises `RecipeError` if they have another fingerprint, though what they are made from is the same.
-        """
-        if self.other_data:
-            return
-        batches.keep_order(self.state["data"])
-        if self.state["data"] != batches.fingerprint:
+    def check_data(self, fingerprint: str) -> None:
+        """Raise `RecipeError` if the batches have another fingerprint, though what they are made from is the same."""
+        if self.state["data"] != fingerprint and not self.other_data:
             raise RecipeError(
-                f"{self.directory} was trained on other samples: {self.state['data']}, now {batches.fingerprint}; use "
-                "the version of ndtrain that wrote it, or choose another run.dir to train anew"
+                f"{self.directory} was trained on other samples: {self.state['data']}, now {fingerprint}; use the "
+                "version of ndtrain that wrote it, or choose another run.dir to train anew"
             )
 
 

@@ -94,7 +94,7 @@ class Trainer:
         with self.watch.during(TOKENIZE):
             self.open_batches()
             if resumed is not None:
-                resumed.check_data(self.batches)
+                resumed.check_data(self.batches.fingerprint)
             self._find_length(resumed)
         reporter.info(self._arithmetic())
         for note in (*self.plan.notes, *self._slow_dtype()):
