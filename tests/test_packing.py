@@ -18,6 +18,9 @@ from ndtrain.data.corpus import Corpus, Part
 from ndtrain.data.index import RowIndex, build_index, open_index
 from ndtrain.data.samples import Concatenated, Whole, open_samples
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
+from tests import tiny
+from tests.ranks import get_pool
+from tests.test_train import ALL_MESHES, ranks_of, trained
 
 
 def bounds_of(lengths: Any) -> np.ndarray:
@@ -211,3 +214,47 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NdtrainError, match=r"cannot write the token cache in .*NDTRAIN_CACHE"):
         open_samples(corpus_of([5, 6]), 8, packing=False, pad_id=0, folder=tmp_path / "file" / "cache")
+
+
+# ---- what is trained
+
+
+@pytest.mark.parametrize(
+    ("mesh", "more"),
+    [
+        ("1", {}),
+        ("tp2", {}),
+        ("dp_shard2-cp2", {"cp": {"kind": "ulysses"}}),
+        ("dp_shard2-cp2", {"cp": {"kind": "ring"}}),
+    ],
+)
+def test_documents_in_shared_rows_give_the_gradient_that_they_give_alone(
+    tmp_path: Path, mesh: str, more: dict[str, Any]
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, length in enumerate([60, 5, 9, 40, 21, 62, 1, 33, 17, 28, 2, 12]):  # and two marks each
+        (corpus / f"{number:02}.txt").write_text(bytes((number * 37 + i * i) % 90 + 33 for i in range(length)).decode())
+    found = []
+    for packing, rows in ((False, 12), ("best_fit", 5)):
+        folder = tmp_path / str(packing)
+        folder.mkdir()
+        recipe = tiny.recipe_file(
+            folder / "recipe.toml",
+            model={"type": "llama", "config": tiny.CONFIGS["llama"]},
+            corpus=corpus,
+            run_dir=folder / "run",
+            mesh=ALL_MESHES[mesh],
+            steps=1,
+            schedule={"warmup_steps": 0},
+            data={"packing": packing, "seq_len": 64},
+            train={"global_batch_size": rows, "micro_batch_size": 3},
+            **more,
+        )
+        result = get_pool(ranks_of(ALL_MESHES[mesh])).run(trained, str(recipe), [], timeout=200)[0]
+        assert sorted(result["ids"][0]) == list(range(rows)), "one step is one epoch"
+        found.append(result["metrics"][0])
+    alone, shared = found
+    assert shared["tokens"] == alone["tokens"]
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
@@ -68,9 +69,18 @@ def plan_report(
         },
         "units": [asdict(unit) for unit in (*plan.units, plan.root)],
         "tied": plan.tied,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *_open(recipe)],
         "params": [_param_report(param, plan, rank) for param in shown],
     }
+
+
+def _open(recipe: Recipe) -> Iterator[str]:
+    """Yield a note on what only the data decides."""
+    if recipe.train.epochs is not None:
+        yield (
+            f"train.epochs = {recipe.train.epochs}: how many steps that is, and with it the schedule, follows from the "
+            "number of samples, which a run prints once it has tokenized the data"
+        )
 
 
 def _group_report(sizes: MeshSizes, axis: str, rank: int, ranks_per_node: int) -> dict[str, Any]:

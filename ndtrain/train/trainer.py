@@ -162,9 +162,9 @@ class Trainer:
         if rows < train.micro_batch_size:
             line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
         line += f"; {_count(len(batches.samples), 'sample')}"
-        return (
-            line if train.epochs is None else f"{line}; {_count(train.epochs, 'epoch')}: {_count(self.steps, 'step')}"
-        )
+        if train.epochs is not None:
+            line += f"; {_count(train.epochs, 'epoch')}: {_count(self.steps, 'step')}"
+        return line
 
     def _slow_dtype(self) -> Iterator[str]:
         fsdp, device = self.recipe.fsdp, self.runtime.device
@@ -367,4 +367,4 @@ class Trainer:
 
 def _count(number: int, what: str) -> str:
     """Return "1 sample" or "2 samples"."""
-    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
+    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('tch') else 's'}"
