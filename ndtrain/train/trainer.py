@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ndtrain.accelerators import emulates_bfloat16, peak_memory_bytes
 from ndtrain.data import GlobalBatches
+from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Batch, Engine
 from ndtrain.errors import NdtrainError, Stopped
 from ndtrain.hf import extra_states
@@ -71,6 +72,7 @@ class Trainer:
         self.step = 0
         self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
+        self._prefetch = Prefetch(lambda cursor: self.batches.load(cursor), device=runtime.device)
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
         self.loggers: list[Logger] = []
@@ -244,9 +246,10 @@ class Trainer:
         )
 
     def _load(self) -> list[Batch]:
+        after = self.cursor + self.recipe.train.global_batch_size
+        loaded = self._prefetch.take(self.cursor, then=after if self.step + 1 < self.steps else None)
         batches = [
-            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()}
-            for batch in self.batches.load(self.cursor)
+            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()} for batch in loaded
         ]
         if not self._same_batch:
             check_same_batch(batches[0], self.engine.meshes)
