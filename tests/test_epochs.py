@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,15 @@ def test_epochs_end_where_the_samples_do(tmp_path: Path, batch: int, step: int, 
     found = with_steps(recipe, samples=SAMPLES, step=step, cursor=cursor)
     assert found.train.steps == steps and found.train.epochs == 2
     assert found.schedule.warmup_steps == (2 * steps + 50) // 100
+
+
+def test_inspect_says_that_the_steps_follow_from_the_data(tmp_path: Path) -> None:
+    """In a process of its own, since a dry step needs one without a process group."""
+    recipe = recipe_file(tmp_path, {"epochs": 2})
+    command = [sys.executable, "-m", "ndtrain", "inspect", str(recipe), "--dry-run", "--world-size", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    assert "train.epochs = 2: how many steps that is, and with it the schedule, follows from" in done.stdout
+    assert "peak memory" in done.stdout
 
 
 def test_a_schedule_that_does_not_fit_is_refused_once_the_steps_are_known(tmp_path: Path) -> None:

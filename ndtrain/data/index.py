@@ -101,8 +101,7 @@ def build_index(
     if best_fit:
         placed = _Placement.of(counts)
         begins = np.full(placed.rows, np.iinfo(np.int64).max, np.int64)
-        for block in blocks():
-            found = placed.place(block)
+        for found in placed.place(blocks()):
             np.minimum.at(begins, found.rows, found.starts)
         order = np.argsort(begins, kind="stable")
         number = np.empty_like(order)
@@ -110,9 +109,7 @@ def build_index(
         rows = new("rows", placed.rows + 1)
         rows[0] = 0
         np.cumsum(placed.pieces_in_rows()[order], out=rows[1:])
-        placed.next[:] = placed.first
-        for block in blocks():
-            found = placed.place(block)
+        for found in placed.place(blocks()):
             starts[rows[number[found.rows]] + found.slots] = found.starts
     else:
         done = 0
@@ -158,7 +155,7 @@ class _Placement:
 
     def __init__(self, steps: list[_Step], first: IntArray, *, pieces: int, rows: int) -> None:
         self.piece, self.row, self.each, self.slot = np.array(steps, np.int64).reshape(-1, 4).T.copy()
-        self.first, self.next = first, first.copy()  # the numbers of the first and of the next piece of each size
+        self.first = first  # the number of the first piece of each size
         self.pieces, self.rows = pieces, rows
 
     @classmethod
@@ -215,16 +212,18 @@ class _Placement:
         np.add.at(change, self.row + number, -self.each)
         return np.cumsum(change[:-1])
 
-    def place(self, block: _Block) -> _Placed:
-        """Return where the pieces of the next block of the data go."""
-        # numpy sorts 16 bits by radix.
-        order = np.argsort(block.sizes.astype(np.min_scalar_type(len(self.first))), kind="stable")
-        sizes, begins, counts = np.unique(block.sizes[order], return_index=True, return_counts=True)
-        pieces = np.repeat(self.next[sizes] - begins, counts) + np.arange(len(order))
-        self.next[sizes] += counts
-        step = np.searchsorted(self.piece, pieces, side="right") - 1
-        row, slot = np.divmod(pieces - self.piece[step], self.each[step])
-        return _Placed(block.starts[order], self.row[step] + row, self.slot[step] + slot)
+    def place(self, blocks: Iterable[_Block]) -> Iterator[_Placed]:
+        """Yield where the pieces of each block go; the blocks are all of the data."""
+        following = self.first.copy()
+        for block in blocks:
+            # numpy sorts 16 bits by radix.
+            order = np.argsort(block.sizes.astype(np.min_scalar_type(len(self.first))), kind="stable")
+            sizes, begins, counts = np.unique(block.sizes[order], return_index=True, return_counts=True)
+            pieces = np.repeat(following[sizes] - begins, counts) + np.arange(len(order))
+            following[sizes] += counts
+            step = np.searchsorted(self.piece, pieces, side="right") - 1
+            row, slot = np.divmod(pieces - self.piece[step], self.each[step])
+            yield _Placed(block.starts[order], self.row[step] + row, self.slot[step] + slot)
 
 
 def open_index(
@@ -237,8 +236,12 @@ def open_index(
     """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as t:
-            work = Path(t)
+        # What a killed process leaves has a name by which the cache removes it later.
+        made = tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
+        )
+        with made as temporary:
+            work = Path(temporary)
             _write(work, build_index(bounds, seq_len, best_fit=best_fit, drop=drop, new=_new_in(work), advance=advance))
             work.chmod(0o755)
             try:

@@ -56,9 +56,10 @@ def one_at_a_time(sizes: np.ndarray, capacity: int) -> int:
 
 def placing(documents: int, naive: int, seq_len: int) -> None:
     print("| documents | one at a time | `best_fit` | memory |\n|---|---|---|---|")
-    for number in sorted({naive, documents}):
-        corpus = corpus_of(number)
-        before, started = memory(), time.perf_counter()
+    corpora = {number: corpus_of(number) for number in sorted({naive, documents})}
+    before = memory()
+    for number, corpus in corpora.items():
+        started = time.perf_counter()
         index = build_index(corpus.bounds, seq_len, best_fit=True)
         seconds, held = time.perf_counter() - started, memory() - before
         other = "-"
