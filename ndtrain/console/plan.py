@@ -212,17 +212,17 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
                 + (f"; {size(held['staging'])} in host memory for checkpoints" if held["staging"] else ""),
                 markup=False,
             )
-        for remark in remarks(plan):
+        for remark in remarks(plan, report):
             console.print(remark, markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
-def remarks(plan: Plan) -> list[str]:
+def remarks(plan: Plan, report: dict[str, Any]) -> list[str]:
     """Return the lines about the whole plan: imbalance, coverage of tensor parallelism, notes."""
     lines = [_imbalance_text(plan)] if plan.imbalance > EVEN else []
     if plan.sizes.tp > 1:
         lines.append(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters")
-    return [*lines, *(f"note: {note}" for note in plan.notes)]
+    return [*lines, *(f"note: {note}" for note in report["notes"])]
 
 
 def _group_text(group: dict[str, Any]) -> str:
