@@ -218,9 +218,9 @@ class _Placement:
         for block in blocks:
             # numpy sorts 16 bits by radix.
             order = np.argsort(block.sizes.astype(np.min_scalar_type(len(self.first))), kind="stable")
-            sizes, begins, counts = np.unique(block.sizes[order], return_index=True, return_counts=True)
-            pieces = np.repeat(following[sizes] - begins, counts) + np.arange(len(order))
-            following[sizes] += counts
+            counts = np.bincount(block.sizes, minlength=len(following))
+            pieces = np.repeat(following - (np.cumsum(counts) - counts), counts) + np.arange(len(order))
+            following += counts
             step = np.searchsorted(self.piece, pieces, side="right") - 1
             row, slot = np.divmod(pieces - self.piece[step], self.each[step])
             yield _Placed(block.starts[order], self.row[step] + row, self.slot[step] + slot)
