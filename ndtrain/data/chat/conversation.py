@@ -85,7 +85,7 @@ def conversation_of(
     if len(shapes) > 1 and names:  # what data.columns names goes before what a row has besides
         shapes = [name for name in shapes if name in names] or shapes
     if len(shapes) != 1:
-        found = ", ".join(map(str, fields)) or "none"
+        found = ", ".join(map(str, list(fields)[:20])) or "none"
         what = "no conversation" if not shapes else f"more than one conversation ({' and '.join(shapes)})"
         raise RowError(
             f'{what}: a row has "messages", "conversations", or "prompt" and "completion"; its fields are {found}; '
@@ -141,7 +141,7 @@ def _message(given: Message, where: str, accepts: Accepts) -> tuple[Message, boo
     if not isinstance(role, str):
         raise RowError(f'{where} has no "role"' if role is None else f"{where}: role is {kind_of(role)}, not a string")
     if role not in _ROLE_OF:
-        raise RowError(f'{where}: the role "{role}" is not known; roles are {", ".join(ROLES)}')
+        raise RowError(f"{where}: the role {_quoted(role)} is not known; roles are {', '.join(ROLES)}")
     role = message["role"] = _ROLE_OF[role]
     where = f"{where} ({role})"
     for name in _DETAILS:
@@ -189,8 +189,8 @@ def _carries_loss(message: Message, where: str) -> bool:
     weight, train = message.pop("weight", None), message.pop("train", None)
     if train is not None and not isinstance(train, bool):
         raise RowError(f"{where}: train is {kind_of(train)}; it can be true or false")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise RowError(f"{where}: weight = {weight!r}; it can be 0 or 1")
+    if weight is not None and (not isinstance(weight, int | float) or isinstance(weight, bool) or weight not in (0, 1)):
+        raise RowError(f"{where}: weight is {_quoted(weight)}; it can be 0 or 1")
     if weight is not None and train is not None and bool(weight) != train:
         raise RowError(f"{where}: weight = {weight} contradicts train = {str(train).lower()}")
     return bool(weight) if weight is not None else train is not False
@@ -205,7 +205,7 @@ def _content(value: Any, where: str, accepts: Accepts) -> Any:
     for part in value:
         kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
         if kind != "text":
-            what = f'a part of type "{kind}"' if isinstance(kind, str) else kind_of(part)
+            what = f"a part of type {_quoted(kind)}" if isinstance(kind, str) else kind_of(part)
             raise RowError(f"{where}: content has {what}; only text can be trained on")
         if not isinstance(part.get("text"), str):
             raise RowError(f"{where}: a part of the content has no text")
@@ -272,8 +272,8 @@ def _variables(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f'"chat_template_kwargs" is {kind_of(value)}, not an object')
     for name in value:
-        if not name.isidentifier() or name in _RESERVED:
-            raise RowError(f'"chat_template_kwargs" cannot set "{name}"')
+        if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+            raise RowError(f'"chat_template_kwargs" cannot set {_quoted(str(name))}')
     return {name: setting for name, setting in value.items() if setting is not None}
 
 
@@ -286,7 +286,7 @@ def _json(text: str, what: str) -> Any:
     def number(digits: str) -> float:
         value = float(digits)
         if Decimal(digits) != Decimal(repr(value)):
-            raise ValueError(f"{digits} has more digits than a number of 64 bits")
+            raise ValueError(f"{digits[:40]} has more digits than a number of 64 bits")
         return value
 
     def constant(name: str) -> None:
@@ -301,6 +301,12 @@ def _json(text: str, what: str) -> Any:
         return json.loads(text, parse_float=number, parse_constant=constant, object_pairs_hook=unique)
     except (ValueError, ArithmeticError, RecursionError) as error:
         raise RowError(f"{what}: not valid JSON ({str(error).split(': line')[0] or type(error).__name__})") from error
+
+
+def _quoted(value: Any) -> str:
+    """Return the beginning of a value as JSON, on one line."""
+    text = json.dumps(value, ensure_ascii=False, default=kind_of)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def kind_of(value: Any) -> str:

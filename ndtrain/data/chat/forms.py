@@ -24,13 +24,14 @@ _REPLY = {"role": "assistant", "content": "probe-reply"}
 class Form(NamedTuple):
     """A template's text, whether it marks what is generated, what it takes, and whether it knows of thinking.
 
-    `switch` says whether the variable enable_thinking chooses another prompt.
+    `prompts` says whether it has a generation prompt, `switch` whether the variable enable_thinking chooses another.
     """
 
     text: str
     marked: bool
     accepts: Accepts
     reasons: bool
+    prompts: bool
     switch: bool
 
     def reads(self, variable: str) -> bool:
@@ -48,7 +49,8 @@ def form_of(renderer: Renderer, text: str, name: str) -> Form:
         if type(error).__name__ in ("TemplateSyntaxError", "TemplateAssertionError"):
             line = getattr(error, "lineno", None)
             raise RecipeError(f"the chat template ({name}), line {line}: {first_line(error)}") from error
-    plain = _rendered(renderer, text, [{"role": "user", "content": "probe-a"}, _REPLY])
+    asked = [{"role": "user", "content": "probe-a"}]
+    alone, plain = _rendered(renderer, text, asked), _rendered(renderer, text, [*asked, _REPLY])
     parts = [{"type": "text", "text": "probe-a"}, {"type": "text", "text": "probe-b"}]
     reply = {**_REPLY, "content": [{"type": "text", "text": _REPLY["content"]}]}
     listed = _rendered(renderer, text, [{"role": "user", "content": parts}, reply])
@@ -62,6 +64,7 @@ def form_of(renderer: Renderer, text: str, name: str) -> Form:
         marked=is_marked(text),
         accepts=accepts,
         reasons=any(re.search(rf"\b{name}\b", text) for name in REASONING),
+        prompts=alone == "" or _rendered(renderer, text, asked, prompt=True) != alone,
         switch="enable_thinking" in text,
     )
 
@@ -81,10 +84,12 @@ def _arguments(renderer: Renderer, text: str) -> str:
     return "object"
 
 
-def _rendered(renderer: Renderer, text: str, messages: list[dict[str, Any]], tools: Any = None) -> str:
+def _rendered(
+    renderer: Renderer, text: str, messages: list[dict[str, Any]], tools: Any = None, *, prompt: bool = False
+) -> str:
     """Return a rendering, "" if the template refuses it."""
     try:
-        return renderer.render(text, messages, tools=tools)
+        return renderer.render(text, messages, tools=tools, prompt=prompt)
     except Exception as error:
         if keeps_its_name(error):
             raise

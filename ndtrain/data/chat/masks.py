@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -113,14 +113,17 @@ class ChatEncoder:
                 f'{where} spells the special token "{special}"; remove it, or set data.on_control_text to "skip" or '
                 '"allow"'
             )
-        ids, loss = self._pair(given) if isinstance(given, TextPair) else self._conversation(given, form)
+        if isinstance(given, TextPair):
+            ids, loss = self._pair(given)
+        else:
+            ids, loss = self._masked(*self._rendered(given, form, self.train_on), given)
         loss[:1] = False  # the first token is predicted from none
         if not loss.any():
             raise RowError(self._targetless(given))
         return Encoded(ids, loss, special)
 
     def _check(self, form: Form) -> None:
-        """Raise `RecipeError` if short conversations show that a reply would not end with a token that ends it."""
+        """Raise `RecipeError` if short conversations show that replies would not be trained on as they are written."""
         messages: list[Message] = [
             {"role": "user", "content": "Question?"},
             {"role": "assistant", "content": "Answer."},
@@ -129,7 +132,19 @@ class ChatEncoder:
         for count in (2, 3):
             given = conversation_of({"messages": messages[:count]}, accepts=form.accepts)
             try:
-                self._conversation(given, form, check_marks=True)  # type: ignore[arg-type]
+                text, spans = self._rendered(given, form, roles={"assistant"})  # type: ignore[arg-type]
+                self._masked(text, spans, given)  # type: ignore[arg-type]
+                for span in spans:
+                    header = text[span.start : span.end].partition("Answer.")[0]
+                    if not form.prompts and not form.marked and header.strip():
+                        raise RecipeError(
+                            f"the chat template ({self.template.name}) has no generation prompt, so that what it "
+                            f"writes before a reply, {header!r}, would be trained on; choose one with "
+                            "add_generation_prompt"
+                        )
+                    # White space after the end token may be in the marks.
+                    end = span.start + len(text[span.start : span.end].rstrip())
+                    self._masked(text, [_Trained(span.start, end, 1)], given)  # type: ignore[arg-type]
             except _Endless as error:
                 raise RecipeError(
                     f"the chat template ({self.template.name}) and data.tokenizer do not fit: {error}; choose a "
@@ -138,30 +153,27 @@ class ChatEncoder:
             except RowError:
                 continue  # rows tell what is wrong
 
-    def _conversation(
-        self, given: Conversation, form: Form, *, check_marks: bool = False
-    ) -> tuple[IntArray, BoolArray]:
-        text, spans = self._rendered(given, form)
-        ids, offsets = self._renderer.encode(text)
+    def _masked(self, text: str, spans: list[_Trained], given: Conversation) -> tuple[IntArray, BoolArray]:
+        """Return the ids of a rendering and which of them carry loss. Raises `_Endless` for a turn that has no end."""
+        ids, offsets = self._encoded(text)
         loss = np.zeros(len(ids), dtype=np.bool_)
         for span in spans:
             here = self._tokens_of(text, ids, offsets, span)
             loss |= here
             if span.message is not None and not (len(at := np.flatnonzero(here)) and ids[at[-1]] in self._ends):
-                raise self._endless(named(given, span.message), text, span)
-        if check_marks and spans and form.marked:
-            # The marks may include white space after the end token.
-            end = spans[-1].start + len(text[spans[-1].start : spans[-1].end].rstrip())
-            at = np.flatnonzero(self._tokens_of(text, ids, offsets, _Trained(spans[-1].start, end)))
-            if not len(at) or ids[at[-1]] not in self._ends:
-                raise self._endless("what it marks of a reply", text, spans[-1])
+                raise _Endless(
+                    f"{named(given, span.message)} ends with {text[span.start : span.end][-20:]!r}, not with a special "
+                    "token, so that the model would not learn to stop"
+                )
         return ids, loss
 
-    def _endless(self, what: str, text: str, span: _Trained) -> _Endless:
-        return _Endless(
-            f"{what} ends with {text[span.start : span.end][-20:]!r}, not with a special token, so that the model "
-            "would not learn to stop"
-        )
+    def _encoded(self, text: str) -> tuple[IntArray, IntArray]:
+        try:
+            return self._renderer.encode(text)
+        except Exception as error:  # of half a character, or of a vocabulary without an unknown token
+            if keeps_its_name(error):
+                raise
+            raise RowError(f"data.tokenizer cannot encode the text: {first_line(error)}") from error
 
     def _tokens_of(self, text: str, ids: IntArray, offsets: IntArray, span: _Trained) -> BoolArray:
         """Return which tokens have a character of a span. Raises `RowError` where that cannot be told."""
@@ -171,7 +183,7 @@ class ChatEncoder:
         # Without offsets, a border between tokens is where the text before it has the same tokens alone.
         counts = []
         for place in (span.start, span.end):
-            before, _ = self._renderer.encode(text[:place])
+            before, _ = self._encoded(text[:place])
             if not np.array_equal(before, ids[: len(before)]):
                 raise RowError("tokens reach over the border of a turn, and data.tokenizer does not say where they lie")
             counts.append(len(before))
@@ -181,7 +193,7 @@ class ChatEncoder:
     def _pair(self, given: TextPair) -> tuple[IntArray, BoolArray]:
         """Return the tokens of a prompt and its completion in plain text, with the marks that text rows have."""
         text = given.prompt + given.completion
-        ids, offsets = self._renderer.encode(text)
+        ids, offsets = self._encoded(text)
         loss = self._tokens_of(text, ids, offsets, _Trained(len(given.prompt), len(text)))
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         head = [] if bos is None or (len(ids) and ids[0] == bos) else [bos]
@@ -189,17 +201,17 @@ class ChatEncoder:
         marked = np.concatenate([np.array(head, np.int64), ids, np.array(tail, np.int64)])
         return marked, np.concatenate([np.zeros(len(head), np.bool_), loss, np.ones(len(tail), np.bool_)])
 
-    def _rendered(self, given: Conversation, form: Form) -> tuple[str, list[_Trained]]:
-        """Return the rendering of a conversation and what of it carries loss."""
+    def _rendered(self, given: Conversation, form: Form, roles: Collection[str]) -> tuple[str, list[_Trained]]:
+        """Return the rendering of a conversation and what of it carries loss, where `roles` do."""
         for name in given.variables:
             if not form.reads(name):
                 raise RowError(f'"chat_template_kwargs" sets "{name}", which the chat template does not read')
         for index, message in enumerate(given.messages):
             if not form.reasons and any(name in message for name in REASONING):
                 raise RowError(f"the chat template leaves out the thinking of {named(given, index)}")
-        return self._of_marks(given, form) if form.marked else self._of_turns(given, form)
+        return self._of_marks(given, form) if form.marked else self._of_turns(given, form, roles)
 
-    def _of_turns(self, given: Conversation, form: Form) -> tuple[str, list[_Trained]]:
+    def _of_turns(self, given: Conversation, form: Form, roles: Collection[str]) -> tuple[str, list[_Trained]]:
         def render(messages: list[Message], tools: Any, *, prompt: bool = False, thinking: bool | None = None) -> str:
             variables = given.variables if thinking is None else {**given.variables, "enable_thinking": thinking}
             with_prompt = {"tools": tools, "variables": variables, "prompt": prompt}
@@ -218,7 +230,7 @@ class ChatEncoder:
         )
         spans = []
         for index, message in enumerate(given.messages):
-            if given.trained[index] and message["role"] in self.train_on:
+            if given.trained[index] and message["role"] in roles:
                 found = turns.reply(index) if message["role"] == "assistant" else turns.other(index)
                 start, end = places.plain(found[0]), places.plain(found[1])
                 if start < end:

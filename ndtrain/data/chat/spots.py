@@ -109,10 +109,10 @@ class Spotted:
         return [self._values(inner, spot) for inner in value] if isinstance(value, list) else value
 
     def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
-        if "function" in tool:
-            return {**tool, "function": self._tool(tool["function"])}
         spot = Spot(-1, "name", True)
-        return {**tool, "name": self._put(tool["name"], spot, spot)}
+        named = tool.get("function", tool)
+        marked = {**named, "name": self._put(named["name"], spot, spot)}
+        return {**tool, "function": marked} if "function" in tool else marked
 
     def _put(self, text: str, begin: Spot, end: Spot) -> str:
         """Return a string with its characters, inside the white space at its ends, which templates strip."""

@@ -89,7 +89,11 @@ class Turns:
     def _start(self, index: int) -> int:
         """Return where the generation prompt for a turn ends: the longest of the template's that the turn has."""
         before = self.spotted.messages[:index]
-        start = self._after(prompt := self.render(before, prompt=True))
+        try:
+            prompt = self.render(before, prompt=True)
+        except RowError as error:
+            raise RowError(f"what leads to {named(self.conversation, index)} is not a conversation: {error}") from error
+        start = self._after(prompt)
         if start is None and self.switch:
             start = self._after(self.render(before, prompt=True, thinking=True))
         if start is None and (block := _THINKING.search(prompt)):  # which the turn was rendered without
