@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import pickle
 import random
 import re
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ from ndtrain.data.chat.conversation import Accepts, Conversation, conversation_o
 from ndtrain.data.row import RowError
 from ndtrain.errors import RecipeError
 from tests.chat.conversations import ROWS, TOKENIZERS, Fields, call, said
+from tests.chat.odd import ODD
+from tests.chat.odd import TOKENIZERS as TOKENIZERS_OF_ODD
 from tests.chat.runs import trained
 from tests.chat.tokenizers import inner_of, tokenizer_of
 
@@ -144,6 +148,22 @@ def test_a_template_without_a_generation_prompt_is_not_trained_on_with_its_heade
         encoder_of(CHATML)
 
 
+def test_a_tokenizer_with_code_of_its_own_for_conversations_needs_a_file() -> None:
+    class Own(type(inner_of("qwen"))):  # type: ignore[misc]
+        def apply_chat_template(self, *args: Any, **given: Any) -> Any: ...
+
+    tokenizer = tokenizer_of("qwen")
+    tokenizer.inner = Own(tokenizer_object=inner_of("qwen").backend_tokenizer, eos_token="<|im_end|>")
+    with pytest.raises(RecipeError, match="by code of its own"):
+        ChatEncoder(tokenizer, template_of(CHATML + PROMPT))
+    assert ChatEncoder(tokenizer, chat_template("chatml", None, date=DAY)).encode(ROW).ids.size
+
+
+def test_marks_in_a_comment_are_none() -> None:
+    made = encoder_of("{#- without {% generation %} #}" + CHATML + PROMPT).encode(ROW)
+    assert trained(made, "qwen") == ["a<|im_end|>", "b<|im_end|>"]
+
+
 # ---- what is trained
 
 
@@ -239,7 +259,80 @@ def test_long_conversations_do_not_depend_on_how_often_turns_are_looked_for() ->
         assert runs == [f"{text}<|im_end|>" for role, text in texts if role == "assistant"]
 
 
+def test_an_encoder_can_be_sent_to_another_process() -> None:
+    encoder = encoder_of(CHATML + PROMPT)
+    other = pickle.loads(pickle.dumps(encoder))
+    assert other.key == encoder.key and np.array_equal(other.encode(ROW).ids, encoder.encode(ROW).ids)
+
+
+def test_a_completion_of_text_is_a_reply() -> None:
+    with pytest.raises(RowError, match="does not have"):
+        encoder_of(CHATML + PROMPT, train_on=("user",)).encode({"prompt": "a", "completion": "b"})
+
+
 # ---- fields
+
+
+def test_rows_with_anything_in_them_are_encoded_or_refused() -> None:
+    """Never another exception, and never a row without targets."""
+    draw, counts = random.Random(17), [0, 0]
+    encoders = [
+        encoder_of((HERE / "stock" / f"{name}.jinja").read_text(), TOKENIZERS_OF_ODD[name])
+        for name in ("qwen3", "gptoss")
+    ]
+    for _ in range(400):
+        row = mutated(draw.choice(ODD).fields, draw)
+        try:
+            made = draw.choice(encoders).encode(row)
+        except RowError as error:
+            assert "\n" not in str(error)
+            counts[0] += 1
+        else:
+            assert made.loss is not None and made.loss.any() and not made.loss[0]
+            counts[1] += 1
+    assert min(counts) > 20
+
+
+def mutated(fields: Fields, draw: random.Random) -> Fields:
+    """A row with one to three values replaced, left out or put in."""
+    odd = [
+        None,
+        0,
+        2.5,
+        True,
+        "",
+        " ",
+        "x",
+        "</think>",
+        "\ud800",
+        "\U00100000",
+        [],
+        {},
+        [None],
+        {"a": None},
+        "[]",
+        "{",
+        "\n",
+    ]
+    row = copy.deepcopy(fields)
+    for _ in range(draw.randrange(1, 4)):
+        inside: Any = row
+        while True:
+            keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+            if not keys:
+                break
+            key = draw.choice(keys)
+            if isinstance(inside[key], dict | list) and draw.random() < 0.8:
+                inside = inside[key]
+                continue
+            if draw.random() < 0.2:
+                del inside[key]
+            elif isinstance(inside, dict) and draw.random() < 0.2:
+                inside[draw.choice(("weight", "content", "tool_calls", "thinking", "tools", "from"))] = draw.choice(odd)
+            else:
+                inside[key] = draw.choice(odd)
+            break
+    return row
 
 
 def test_columns_name_the_fields() -> None:

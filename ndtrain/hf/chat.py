@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
 
 from ndtrain.hf.compat import render_jinja_template
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 IntArray = npt.NDArray[np.int64]
 Span = tuple[int, int]
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def is_marked(template: str) -> bool:
     """Return whether a template marks what the model generates, by {% generation %}."""
-    return _GENERATION.search(template) is not None
+    return _GENERATION.search(_COMMENT.sub("", template)) is not None
 
 
 def engine() -> str:
@@ -30,11 +29,15 @@ def engine() -> str:
 
 
 class Renderer:
-    """Renders chat templates for one tokenizer, as its `apply_chat_template` does, and encodes the text."""
+    """Renders chat templates for one tokenizer, as transformers' `apply_chat_template` does, and encodes the text.
+
+    `has_offsets` says whether `encode` tells where tokens lie, `overridden` whether the tokenizer renders otherwise.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.inner = tokenizer
         self.has_offsets = bool(tokenizer.is_fast)
+        self.overridden = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
         self._special = dict(tokenizer.special_tokens_map)
 
     def render(

@@ -19,7 +19,7 @@ from ndtrain.data.chat.control import control_text
 from ndtrain.data.chat.conversation import REASONING, ROLES, Conversation, Message, TextPair, conversation_of, has_tools
 from ndtrain.data.chat.forms import Form, form_of
 from ndtrain.data.chat.spots import named, spotted
-from ndtrain.data.chat.template import ChatTemplate
+from ndtrain.data.chat.template import OWN, ChatTemplate
 from ndtrain.data.chat.turns import Turns
 from ndtrain.data.row import BoolArray, Encoded, IntArray, RowError
 from ndtrain.errors import RecipeError, first_line, keeps_its_name
@@ -79,6 +79,11 @@ class ChatEncoder:
         self.train_on, self.on_control_text, self.columns = frozenset(train_on), on_control_text, dict(columns or {})
         self.vocab_size = tokenizer.vocab_size
         self._renderer = Renderer(tokenizer.inner)
+        if self._renderer.overridden and template.name == OWN:
+            raise RecipeError(
+                "data.tokenizer renders conversations by code of its own, which does not say what is trained on; set "
+                "data.chat_template to a file with the same format"
+            )
         # Tokens that may end a turn.
         ends = {token.content: id for id, token in added_tokens(tokenizer.inner).items() if not token.content.isspace()}
         ends |= {str(tokenizer.inner.eos_token): tokenizer.eos_id}
@@ -131,9 +136,10 @@ class ChatEncoder:
         ]
         for count in (2, 3):
             given = conversation_of({"messages": messages[:count]}, accepts=form.accepts)
+            assert isinstance(given, Conversation)
             try:
-                text, spans = self._rendered(given, form, roles={"assistant"})  # type: ignore[arg-type]
-                self._masked(text, spans, given)  # type: ignore[arg-type]
+                text, spans = self._rendered(given, form, roles={"assistant"})
+                self._masked(text, spans, given)
                 for span in spans:
                     header = text[span.start : span.end].partition("Answer.")[0]
                     if not form.prompts and not form.marked and header.strip():
@@ -144,7 +150,7 @@ class ChatEncoder:
                         )
                     # White space after the end token may be in the marks.
                     end = span.start + len(text[span.start : span.end].rstrip())
-                    self._masked(text, [_Trained(span.start, end, 1)], given)  # type: ignore[arg-type]
+                    self._masked(text, [_Trained(span.start, end, 1)], given)
             except _Endless as error:
                 raise RecipeError(
                     f"the chat template ({self.template.name}) and data.tokenizer do not fit: {error}; choose a "
@@ -192,6 +198,8 @@ class ChatEncoder:
 
     def _pair(self, given: TextPair) -> tuple[IntArray, BoolArray]:
         """Return the tokens of a prompt and its completion in plain text, with the marks that text rows have."""
+        if "assistant" not in self.train_on:
+            raise RowError('a completion of plain text is a reply, and data.train_on does not have "assistant"')
         text = given.prompt + given.completion
         ids, offsets = self._encoded(text)
         loss = self._tokens_of(text, ids, offsets, _Trained(len(given.prompt), len(text)))
@@ -263,16 +271,17 @@ class ChatEncoder:
         return text, spans
 
     def _targetless(self, given: Conversation | TextPair) -> str:
-        roles = " or ".join(role for role in ROLES if role in self.train_on)
         if isinstance(given, TextPair):
             return "no token carries loss: prompt and completion have no text"
+        roles = " or ".join(role for role in ROLES if role in self.train_on)
         turns = [i for i, message in enumerate(given.messages) if message["role"] in self.train_on]
-        why = (
-            f"it has no message of the role {roles}" if not turns else f"no message of the role {roles} that is trained"
-        )
-        if turns and any(given.trained[index] for index in turns):
-            why = "the chat template renders nothing of it that is trained"
-        return f"no token carries loss: {why}"
+        if not turns:
+            return f"no token carries loss: it has no message of the role {roles}"
+        if not any(given.trained[index] for index in turns):
+            return (
+                f"no token carries loss: each message of the role {roles} is left out by its weight, or is a prompt's"
+            )
+        return f"no token carries loss: the chat template writes nothing for the role {roles}"
 
 
 def _rendering(render: Any, *args: Any, **given: Any) -> Any:

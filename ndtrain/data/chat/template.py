@@ -16,8 +16,9 @@ from typing import Any
 
 from ndtrain.errors import RecipeError
 
-_OWN = Path(__file__).parent / "templates"
-BUILT_IN = tuple(sorted(file.stem for file in _OWN.glob("*.jinja")))
+OWN = "the tokenizer's"
+_FOLDER = Path(__file__).parent / "templates"
+BUILT_IN = tuple(sorted(file.stem for file in _FOLDER.glob("*.jinja")))
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?("[^"\\{}]*"|'[^'\\{}]*')\s*\)""")
 _ASKS = re.compile(r"\bstrftime_now\b(?!\s+is\s)")
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
@@ -62,9 +63,9 @@ def chat_template(given: str | None, own: Any, *, date: datetime.date) -> ChatTe
     if given is not None:
         name, sources = _named(given)
     elif isinstance(own, str):
-        name, sources = "the tokenizer's", {"default": own}
+        name, sources = OWN, {"default": own}
     elif isinstance(own, Mapping) and isinstance(own.get("default"), str):
-        name, sources = "the tokenizer's", {key: own[key] for key in ("default", "tool_use") if key in own}
+        name, sources = OWN, {key: own[key] for key in ("default", "tool_use") if key in own}
     else:
         has = (
             f"has the chat templates {', '.join(map(str, own))}, none of them the default"
@@ -77,7 +78,7 @@ def chat_template(given: str | None, own: Any, *, date: datetime.date) -> ChatTe
 
 def _named(given: str) -> tuple[str, dict[str, str]]:
     if given in BUILT_IN:
-        return given, {"default": (_OWN / f"{given}.jinja").read_text(encoding="utf-8")}
+        return given, {"default": (_FOLDER / f"{given}.jinja").read_text(encoding="utf-8")}
     file = Path(given)
     if not file.is_file():
         raise RecipeError(
