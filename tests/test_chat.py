@@ -234,6 +234,20 @@ def test_a_tokenizer_without_offsets_gives_the_same_or_refuses() -> None:
         plain.encode({"messages": said(("user", "q"), ("assistant", "\n\na"))})
 
 
+def test_the_first_token_is_no_target() -> None:
+    text = "{%- for m in messages %}{% generation %}{{- m.content + '<|im_end|>' }}{% endgeneration %}{%- endfor %}"
+    made = encoder_of(text).encode({"messages": said(("assistant", "a"))})
+    assert made.loss is not None and made.loss.tolist() == [False, True]
+
+
+def test_thinking_may_be_left_out_of_earlier_turns_alone() -> None:
+    encoder = encoder_of(CHATML.replace("m.content", "m.content.split('</think>')[-1]") + PROMPT)
+    thought = ("assistant", "<think>t</think>a")
+    assert trained(encoder.encode({"messages": said(("user", "q"), thought, ("user", "q"))}), "qwen") == ["a<|im_end|>"]
+    with pytest.raises(RowError, match=re.escape("leaves out the beginning of the content of message 2 (assistant)")):
+        encoder.encode({"messages": said(("user", "q"), thought)})
+
+
 def test_content_is_given_as_the_template_takes_it() -> None:
     parts = CHATML.replace("m.content", "(m.content | map(attribute='text') | join)") + PROMPT
     assert trained(encoder_of(parts).encode(ROW), "qwen") == ["a<|im_end|>", "b<|im_end|>"]

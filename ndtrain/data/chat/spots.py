@@ -18,6 +18,7 @@ from ndtrain.data.row import RowError
 # Planes 16 and 15. Fonts with icons use the latter.
 _PLANES = (0x100000, 0xF0000)
 _SIZE = 0xFFFE
+_BEGINNING = "beginning of the content"
 _THINK = re.compile(r"\s*(?:<think>\s*)?")
 
 
@@ -62,12 +63,11 @@ class Spotted:
         return [match.start() for match in self._pattern.finditer(text)]
 
     def left_out(self, text: str) -> Spot | None:
-        """Return the first spot that a rendering must have and has not."""
+        """Return the first spot that a rendering must have and has not; the beginning of a string if it has the end."""
         rendered = {match.group() for match in self._pattern.finditer(text)}
-        for index, spot in enumerate(self.spots):
-            if spot.needed and chr(self.first + index) not in rendered:
-                return spot
-        return None
+        spots = enumerate(self.spots, self.first)
+        missing = [spot for code, spot in spots if spot.needed and chr(code) not in rendered]
+        return min(missing, key=lambda spot: (spot.message, spot.what == _BEGINNING), default=None)
 
     def _message(self, message: Message, index: int, *, last: bool) -> Message:
         message = dict(message)
@@ -87,7 +87,7 @@ class Spotted:
     def _content(self, text: str, index: int, last: bool) -> str:
         # Templates drop the thinking of earlier turns.
         begins = last or "</think>" not in text
-        return self._put(text, Spot(index, "content", begins), Spot(index, "content", True))
+        return self._put(text, Spot(index, _BEGINNING, begins), Spot(index, "content", True))
 
     def _call(self, call: dict[str, Any], index: int) -> dict[str, Any]:
         function = call["function"]

@@ -18,7 +18,8 @@ from ndtrain.data.row import RowError
 # render(messages, prompt=..., thinking=...): `thinking` is False for the prompt of a reply without thinking.
 RenderPrefix = Callable[..., str]
 _THINKING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
-_EMPTY = re.compile(r"\s*(?:<think>)?\s*</think>\s*")  # its beginning may be the prompt's
+# An empty block of thinking, of which the prompt may have the beginning. One of the message itself has a spot inside.
+_EMPTY = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 
 
 class Turns:
@@ -77,14 +78,10 @@ class Turns:
             return find(turn)
         kinds = [sorted(self.conversation.messages[index]) for index in (before, after)]
         roles = [self.conversation.messages[index]["role"] for index in (before, after)]
-        key = repr((find.__name__, border, kinds, roles, self._own_block(turn)))
+        key = repr((find.__name__, border, kinds, roles))
         if key not in self._known:
             self._known[key] = find(turn) - self.places.last[before]
         return self.places.last[before] + self._known[key]
-
-    def _own_block(self, index: int) -> bool:
-        """Return whether a message itself begins with an empty block of thinking."""
-        return _EMPTY.match(_text(self.conversation.messages[index])) is not None
 
     def _start(self, index: int) -> int:
         """Return where the generation prompt for a turn ends: the longest of the template's that the turn has."""
@@ -103,8 +100,7 @@ class Turns:
                 f"{named(self.conversation, index)} does not begin with the chat template's generation prompt, so that "
                 "its start cannot be told"
             )
-        empty = _EMPTY.match(self.places.text, start)
-        if empty is None or self._own_block(index):
+        if (empty := _EMPTY.match(self.places.text, start)) is None:
             return start
         without = self._after(self.render(before, prompt=True, thinking=False)) if self.switch else None
         return without if without is not None and start < without <= empty.end() else empty.end()
@@ -158,8 +154,3 @@ class Turns:
             if whole.count(rest[0]) == 1:
                 return rest, whole.index(rest[0])
         return part, 0
-
-
-def _text(message: Message) -> str:
-    content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
