@@ -137,7 +137,6 @@ NAMES: dict[str, Private] = {
     # ---- process groups
     "world": Private(f"{_GROUPS}:_world", "every process group of this rank"),
     "set_pg_timeout": Private(f"{_GROUPS}:_set_pg_timeout", "limits that differ by phase", "timeout group"),
-    "default_store": Private(f"{_GROUPS}:_get_default_store", "the store through which ranks are watched", ""),
     "resolve_process_group": Private(f"{_GROUPS}:_resolve_process_group", "the group of a functional collective"),
     # ---- the inside of FSDP and DTensor, watched during a dry step
     "FSDPParamGroup": Private(_FSDP, _DRY),
@@ -308,6 +307,12 @@ def written_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def fsdp_name(group: Any) -> str:
     """Return the FQN of the module whose parameters FSDP gathers together in `group`."""
     return group._module_fqn or ""
+
+
+def sharded_parameters(group: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield this rank's part of each parameter of `group`, and whether it is kept in host memory."""
+    for held in group.fsdp_params:
+        yield held.sharded_param, held.offload_to_cpu
 
 
 def unsharded_parameters(group: Any) -> Iterator[torch.Tensor]:

@@ -73,8 +73,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         else:
             problems = [*contradictions(recipe), *not_yet(recipe), *_not_allowed(recipe)]
             if not problems:
-                recipe._notes = tuple(notes)
-                return recipe
+                return recipe.noted(notes)
 
     def last_if_missing(problem: Problem) -> tuple[bool, int]:
         # A misspelt key leaves another one missing; list the cause first.

@@ -1,6 +1,7 @@
 """The sections and keys of a recipe: one frozen pydantic model per section, with strict types."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -290,3 +291,9 @@ class Recipe(Section):
     def notes(self) -> tuple[str, ...]:
         """One sentence for each accepted alias, to be shown once. Not part of the schema."""
         return self._notes
+
+    def noted(self, notes: Iterable[str]) -> Self:
+        """Return this recipe with these notes."""
+        copy = self.model_copy()
+        copy._notes = tuple(notes)
+        return copy
