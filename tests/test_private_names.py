@@ -217,8 +217,7 @@ def _foreign(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 if _is_inside(name) or (_is_private(last) and last not in own) or last in UNMARKED:
                     yield node.lineno, told
         elif isinstance(node, ast.Subscript) and re.match(r"vars\(|.*\.__dict__$", ast.unparse(node.value)):
-            if _is_private(name := _begins_with(node.slice, texts)) and name not in own:
-                yield node.lineno, told
+            yield from [(node.lineno, told)] if _is_private(_begins_with(node.slice, texts)) else []
 
 
 def test_no_module_but_the_two_names_anything_private() -> None:
