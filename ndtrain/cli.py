@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndtrain
-from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped
+from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped, counted
 from ndtrain.runs.environment import speaks_for_all, started_by_run, under_torchrun
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.output import outlive_output
@@ -141,7 +141,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
         ranks = local_world_size(resolved)
         if ranks > 1:
             _print_notes(resolved)
-            _print(f"ndtrain {ndtrain.__version__}: {recipe}: starting {ranks} workers")
+            _print(f"ndtrain {ndtrain.__version__}: {recipe}: starting {counted(ranks, 'worker')}")
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
     Restarts.of_process(run_dir).refuse_stopped()
@@ -293,7 +293,7 @@ def convert(
     found = converter.written(target)
     parts = [
         ", ".join(found.dtypes),
-        f"{console.size(found.nbytes)} in {found.files} safetensors file{'s' * (found.files != 1)}",
+        f"{console.size(found.nbytes)} in {counted(found.files, 'safetensors file')}",
         *["every bit read back and compared"] * verify,
     ]
     _print(f"wrote {target}: {', '.join(parts)}")

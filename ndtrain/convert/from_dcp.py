@@ -139,8 +139,8 @@ def foreign_tensors(
     if titan is not None:
         if config.model_type not in _TITAN_TYPES:
             raise DamagedError(
-                f"{directory} has torchtitan's names of weights, which ndtrain knows for "
-                f"{' and '.join(_TITAN_TYPES)} but not for {config.model_type}; convert it with torchtitan's own tool"
+                f"{directory} names its weights as torchtitan does, which ndtrain reads for "
+                f"{' and '.join(_TITAN_TYPES)}, not for {config.model_type}; convert it with torchtitan's own tool"
             )
         names = {_titan_name(name, titan): key for name, key in names.items()}
     prefix = "" if titan is not None else _prefix(names, state)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ndtrain.data.documents import documents_of
-from ndtrain.data.files import CACHE_FILES, reading, stamp_of
-from ndtrain.data.formats import name_kind
+from ndtrain.data.files import CACHE_FILES, stamp_of
+from ndtrain.data.formats import name_kind, reading
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
 
 FORMAT_VERSION = 2

@@ -18,7 +18,7 @@ from torch import Tensor
 from ndtrain.data.batches import micro_batches
 from ndtrain.engine import loss
 from ndtrain.engine.engine import Engine
-from ndtrain.errors import NdtrainError, PlanError
+from ndtrain.errors import NdtrainError, PlanError, one_line
 from ndtrain.estimate import record
 from ndtrain.estimate.record import Record, Recorder
 from ndtrain.hf.compat import dispatch_wrapped, documents_found_by, find_packed_sequence_indices, grouped_mm_wrapped
@@ -82,10 +82,9 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             if not recipe.tp.plan and not recipe.ep.plan:
                 raise
-            reason = " ".join(str(error).split())[:200]
             raise PlanError(
                 f"{plan.model_type} does not run on {plan.sizes.describe()} with this [tp.plan] or [ep.plan]: "
-                f"{reason}; correct it"
+                f"{one_line(error)}; correct it"
             ) from error
         return recorder.record
     finally:

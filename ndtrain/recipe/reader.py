@@ -265,7 +265,7 @@ def _not_allowed(recipe: Recipe) -> Iterator[Problem]:
     for entry in recipe.checkpoint.allow:
         key = _parts(entry)
         if reason := _no_key(key):
-            yield at, f"{dotted(at)}: {show(entry)} is no key of a recipe; {reason}"
+            yield at, f"{dotted(at)}: {show(entry)} is not a key of a recipe; {reason}"
         elif entry in NEVER:
             yield (
                 at,

@@ -61,6 +61,11 @@ class MeshSection(Section):
     tp: Size = Field(1, description="Ranks that split each matrix.")
     ep: Size = Field(1, description="Ranks that split the experts, among the dp_shard x cp x tp ranks.")
 
+    @property
+    def least_ranks(self) -> int:
+        """The world size, with one rank on dp_shard where it is -1."""
+        return self.dp_replicate * max(1, self.dp_shard) * self.cp * self.tp
+
 
 Policy = Literal["free_full_weight", "keep_full_weight"]
 PolicyName = Literal["free_full_weight", "keep_full_weight", "cpu_offload", "mixed_precision"]

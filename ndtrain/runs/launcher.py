@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 def local_world_size(recipe: "Recipe") -> int:
     """Return how many ranks the mesh needs on this machine; `dp_shard = -1` takes all its GPUs, or is 1 without any."""
-    mesh = recipe.mesh
-    others = mesh.dp_replicate * mesh.cp * mesh.tp
-    if mesh.dp_shard > 0:
-        return others * mesh.dp_shard
+    least = recipe.mesh.least_ranks
+    if recipe.mesh.dp_shard > 0:
+        return least
     import torch
 
-    return others * max(1, torch.cuda.device_count() // others)
+    return least * max(1, torch.cuda.device_count() // least)
 
 
 def launch_workers(ranks: int, arguments: list[str]) -> int:

@@ -13,14 +13,15 @@ from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
-from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
+from ndtrain.hf.weight_names import model_tensors
+from ndtrain.load import fill_with_noise, materialize, unset
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
 from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Restarts
-from ndtrain.storage.paths import open_to_write, os_errors, to_path
-from ndtrain.train.changes import changes_data, config_of, find_changes, read_config, refuse, table
+from ndtrain.storage.paths import open_to_write, os_errors, read_object, to_path
+from ndtrain.train.changes import changes_data, config_of, find_changes, refuse, table
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
@@ -84,7 +85,7 @@ def find_resumed(
             origin,
             sizes=engine.sizes,
             configs=(
-                read_config(found / "config.json"),
+                read_object(found / "config.json"),
                 config_of(cast("PreTrainedConfig", engine.model.export_config)),
             ),
             same_shapes=lambda: (

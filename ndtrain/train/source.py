@@ -16,7 +16,8 @@ from ndtrain.hf import extra_states, hub
 from ndtrain.hf.files import model_files
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.tied import refuse_other_values
-from ndtrain.load import load_weights, model_tensors, unused
+from ndtrain.hf.weight_names import model_tensors
+from ndtrain.load import load_weights, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import of_rank0, on_rank0, rank0_first, together
