@@ -7,10 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from ndtrain.data.formats import can_read, name_kind
+from ndtrain.data.formats import can_read, name_kind, reading
 from ndtrain.errors import DamagedError, RecipeError
 
 # The files of a token cache.
@@ -120,15 +119,6 @@ def _counts(left: Counter[str]) -> str:
     named = sorted(left.most_common(_NAMED), key=lambda item: (-item[1], item[0]))
     rest = left.total() - sum(count for _, count in named)
     return ", ".join(f"{count:,} {what}" for what, count in (*named, *([("others", rest)] if rest else [])))
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Raise an `OSError` of the body as a `DamagedError` that names `file`."""
-    try:
-        yield
-    except OSError as error:
-        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def stamp_of(file: Path) -> list[int]:
