@@ -190,6 +190,15 @@ def test_another_process_winning_the_race_is_fine(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
+def test_rows_that_could_not_be_computed_leave_nothing(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stored(tmp_path / "rows", advance=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["starts.bin", "rows.bin", "meta.json"])
 @pytest.mark.parametrize("how", ["truncate", "remove", "alter"])
 def test_rows_that_are_not_whole_are_refused(tmp_path: Path, name: str, how: str) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from threading import Event
 
 import pytest
 import torch
 
 from ndtrain.data.prefetch import Batches, Prefetch
-from ndtrain.errors import DamagedError
+from ndtrain.errors import DamagedError, NdtrainError
+from tests import proofs, tiny
+from tests.ranks import get_pool
+from tests.trainers import trainer_of
 
 CPU = torch.device("cpu")
 
@@ -65,6 +69,48 @@ def test_no_thread_is_left_after_the_last_step() -> None:
     for thread in [thread for thread in threading.enumerate() if thread.name == "prefetch"]:
         thread.join(20)  # of a batch that was just taken
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def ended(recipe: str, stop_at: int, error_at: int) -> tuple[str, int, list[str]]:
+    """How a run of 8 samples a step ends that is asked to stop after a step, or whose data cannot be read for one."""
+    trainer = trainer_of(recipe)
+    with proofs.remembered():
+        trainer.prepare()
+    load = trainer.batches.load
+
+    def limited(cursor: int) -> Batches:
+        if cursor == 8 * (error_at - 1):
+            raise DamagedError("cannot read tokens.bin")
+        if cursor == 8 * (stop_at - 1):
+            (trainer.run_dir / "stop").touch()
+        return load(cursor)
+
+    trainer.batches.load = limited  # type: ignore[method-assign]
+    try:
+        trainer.train()
+        how = "done"
+    except NdtrainError as error:
+        how = f"{type(error).__name__}: {error}"
+    for thread in threading.enumerate():
+        if thread.name == "prefetch":
+            thread.join(20)  # which is loading a batch that is not needed any more
+    return how, trainer.step, [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "error_at", "how", "steps"),
+    [(0, 0, "done", 4), (0, 3, "DamagedError: cannot read tokens.bin", 2), (1, 0, "Stopped: stopped by", 1)],
+)
+def test_a_run_ends_as_without_a_thread(tmp_path: Path, stop_at: int, error_at: int, how: str, steps: int) -> None:
+    recipe = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": "llama", "config": tiny.CONFIGS["llama"]},
+        corpus=tiny.write_corpus(tmp_path / "corpus"),
+        run_dir=tmp_path / "run",
+        steps=4,
+    )
+    ((found, trained, left),) = get_pool(1).run(ended, str(recipe), stop_at, error_at, timeout=100)
+    assert found.startswith(how) and (trained, left) == (steps, [])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
