@@ -36,12 +36,19 @@ _MEMO_NAME = ".digests.json"
 Progress = Callable[[int, int], None] | None
 
 
-def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
+def _whole(file: Path) -> str:
+    with reading(file), file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def digests_of(
+    files: Sequence[Path], cache_dir: Path, digest: Callable[[Path], str] = _whole, *, memo_name: str = _MEMO_NAME
+) -> list[str]:
     """Return each file's content digest, cached by (path, size, mtime) so that a start need not read every file.
 
     The digest of a file written in the last two seconds is not cached: it can change again within one clock tick.
     """
-    memo_path = cache_dir / _MEMO_NAME
+    memo_path = cache_dir / memo_name
     try:
         memo = dict(json.loads(memo_path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -53,12 +60,11 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
             digests.append(known[-1])
             continue
-        with reading(file), file.open("rb") as content:
-            digests.append(hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=20)).hexdigest())
+        digests.append(digest(file))
         if abs(time.time_ns() - stamp[1]) > 2e9 and stamp_of(file) == stamp:
             memo[name], changed = [*stamp, digests[-1]], True
     if changed:
-        handle, temporary = tempfile.mkstemp(prefix=_MEMO_NAME, dir=cache_dir)
+        handle, temporary = tempfile.mkstemp(prefix=memo_name, dir=cache_dir)
         with os.fdopen(handle, "w") as memo_file:
             json.dump(memo, memo_file)
         os.replace(temporary, memo_path)
@@ -78,15 +84,15 @@ def contents_of(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path) -> 
     """Return what `build_cache` makes a cache of, without tokenizing. Raises what it raises."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        digests = _digests(files, cache_dir)
+        digests = digests_of(files, cache_dir)
         kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
         groups = [
-            Group(_key([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
+            Group(key_of([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
             for first, last in groups_of(list(map(_size, files)), digests)
         ]
     except OSError as error:
-        raise _not_written(cache_dir, error) from error
-    key = _key([group.key for group in groups])
+        raise not_written(cache_dir, error) from error
+    key = key_of([group.key for group in groups])
     return Contents(key, groups, encoder.key, [" ".join(map(str, kind)) for kind in kinds])
 
 
@@ -115,7 +121,7 @@ def build_cache(
             try:
                 directory = prepare(group, encoder, cache_dir=cache_dir, progress=report, workers=pool)
             except OSError as error:
-                raise _not_written(cache_dir, error) from error
+                raise not_written(cache_dir, error) from error
             parts.append(open_part(directory))
             before += sum(map(_size, group.files))
     corpus = Corpus(parts, contents.key)
@@ -138,11 +144,12 @@ def _size(file: Path) -> int:
     return stamp_of(file)[0]
 
 
-def _key(parts: object) -> str:
+def key_of(parts: object) -> str:
+    """Return the key of what `parts` describe, as JSON."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _not_written(cache_dir: Path, error: OSError) -> NdtrainError:
+def not_written(cache_dir: Path, error: OSError) -> NdtrainError:
     kind = RecipeError if error.errno in MENDABLE else NdtrainError
     return kind(
         f"cannot write the token cache in {cache_dir}: {error.strerror}; set NDTRAIN_CACHE to another directory"

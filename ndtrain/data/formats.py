@@ -111,13 +111,18 @@ def unpacked(stored: io.BufferedReader[Any], file: Path) -> Any:
     return stored
 
 
-def _check_start(start: bytes, file: Path) -> None:
+def refuse_pointer(start: bytes, file: Path) -> None:
+    """Raise `DamagedError` for a file that only says where its content lies, given its first bytes."""
     if start.startswith(_LFS):
         raise DamagedError(f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
     if start.startswith(_ANNEX):
         raise DamagedError(
             f"{file} is a git-annex pointer, not the file itself; run `git annex get` where it comes from"
         )
+
+
+def _check_start(start: bytes, file: Path) -> None:
+    refuse_pointer(start, file)
     for magic, what in OTHERS.items():
         if start.startswith(magic):
             raise RecipeError(f"{file} is not text: it is {what}")
@@ -155,5 +160,5 @@ def parquet(file: Path) -> Any:
         raise RecipeError(f"{file} is parquet, which needs a package: pip install 'ndtrain[parquet]'") from error
     try:
         return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedError(f"{file} cannot be read as parquet: {' '.join(str(error).split())}") from error

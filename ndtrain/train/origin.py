@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.data import TextEncoder, contents_of, find_files
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
-from ndtrain.train.inputs import cache_root
+from ndtrain.train.inputs import data_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,11 +26,10 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
     data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
     tokens. Reads the data files whose digests are not cached.
     """
-    files = find_files(recipe.data.path)
+    files, contents = data_contents(recipe, tokenizer)
     root = Path(recipe.data.path).expanduser()
     if not root.is_dir():
         root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    contents = contents_of(files, TextEncoder(tokenizer), cache_dir=cache_root() / "data")
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
