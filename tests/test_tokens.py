@@ -1,5 +1,6 @@
 """Prepared tokens of each layout are the ids that were written, in the documents that the layout has, or refused."""
 
+import errno
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -156,7 +158,9 @@ def test_a_stream_is_cut_after_end_tokens_and_before_begin_tokens(folder: Path) 
     corpus = opened(write_nanogpt(folder / "a.bin", [ids]), bos=BOS)
     assert documents(corpus) == [[1, 2, EOS], [BOS, 3, 4], [BOS, 5, EOS], [EOS], [6, 7]]
     assert opened(write_nanogpt(folder / "b.bin", [ids])).n_docs == 4
-    assert any("documents of one token: 1, first in document 3" in note for note in notes(corpus, reading(bos=BOS)))
+    other = opened(folder / "b.bin", eos=99)
+    assert any(note.startswith("files without an end token (id 99): 1, ") for note in notes(other, reading(eos=99)))
+    assert any("documents of one token: 1, first at document 3" in note for note in notes(corpus, reading(bos=BOS)))
 
 
 def test_llmcs_shards_end_each_text_with_the_end_token_of_the_next(folder: Path) -> None:
@@ -179,7 +183,7 @@ def test_documents_do_not_depend_on_what_is_looked_at_together(
     assert documents(corpus) == [*expected, *pads]
     found = "\n".join(notes(corpus, reading()))
     assert f"tokens of padding (id {PAD}): 2" in found and "documents of one token: 4" in found
-    assert ("end tokens (id 257) inside rows: 1, first in document 0" in found) == rows
+    assert ("end tokens (id 257) inside rows: 1, first at document 0" in found) == rows
     assert "41.7 % are targets" in found
     if rows:
         assert documents(opened(folder / "a.npy", documents="eos")) == [[1, 2, EOS], [3], [4, EOS], [EOS], [EOS], *pads]
@@ -192,6 +196,7 @@ def test_megatrons_documents_are_those_of_its_index(folder: Path) -> None:
     sentences = [[1, 2], [3], [], [4, 5, EOS], [6, EOS]]
     corpus = opened(write_megatron(folder / "a.bin", sentences, documents=[0, 1, 4, 4, 5]))
     assert documents(corpus) == [[1, 2], [3, 4, 5, EOS], [6, EOS]]
+    assert any("documents without a token: 1, first at document" in note for note in notes(corpus, reading()))
 
 
 def test_a_megatron_prefix_or_index_names_the_pair(folder: Path) -> None:
@@ -460,6 +465,7 @@ def test_the_key_is_that_of_the_content_not_of_the_place(folder: Path) -> None:
     moved = file.rename(folder / "b.bin")
     assert key(moved) == first
     assert len({first, key(moved, eos=7), key(moved, dtype=np.dtype(np.uint32)), key(moved, documents="eos")}) == 4
+    assert key(moved, vocab_size=99) == first
     write_nanogpt(moved, [*ROWS[:-1], [14, 16, EOS]])
     assert key(moved) != first
     pair = write_megatron(folder / "c.bin", ROWS)
@@ -505,3 +511,14 @@ def test_an_index_beside_the_data_is_not_data(folder: Path) -> None:
     file = write_nanogpt(folder / "a.bin", ROWS)
     open_tokens([file], reading(), cache_dir=folder / "cache")
     assert find_token_files(str(folder)) == [file]
+
+
+def test_more_files_than_a_process_may_open_are_refused_with_the_limit(folder: Path) -> None:
+    file = write_nanogpt(folder / "a.bin", ROWS)
+    opened(file)
+    full = OSError(errno.EMFILE, "Too many open files")
+    with (
+        mock.patch("ndtrain.data.tokens.part.mapped", side_effect=full),
+        pytest.raises(RecipeError, match=r"as many files open as it may; raise the limit \(ulimit -n\)"),
+    ):
+        opened(file)

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EMFILE, ENFILE
 from pathlib import Path
 
 from ndtrain.data.formats import can_read, name_kind
@@ -127,10 +128,15 @@ def _counts(left: Counter[str]) -> str:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Raise an `OSError` of the body as a `DamagedError` that names `file`."""
+    """Raise an `OSError` of the body as a `DamagedError` that names `file`, of too many files as a `RecipeError`."""
     try:
         yield
     except OSError as error:
+        if error.errno in (EMFILE, ENFILE):
+            raise RecipeError(
+                f"cannot open {file}: this process has as many files open as it may; raise the limit (ulimit -n), or "
+                "join the files of data.path to fewer"
+            ) from error
         raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 

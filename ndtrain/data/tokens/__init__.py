@@ -47,7 +47,8 @@ def contents_of_tokens(files: Sequence[Path], reading: Reading, *, cache_dir: Pa
         raise not_written(cache_dir, error) from error
     names = [" ".join([layout, *(next(digests) for _ in own)]) for layout, own in zip(layouts, parts, strict=True)]
     groups = [
-        Group(key_of([FORMAT_VERSION, reading.key, name]), [file]) for name, file in zip(names, files, strict=True)
+        Group(key_of([FORMAT_VERSION, reading.key, name, reading.dtype.name if layout == "raw" else ""]), [file])
+        for name, layout, file in zip(names, layouts, files, strict=True)
     ]
     return Contents(key_of([group.key for group in groups]), groups, reading.key, names)
 
@@ -101,6 +102,11 @@ def notes(corpus: TokenCorpus, reading: Reading) -> Iterator[str]:
     targets, total = sum(part.targets for part in corpus.files), corpus.n_tokens
     yield f"prepared tokens: {total:,} in {corpus.n_docs:,} documents; {100 * targets / total:.1f} % are targets"
     wording = {
+        "whole": (
+            f"files without an end token (id {reading.eos})",
+            "each is one document; if it holds several, the tokens are of another tokenizer",
+        ),
+        "empty": ("documents without a token", "they are skipped"),
         "single": ("documents of one token", "they train nothing"),
         "padding": (f"tokens of padding (id {reading.pad})", "they train nothing, but fill rows"),
         "ended": (
@@ -113,7 +119,7 @@ def notes(corpus: TokenCorpus, reading: Reading) -> Iterator[str]:
         if found:
             (_, document), file = found[0]
             count = sum(own for (own, _), _ in found)
-            yield f"{what}: {count:,}, first in document {document:,} of {file}; {then}"
+            yield f"{what}: {count:,}, first at document {document:,} of {file}; {then}"
     if ignored := sorted({name for part in corpus.files for name in part.ignored}):
         yield f"columns that are not read: {', '.join([*ignored[:12], *(['...'] if len(ignored) > 12 else [])])}"
     if corpus.largest_id >= reading.vocab_size:

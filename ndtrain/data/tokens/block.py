@@ -32,8 +32,8 @@ class Reading(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Text that is equal for readings that give the same documents of the same content."""
-        return f"eos={self.eos} bos={self.bos} pad={self.pad} documents={self.documents} dtype={self.dtype.name}"
+        """Text that is equal for readings that give the same documents of the same tokens."""
+        return f"eos={self.eos} bos={self.bos} pad={self.pad} documents={self.documents}"
 
 
 class Block(NamedTuple):

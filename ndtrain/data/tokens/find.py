@@ -86,7 +86,7 @@ def _refuse_splits(root: Path, files: list[Path]) -> None:
         first, second = (file.relative_to(root) for file in split.values())
         raise RecipeError(
             f'data.path = "{root}" holds {first} and {second}, a training and a held-out split; name one of them, with '
-            "a glob if it has several files"
+            "a glob if it has several files (a glob may also take both)"
         )
     for listing in {file.parent.parent / "dataset_dict.json" for file in files}:
         if len({file.parent for file in files if file.parent.parent == listing.parent}) > 1 and listing.is_file():

@@ -40,7 +40,7 @@ class Index:
         self.last = 0  # the start of the document in progress
         self.due = True  # whether a document begins at the next token
         self.pieces: list[tuple[int, int]] = []
-        self.masked = False
+        self.masked = self.stream = False
         self.ignored: tuple[str, ...] = ()
         # Kind -> [count, the first document].
         self.counts: dict[str, list[int]] = {}
@@ -59,6 +59,7 @@ class Index:
                 self._block(block, progress)
             if self.tokens:
                 self._count("single", int(self.tokens - self.last == 1), self.documents)
+                self._count("whole", int(self.stream and self.documents == 0), 0)
                 np.array([self.tokens], np.int64).tofile(self.doc_file)
                 self.documents += 1
         if not self.masked:  # there was no loss, or ones alone
@@ -73,13 +74,13 @@ class Index:
             "largest": self.largest,
             "targets": self.targets,
             "masked": self.masked,
-            "stored": self.stored,
+            "pieces": None if self.stored else len(self.pieces),
             "ignored": self.ignored,
             "counts": self.counts,
         }
 
     def _block(self, block: Block, progress: Callable[[int], None]) -> None:
-        self.ignored = block.ignored
+        self.ignored, self.stream = block.ignored, block.starts is None
         if block.starts is None and self.reading.documents == "rows":
             raise RecipeError(
                 f'{self.file} is a stream of tokens without rows; data.documents = "rows" does not apply to it, leave '
@@ -90,14 +91,16 @@ class Index:
                 raise Unmapped
             self.dtype = block.ids.dtype
             self._piece(block.at)
-        if not block.ids.size:
-            return
+        if block.starts is not None:
+            begun = np.unique(block.starts[block.starts < len(block.ids)])
+            self._count("empty", len(block.starts) - len(begun), self.documents)
+            block = block._replace(starts=begun)
         for low in range(0, len(block.ids), CHUNK):
             high = min(low + CHUNK, len(block.ids))
             starts = None
             if block.starts is not None:
                 first, last = np.searchsorted(block.starts, [low, high])
-                starts = np.unique(block.starts[first:last]) - low
+                starts = block.starts[first:last] - low
             self._chunk(block.ids[low:high], starts, None if block.loss is None else block.loss[low:high])
             progress(block.done if block.at is None else block.at + high * block.ids.itemsize)
 

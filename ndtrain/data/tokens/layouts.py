@@ -67,6 +67,8 @@ def layout_of(file: Path) -> str:
             raise RecipeError(f"{file} is {what}")
     if suffix in (".arrow", ".parquet"):
         raise damaged(file, f"does not begin as {suffix[1:]} files do")
+    if file.name.startswith("chunk-") and (file.parent / "index.json").is_file():
+        raise RecipeError(f"{file} is a chunk of litdata (index.json is beside it), whose layout is not read")
     if suffix in RAW_SUFFIXES:
         if len(start) >= 32 and not start.translate(None, _PRINTABLE):
             raise RecipeError(f'{file} is text, not tokens; set data.format = "text"')

@@ -98,35 +98,35 @@ def _opened(folder: Path, file: Path) -> TokenFile:
     def damaged(name: str, why: object) -> DamagedError:
         return DamagedError(f"{folder / name}: {why}; delete the directory {folder}, and the next run makes it again")
 
+    with reading_of(folder / "meta.json"):
+        content = (folder / "meta.json").read_bytes()
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads(content)
         tokens, documents, dtype = int(meta["tokens"]), int(meta["documents"]), np.dtype(meta["dtype"] or np.uint16)
-        stored, masked = meta["stored"], meta["masked"]
+        pieces, masked = meta["pieces"], meta["masked"]
         known = {name: meta[name] for name in ("key", "largest", "layout", "targets", "counts", "ignored")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise damaged("meta.json", f"cannot be read ({error})") from error
 
     def part(name: str, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
         dtype = np.dtype(dtype)
-        try:
+        with reading_of(folder / name):
             if (folder / name).stat().st_size != count * dtype.itemsize:
                 raise damaged(name, "does not have the size that meta.json says")
             return mapped(folder / name, dtype, at=0, count=count)
-        except (OSError, ValueError) as error:
-            raise damaged(name, f"cannot be read ({error})") from error
 
     docs = part("docs.bin", np.int64, documents + 1)
     if docs[0] != 0 or docs[-1] != tokens:
         raise damaged("docs.bin", "its document bounds do not match the tokens")
     ids: Any
-    if stored:
+    if pieces is None:
         ids = part("tokens.bin", dtype, tokens)
     else:
-        with reading_of(folder / "pieces.bin"):
-            places = np.fromfile(folder / "pieces.bin", np.int64).reshape(-1, 2)
-        if len(places) == 1:
-            ids = mapped(file, dtype, at=int(places[0, 0]), count=tokens)
-        else:
-            ids = Pieces(mapped(file, np.dtype(np.uint8), at=0, count=stamp_of(file)[0]), dtype, places, tokens)
+        places = part("pieces.bin", np.int64, 2 * pieces).reshape(-1, 2)
+        with reading_of(file):
+            if len(places) == 1:
+                ids = mapped(file, dtype, at=int(places[0, 0]), count=tokens)
+            else:
+                ids = Pieces(mapped(file, np.dtype(np.uint8), at=0, count=stamp_of(file)[0]), dtype, places, tokens)
     loss = part("loss.bin", np.bool_, tokens) if masked else None
     return TokenFile(file=file, tokens=ids, docs=docs, loss=loss, **known)
