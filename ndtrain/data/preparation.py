@@ -164,13 +164,13 @@ def _write(
                 progress(told)
             if time.monotonic() - saved > _SAVE_SECONDS:
                 for written in (tokens, docs, *loss):
-                    _to_disk(written)
+                    to_disk(written)
                 write_json(work / "progress.json", asdict(counts))
                 saved = time.monotonic()
         if told < (total := sum(stamp_of(file)[0] for file in files)):
             progress(total)
         for written in (tokens, docs, *loss):
-            _to_disk(written)
+            to_disk(written)
     return counts
 
 
@@ -236,10 +236,10 @@ def write_json(file: Path, value: object) -> None:
     temporary = file.with_suffix(".new")
     with temporary.open("w") as written:
         json.dump(value, written)
-        _to_disk(written)
+        to_disk(written)
     temporary.replace(file)
 
 
-def _to_disk(written: io.IOBase | Any) -> None:
+def to_disk(written: io.IOBase | Any) -> None:
     written.flush()
     os.fsync(written.fileno())

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ndtrain.data.cache import FORMAT_VERSION, Contents, Group, Progress, digests_of, key_of, not_written
+from ndtrain.data.cache import Contents, Progress, digests_of, key_of, not_written
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import stamp_of
+from ndtrain.data.preparation import FORMAT_VERSION, Group
 from ndtrain.data.tokens.block import CHUNK, Reading
 from ndtrain.data.tokens.find import find_token_files
 from ndtrain.data.tokens.identity import sampled_digest

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ndtrain.data.preparation import to_disk
 from ndtrain.data.row import BoolArray, IntArray
 from ndtrain.data.tokens.block import CHUNK, Block, Reading, damaged
 from ndtrain.errors import RecipeError
@@ -50,10 +51,10 @@ class Index:
 
         Raises `Unmapped` if the tokens have to be stored, and `RecipeError` or `DamagedError` for what cannot be used.
         """
+        names = ("docs.bin", "loss.bin", "tokens.bin" if self.stored else "pieces.bin")
         with ExitStack() as stack:
-            self.doc_file = stack.enter_context((self.folder / "docs.bin").open("wb"))
-            self.loss_file = stack.enter_context((self.folder / "loss.bin").open("wb"))
-            self.token_file = stack.enter_context((self.folder / "tokens.bin").open("wb"))
+            files = [stack.enter_context((self.folder / name).open("wb")) for name in names]
+            self.doc_file, self.loss_file, self.place_file = files
             np.zeros(1, np.int64).tofile(self.doc_file)
             for block in blocks:
                 self._block(block, progress)
@@ -62,11 +63,11 @@ class Index:
                 self._count("whole", int(self.stream and self.documents == 0), 0)
                 np.array([self.tokens], np.int64).tofile(self.doc_file)
                 self.documents += 1
+            np.array(self.pieces, np.int64).tofile(self.place_file)
+            for file in files:
+                to_disk(file)
         if not self.masked:  # there was no loss, or ones alone
             (self.folder / "loss.bin").unlink()
-        if not self.stored:
-            (self.folder / "tokens.bin").unlink()
-            np.array(self.pieces, np.int64).tofile(self.folder / "pieces.bin")
         return {
             "dtype": self.dtype.str if self.dtype is not None else None,
             "tokens": self.tokens,
@@ -138,7 +139,7 @@ class Index:
                     f"{self.file}: token {self.tokens + int(ids.argmax()):,} is {high}, but the tokenizer has only the "
                     f"ids 0 to {self.reading.vocab_size - 1}; set data.tokenizer to the one that the tokens are of"
                 )
-            ids.astype(self.dtype).tofile(self.token_file)
+            ids.astype(self.dtype).tofile(self.place_file)
         self.documents += len(new)
         self.last = int(new[-1]) if len(new) else self.last
         self.due = bool(len(begins) and begins[-1] == len(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ndtrain.data.cache import FORMAT_VERSION, key_of, store
+from ndtrain.data.cache import key_of
 from ndtrain.data.corpus import Part
 from ndtrain.data.files import reading as reading_of
 from ndtrain.data.files import stamp_of
+from ndtrain.data.preparation import FORMAT_VERSION, work_directory, write_json
 from ndtrain.data.tokens.block import Block, Reading, mapped
 from ndtrain.data.tokens.index import Index, Unmapped
 from ndtrain.data.tokens.layouts import LAYOUTS
@@ -75,23 +77,36 @@ def open_file(
     large file is that of a part of it. Raises what `Index.write` and the layout raise, and `OSError` for the cache.
     """
     parts = companions(file, layout)
-    folder = (
-        cache_dir / f"tokens-{key_of([FORMAT_VERSION, key, reading.vocab_size, [stamp_of(part) for part in parts]])}"
-    )
+    stamps = [stamp_of(part) for part in parts]
+    folder = cache_dir / f"tokens-{key_of([FORMAT_VERSION, key, reading.vocab_size, stamps])}"
 
     def blocks() -> Iterator[Block]:
         with reading_of(file):
             yield from LAYOUTS[layout](file, reading)
 
-    def write(work: Path) -> dict[str, Any]:
-        try:
-            return Index(file, reading, folder=work, stored=False).write(blocks(), progress)
-        except Unmapped:
-            return Index(file, reading, folder=work, stored=True).write(blocks(), progress)
-
     if not folder.exists():
-        store(folder, parts, lambda work: {**write(work), "key": key, "layout": layout})
+        with work_directory(cache_dir, folder.name) as work:
+            _clear(work)
+            try:
+                meta = Index(file, reading, folder=work, stored=False).write(blocks(), progress)
+            except Unmapped:
+                _clear(work)
+                meta = Index(file, reading, folder=work, stored=True).write(blocks(), progress)
+            if [stamp_of(part) for part in parts] != stamps:
+                raise DamagedError(f"{file} changed while it was being read; start the run again")
+            write_json(work / "meta.json", {**meta, "key": key, "layout": layout})
+            try:
+                os.rename(work, folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was first, with the same content
+                    raise
     return _opened(folder, file)
+
+
+def _clear(work: Path) -> None:
+    """Remove what a killed process has left."""
+    for left in work.iterdir():
+        left.unlink()
 
 
 def _opened(folder: Path, file: Path) -> TokenFile:
