@@ -298,6 +298,9 @@ def test_a_saved_data_set_is_the_files_that_it_lists(folder: Path) -> None:
     assert [file.name for file in files] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     assert any("state.json does not list are left out: 1, first cache-0123.arrow" in line for line in lines)
     assert documents(opened(saved)) == [list(row) for row in ROWS]
+    assert documents(opened(saved / "cache-0123.arrow")) == [list(row) for row in ROWS], "a named file is taken"
+    with pytest.raises(RecipeError, match=r"only files that the state\.json beside them does not list"):
+        find_token_files(str(saved / "cache*"))
     files[1].unlink()
     with pytest.raises(DamagedError, match=r"lists data-00001-of-00002\.arrow, which is not there"):
         find_token_files(str(saved))
@@ -518,7 +521,7 @@ def test_more_files_than_a_process_may_open_are_refused_with_the_limit(folder: P
     opened(file)
     full = OSError(errno.EMFILE, "Too many open files")
     with (
-        mock.patch("ndtrain.data.tokens.part.mapped", side_effect=full),
+        mock.patch("ndtrain.data.tokens.token_file.mapped", side_effect=full),
         pytest.raises(RecipeError, match=r"as many files open as it may; raise the limit \(ulimit -n\)"),
     ):
         opened(file)

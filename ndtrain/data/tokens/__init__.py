@@ -21,7 +21,7 @@ from ndtrain.data.tokens.block import CHUNK, Reading
 from ndtrain.data.tokens.find import find_token_files
 from ndtrain.data.tokens.identity import sampled_digest
 from ndtrain.data.tokens.layouts import LAYOUTS, layout_of
-from ndtrain.data.tokens.part import TokenFile, companions, open_file
+from ndtrain.data.tokens.token_file import TokenFile, companions, open_file
 from ndtrain.errors import RecipeError
 
 __all__ = ["LAYOUTS", "Reading", "check_ids", "contents_of_tokens", "find_token_files", "notes", "open_tokens"]

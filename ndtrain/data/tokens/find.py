@@ -36,7 +36,12 @@ def find_token_files(path: str, note: Note = lambda line: None) -> list[Path]:
     for file in pairs:
         if not file.exists():
             raise DamagedError(f"{index_of(file)} is the index of {file.name}, which is not beside it")
-    files = _as_listed(list(dict.fromkeys(pairs)), note)
+    files = list(dict.fromkeys(pairs))
+    if Path(path).expanduser().is_file():
+        return files
+    files = _as_listed(files, note)
+    if not files:
+        raise RecipeError(f'data.path = "{path}" matches only files that the state.json beside them does not list')
     if root.is_dir():
         _refuse_splits(root, files)
     return files

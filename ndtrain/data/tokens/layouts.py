@@ -75,5 +75,5 @@ def layout_of(file: Path) -> str:
         return "raw"
     raise RecipeError(
         f'{file}: neither its first bytes nor its name say how tokens lie in it; data.format = "tokens" reads .npy, '
-        ".bin (raw, llm.c, Megatron with its .idx), .arrow and .parquet"
+        ".bin (raw, llm.c, Megatron with its .idx), .arrow and .parquet (rows of JSON can be written as parquet)"
     )
