@@ -5,6 +5,7 @@ import json
 import os
 import random
 import struct
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from ndtrain.data.tokens import (
     Reading,
     TokenCorpus,
     check_ids,
-    contents_of_tokens,
     find_token_files,
     notes,
     open_tokens,
@@ -121,7 +121,8 @@ STORED = {"parquet", "arrow packed"}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("ndtrain.data.tokens.token_file.SETTLED_SECONDS", 0.0)
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
@@ -435,7 +436,8 @@ def test_mutated_files_end_in_one_line(folder: Path) -> None:
     ended = 0
     for number in range(120):
         layout = dice.choice(list(WRITERS))
-        file = WRITERS[layout](folder)
+        (folder / str(number)).mkdir()
+        file = WRITERS[layout](folder / str(number))
         if dice.random() < 0.3 and layout.startswith("megatron"):
             file = file.with_suffix(".idx")
         content = bytearray(file.read_bytes())
@@ -456,46 +458,45 @@ def test_mutated_files_end_in_one_line(folder: Path) -> None:
 # Identity and index
 
 
-def test_the_key_is_that_of_the_content_not_of_the_place(folder: Path) -> None:
+def test_the_key_is_that_of_the_tokens_not_of_path_or_layout(folder: Path) -> None:
     file = write_nanogpt(folder / "a.bin", ROWS)
-    cache_dir = folder.parent / "cache"
-
-    def key(path: Path, **changes: Any) -> str:
-        return contents_of_tokens(find_token_files(str(path)), reading(**changes), cache_dir=cache_dir).key
-
-    first = key(file)
-    assert opened(file).key == first
-    moved = file.rename(folder / "b.bin")
-    assert key(moved) == first
-    assert len({first, key(moved, eos=7), key(moved, dtype=np.dtype(np.uint32)), key(moved, documents="eos")}) == 4
-    assert key(moved, vocab_size=99) == first
-    write_nanogpt(moved, [*ROWS[:-1], [14, 16, EOS]])
-    assert key(moved) != first
-    pair = write_megatron(folder / "c.bin", ROWS)
-    before = key(pair)
-    write_megatron(pair, ROWS, documents=[0, 2, 4])
-    assert key(pair) != before, "the same tokens in other documents"
+    first = opened(file).key
+    assert opened(file.rename(folder / "b.bin")).key == first
+    np.save(folder / "c.npy", np.array([id for row in ROWS for id in row], np.int32))
+    assert opened(folder / "c.npy").key == first == opened(folder / "c.npy", vocab_size=70_000).key
+    others = [opened(write_nanogpt(folder / "d.bin", [*ROWS[:-1], [14, 16, EOS]])).key]
+    others += [opened(folder / "c.npy", **change).key for change in ({"eos": 7}, {"documents": "eos"})]
+    pair = write_megatron(folder / "e.bin", ROWS)
+    others += [opened(pair).key, opened(write_megatron(folder / "f.bin", ROWS, documents=[0, 2, 4])).key]
+    mask = [[0, 1, 1, 1], [1, 1], 6 * [1], 3 * [1]]
+    rows = [
+        opened(write_arrow(folder / f"{n}.arrow", table_of(ROWS, **c))).key
+        for n, c in enumerate(({}, {"loss_mask": mask}))
+    ]
+    assert rows[0] == opened(pair).key
+    assert len({first, *others, rows[1]}) == 7
 
 
-def test_a_large_file_is_known_by_blocks_and_its_index_by_its_time_too(
+def test_a_file_that_changes_gets_a_new_index(folder: Path) -> None:
+    file = write_nanogpt(folder / "a.bin", ROWS)
+    first = opened(file)
+    write_nanogpt(file, [[5, EOS, 7, EOS], *ROWS[1:]])  # of the same size
+    os.utime(file, ns=(1, 1))
+    second = opened(file)
+    assert (first.n_docs, second.n_docs) == (4, 5) and second.key != first.key
+
+
+def test_a_file_that_was_just_written_is_read_when_its_time_can_tell_a_change(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ndtrain.data.tokens.identity.WHOLE_BYTES", 1 << 10)
-    monkeypatch.setattr("ndtrain.data.tokens.identity.BLOCKS", 2)
-    file = folder / "a.bin"
-    ids = np.arange(1, 1 + (1 << 18), dtype=np.uint16) % 200 + 1
-    ids.tofile(file)
-    os.utime(file, (1_000_000_000, 1_000_000_000))
-    first = opened(file)
-    ids[1 << 17] = EOS
-    ids.tofile(file)  # in the middle, which is not among the blocks
-    second = opened(file)
-    assert second.key == first.key and (first.n_docs, second.n_docs) == (1, 2)
-    ids[0] = EOS
-    ids.tofile(file)
-    assert opened(file).key != first.key
-    (ids[:-1]).tofile(file)
-    assert opened(file).key != first.key
+    monkeypatch.setattr("ndtrain.data.tokens.token_file.SETTLED_SECONDS", 0.3)
+    file = write_nanogpt(folder / "a.bin", ROWS)
+    started = time.monotonic()
+    opened(file)
+    assert time.monotonic() - started > 0.1
+    started = time.monotonic()
+    opened(file)
+    assert time.monotonic() - started < 0.1
 
 
 def test_an_index_that_is_truncated_is_refused(folder: Path) -> None:

@@ -36,19 +36,12 @@ _MEMO_NAME = ".digests.json"
 Progress = Callable[[int, int], None] | None
 
 
-def _whole(file: Path) -> str:
-    with reading(file), file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
-
-
-def digests_of(
-    files: Sequence[Path], cache_dir: Path, digest: Callable[[Path], str] = _whole, *, memo_name: str = _MEMO_NAME
-) -> list[str]:
+def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     """Return each file's content digest, cached by (path, size, mtime) so that a start need not read every file.
 
     The digest of a file written in the last two seconds is not cached: it can change again within one clock tick.
     """
-    memo_path = cache_dir / memo_name
+    memo_path = cache_dir / _MEMO_NAME
     try:
         memo = dict(json.loads(memo_path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -60,11 +53,12 @@ def digests_of(
         if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
             digests.append(known[-1])
             continue
-        digests.append(digest(file))
+        with reading(file), file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=20)).hexdigest())
         if abs(time.time_ns() - stamp[1]) > 2e9 and stamp_of(file) == stamp:
             memo[name], changed = [*stamp, digests[-1]], True
     if changed:
-        handle, temporary = tempfile.mkstemp(prefix=memo_name, dir=cache_dir)
+        handle, temporary = tempfile.mkstemp(prefix=_MEMO_NAME, dir=cache_dir)
         with os.fdopen(handle, "w") as memo_file:
             json.dump(memo, memo_file)
         os.replace(temporary, memo_path)
@@ -84,7 +78,7 @@ def contents_of(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path) -> 
     """Return what `build_cache` makes a cache of, without tokenizing. Raises what it raises."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        digests = digests_of(files, cache_dir)
+        digests = _digests(files, cache_dir)
         kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
         groups = [
             Group(key_of([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))

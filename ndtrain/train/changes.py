@@ -123,7 +123,7 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_place = not set(names) & set(_BASE)
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
-    read_anew = bool({*_READ} & {*names}) and origin["content"] == saved["content"]
+    read_anew = bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")
     implied = [*([] if same_base else [changed_base]), *([] if same_data or read_anew else _DATA)]
     for key in dict.fromkeys([*names, *implied]):

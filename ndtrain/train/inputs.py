@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from ndtrain.data.cache import notes as cache_notes
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import Note, find_files
 from ndtrain.data.order import Order
+from ndtrain.data.preparation import Group
 from ndtrain.data.samples import Samples
 from ndtrain.data.text import TextEncoder
-from ndtrain.data.tokens import Reading, check_ids, contents_of_tokens, find_token_files, open_tokens
+from ndtrain.data.tokens import Reading, check_ids, find_token_files, open_tokens
 from ndtrain.data.tokens import notes as token_notes
 from ndtrain.errors import RecipeError
 from ndtrain.hf.hub import snapshot_directory
@@ -83,11 +85,9 @@ def open_batches(
     """
     opened: list[tuple[Corpus, list[str]]] = []
 
-    def build() -> None:
-        def progress(done: int, total: int) -> None:
-            runtime.watch.advance()
-            reporter.progress("reading tokens" if recipe.data.format == "tokens" else "tokenizing", done, total)
+    progress = data_progress(recipe, runtime, reporter)
 
+    def build() -> None:
         def note(line: str) -> None:
             reporter.info(f"note: {line}")
 
@@ -109,6 +109,16 @@ def open_batches(
         batch_rank=sizes.coordinate(runtime.rank)["batch"],
         batch_ranks=sizes.batch,
     )
+
+
+def data_progress(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> Callable[[int, int], None]:
+    """Return what tells watch and user how many bytes of the data are done, of how many."""
+
+    def progress(done: int, total: int) -> None:
+        runtime.watch.advance()
+        reporter.progress("reading tokens" if recipe.data.format == "tokens" else "tokenizing", done, total)
+
+    return progress
 
 
 def _tokenized(
@@ -149,11 +159,15 @@ def _reading(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> Reading
     )
 
 
-def data_contents(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> tuple[list[Path], Contents]:
-    """Return the files of data.path and what identifies their tokens, without tokenizing."""
+def data_contents(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
+) -> tuple[list[Path], Contents]:
+    """Return the files of data.path and what identifies their tokens. Tokenizes nothing."""
     if recipe.data.format == "tokens":
-        files = find_token_files(recipe.data.path)
-        return files, contents_of_tokens(files, _reading(recipe, tokenizer), cache_dir=_cache_dir())
+        reading, files = _reading(recipe, tokenizer), find_token_files(recipe.data.path)
+        corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
+        groups = [Group(file.key, [file.file]) for file in corpus.files]
+        return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files])
     files = find_files(recipe.data.path)
     return files, contents_of(files, TextEncoder(tokenizer), cache_dir=_cache_dir())
 

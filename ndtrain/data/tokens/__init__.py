@@ -8,25 +8,20 @@ the cache, where documents begin and which tokens carry loss; a `TokenFile` maps
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from ndtrain.data.cache import Contents, Progress, digests_of, key_of, not_written
+from ndtrain.data.cache import Progress, key_of, not_written
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import stamp_of
-from ndtrain.data.preparation import FORMAT_VERSION, Group
 from ndtrain.data.tokens.block import CHUNK, Reading
 from ndtrain.data.tokens.find import find_token_files
-from ndtrain.data.tokens.identity import sampled_digest
 from ndtrain.data.tokens.layouts import LAYOUTS, layout_of
-from ndtrain.data.tokens.token_file import TokenFile, companions, open_file
+from ndtrain.data.tokens.token_file import TokenFile, open_file
 from ndtrain.errors import RecipeError
 
-__all__ = ["LAYOUTS", "Reading", "check_ids", "contents_of_tokens", "find_token_files", "notes", "open_tokens"]
-
-_MEMO_NAME = ".token-digests.json"
+__all__ = ["LAYOUTS", "Reading", "TokenCorpus", "check_ids", "find_token_files", "notes", "open_tokens"]
 
 
 class TokenCorpus(Corpus):
@@ -37,50 +32,32 @@ class TokenCorpus(Corpus):
         self.files = files
 
 
-def contents_of_tokens(files: Sequence[Path], reading: Reading, *, cache_dir: Path) -> Contents:
-    """Return what identifies the tokens of these files, without reading all of them (`sampled_digest`)."""
-    layouts = [layout_of(file) for file in files]
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        parts = [companions(file, layout) for file, layout in zip(files, layouts, strict=True)]
-        digests = iter(digests_of(list(chain(*parts)), cache_dir, sampled_digest, memo_name=_MEMO_NAME))
-    except OSError as error:
-        raise not_written(cache_dir, error) from error
-    names = [" ".join([layout, *(next(digests) for _ in own)]) for layout, own in zip(layouts, parts, strict=True)]
-    groups = [
-        Group(key_of([FORMAT_VERSION, reading.key, name, reading.dtype.name if layout == "raw" else ""]), [file])
-        for name, layout, file in zip(names, layouts, files, strict=True)
-    ]
-    return Contents(key_of([group.key for group in groups]), groups, reading.key, names)
-
-
 def open_tokens(files: Sequence[Path], reading: Reading, *, cache_dir: Path, progress: Progress = None) -> TokenCorpus:
     """Return the tokens of these files, one file after another; looks once at those without an index in `cache_dir`.
 
-    Ranks and runs may race, as in `build_cache`. `progress(done, total)` is called with bytes of the files. Raises
-    `DamagedError` for a file that contradicts itself or changes, `RecipeError` for one that is not read, for tokens
-    without a target, and if the cache cannot be written.
+    Its key is that of all tokens, bounds and losses, whatever the names and layouts of the files. Ranks and runs may
+    race, as in `build_cache`. `progress(done, total)` is called with bytes of the files. Raises `DamagedError` for a
+    file that contradicts itself or changes, `RecipeError` for one that is not read, for tokens without a target, and if
+    the cache cannot be written.
     """
-    contents = contents_of_tokens(files, reading, cache_dir=cache_dir)
-    total, before, parts = sum(stamp_of(file)[0] for file in files), 0, []
-    for file, group, name in zip(files, contents.groups, contents.files, strict=True):
+    layouts = [layout_of(file) for file in files]
+    total, before, opened = sum(stamp_of(file)[0] for file in files), 0, []
 
-        def report(done: int, before: int = before) -> None:
-            if progress:
-                progress(before + done, total)
+    def report(done: int) -> None:
+        if progress:
+            progress(before + done, total)
 
-        try:
-            part = open_file(
-                file, name.split()[0], key=group.key, reading=reading, cache_dir=cache_dir, progress=report
-            )
-        except OSError as error:
-            raise not_written(cache_dir, error) from error
-        parts.append(part)
-        before += stamp_of(file)[0]
-    if not sum(part.targets for part in parts):
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        for file, layout in zip(files, layouts, strict=True):
+            opened.append(open_file(file, layout, reading=reading, cache_dir=cache_dir, progress=report))
+            before += stamp_of(file)[0]
+    except OSError as error:
+        raise not_written(cache_dir, error) from error
+    if not sum(file.targets for file in opened):
         count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
         raise RecipeError(f"data.path: {count} no token that carries loss and comes after another one")
-    return TokenCorpus(parts, contents.key)
+    return TokenCorpus(opened, key_of([reading.key, *(file.key for file in opened)]))
 
 
 def check_ids(corpus: TokenCorpus, vocabulary: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from ndtrain.data.preparation import to_disk
 from ndtrain.data.row import BoolArray, IntArray
@@ -43,11 +44,13 @@ class Index:
         self.pieces: list[tuple[int, int]] = []
         self.masked = self.stream = False
         self.ignored: tuple[str, ...] = ()
+        # Of the tokens, where rows begin, and the loss.
+        self.digests = [xxhash.xxh3_128() for _ in range(3)]
         # Kind -> [count, the first document].
         self.counts: dict[str, list[int]] = {}
 
     def write(self, blocks: Iterator[Block], progress: Callable[[int], None]) -> Meta:
-        """Write the index and return what meta.json says of it.
+        """Write the index and return what meta.json says of it, of which `key` identifies the content.
 
         Raises `Unmapped` if the tokens have to be stored, and `RecipeError` or `DamagedError` for what cannot be used.
         """
@@ -78,6 +81,7 @@ class Index:
             "pieces": None if self.stored else len(self.pieces),
             "ignored": self.ignored,
             "counts": self.counts,
+            "key": " ".join(digest.hexdigest() for digest in (self.digests if self.masked else self.digests[:2])),
         }
 
     def _block(self, block: Block, progress: Callable[[int], None]) -> None:
@@ -95,6 +99,7 @@ class Index:
         if block.starts is not None:
             begun = np.unique(block.starts[block.starts < len(block.ids)])
             self._count("empty", len(block.starts) - len(begun), self.documents)
+            self.digests[1].update((begun + self.tokens).astype("<i8").tobytes())
             block = block._replace(starts=begun)
         for low in range(0, len(block.ids), CHUNK):
             high = min(low + CHUNK, len(block.ids))
@@ -116,6 +121,7 @@ class Index:
         if low < 0:
             raise damaged(self.file, f"token {self.tokens + int(ids.argmin()):,} is {low}, and ids are not negative")
         self.largest = max(self.largest, high)
+        self.digests[0].update(ids.astype("<i8").tobytes())
         begins, odd = self._begins(ids, starts)
         inside = begins[begins < len(ids)]
         new = inside + self.tokens
@@ -132,6 +138,7 @@ class Index:
             self.targets += int(loss.sum()) - int(loss[inside].sum())
             self.masked = self.masked or not loss.all()
             loss.tofile(self.loss_file)
+            self.digests[2].update(loss.tobytes())
         if self.stored:
             assert self.dtype is not None
             if high > (1 << 8 * self.dtype.itemsize) - 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,14 @@ from ndtrain.data.tokens.layouts import LAYOUTS
 from ndtrain.data.tokens.megatron import index_of
 from ndtrain.errors import DamagedError
 
+SETTLED_SECONDS = 2.0
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenFile(Part):
     """The tokens of one file, mapped where they lie, with what was counted in them.
 
+    `key` is equal for the same tokens in the same rows with the same loss, in any layout.
     `targets` is the number of tokens that carry loss and come after another one of their document; `counts` is {kind:
     [count, the first document]} as `Index` counts them, `ignored` the names of columns that are not read.
     """
@@ -63,28 +67,26 @@ class Pieces:
         return np.concatenate(found)
 
 
-def companions(file: Path, layout: str) -> list[Path]:
-    """Return the files that a token file consists of."""
-    return [file, index_of(file)] if layout == "megatron" else [file]
-
-
 def open_file(
-    file: Path, layout: str, *, key: str, reading: Reading, cache_dir: Path, progress: Callable[[int], None]
+    file: Path, layout: str, *, reading: Reading, cache_dir: Path, progress: Callable[[int], None]
 ) -> TokenFile:
     """Return the tokens of a file, with the index in `cache_dir`, which is made unless it exists.
 
-    `key` identifies the content. The index is made anew if the file's time of change differs too, since the key of a
-    large file is that of a part of it. Raises what `Index.write` and the layout raise, and `OSError` for the cache.
+    The index is that of a file by its path, size and time of change. Raises what `Index.write` and the layout raise,
+    `DamagedError` for a file that changes meanwhile, and `OSError` for the cache.
     """
-    parts = companions(file, layout)
+    parts = [file, index_of(file)] if layout == "megatron" else [file]
     stamps = [stamp_of(part) for part in parts]
-    folder = cache_dir / f"tokens-{key_of([FORMAT_VERSION, key, reading.vocab_size, stamps])}"
+    own = [layout, reading.key, reading.dtype.name, reading.vocab_size]
+    folder = cache_dir / f"tokens-{key_of([FORMAT_VERSION, *own, os.path.abspath(file), stamps])}"
 
     def blocks() -> Iterator[Block]:
         with reading_of(file):
             yield from LAYOUTS[layout](file, reading)
 
     if not folder.exists():
+        # A file that is changed once more within a tick of its file system's clock would look the same.
+        time.sleep(max(0.0, SETTLED_SECONDS - abs(time.time() - max(stamp[1] for stamp in stamps) / 1e9)))
         with work_directory(cache_dir, folder.name) as work:
             _clear(work)
             try:
@@ -94,7 +96,7 @@ def open_file(
                 meta = Index(file, reading, folder=work, stored=True).write(blocks(), progress)
             if [stamp_of(part) for part in parts] != stamps:
                 raise DamagedError(f"{file} changed while it was being read; start the run again")
-            write_json(work / "meta.json", {**meta, "key": key, "layout": layout})
+            write_json(work / "meta.json", {**meta, "layout": layout})
             try:
                 os.rename(work, folder)
             except OSError:
