@@ -55,10 +55,9 @@ def test_block_sparse_attention_is_what_rows_of_this_length_get_or_refused(tmp_p
         with pytest.raises(RecipeError, match=r"sees later tokens.*attention_type = \"original_full\""):
             meta_model(recipe)
         return
-    model = meta_model(recipe).to_empty(device="cpu")
-    before = [type(module) for module in model.modules()]
-    model(torch.zeros(1, recipe.data.seq_len, dtype=torch.long))
-    assert [type(module) for module in model.modules()] == before, "its forward has nothing to replace"
+    model = meta_model(recipe)
+    assert not any("BlockSparse" in type(module).__name__ for module in model.modules())
+    assert model.base_model.attention_type == "original_full", "so that its forward replaces nothing"
 
 
 def test_tables_of_model_config_are_merged_into_the_config(tmp_path: Path, saved: Path) -> None:

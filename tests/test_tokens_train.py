@@ -82,6 +82,6 @@ def test_a_resume_compares_the_tokens(tmp_path: Path) -> None:
     assert not found["error"] and "the same content" in found["said"]
     (tmp_path / "moved").rename(data)
     read = resume(run, "data.documents=eos")["error"]
-    assert "data.documents" in read and "a sample would be another" in read and "\n" not in read
+    assert "data.documents" in read and "each sample would be another" in read and "\n" not in read
     write_megatron(file, [[*rows[0][:-2], 9, EOS], *rows[1:]])
     assert "the files of data.path changed: 0 added, 0 removed, 1 changed" in resume(run)["error"]

@@ -7,11 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from errno import EMFILE, ENFILE
 from pathlib import Path
 
-from ndtrain.data.formats import can_read, name_kind
+from ndtrain.data.formats import can_read, name_kind, reading
 from ndtrain.errors import DamagedError, RecipeError
 
 # Files that a token cache has, and the index of a token file too.
@@ -124,20 +122,6 @@ def _counts(left: Counter[str]) -> str:
     named = sorted(left.most_common(_NAMED), key=lambda item: (-item[1], item[0]))
     rest = left.total() - sum(count for _, count in named)
     return ", ".join(f"{count:,} {what}" for what, count in (*named, *([("others", rest)] if rest else [])))
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Raise an `OSError` of the body as a `DamagedError` that names `file`, of too many files as a `RecipeError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (EMFILE, ENFILE):
-            raise RecipeError(
-                f"cannot open {file}: this process has as many files open as it may; raise the limit (ulimit -n), or "
-                "join the files of data.path to fewer"
-            ) from error
-        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def stamp_of(file: Path) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ndtrain.data.tokens.block import Block, Reading, damaged
 from ndtrain.data.tokens.columns import Columns
-from ndtrain.errors import RecipeError
+from ndtrain.errors import RecipeError, one_line
 
 FILE = b"ARROW1"
 STREAM = b"\xff\xff\xff\xff"
@@ -50,6 +50,4 @@ def blocks(file: Path, reading: Reading) -> Iterator[Block]:
                 done = whole.size * number // total if is_file else source.tell()
                 yield Block(rows.ids, at, rows.starts, rows.loss, done, columns.ignored)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-        raise damaged(
-            file, f"after row {row:,}: cannot be read as Arrow: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise damaged(file, f"after row {row:,}: cannot be read as Arrow: {one_line(error)}") from error

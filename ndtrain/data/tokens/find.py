@@ -6,7 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from ndtrain.data.files import Note, find_files, reading
+from ndtrain.data.files import Note, find_files
+from ndtrain.data.formats import reading
 from ndtrain.data.tokens.layouts import SUFFIXES
 from ndtrain.data.tokens.megatron import index_of
 from ndtrain.errors import DamagedError, RecipeError

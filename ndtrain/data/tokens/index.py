@@ -99,7 +99,7 @@ class Index:
         if block.starts is not None:
             begun = np.unique(block.starts[block.starts < len(block.ids)])
             self._count("empty", len(block.starts) - len(begun), self.documents)
-            self.digests[1].update((begun + self.tokens).astype("<i8"))
+            self.digests[1].update((begun + self.tokens).astype("<i8").data)
             block = block._replace(starts=begun)
         for low in range(0, len(block.ids), CHUNK):
             high = min(low + CHUNK, len(block.ids))
@@ -121,7 +121,7 @@ class Index:
         if low < 0:
             raise damaged(self.file, f"token {self.tokens + int(ids.argmin()):,} is {low}, and ids are not negative")
         self.largest = max(self.largest, high)
-        self.digests[0].update(np.ascontiguousarray(ids, "<u4" if high < 1 << 32 else "<u8"))
+        self.digests[0].update(np.ascontiguousarray(ids, "<u4" if high < 1 << 32 else "<u8").data)
         begins, odd = self._begins(ids, starts)
         inside = begins[begins < len(ids)]
         new = inside + self.tokens
@@ -138,7 +138,7 @@ class Index:
             self.targets += int(loss.sum()) - int(loss[inside].sum())
             self.masked = self.masked or not loss.all()
             loss.tofile(self.loss_file)
-            self.digests[2].update(loss)
+            self.digests[2].update(np.ascontiguousarray(loss).data)
         if self.stored:
             assert self.dtype is not None
             if high > (1 << 8 * self.dtype.itemsize) - 1:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ndtrain.data.files import reading
-from ndtrain.data.formats import COMPRESSIONS, refuse_pointer
+from ndtrain.data.formats import COMPRESSIONS, reading, refuse_pointer
 from ndtrain.data.tokens import arrow, llmc, megatron, npy, parquet, raw
 from ndtrain.data.tokens.block import Block, Reading, damaged
 from ndtrain.errors import RecipeError

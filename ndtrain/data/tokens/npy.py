@@ -9,7 +9,7 @@ from tokenize import TokenError
 import numpy as np
 
 from ndtrain.data.tokens.block import CHUNK, Block, Reading, damaged, mapped, stream
-from ndtrain.errors import RecipeError
+from ndtrain.errors import RecipeError, one_line
 
 MAGIC = b"\x93NUMPY"
 
@@ -28,7 +28,7 @@ def blocks(file: Path, reading: Reading) -> Iterator[Block]:
                 raise ValueError(f"version {version[0]}.{version[1]} is not that of an array of numbers")
             shape, fortran, dtype = headers[version](opened)
         except (ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:
-            raise damaged(file, f"its numpy header cannot be read ({' '.join(str(error).split())[:200]})") from error
+            raise damaged(file, f"its numpy header cannot be read ({one_line(error)})") from error
         at = opened.tell()
     if dtype.kind not in "iu":
         raise RecipeError(f"{file} is an array of {dtype}, and token ids are integers")

@@ -8,6 +8,7 @@ from pathlib import Path
 from ndtrain.data.formats import parquet
 from ndtrain.data.tokens.block import Block, Reading, damaged
 from ndtrain.data.tokens.columns import Columns
+from ndtrain.errors import one_line
 
 MAGIC = b"PAR1"
 _ROWS = 1024
@@ -27,4 +28,4 @@ def blocks(file: Path, reading: Reading) -> Iterator[Block]:
             done = size * row // max(1, table.metadata.num_rows)
             yield Block(rows.ids, None, rows.starts, rows.loss, done, columns.ignored)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(file, f"after row {row:,}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise damaged(file, f"after row {row:,}: cannot be read: {one_line(error)}") from error

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from ndtrain.data.cache import key_of
 from ndtrain.data.corpus import Part
-from ndtrain.data.files import reading as reading_of
 from ndtrain.data.files import stamp_of
+from ndtrain.data.formats import reading as reading_of
 from ndtrain.data.preparation import FORMAT_VERSION, work_directory, write_json
 from ndtrain.data.tokens.block import Block, Reading, mapped
 from ndtrain.data.tokens.index import Index, Unmapped
