@@ -171,7 +171,7 @@ def test_a_corpus_of_many_groups_equals_one_group(folder: Path, monkeypatch: pyt
     for ours, theirs in zip(many.around(np.arange(one.n_tokens)), one.around(np.arange(one.n_tokens)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for most in (1, 2, 100):
-        assert [0, *(b for some in many.bounds(most) for b in some[1:])] == docs_of(one)
+        assert [0, *(b for some in many.bounds_in_blocks(most) for b in some[1:])] == docs_of(one)
     for packing in (True, "best_fit", False):
         rows = [open_samples(corpus, 8, packing=packing, pad_id=258) for corpus in (one, many)]
         assert len(rows[0]) == len(rows[1])

@@ -81,12 +81,12 @@ def contents_of(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path) -> 
         digests = _digests(files, cache_dir)
         kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
         groups = [
-            Group(_key([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
+            Group(key_of([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
             for first, last in groups_of(list(map(_size, files)), digests)
         ]
     except OSError as error:
         raise not_written(cache_dir, error) from error
-    key = _key([group.key for group in groups])
+    key = key_of([group.key for group in groups])
     return Contents(key, groups, encoder.key, [" ".join(map(str, kind)) for kind in kinds])
 
 
@@ -138,7 +138,8 @@ def _size(file: Path) -> int:
     return stamp_of(file)[0]
 
 
-def _key(parts: object) -> str:
+def key_of(parts: object) -> str:
+    """Return the key of what `parts` describe, as JSON."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

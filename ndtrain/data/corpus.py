@@ -76,6 +76,12 @@ class Corpus:
             start += high - low
         return np.concatenate(found)
 
+    def bounds(self, index: int) -> tuple[int, int]:
+        """Return the positions of a document's first token and of the one past its last."""
+        number = int(np.searchsorted(self._docs, index, side="right")) - 1
+        docs, own = self.parts[number].docs, index - int(self._docs[number])
+        return int(self._tokens[number] + docs[own]), int(self._tokens[number] + docs[own + 1])
+
     def around(self, positions: IntArray) -> tuple[IntArray, IntArray]:
         """Return where the documents that hold these positions begin and end."""
         begins, ends = np.empty_like(positions), np.empty_like(positions)
@@ -86,7 +92,7 @@ class Corpus:
             begins[at], ends[at] = docs[ahead - 1] + base, docs[ahead] + base
         return begins, ends
 
-    def bounds(self, most: int = 1 << 20) -> Iterator[IntArray]:
+    def bounds_in_blocks(self, most: int = 1 << 20) -> Iterator[IntArray]:
         """Yield the bounds `[d + 1]` of at most so many documents at a time, which together are all of them."""
         for part, base in zip(self.parts, self._tokens[:-1], strict=True):
             for first in range(0, len(part.docs) - 1, most):

@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EMFILE, ENFILE
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,15 @@ def _zstd() -> Any:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Raise an `OSError` of the body as a `DamagedError` that names `file`."""
+    """Raise an `OSError` of the body as a `DamagedError` that names `file`, of too many files as a `RecipeError`."""
     try:
         yield
     except OSError as error:
+        if error.errno in (EMFILE, ENFILE):
+            raise RecipeError(
+                f"cannot open {file}: this process has as many files open as it may; raise the limit (ulimit -n), or "
+                "join the files of data.path to fewer"
+            ) from error
         raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 
@@ -118,13 +124,18 @@ def unpacked(stored: io.BufferedReader[Any], file: Path) -> Any:
     return stored
 
 
-def _check_start(start: bytes, file: Path) -> None:
+def refuse_pointer(start: bytes, file: Path) -> None:
+    """Raise `DamagedError` for a file that only says where its content lies, given its first bytes."""
     if start.startswith(_LFS):
         raise DamagedError(f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
     if start.startswith(_ANNEX):
         raise DamagedError(
             f"{file} is a git-annex pointer, not the file itself; run `git annex get` where it comes from"
         )
+
+
+def _check_start(start: bytes, file: Path) -> None:
+    refuse_pointer(start, file)
     for magic, what in OTHERS.items():
         if start.startswith(magic):
             raise RecipeError(f"{file} is not text: it is {what}")
@@ -162,5 +173,5 @@ def parquet(file: Path) -> Any:
         raise RecipeError(f"{file} is parquet, which needs a package: pip install 'ndtrain[parquet]'") from error
     try:
         return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedError(f"{file} cannot be read as parquet: {one_line(error)}") from error

@@ -7,7 +7,6 @@ alone. The arrays are computed once and stored beside the token cache, from wher
 
 import json
 import os
-import tempfile
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ndtrain.data.preparation import work_directory, write_json
 from ndtrain.data.row import IntArray
 from ndtrain.errors import DamagedError
 
@@ -236,14 +236,8 @@ def open_index(
     """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # What a killed process leaves has a name by which the cache removes it later.
-        made = tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
-        )
-        with made as temporary:
-            work = Path(temporary)
+        with work_directory(folder.parent, folder.name) as work:
             _write(work, build_index(bounds, seq_len, best_fit=best_fit, drop=drop, new=_new_in(work), advance=advance))
-            work.chmod(0o755)
             try:
                 os.rename(work, folder)
             except OSError:
@@ -273,10 +267,7 @@ def _write(folder: Path, index: RowIndex) -> None:
             array.flush()
     meta = {key: getattr(index, key) for key in ("tokens", "too_long", "first_too_long", "drop")}
     lengths = {name: len(array) for name, array in arrays.items()}
-    with (folder / "meta.json").open("w") as file:
-        file.write(json.dumps({"version": _VERSION, "lengths": lengths} | meta))
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / "meta.json", {"version": _VERSION, "lengths": lengths} | meta)
 
 
 def _read(folder: Path) -> RowIndex:

@@ -171,12 +171,12 @@ def open_samples(
         return Concatenated(corpus, seq_len, pad_id=pad_id)
     best_fit, drop = bool(packing), too_long == "drop"
     if folder is None:
-        index = build_index(corpus.bounds, seq_len, best_fit=best_fit, drop=drop, advance=advance)
+        index = build_index(corpus.bounds_in_blocks, seq_len, best_fit=best_fit, drop=drop, advance=advance)
     else:
         name = f"{corpus.key}-{packing or 'single'}-{seq_len}{'-drop' if drop else ''}"
         try:
             index = open_index(
-                corpus.bounds, seq_len, best_fit=best_fit, drop=drop, folder=folder / name, advance=advance
+                corpus.bounds_in_blocks, seq_len, best_fit=best_fit, drop=drop, folder=folder / name, advance=advance
             )
         except OSError as error:
             raise not_written(folder, error) from error

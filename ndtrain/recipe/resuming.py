@@ -12,6 +12,8 @@ NEVER: dict[str, str] = {
     "data.packing": _SAMPLES,
     "data.too_long": _SAMPLES,
     "data.format": _SAMPLES,
+    "data.documents": _SAMPLES,
+    "data.token_dtype": _SAMPLES,
     "model.type": "another model type has other weights",
     "optim.name": "the saved state is that of another optimizer",
 }

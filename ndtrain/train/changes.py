@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Keys that say where something is: what is there decides whether a resume may go on.
 _BASE = ("model.init", "model.name", "model.revision")
 _DATA = ("data.path", "data.tokenizer")
+# Keys that say how data is read: their change explains other samples of the same files.
+_READ = ("data.documents", "data.token_dtype")
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
@@ -115,8 +117,10 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_place = not set(names) & set(_BASE)
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
+    read_anew = bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")
-    for key in dict.fromkeys([*names, *([] if same_base else [changed_base]), *([] if same_data else _DATA)]):
+    implied = [*([] if same_base else [changed_base]), *([] if same_data or read_anew else _DATA)]
+    for key in dict.fromkeys([*names, *implied]):
         values = _value(before.get(key)), _value(now.get(key))
         if key in _BASE:
             if same_base or key != changed_base:

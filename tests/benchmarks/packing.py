@@ -60,16 +60,16 @@ def placing(documents: int, naive: int, seq_len: int) -> None:
     for number in sorted({naive, documents}):
         corpus = corpus_of(number)
         started = time.process_time()
-        index = build_index(corpus.bounds, seq_len, best_fit=True)
+        index = build_index(corpus.bounds_in_blocks, seq_len, best_fit=True)
         seconds = time.process_time() - started
         tracemalloc.start()
-        build_index(corpus.bounds, seq_len, best_fit=True)
+        build_index(corpus.bounds_in_blocks, seq_len, best_fit=True)
         held = tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
         other = "-"
         if number <= naive:
-            sizes = np.concatenate([np.minimum(np.diff(some), seq_len) for some in corpus.bounds()])
-            rests = np.concatenate([_rests(np.diff(some), seq_len) for some in corpus.bounds()])
+            sizes = np.concatenate([np.minimum(np.diff(some), seq_len) for some in corpus.bounds_in_blocks()])
+            rests = np.concatenate([_rests(np.diff(some), seq_len) for some in corpus.bounds_in_blocks()])
             started = time.process_time()
             rows = one_at_a_time(np.concatenate([sizes, rests]), seq_len)
             other = f"{time.process_time() - started:.1f} s"
