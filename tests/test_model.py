@@ -56,9 +56,8 @@ def test_block_sparse_attention_is_what_rows_of_this_length_get_or_refused(tmp_p
             meta_model(recipe)
         return
     model = meta_model(recipe)
-    before = [type(module) for module in model.modules()]
-    model(torch.zeros(1, recipe.data.seq_len, dtype=torch.long, device="meta"))
-    assert [type(module) for module in model.modules()] == before, "its forward has nothing to replace"
+    assert not any("BlockSparse" in type(module).__name__ for module in model.modules())
+    assert model.base_model.attention_type == "original_full", "so that its forward replaces nothing"
 
 
 def test_tables_of_model_config_are_merged_into_the_config(tmp_path: Path, saved: Path) -> None:

@@ -24,8 +24,8 @@ from ndtrain.recipe.schema import (
     ScheduleSection,
     TpSection,
     TrainSection,
-    sections,
 )
+from ndtrain.recipe.sections import of_held_out, sections
 
 __all__ = [
     "SHARED",
@@ -47,6 +47,7 @@ __all__ = [
     "TrainSection",
     "json_schema",
     "load_recipe",
+    "of_held_out",
     "sections",
     "to_toml",
 ]

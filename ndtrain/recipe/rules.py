@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ndtrain.recipe.problems import Key, Problem, dotted, show
-from ndtrain.recipe.schema import Recipe
+from ndtrain.recipe.schema import DataSection, Recipe
+from ndtrain.recipe.sections import of_held_out
 
 # Key -> (the supported values, why the others are refused).
 NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
@@ -26,7 +27,7 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
     ),
-    ("data", "format"): (("text",), 'use "text", the only format that ndtrain reads'),
+    ("data", "format"): (("text", "tokens"), 'use "text" or "tokens", the formats that ndtrain reads'),
     ("train", "compile"): ((False,), "ndtrain does not support torch.compile yet; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
@@ -37,7 +38,7 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
 
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """Yield a problem for each contradiction between keys of `recipe`."""
-    model, data, schedule, train = recipe.model, recipe.data, recipe.schedule, recipe.train
+    model, data, train = recipe.model, recipe.data, recipe.train
     if model.name is None and model.type is None:
         yield (
             ("model", "name"),
@@ -68,33 +69,42 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"data.tokenizer is required with model.type = {show(model.type)}, which has no tokenizer of its own; "
             'set it to a directory, a hub id or "bytes"',
         )
-    if data.tokenizer == "bytes" and data.special_tokens == "parse":
-        yield (
-            ("data", "special_tokens"),
-            'data.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
-            "leave it out",
-        )
+    yield from _data(data)
     if train.micro_batch_size > train.global_batch_size:
         yield (
             ("train", "micro_batch_size"),
             f"train.micro_batch_size = {train.micro_batch_size} is larger than "
             f"train.global_batch_size = {train.global_batch_size}; lower it",
         )
-    if schedule.warmup_steps >= train.steps:
+    if train.steps is None and train.epochs is None:
+        yield ("train", "steps"), "train.steps is required, a whole number of at least 1, or train.epochs in its place"
+    if train.steps is not None and train.epochs is not None:
+        yield (
+            ("train", "epochs"),
+            f"train.steps = {train.steps} and train.epochs = {train.epochs} exclude each other; keep one",
+        )
+    yield from of_schedule(recipe)
+
+
+def of_schedule(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each contradiction in [schedule], as far as the number of steps is known."""
+    schedule, steps = recipe.schedule, recipe.train.steps
+    warmup, decay = schedule.warmup_steps or 0, schedule.decay_steps or 0
+    if steps is not None and warmup >= steps:
         yield (
             ("schedule", "warmup_steps"),
-            f"schedule.warmup_steps = {schedule.warmup_steps} must be less than train.steps = {train.steps}",
+            f"schedule.warmup_steps = {warmup} must be less than train.steps = {steps}",
         )
     elif schedule.min_lr_ratio and schedule.kind == "constant":
         yield (
             ("schedule", "min_lr_ratio"),
             f'schedule.min_lr_ratio = {schedule.min_lr_ratio} does not apply to kind = "constant"; leave it out',
         )
-    elif schedule.kind == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps:
+    elif steps is not None and schedule.kind == "wsd" and warmup + decay > steps:
         yield (
             ("schedule", "decay_steps"),
-            f"schedule.decay_steps = {schedule.decay_steps} and warmup_steps = {schedule.warmup_steps} are "
-            f"together more than train.steps = {train.steps}; lower one of them",
+            f"schedule.decay_steps = {decay} and warmup_steps = {warmup} are together more than "
+            f"train.steps = {steps}; lower one of them",
         )
     if schedule.decay_steps is not None and schedule.kind != "wsd":
         yield (
@@ -113,23 +123,52 @@ def _eval(recipe: Recipe) -> Iterator[Problem]:
                 "checkpoint.keep_best = true needs a held-out loss: give its data in [eval], or leave it out",
             )
         return
+    for (_, key), sentence in _data(recipe.held_out().data):
+        if getattr(held_out, key) != getattr(data, key):  # else it is [data]'s
+            yield ("eval", key), of_held_out(sentence)
     if held_out.packing and not data.packing:
         yield (
             ("eval", "packing"),
             f"eval.packing = {show(held_out.packing)} needs packing in [data] too: only then is the model checked to "
             "keep packed documents apart; leave it out",
         )
-    if data.tokenizer == "bytes" and held_out.special_tokens == "parse" != data.special_tokens:
-        yield (
-            ("eval", "special_tokens"),
-            'eval.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
-            "leave it out",
-        )
     if held_out.patience is not None and not held_out.every:
         yield (
             ("eval", "patience"),
             f"eval.patience = {held_out.patience} needs evaluations before the end; set eval.every, or leave it out",
         )
+
+
+def _data(data: DataSection) -> Iterator[Problem]:
+    """Yield a problem for each contradiction between the keys that [data] and [eval] have."""
+    if data.tokenizer == "bytes" and data.special_tokens == "parse":
+        yield (
+            ("data", "special_tokens"),
+            'data.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
+            "leave it out",
+        )
+    yield from _tokens(data)
+    if data.packing == "concat" and data.too_long != "cut":
+        yield (
+            ("data", "too_long"),
+            f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '
+            'wherever a row ends; set data.packing = "best_fit" or false, or leave it out',
+        )
+
+
+def _tokens(data: DataSection) -> Iterator[Problem]:
+    if data.format == "tokens" and data.special_tokens != "text":
+        yield (
+            ("data", "special_tokens"),
+            f'data.special_tokens = {show(data.special_tokens)} is for text, and data.format is "tokens"; leave it out',
+        )
+    for name, value, default in (("documents", data.documents, "auto"), ("token_dtype", data.token_dtype, None)):
+        if data.format != "tokens" and value != default:
+            yield (
+                ("data", name),
+                f"data.{name} = {show(value)} is for prepared tokens, and data.format is {show(data.format)}; leave it "
+                'out, or set data.format = "tokens"',
+            )
 
 
 def _fsdp(recipe: Recipe) -> Iterator[Problem]:

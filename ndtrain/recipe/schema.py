@@ -1,7 +1,7 @@
 """The sections and keys of a recipe: one frozen pydantic model per section, with strict types."""
 
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -60,6 +60,11 @@ class MeshSection(Section):
     cp: Size = Field(1, description="Ranks that split a sequence.")
     tp: Size = Field(1, description="Ranks that split each matrix.")
     ep: Size = Field(1, description="Ranks that split the experts, among the dp_shard x cp x tp ranks.")
+
+    @property
+    def least_ranks(self) -> int:
+        """The world size, with one rank on dp_shard where it is -1."""
+        return self.dp_replicate * max(1, self.dp_shard) * self.cp * self.tp
 
 
 Policy = Literal["free_full_weight", "keep_full_weight"]
@@ -139,12 +144,36 @@ class DataKeys(Section):
     format: Literal["text", "chat", "tokens"] = Field("text", description="Format of the data.")
     path: Text = Field(description="File, directory, glob or hub dataset.")
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
-    packing: bool = Field(True, description="Pack documents into sequences; they never attend to each other.")
+    packing: Literal["concat", "best_fit"] | bool = Field(
+        "concat",
+        description='How documents share sequences, without ever attending to each other: "concat" cuts the stream of '
+        'all documents, "best_fit" keeps each in one piece, false gives each its own; true means "concat".',
+    )
+    too_long: Literal["cut", "drop", "error"] = Field(
+        "cut",
+        description='What becomes of a document longer than seq_len where packing is "best_fit" or false: "cut" into '
+        'pieces of seq_len, "drop" it, or "error".',
+    )
     special_tokens: Literal["text", "parse"] = Field(
         "text",
         description='What a document is encoded to that spells a special token, such as "<|im_start|>": "text" gives '
         'plain text, "parse" the special token, for documents that were rendered with a chat template.',
     )
+    documents: Literal["auto", "rows", "eos"] = Field(
+        "auto",
+        description='tokens only: what a document is: "rows" of the layout, or what an end token ends ("eos"), also '
+        'inside rows; "auto": rows, where the layout has them.',
+    )
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = Field(
+        None,
+        description="tokens only: dtype of files that are tokens and nothing else; by default uint16, and uint32 if "
+        "the tokenizer has more than 65,536 tokens.",
+    )
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _default_packing(cls, value: Any) -> Any:
+        return "concat" if value is True else value
 
 
 SHARED = tuple(DataKeys.model_fields)
@@ -204,22 +233,25 @@ class ScheduleSection(Section):
     """Learning rate over the steps."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default_factory=int,  # `Recipe` sets the default, which depends on train.steps
-        description="Steps of linear warm-up; default 2 % of train.steps, rounded, so none in fewer than 25 steps.",
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None,  # `Recipe` sets it where it knows the number of steps
+        description="Steps of linear warm-up; default 2 % of all steps, rounded, so none in fewer than 25 steps.",
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Final learning rate divided by the peak."
     )
     decay_steps: Size | None = Field(
-        None, description="wsd only: length of the decay at the end; default 10 % of train.steps."
+        None, description="wsd only: length of the decay at the end; default 10 % of all steps."
     )
 
 
 class TrainSection(Section):
     """The loop."""
 
-    steps: Size = Field(description="Optimizer steps.")
+    steps: Size | None = Field(None, description="Optimizer steps. Set this or epochs.")
+    epochs: Size | None = Field(
+        None, description="Passes over the data, in place of steps; the last batch is filled from the next pass."
+    )
     global_batch_size: Size = Field(32, description="Sequences per optimizer step, on every mesh.")
     micro_batch_size: Size = Field(4, description="Sequences per forward on one rank.")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
@@ -318,15 +350,24 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _warm_up(cls, values: Any) -> Any:
-        """Fill in `schedule.warmup_steps`, short enough for the decay that follows it."""
+        """Fill in `schedule.warmup_steps` where the number of steps is given."""
         schedule, train = values.get("schedule", {}), values.get("train")
         if not isinstance(schedule, dict) or not isinstance(train, dict) or "warmup_steps" in schedule:
             return values
         steps, decay = train.get("steps"), schedule.get("decay_steps")
         if type(steps) is not int:
             return values
-        most = steps - decay if type(decay) is int else steps
-        return {**values, "schedule": {**schedule, "warmup_steps": max(0, min((2 * steps + 50) // 100, most))}}
+        warmup = _warmup_steps(steps, decay if type(decay) is int else 0)
+        return {**values, "schedule": {**schedule, "warmup_steps": warmup}}
+
+    def with_steps(self, steps: int) -> Self:
+        """Return the recipe of a run of `steps` steps, where `train.epochs` leaves open how many they are."""
+        schedule = self.schedule
+        if schedule.warmup_steps is None:
+            warmup = _warmup_steps(steps, schedule.decay_steps or 0)
+            schedule = schedule.model_copy(update={"warmup_steps": warmup})
+        train = self.train.model_copy(update={"steps": steps})
+        return self.model_copy(update={"train": train, "schedule": schedule})
 
     @model_validator(mode="before")
     @classmethod
@@ -349,8 +390,13 @@ class Recipe(Section):
         """One sentence for each accepted alias, to be shown once. Not part of the schema."""
         return self._notes
 
+    def noted(self, notes: Iterable[str]) -> Self:
+        """Return this recipe with these notes."""
+        copy = self.model_copy()
+        copy._notes = tuple(notes)
+        return copy
 
-def sections() -> dict[str, type[Section]]:
-    """Return the model of each section of a recipe, by name."""
-    models = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    return {name: next(m for m in (*get_args(model), model) if m is not NoneType) for name, model in models.items()}
+
+def _warmup_steps(steps: int, decay: int) -> int:
+    """Return the default warm-up, short enough for the decay that follows it."""
+    return max(0, min((2 * steps + 50) // 100, steps - decay))

@@ -14,7 +14,9 @@ from ndtrain.checkpoint import CheckpointStore
 from ndtrain.data import GlobalBatches, labels_count
 from ndtrain.engine import Engine
 from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.loggers import EvalMetrics, check_loggers, now, open_loggers
+from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import on_rank0
 from ndtrain.runs.phases import EVALUATE, FIND, TOKENIZE
 from ndtrain.runs.process import Runtime
@@ -26,7 +28,7 @@ from ndtrain.train.setup import Resumed, build, find_evaluated, open_run_dir
 
 
 class Evaluation:
-    """The evaluations of a run of `steps` steps; `batches` holds all rows of [eval] as one global batch.
+    """The evaluations of a run of `steps` steps (0: not known); `batches` holds all rows of [eval] as one global batch.
 
     `step` is that of the last one, -1 before the first. `lowest` is the lowest loss of those after the first step, and
     `worse` how many in a row since then were not lower.
@@ -87,8 +89,9 @@ class Evaluation:
 
     def lines(self, metrics: EvalMetrics) -> Iterator[str]:
         """Yield what a person is to know of an evaluation that was counted."""
+        of = f"/{self.steps}" if self.steps else ""
         yield (
-            f"step {metrics.step}/{self.steps}  eval loss {metrics.eval_loss:.4f}  "
+            f"step {metrics.step}{of}  eval loss {metrics.eval_loss:.4f}  "
             f"perplexity {metrics.perplexity:.4g}  ({metrics.eval_tokens:,} tokens)"
         )
         if self.ends_run:
@@ -130,6 +133,14 @@ class Evaluation:
         return True
 
 
+def open_evaluation(
+    engine: Engine, runtime: Runtime, tokenizer: ByteTokenizer | HubTokenizer, reporter: Reporter, *, steps: int
+) -> Evaluation:
+    """Open the rows of [eval], tokenizing what is not cached; collective. Raises what `open_held_out` raises."""
+    rows = open_held_out(engine.recipe, runtime, engine.sizes, tokenizer, reporter, vocabulary=engine.vocabulary)
+    return Evaluation(engine, rows, steps=steps)
+
+
 def restore_evaluations(resumed: Resumed, evaluation: Evaluation, saving: Saving) -> Iterator[str]:
     """Restore what a checkpoint knows of the evaluations before it, and the best checkpoint; yield notes. Collective.
 
@@ -149,14 +160,15 @@ def restore_evaluations(resumed: Resumed, evaluation: Evaluation, saving: Saving
         yield f"the best checkpoint so far, of step {best.step}, is not in run.dir; the next evaluation finds another"
 
 
-def nothing_to_do(step: int, steps: int, evaluation: Evaluation | None) -> str:
+def nothing_to_do(step: int, steps: int, recipe: Recipe, evaluation: Evaluation | None) -> str:
     """Return why a run that has made `step` of its `steps` makes no other."""
     if step < steps and evaluation is not None:
         return (
             f"nothing to do: eval.patience = {evaluation.section.patience} ended the run at step {step} of {steps}; "
             "raise it to train further"
         )
-    line = f"nothing to do: step {step} of {steps} is already trained; raise train.steps to train further"
+    key = "train.steps" if recipe.train.epochs is None else "train.epochs"
+    line = f"nothing to do: step {step} of {steps} is already trained; raise {key} to train further"
     missing = evaluation is not None and evaluation.due(step)
     return f"{line} (it has not been evaluated; --eval-only does so)" if missing else line
 
@@ -172,7 +184,7 @@ def evaluate_only(engine: Engine, *, runtime: Runtime, reporter: Reporter) -> No
     check_loggers(recipe, run_dir)
     with watch.during(TOKENIZE):
         tokenizer, notes = open_tokenizer(recipe, runtime, engine.vocabulary)
-        rows = open_held_out(recipe, runtime, engine.sizes, tokenizer, reporter, vocabulary=engine.vocabulary)
+        evaluation = open_evaluation(engine, runtime, tokenizer, reporter, steps=recipe.train.steps or 0)
     with watch.during(FIND):
         store = CheckpointStore(run_dir, keep=recipe.checkpoint.keep, progress=watch.advance)
         resumed = find_evaluated(store, engine, tokenizer, reporter)
@@ -188,7 +200,6 @@ def evaluate_only(engine: Engine, *, runtime: Runtime, reporter: Reporter) -> No
             reporter.progress("evaluating", done, total, unit="rows")
         return True
 
-    evaluation = Evaluation(engine, rows, steps=recipe.train.steps)
     with watch.during(EVALUATE):
         metrics = evaluation.measure(step, goes_on=goes_on)
     assert metrics is not None

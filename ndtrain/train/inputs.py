@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ndtrain.data.batches import GlobalBatches
-from ndtrain.data.cache import build_cache, contents_of, notes
+from ndtrain.data.cache import Contents, Progress, build_cache, contents_of
+from ndtrain.data.cache import notes as cache_notes
 from ndtrain.data.corpus import Corpus
-from ndtrain.data.files import find_files
+from ndtrain.data.files import Note, find_files
 from ndtrain.data.order import Order
-from ndtrain.data.samples import Samples
+from ndtrain.data.preparation import Group
+from ndtrain.data.samples import Samples, open_samples
 from ndtrain.data.text import TextEncoder
+from ndtrain.data.tokens import Reading, check_ids, find_token_files, open_tokens
+from ndtrain.data.tokens import notes as token_notes
 from ndtrain.errors import NdtrainError, RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
 from ndtrain.mesh import MeshSizes
-from ndtrain.recipe import SHARED, Recipe
+from ndtrain.recipe import Recipe, of_held_out
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
 from ndtrain.train.report import Reporter, Silent
@@ -74,42 +80,38 @@ def open_batches(
     *,
     vocabulary: int,
 ) -> GlobalBatches:
-    """Return this rank's share of the data, which one rank of each node tokenizes if it is not cached; collective.
+    """Return this rank's share of the data, which one rank of each node prepares if it is not cached; collective.
 
-    Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
+    Raises `RecipeError` for data with a token that a model of `vocabulary` tokens lacks.
     """
-    files: list[Path] = []
-    corpora: list[Corpus] = []
-    encoder = TextEncoder(tokenizer)
+    opened: list[tuple[Samples, list[str]]] = []
+
+    progress = data_progress(recipe, runtime, reporter)
 
     def build() -> None:
-        files[:] = find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}"))
+        def note(line: str) -> None:
+            reporter.info(f"note: {line}")
 
-        def progress(done: int, total: int) -> None:
-            runtime.watch.advance()
-            reporter.progress("tokenizing", done, total)
-
-        corpora.append(
-            build_cache(
-                files,
-                encoder,
-                cache_dir=cache_root() / "data",
-                progress=progress,
-                workers=recipe.data.workers or len(os.sched_getaffinity(0)),
-            )
+        corpus_of = _prepared if recipe.data.format == "tokens" else _tokenized
+        corpus, notes = corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
+        samples = open_samples(
+            corpus,
+            recipe.data.seq_len,
+            packing=recipe.data.packing,
+            too_long=recipe.data.too_long,
+            pad_id=tokenizer.pad_id,
+            folder=_cache_dir(),
+            advance=runtime.watch.advance,
         )
+        opened.append((samples, notes))
 
     rank0_first(runtime, build)
     # The other ranks compute its keys from the files' digests, which are cached beside it.
-    together(None if corpora else build)
-    corpus = corpora[0]
-    contents = contents_of(files, encoder, cache_dir=cache_root() / "data")
-    for note in notes(corpus, contents, special_tokens=recipe.data.special_tokens):
+    together(None if opened else build)
+    samples, notes = opened[0]
+    for note in notes:
         reporter.info(f"note: {note}")
-    if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
-        where = f'is in data.path = "{recipe.data.path}"'
-        raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
-    samples = Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
+    reporter.info(samples.describe())
     return GlobalBatches(
         samples,
         Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle),
@@ -141,7 +143,7 @@ def open_held_out(
             tokenizer, _ = open_tokenizer(own, runtime, vocabulary)
         batches = open_batches(own, runtime, sizes, tokenizer, _OfHeldOut(reporter), vocabulary=vocabulary)
     except NdtrainError as error:
-        error.args = (_of_held_out(str(error)),)
+        error.args = (of_held_out(str(error)),)
         raise
     rows = len(batches.samples)
     in_file_order = Order(rows, seed=0, shuffle=False)
@@ -155,15 +157,76 @@ class _OfHeldOut(Silent):
         self._reporter = reporter
 
     def info(self, line: str) -> None:
-        self._reporter.info(_of_held_out(line))
+        line = of_held_out(line)
+        self._reporter.info(line if line.startswith("note: ") else f"held-out {line}")
 
     def progress(self, what: str, done: int, total: int, *, unit: str = "bytes") -> None:
         self._reporter.progress(f"{what} held-out data", done, total, unit=unit)
 
 
-def _of_held_out(line: str) -> str:
-    """Return a message in which keys of [data] are those of [eval]."""
-    return re.sub(rf"(?<![\w./-])data\.(?=({'|'.join(SHARED)})\b)", "eval.", line)
+def data_progress(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> Callable[[int, int], None]:
+    """Return what tells watch and user how many bytes of the data are done, of how many."""
+
+    def progress(done: int, total: int) -> None:
+        runtime.watch.advance()
+        reporter.progress("reading tokens" if recipe.data.format == "tokens" else "tokenizing", done, total)
+
+    return progress
+
+
+def _tokenized(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, *, note: Note, progress: Progress, vocabulary: int
+) -> tuple[Corpus, list[str]]:
+    """Return the tokens of text, and notes."""
+    encoder = TextEncoder(tokenizer)
+    files = find_files(recipe.data.path, note=note)
+    workers = recipe.data.workers or len(os.sched_getaffinity(0))
+    corpus = build_cache(files, encoder, cache_dir=_cache_dir(), progress=progress, workers=workers)
+    if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
+        where = f'is in data.path = "{recipe.data.path}"'
+        raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
+    contents = contents_of(files, encoder, cache_dir=_cache_dir())
+    return corpus, list(cache_notes(corpus, contents, special_tokens=recipe.data.special_tokens))
+
+
+def _prepared(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, *, note: Note, progress: Progress, vocabulary: int
+) -> tuple[Corpus, list[str]]:
+    """Return prepared tokens, and notes."""
+    reading = _reading(recipe, tokenizer)
+    files = find_token_files(recipe.data.path, note)
+    corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
+    check_ids(corpus, vocabulary)
+    return corpus, list(token_notes(corpus, reading))
+
+
+def _reading(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> Reading:
+    eos, bos = tokenizer.eos_id, tokenizer.bos_id
+    return Reading(
+        eos=eos,
+        bos=bos if bos != eos else None,
+        pad=tokenizer.only_pads,
+        documents=recipe.data.documents,
+        dtype=np.dtype(recipe.data.token_dtype or ("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")),
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def data_contents(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
+) -> tuple[list[Path], Contents]:
+    """Return the files of data.path and what identifies their tokens. Tokenizes nothing."""
+    if recipe.data.format == "tokens":
+        reading, files = _reading(recipe, tokenizer), find_token_files(recipe.data.path)
+        corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
+        groups = [Group(file.key, [file.file]) for file in corpus.files]
+        return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files])
+    files = find_files(recipe.data.path)
+    return files, contents_of(files, TextEncoder(tokenizer), cache_dir=_cache_dir())
+
+
+def _cache_dir() -> Path:
+    return cache_root() / "data"
 
 
 def cache_root() -> Path:

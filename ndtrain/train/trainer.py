@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from ndtrain.accelerators import emulates_bfloat16, peak_memory_bytes
 from ndtrain.data import GlobalBatches
+from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Batch, Engine
-from ndtrain.errors import NdtrainError, Stopped
+from ndtrain.errors import NdtrainError, Stopped, counted
 from ndtrain.hf import extra_states
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
-from ndtrain.load import model_tensors
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.loggers import Logger, Metrics, StepMetrics, check_loggers, open_loggers
 from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
@@ -29,8 +30,9 @@ from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
-from ndtrain.train.evaluation import Evaluation, nothing_to_do, restore_evaluations
-from ndtrain.train.inputs import open_batches, open_held_out, open_tokenizer
+from ndtrain.train.evaluation import Evaluation, nothing_to_do, open_evaluation, restore_evaluations
+from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
+from ndtrain.train.length import with_steps
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
@@ -69,7 +71,9 @@ class Trainer:
         self.watch = runtime.watch
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
         self.step = 0
+        self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
+        self._prefetch = Prefetch(lambda cursor: self.batches.load(cursor), device=runtime.device)
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
         self.evaluation: Evaluation | None = None
@@ -96,6 +100,9 @@ class Trainer:
             self.open_batches()
             if resumed is not None:
                 resumed.check_data(self.batches.fingerprint)
+            self._find_length(resumed)
+            if recipe.eval is not None:
+                self.evaluation = open_evaluation(self.engine, self.runtime, self.tokenizer, reporter, steps=self.steps)
         reporter.info(self._arithmetic())
         for note in (*self.plan.notes, *self._slow_dtype()):
             reporter.info(f"note: {note}")
@@ -106,7 +113,7 @@ class Trainer:
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
         if self.runtime.is_main:
             written = self.run_dir / "recipe.toml"
-            if self.step < recipe.train.steps or not written.exists():  # else nothing is trained with it
+            if self.step < self.steps or not written.exists():  # else nothing is trained with it
                 written.write_text(to_toml(recipe), encoding="utf-8")
             self.loggers = open_loggers(recipe, self.run_dir)
 
@@ -117,22 +124,24 @@ class Trainer:
         def prepare() -> None:
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
             notes.extend(found)
-            self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer))
+            progress = data_progress(self.recipe, self.runtime, self.reporter)
+            self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer, progress))
 
         on_rank0(prepare)
         for note in notes:
             self.reporter.info(f"note: {note}")
 
     def open_batches(self) -> None:
-        """Open this rank's batches and held-out rows, tokenizing what is not cached; collective."""
+        """Open this rank's batches, tokenizing what is not cached; collective."""
         self.batches = open_batches(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
         )
-        if self.recipe.eval is not None:
-            held_out = open_held_out(
-                self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
-            )
-            self.evaluation = Evaluation(self.engine, held_out, steps=self.recipe.train.steps)
+
+    def _find_length(self, resumed: Resumed | None) -> None:
+        """Set the number of steps, which may follow from the number of samples."""
+        step, cursor = (0, 0) if resumed is None else (resumed.state["step"], resumed.state["samples"])
+        recipe = with_steps(self.recipe, samples=len(self.batches.samples), step=step, cursor=cursor)
+        self.engine.recipe, self.steps = recipe, recipe.train.steps or 0
 
     def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
@@ -156,14 +165,17 @@ class Trainer:
         line = (
             f"{self.plan.model_type}, {self.plan.numel:,} parameters on {self.sizes.describe()} "
             f"({self.runtime.world_size} x {self.runtime.device.type}); global batch: "
-            f"{_count(train.global_batch_size, 'sequence')} x {self.recipe.data.seq_len:,} tokens = "
-            f"{_count(ranks, 'batch rank')} x {_count(micro, 'micro batch')} x {_count(rows, 'sequence')}"
+            f"{counted(train.global_batch_size, 'sequence')} x {self.recipe.data.seq_len:,} tokens = "
+            f"{counted(ranks, 'batch rank')} x {counted(micro, 'micro batch')} x {counted(rows, 'sequence')}"
         )
         if empty:
             line += f", {empty} of them empty"
         if rows < train.micro_batch_size:
             line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
-        return f"{line}; {_count(len(batches.samples), 'sample')}"
+        line += f"; {counted(len(batches.samples), 'sample')}"
+        if train.epochs is not None:
+            line += f"; {counted(train.epochs, 'epoch')}: {counted(self.steps, 'step')}"
+        return line
 
     def _slow_dtype(self) -> Iterator[str]:
         fsdp, device = self.recipe.fsdp, self.runtime.device
@@ -177,11 +189,11 @@ class Trainer:
     # ---- the loop
 
     def train(self) -> None:
-        """Train to `train.steps` or as `eval.patience` says, saving every `checkpoint.every` steps and at the end."""
+        """Train to the last step or as `eval.patience` says, saving every `checkpoint.every` steps and at the end."""
         if self._ends():
             if self.runtime.is_main and self.saving.step is not None:
                 self.saving.store.prune(self.saving.step)  # the last run may have ended before it did
-            self.reporter.info(nothing_to_do(self.step, self.recipe.train.steps, self.evaluation))
+            self.reporter.info(nothing_to_do(self.step, self.steps, self.recipe, self.evaluation))
             return
         gc.collect()
         gc.freeze()
@@ -210,7 +222,7 @@ class Trainer:
 
     def _ends(self) -> bool:
         """Return whether no step is left, or `eval.patience` allows none; the same on every rank."""
-        return self.step >= self.recipe.train.steps or (self.evaluation is not None and self.evaluation.ends_run)
+        return self.step >= self.steps or (self.evaluation is not None and self.evaluation.ends_run)
 
     def train_step(self) -> StepMetrics:
         """Make one optimizer step, log it, evaluate if that is due, and save if a checkpoint is due or requested.
@@ -243,14 +255,16 @@ class Trainer:
         self.step += 1
         self.cursor += self.recipe.train.global_batch_size
         seconds = time.perf_counter() - started
+        epoch = self.cursor / len(self.batches.samples)
         return measure.metrics(
-            losses, targets, step=self.step, lr=lr, seconds=seconds, peak=peak, skipped=self.skips.total
+            losses, targets, step=self.step, epoch=epoch, lr=lr, seconds=seconds, peak=peak, skipped=self.skips.total
         )
 
     def _load(self) -> list[Batch]:
+        after = self.cursor + self.recipe.train.global_batch_size
+        loaded = self._prefetch.take(self.cursor, then=after if self.step + 1 < self.steps else None)
         batches = [
-            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()}
-            for batch in self.batches.load(self.cursor)
+            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()} for batch in loaded
         ]
         if not self._same_batch:
             check_same_batch(batches[0], self.engine.meshes)
@@ -269,7 +283,7 @@ class Trainer:
 
     def _log(self, metrics: StepMetrics) -> None:
         self._write(metrics)
-        steps, every = self.recipe.train.steps, self.recipe.log.every
+        steps, every = self.steps, self.recipe.log.every
         self.reporter.step(metrics, steps=steps, show=self.step == steps or self.step % every == 0)
         if self.skips.in_row:
             self.reporter.info(
@@ -306,7 +320,7 @@ class Trainer:
             with self.watch.during(EVALUATE):
                 metrics = evaluation.measure(self.step, goes_on=self._goes_on)
         if metrics is None:
-            way = "--eval-only evaluates it" if self._ends() else "started again, the run begins with it"
+            way = "--eval-only does it" if self._ends() else "the next start begins with it"
             self.reporter.info(f"step {self.step} is not evaluated, since a stop was requested; {way}")
             return
         self._write(metrics)
@@ -328,7 +342,7 @@ class Trainer:
 
     def _save_where_due(self) -> None:
         """Save if a checkpoint is due, requested or the best; raise `Stopped` afterwards if a stop was requested."""
-        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        steps, every = self.steps, self.recipe.checkpoint.every
         last = self._ends()
         self.save_due = self.save_due or bool(every and self.step % every == 0)
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
@@ -384,7 +398,7 @@ class Trainer:
 
     def _listen(self) -> None:
         """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
-        self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.recipe.train.steps), self.saving.step))
+        self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.steps), self.saving.step))
         self.requested = self._agree(0, then=self.step + 1)[1:]
         self._refuse_stopped()
 
@@ -405,8 +419,3 @@ class Trainer:
         if self.runtime.is_main:
             for path in self.stop_signals.remove_files():
                 self.reporter.info(f"note: {path} cannot be removed and is ignored from now on")
-
-
-def _count(number: int, what: str) -> str:
-    """Return "1 sample" or "2 samples"."""
-    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
