@@ -74,7 +74,7 @@ class Watch:
         self._report: Report | None = None
         self._groups: list[Any] = []
         self._thread: threading.Thread | None = None
-        self._terminated_at = float("inf")
+        self._terminated_at, self._terminated_by = float("inf"), int(signal.SIGTERM)
         self._due, self._ended = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._interval_s = min(INTERVAL_S, min(phase.limit_s(section) for phase in PHASES) / 10)
@@ -183,8 +183,8 @@ class Watch:
 
     def _hear(self, number: int) -> None:
         """Note that this rank was asked to end, which its main thread does not see in a collective."""
-        if number == signal.SIGTERM:
-            self._terminated_at = min(self._terminated_at, time.monotonic())
+        if number in (signal.SIGTERM, signal.SIGHUP) and self._terminated_at == float("inf"):
+            self._terminated_at, self._terminated_by = time.monotonic(), number
 
     def _is_terminated(self) -> bool:
         """Return whether this rank was asked to end before its first step, and the main thread has not done so."""
@@ -222,10 +222,10 @@ class Watch:
         os._exit(self._report.make(lambda: self._say_lost(f"{reason}; ", self._blame())))
 
     def _end_terminated(self) -> NoReturn:
-        """End this process, whose main thread waits for something and cannot act on SIGTERM."""
+        """End this process, whose main thread waits for something and cannot act on a signal."""
         self._ending.acquire()
         assert self._report is not None
-        os._exit(self._report.make(lambda: self._say(nothing_to_save(signal.SIGTERM))))
+        os._exit(self._report.make(lambda: self._say(nothing_to_save(self._terminated_by))))
 
     def failed(self, error: BaseException) -> BaseException:
         """Return what to raise for `error`, which ended this rank's work: a `Reported`, after one rank has printed.
