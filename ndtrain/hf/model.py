@@ -12,6 +12,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from ndtrain.errors import RecipeError, first_line, keeps_its_name
+from ndtrain.hf.at_fault import overrides_at_fault, unknown_choice
 from ndtrain.hf.compat import float32_patterns, is_causal_lm
 from ndtrain.hf.config import load_config, own_code, untrusted
 from ndtrain.recipe import Recipe
@@ -38,13 +39,7 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
         )
     export_dtype = getattr(config, "dtype", None) or torch.float32
     try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),
-                dtype=torch.float32,
-                attn_implementation=recipe.model.attn,
-                trust_remote_code=recipe.model.trust_remote_code,
-            )
+        model = _on_meta(config, recipe)
     except Exception as error:
         if keeps_its_name(error):
             raise
@@ -54,7 +49,9 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
                 f'model.attn = "{recipe.model.attn}" does not work for {config.model_type}: {reason}; '
                 'set model.attn = "eager"'
             ) from error
-        raise RecipeError(f'a "{config.model_type}" model cannot be built: {first_line(error)}') from error
+        reason = unknown_choice(config, error) or first_line(error)
+        wrong = " and ".join(overrides_at_fault(recipe, _can_be_built))
+        raise RecipeError(f'{wrong and f"{wrong}: "}a "{config.model_type}" model cannot be built: {reason}') from error
     if not model.get_input_embeddings().weight.numel():  # type: ignore[union-attr,operator]
         raise RecipeError(
             f'a "{config.model_type}" model of this config has no weights, because a size in it is 0; '
@@ -67,6 +64,24 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     model.config.use_cache = False
     model.train()
     return model
+
+
+def _on_meta(config: PreTrainedConfig, recipe: Recipe) -> Any:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=torch.float32,
+            attn_implementation=recipe.model.attn,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+
+
+def _can_be_built(recipe: Recipe) -> bool:
+    try:
+        _on_meta(load_config(recipe), recipe)
+    except Exception:  # as many kinds as there are models
+        return False
+    return True
 
 
 def built_buffers(model: PreTrainedModel, names: Collection[str], recipe: Recipe) -> dict[str, torch.Tensor]:
