@@ -148,6 +148,9 @@ class DataSection(Section):
         'plain text, "parse" the special token, for documents that were rendered with a chat template.',
     )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes that tokenize, on one rank of each node; 0: one per core."
+    )
 
 
 class OptimSection(Section):

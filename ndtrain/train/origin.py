@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.data import contents_of, find_files
+from ndtrain.data import TextEncoder, contents_of, find_files
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
@@ -31,11 +31,11 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
     root = Path(recipe.data.path).expanduser()
     if not root.is_dir():
         root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    contents = contents_of(files, tokenizer, cache_dir=cache_root() / "data")
+    contents = contents_of(files, TextEncoder(tokenizer), cache_dir=cache_root() / "data")
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
-        "tokenizer": contents.tokenizer,
+        "tokenizer": contents.encoder,
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
         "files": {os.path.relpath(file, root): _digest(own) for file, own in zip(files, contents.files, strict=True)}

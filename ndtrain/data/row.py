@@ -1,0 +1,64 @@
+"""The types that flow from files to the token cache: a row of a file, and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ndtrain.errors import NdtrainError
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Row(NamedTuple):
+    """One row of a file: its fields by name, where it begins ("line 3", "row 7"), bytes of the file read so far.
+
+    `odd` names what a reader would want to know of how it was read: "json" for a text file that begins like JSON data,
+    "surrogate" for half a character that became "?".
+    """
+
+    fields: Mapping[str, Any]
+    where: str
+    done: int
+    odd: str = ""
+
+
+class Encoded(NamedTuple):
+    """A document's ids `[n]` with its marks, and which of them carry loss `[n]`, None if all do.
+
+    `special` is a special token that its text spells, or "".
+    """
+
+    ids: IntArray
+    loss: BoolArray | None = None
+    special: str = ""
+
+
+class RowError(NdtrainError):
+    """One row cannot be used, and why; the caller adds file and line."""
+
+
+class Encoder(Protocol):
+    """Turns the fields of a row into tokens. `key` identifies its behaviour: other behaviour needs another key.
+
+    It can be pickled. `tokenizer` is what it encodes with.
+    """
+
+    @property
+    def tokenizer(self) -> object: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def vocab_size(self) -> int:
+        """The largest id + 1; ids may have gaps."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether `encode` says which tokens carry loss; otherwise all do."""
+
+    def encode(self, fields: Mapping[str, Any]) -> Encoded:
+        """Return the tokens of a row; fewer than two have no target. Raises `RowError`, and `RecipeError` for all."""
