@@ -312,6 +312,14 @@ def test_a_closed_pipe_prints_no_traceback() -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", ["--help", "--version", f"inspect {QUICKSTART}"])
+def test_output_on_a_full_disk_is_one_line(arguments: str) -> None:
+    command = f"{sys.executable} -m ndtrain {arguments} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "ndtrain: error: the output cannot be written: No space left on device\n"
+
+
 def test_a_version_outside_the_bounds_is_the_first_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,6 +220,7 @@ REFUSED = [
     (["data.seq_len=16"], {"data.seq_len": "a sample would be another"}),
     (["data.packing=false"], {"data.packing": "a sample would be another"}),
     (["model.config.num_hidden_layers=1"], {"model.config.num_hidden_layers": "other shapes"}),
+    (["data.seq_len=16", "data.shuffle=false"], {"data.seq_len": "another", "data.shuffle": "another order"}),
     (
         ["model.name={root}/other", "data.shuffle=false"],
         {"model.name": "another base", "data.shuffle": "another order"},
@@ -242,6 +243,7 @@ def test_a_change_of_the_meaning_is_refused_before_tokenizing_and_named(
         assert "refused" in rows(found)[key]
     assert (run["run"] / "recipe.toml").read_text() == before
     never = any(key in NEVER for key in causes)
+    assert ("checkpoint.allow" in found["error"]) != never  # advice where the run can then go on
     allow = resume(run, *overrides, f"checkpoint.allow={json.dumps(list(causes))}") if not never else None
     if allow is not None:
         assert not allow["error"] and all("allowed" in rows(allow)[key] for key in causes), allow["error"]

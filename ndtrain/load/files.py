@@ -52,8 +52,21 @@ def readable(recipe: Recipe) -> Iterator[None]:
     except Exception as error:
         if keeps_its_name(error):
             raise
+        what = f'the weights of model.name = "{recipe.model.name}"'
+        if "weights_only" in str(error):  # torch's advice is to run what the file holds
+            raise DamagedError(
+                f"{what} cannot be read: {_torch_files(recipe)} is damaged, or holds other objects than tensors, whose "
+                "code is never run; get the model as safetensors, or, if you trust its author, convert it yourself "
+                "(torch.load with weights_only=False, then safetensors.torch.save_file)"
+            ) from error
         line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
-        raise DamagedError(f'the weights of model.name = "{recipe.model.name}" cannot be read: {line}') from error
+        raise DamagedError(f"{what} cannot be read: {line}") from error
+
+
+def _torch_files(recipe: Recipe) -> str:
+    """Return the name of the file, or of the index of the files, that torch reads."""
+    files = model_files(Path(directory_of(str(recipe.model.name), recipe.model.revision)))
+    return files.main if files is not None else "a file"
 
 
 def check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -67,6 +67,7 @@ class Watch:
         self.section = section
         self.phase = START
         self.step = self.beats = 0
+        self.saved: Callable[[], int | None] = lambda: None  # the step of the newest checkpoint
         self._rank, self._world_size = 0, 1
         self._limit_s, self._deadline = self.phase.limit_s(section), float("inf")
         self._writes = self._advanced = self._told = self._heard = 0
@@ -283,9 +284,14 @@ class Watch:
         return "" if isinstance(error, RecipeError | PlanError) else f"{self._where()}: "
 
     def _say_lost(self, reason: str, blame: Blame) -> int:
-        ends = "; resume it to continue from the newest checkpoint" if self.step else " before its first step"
+        ends = f"; {self.way_on()}" if self.step else " before its first step"
         print_error(NdtrainError(f"{self._where()}: {reason}{blame.words}. The run ends{ends}"))
         return 1
+
+    def way_on(self) -> str:
+        """Return what starting the run again would do."""
+        saved = self.saved()
+        return "nothing is saved to continue from" if saved is None else f"start again to continue from step {saved}"
 
     def _where(self) -> str:
         return f"step {self.step}" if self.phase is STEP else self.phase.name

@@ -91,13 +91,14 @@ def table(changes: Sequence[Change], found: Path, recipe: Recipe) -> str:
 def refuse(changes: Sequence[Change], found: Path, recipe: Recipe) -> None:
     """Raise `RecipeError` with a line for each change that a resume must not let pass."""
     lines = []
+    can_pass = all(change.rule != "never" for change in changes)
     for change in changes:
         if change.rule == "free" or _allowed(change, recipe):
             continue
         values = f" was {change.before}, is now {change.now}" if change.before != change.now else " differs"
         meaning = f" ({change.meaning})" if change.meaning else ""
         way = "restore it, or choose another run.dir to train anew"
-        if change.rule == "allow":
+        if change.rule == "allow" and can_pass:
             way = (
                 "restore it, choose another run.dir to train anew, or let it pass with "
                 f"checkpoint.allow = [{show(change.key)}]"

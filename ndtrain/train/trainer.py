@@ -67,6 +67,7 @@ class Trainer:
         self.requested = [0, 0]  # stop and save, as all ranks agreed after the last step
         self.watch = runtime.watch
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
+        self.watch.saved = lambda: self.saving.step
         self.step = 0
         self.cursor = 0
         self.save_due = False  # stays True while steps are skipped
@@ -263,7 +264,7 @@ class Trainer:
                 f"step {self.step} skipped: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no weight changed "
                 f"({self.skips.in_row} in a row, {self.skips.limit} in a row end the run; {self.skips.total} in total)"
             )
-        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm)
+        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
 
     def _close_loggers(self) -> None:
         try:
@@ -283,7 +284,7 @@ class Trainer:
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
         if last or any(self.requested) or (self.save_due and not self.skips.in_row):
             with self.watch.during(SAVE):
-                refuse_not_finite(model_tensors(self.engine.model), step=self.step)
+                refuse_not_finite(model_tensors(self.engine.model), step=self.step, way_on=self.watch.way_on())
                 self.save()
                 self.saving.settle(wait=last or any(self.requested))
             self.save_due = False
