@@ -51,6 +51,11 @@ class GlobalBatches:
             f"seed={order.seed} shuffle={order.shuffle}"
         )
 
+    @property
+    def tokens(self) -> str | None:
+        """The identity of the tokens alone, whatever gave them (`Corpus.digest`)."""
+        return self.samples.corpus.digest
+
     def sample_ids(self, cursor: int) -> IntArray:
         """Return the ids `[G]` of the whole global batch at the cursor; the next batch is at cursor + G."""
         return self.order.sample_ids(cursor, self.global_batch_size)

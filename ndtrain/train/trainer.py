@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# What `origin_of` returns that a checkpoint records beside the recipe.
+_IDENTITIES = ("base", "tokenizer", "packages", "content", "files")
+
+
 class Trainer:
     """Train one run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
 
@@ -93,7 +97,7 @@ class Trainer:
         with self.watch.during(TOKENIZE):
             self.open_batches()
             if resumed is not None:
-                resumed.check_data(self.batches.fingerprint)
+                resumed.check_data(self.batches.fingerprint, self.batches.tokens)
         reporter.info(self._arithmetic())
         for note in (*self.plan.notes, *self._slow_dtype()):
             reporter.info(f"note: {note}")
@@ -319,12 +323,13 @@ class Trainer:
                 "step": self.step,
                 "samples": self.cursor,
                 "data": self.batches.fingerprint,
+                "tokens": self.batches.tokens,
                 "seed": self.recipe.train.seed,
                 **self.skips.state(),
                 "mesh": asdict(self.sizes),
                 "versions": versions(),
                 "recipe": self.origin.get("recipe"),
-                "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "content", "files")},
+                "origin": {key: self.origin.get(key) for key in _IDENTITIES},
             },
             extra_files=lambda directory: save_extras(directory, self._extras, states),
         )
