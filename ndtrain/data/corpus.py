@@ -54,10 +54,9 @@ class Corpus:
     @property
     def digest(self) -> str | None:
         """The identity of the tokens themselves, whatever gave them; None where a part's is not known."""
-        found = [part.digest for part in self.parts]
-        return (
-            None if None in found else hashlib.blake2b(" ".join(map(str, found)).encode(), digest_size=16).hexdigest()
-        )
+        found = [part.digest for part in self.parts if part.digest]
+        whole = hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest()
+        return whole if len(found) == len(self.parts) else None
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Return the ids `[stop - start]` from `start` on, fewer at the end of the stream."""

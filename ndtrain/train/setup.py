@@ -49,8 +49,8 @@ class Resumed(NamedTuple):
         """Raise `RecipeError` if the batches' fingerprint or their tokens' digest differs where it must not."""
         if self.same_tokens and self.state["tokens"] != tokens:
             raise RecipeError(
-                f"{self.directory}: data.tokenizer gives other tokens with these versions of its packages; restore them, "
-                'choose another run.dir to train anew, or let it pass with checkpoint.allow = ["data.tokenizer"]'
+                f"{self.directory}: data.tokenizer gives other tokens with these versions of its packages; restore "
+                'them, choose another run.dir to train anew, or let it pass with checkpoint.allow = ["data.tokenizer"]'
             )
         if self.state["data"] != fingerprint and not (self.other_data or self.same_tokens):
             raise RecipeError(
