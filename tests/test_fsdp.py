@@ -13,6 +13,7 @@ import transformers
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.utils._pytree import tree_map
 
+from ndtrain.console.plan import fold, plan_report
 from ndtrain.errors import PlanError
 from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes, build_mesh
@@ -353,6 +354,9 @@ def test_parameters_kept_in_float32_stay_so_in_units_chosen_by_hand(tmp_path: Pa
     assert [unit.name for unit in plan.units] == ["model.layers.0", "model.layers.1"]
     kept = plan.units[1].in_float32
     assert kept and all(fqn.startswith("model.layers.1.mlp.") for fqn in kept)
+    rows = fold(plan_report(plan, recipe, rank=0, ranks_per_node=8))
+    dtypes = {row["fqn"]: title.rpartition(", ")[2] for title, _, _, row in rows}
+    assert {fqn for fqn, dtype in dtypes.items() if dtype == "float32"} == set(kept) & set(dtypes)
     low = manual({kept[0].rpartition(".")[0]: {"mixed_precision": True}}, param_dtype="bfloat16")
     with pytest.raises(PlanError, match=r"ernie4_5_moe keeps its parameters in float32"):
         plan_for(meta_recipe(tmp_path, "ernie4_5_moe", **low, **sections), MeshSizes(1, 2))
