@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from transformers.activations import ACT2FN
-
+from ndtrain.hf.compat import ACT2FN
 from ndtrain.recipe import Recipe
 from ndtrain.recipe.problems import dotted, show
 
