@@ -318,6 +318,16 @@ def test_special_tokens_are_parsed_by_tokenizers_that_have_some(recipe: Any) -> 
         recipe(MINIMAL, "data.special_tokens=parse", "data.tokenizer=bytes")
 
 
+def test_keys_of_prepared_tokens_are_refused_for_text(recipe: Any) -> None:
+    tokens = recipe(MINIMAL, "data.format=tokens", "data.documents=eos", "data.token_dtype=int32").data
+    assert (tokens.documents, tokens.token_dtype) == ("eos", "int32")
+    for key, value in (("documents", "rows"), ("token_dtype", "uint16")):
+        with pytest.raises(RecipeError, match=rf'data\.{key} = "{value}" is for prepared tokens, and .* is "text"'):
+            recipe(MINIMAL, f"data.{key}={value}")
+    with pytest.raises(RecipeError, match=r'special_tokens = "parse" is for text, and data\.format is "tokens"'):
+        recipe(MINIMAL, "data.format=tokens", "data.special_tokens=parse")
+
+
 def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:
     text = MINIMAL.replace('name = "org/model"', 'type = "llama"\nconfig = {hidden_size = 8, rope = {theta = 1.5}}')
     for r in (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ndtrain.data.formats import PARQUET, begins_with_row, name_kind, opened, parquet, refuse_zero_bytes
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import DamagedError, RecipeError, one_line
 
 KNOWN = (
     'ndtrain reads JSON lines and arrays of objects like {"text": "..."}, one such object, and one object of columns '
@@ -95,7 +95,7 @@ def _of_parquet(file: Path) -> Iterator[Document]:
                     raise DamagedError(f'{file}, row {row}: "text" is null, not a string')
                 yield Document(text.encode(), f"row {row}", size * row // table.metadata.num_rows)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DamagedError(f"{file}, after row {row}: cannot be read: {' '.join(str(error).split())}") from error
+        raise DamagedError(f"{file}, after row {row}: cannot be read: {one_line(error)}") from error
 
 
 def _is_text(kind: Any) -> bool:

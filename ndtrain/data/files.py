@@ -7,33 +7,35 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from ndtrain.data.formats import can_read, name_kind
+from ndtrain.data.formats import can_read, name_kind, reading
 from ndtrain.errors import DamagedError, RecipeError
 
-# The files of a token cache.
-CACHE_FILES = ("tokens.bin", "docs.bin", "meta.json")
+# Files that a token cache has, and the index of a token file too.
+CACHE_FILES = ("docs.bin", "meta.json")
 
 Note = Callable[[str], None]
+KindOf = Callable[[Path], str | None]
 # Kinds of files left out that a note names.
 _NAMED = 12
 
 
-def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
+def find_files(
+    path: str, note: Note = lambda line: None, *, kind_of: KindOf = name_kind, what: str = "text files"
+) -> list[Path]:
     """Return the files of `data.path`, sorted by path relative to it. Raises `RecipeError` if there are none.
 
-    `path` is a file, a directory (searched recursively, for the suffixes that `name_kind` knows and without hidden
-    names) or a glob (`**` is recursive; every regular file that matches is taken). A file that is reached twice,
-    through links, is taken once. `note` gets one line that counts what was left out.
+    `path` is a file, a directory (searched recursively, for names that `kind_of` knows and without hidden ones) or a
+    glob (`**` is recursive; every regular file that matches is taken). A file that is reached twice, through links, is
+    taken once. `note` gets one line that counts what was left out.
     """
     root = Path(path).expanduser()
     left: Counter[str] = Counter()
     if root.is_file():
         found = [root]
     elif root.is_dir():
-        found = list(_walk(root, left))
+        found = list(_walk(root, left, kind_of))
     else:
         found = list(_matches(root, left))
     found.sort(key=lambda file: (file.relative_to(root) if root.is_dir() else file).as_posix())
@@ -42,7 +44,7 @@ def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
         note(f'data.path = "{path}": files read: {len(found):,}; left out: {_counts(left)}')
     if found:
         return found
-    hint = f"give a file, a glob or a directory of text files (relative paths start at {Path.cwd()})"
+    hint = f"give a file, a glob or a directory of {what} (relative paths start at {Path.cwd()})"
     if root.is_symlink() and not root.exists():
         hint = f"it is a link to {os.readlink(root)}, which cannot be followed"
     elif root.exists() and not root.is_dir():
@@ -56,7 +58,7 @@ def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
     raise RecipeError(f'data.path = "{path}" matches no file; {hint}')
 
 
-def _walk(root: Path, left: Counter[str]) -> Iterator[Path]:
+def _walk(root: Path, left: Counter[str], kind_of: KindOf) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         raise DamagedError(f"cannot read the directory {error.filename}: {error.strerror}")
 
@@ -82,7 +84,7 @@ def _walk(root: Path, left: Counter[str]) -> Iterator[Path]:
                 left["hidden"] += 1
             elif not file.is_file():
                 left["broken link" if file.is_symlink() else "pipe or device"] += 1
-            elif name_kind(file) is None:
+            elif kind_of(file) is None:
                 left[file.suffix or "without a suffix"] += 1
             elif reason := can_read(file):
                 left[f"{file.suffix} ({reason})"] += 1
@@ -122,15 +124,6 @@ def _counts(left: Counter[str]) -> str:
     named = sorted(left.most_common(_NAMED), key=lambda item: (-item[1], item[0]))
     rest = left.total() - sum(count for _, count in named)
     return ", ".join(f"{count:,} {what}" for what, count in (*named, *([("others", rest)] if rest else [])))
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Raise an `OSError` of the body as a `DamagedError` that names `file`."""
-    try:
-        yield
-    except OSError as error:
-        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def stamp_of(file: Path) -> list[int]:

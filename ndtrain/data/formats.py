@@ -17,10 +17,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EMFILE, ENFILE
 from pathlib import Path
 from typing import Any
 
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import DamagedError, RecipeError, one_line
 from ndtrain.storage.pointers import pointer
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -70,6 +71,20 @@ def _zstd() -> Any:
 
 
 @contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raise an `OSError` of the body as a `DamagedError` that names `file`, of too many files as a `RecipeError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (EMFILE, ENFILE):
+            raise RecipeError(
+                f"cannot open {file}: this process has as many files open as it may; raise the limit (ulimit -n), or "
+                "join the files of data.path to fewer"
+            ) from error
+        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+@contextmanager
 def opened(file: Path) -> Iterator[tuple[io.BufferedReader[Any], io.BufferedReader[Any]]]:
     """Yield (the file, its content without compression and without a UTF-8 byte-order mark).
 
@@ -79,7 +94,7 @@ def opened(file: Path) -> Iterator[tuple[io.BufferedReader[Any], io.BufferedRead
     zstd = _zstd()
     broken = (EOFError, zlib.error, lzma.LZMAError, *((zstd.ZstdError,) if zstd is not None else ()))
     try:
-        with io.BufferedReader(file.open("rb", buffering=0), _PROBE_BYTES) as stored:
+        with reading(file), io.BufferedReader(file.open("rb", buffering=0), _PROBE_BYTES) as stored:
             packed = unpacked(stored, file)
             with (
                 packed if isinstance(packed, io.BufferedReader) else io.BufferedReader(packed, _PROBE_BYTES) as content
@@ -88,8 +103,6 @@ def opened(file: Path) -> Iterator[tuple[io.BufferedReader[Any], io.BufferedRead
                 if content.peek(3)[:3] == b"\xef\xbb\xbf":
                     content.read(3)
                 yield stored, content
-    except OSError as error:
-        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
     except broken as error:
         raise DamagedError(f"{file} cannot be unpacked, it is truncated or altered: {error}") from error
 
@@ -111,9 +124,14 @@ def unpacked(stored: io.BufferedReader[Any], file: Path) -> Any:
     return stored
 
 
-def _check_start(start: bytes, file: Path) -> None:
+def refuse_pointer(start: bytes, file: Path) -> None:
+    """Raise `DamagedError` for a file that only says where its content lies, given its first bytes."""
     if what := pointer(start):
         raise DamagedError(f"{file} {what}")
+
+
+def _check_start(start: bytes, file: Path) -> None:
+    refuse_pointer(start, file)
     for magic, what in OTHERS.items():
         if start.startswith(magic):
             raise RecipeError(f"{file} is not text: it is {what}")
@@ -151,5 +169,5 @@ def parquet(file: Path) -> Any:
         raise RecipeError(f"{file} is parquet, which needs a package: pip install 'ndtrain[parquet]'") from error
     try:
         return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DamagedError(f"{file} cannot be read as parquet: {' '.join(str(error).split())}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{file} cannot be read as parquet: {one_line(error)}") from error

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ndtrain.errors import DamagedError, RecipeError, keeps_its_name
+from ndtrain.errors import DamagedError, RecipeError, first_line, keeps_its_name
 from ndtrain.hf import extra_states
 from ndtrain.hf.at_fault import overrides_at_fault
 from ndtrain.hf.files import SINGLE, ModelFiles, model_files
 from ndtrain.hf.hub import directory_of
 from ndtrain.hf.model import meta_model
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.layout import local_part
-from ndtrain.load.memory import model_tensors
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pieces import has_nan
 
@@ -59,8 +59,7 @@ def readable(recipe: Recipe) -> Iterator[None]:
                 "code is never run; get the model as safetensors, or, if you trust its author, convert it yourself "
                 "(torch.load with weights_only=False, then safetensors.torch.save_file)"
             ) from error
-        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
-        raise DamagedError(f"{what} cannot be read: {line}") from error
+        raise DamagedError(f"{what} cannot be read: {first_line(error)}") from error
 
 
 def _torch_files(recipe: Recipe) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-_SAMPLES = "the place in the data counts samples, and a sample would be another"
+_SAMPLES = "the position in the data is a number of samples, and each sample would be another one"
 # Keys whose change no resume can let pass -> the reason.
 NEVER: dict[str, str] = {
     "data.seq_len": _SAMPLES,
     "data.packing": _SAMPLES,
     "data.format": _SAMPLES,
+    "data.documents": _SAMPLES,
+    "data.token_dtype": _SAMPLES,
     "model.type": "another model type has other weights",
     "optim.name": "the saved state is that of another optimizer",
 }

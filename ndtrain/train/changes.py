@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
 from ndtrain.recipe.problems import dotted, show
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Keys that say where something is: what is there decides whether a resume may go on.
 _BASE = ("model.init", "model.name", "model.revision")
 _DATA = ("data.path", "data.tokenizer")
+# Keys that say how data is read: their change explains other samples of the same files.
+_READ = ("data.documents", "data.token_dtype")
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
@@ -59,16 +61,8 @@ def find_changes(
     return [*found, *_config_changes(*configs, same_shapes)]
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Return a checkpoint's config. Raises `DamagedError` if it cannot be read."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DamagedError(f"{file} cannot be read ({error})") from error
-
-
 def config_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the config as `read_config` would read it back."""
+    """Return the config as it would be read back from config.json."""
     return dict(json.loads(config.to_json_string()))
 
 
@@ -130,8 +124,10 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_place = not set(names) & set(_BASE)
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
+    read_anew = bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")
-    for key in dict.fromkeys([*names, *([] if same_base else [changed_base]), *([] if same_data else _DATA)]):
+    implied = [*([] if same_base else [changed_base]), *([] if same_data or read_anew else _DATA)]
+    for key in dict.fromkeys([*names, *implied]):
         values = _value(before.get(key)), _value(now.get(key))
         if key in _BASE:
             if same_base or key != changed_base:

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.data import TextEncoder, contents_of, find_files
+from ndtrain.data.cache import Progress
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.hf.tokenizer_key import packages
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
-from ndtrain.train.inputs import cache_root
+from ndtrain.train.inputs import data_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 MOST_FILES = 100_000
 
 
-def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[str, Any]:
+def origin_of(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
+) -> dict[str, Any]:
     """Return, as JSON, the `recipe` with all defaults, and the identities of its inputs, before anything is tokenized.
 
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
     part of, `content` the text of
     data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
-    tokens. Reads the data files whose digests are not cached.
+    tokens. Reads the data files whose digests are not cached; `progress(done, total)` is called with their bytes where
+    they are prepared tokens.
     """
-    files = find_files(recipe.data.path)
+    files, contents = data_contents(recipe, tokenizer, progress)
     root = Path(recipe.data.path).expanduser()
     if not root.is_dir():
         root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    contents = contents_of(files, TextEncoder(tokenizer), cache_dir=cache_root() / "data")
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
