@@ -107,4 +107,4 @@ def test_one_rank_reports_and_does_not_blame_ranks_that_end_too(tmp_path: Path) 
     reports = [text for text in get_pool(4).run(printed, str(tmp_path)) if text]
     assert len(reports) == 1, reports
     blame = "rank 3 is stopped, dead or cut off"
-    assert f"step 5: a collective failed; {blame}. The run ends; nothing is saved to continue from" in reports[0]
+    assert f"step 5: a collective failed; {blame}. The run ends; no checkpoint is complete" in reports[0]

@@ -67,7 +67,7 @@ class Watch:
         self.section = section
         self.phase = START
         self.step = self.beats = 0
-        self.saved: Callable[[], int | None] = lambda: None  # the step of the newest checkpoint
+        self.saved: Callable[[], int | None] = lambda: None  # the step of the newest checkpoint known to be complete
         self._rank, self._world_size = 0, 1
         self._limit_s, self._deadline = self.phase.limit_s(section), float("inf")
         self._writes = self._advanced = self._told = self._heard = 0
@@ -291,7 +291,9 @@ class Watch:
     def way_on(self) -> str:
         """Return what starting the run again would do."""
         saved = self.saved()
-        return "nothing is saved to continue from" if saved is None else f"start again to continue from step {saved}"
+        if saved is None:
+            return "no checkpoint is complete to continue from"
+        return f"start again to continue from the newest checkpoint (step {saved} is complete)"
 
     def _where(self) -> str:
         return f"step {self.step}" if self.phase is STEP else self.phase.name

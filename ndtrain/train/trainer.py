@@ -285,6 +285,8 @@ class Trainer:
                 f"step {self.step} skipped: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no weight changed "
                 f"({self.skips.in_row} in a row, {self.skips.limit} in a row end the run; {self.skips.total} in total)"
             )
+        if self.skips.in_row >= self.skips.limit:
+            self.saving.settle(wait=True)
         self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
 
     def _close_loggers(self) -> None:
@@ -305,6 +307,7 @@ class Trainer:
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
         if last or any(self.requested) or (self.save_due and not self.skips.in_row):
             with self.watch.during(SAVE):
+                self.saving.settle(wait=True)
                 refuse_not_finite(model_tensors(self.engine.model), step=self.step, way_on=self.watch.way_on())
                 self.save()
                 self.saving.settle(wait=last or any(self.requested))
