@@ -225,7 +225,7 @@ def test_evaluations_leave_the_runs_own_losses_as_they_are_to_the_bit(
 
 def after_an_evaluation(path: str) -> tuple[bool, int]:
     """Whether every unit is sharded after an evaluation, and how many forwards FSDP still expects a backward of."""
-    from ndtrain.torch_compat import _fsdp_groups, _fsdp_states
+    from ndtrain.torch_compat import _fsdp_states, _param_groups
     from tests.trainers import trainer_of
 
     trainer = trainer_of(path)
@@ -234,7 +234,7 @@ def after_an_evaluation(path: str) -> tuple[bool, int]:
     trainer.train_step()
     assert trainer.evaluation is not None and trainer.evaluation.step == 1
     states = _fsdp_states(trainer.engine.model)
-    groups = [group for state in states for group in _fsdp_groups(state)]
+    groups = [group for state in states for group in _param_groups(state)]
     pending = sum(len(group._post_forward_indices) for group in groups) + len(states[0]._comm_ctx.post_forward_order)
     trainer.saving.store.settle()
     return all(group.is_sharded for group in groups), pending

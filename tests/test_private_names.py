@@ -106,7 +106,7 @@ def test_private_attributes_of_fsdp_are_what_they_were() -> None:
             model(torch.ones(1, 4))
         model(torch.ones(1, 4))
         assert dtypes == [torch.float32, torch.bfloat16]
-        groups = [g for state in torch_compat._fsdp_states(model) for g in torch_compat._fsdp_groups(state)]
+        groups = [g for state in torch_compat._fsdp_states(model) for g in torch_compat._param_groups(state)]
         order = groups[0].comm_ctx.post_forward_order
         assert order and any(group._post_forward_indices for group in groups)
         torch_compat.forget_forwards(model)

@@ -381,9 +381,13 @@ def test_what_eval_takes_from_data_is_reported_once(recipe: Any) -> None:
         (MINIMAL, ["checkpoint.keep_best=true"], r"checkpoint\.keep_best = true needs a held-out loss"),
         (MINIMAL, ["eval.every=3"], r"eval\.path is required"),
         (HELD_OUT, ["eval.patience=2", "eval.every=0"], r"eval\.patience = 2 needs evaluations before the end"),
-        (HELD_OUT, ["data.packing=false", "eval.packing=true"], r"eval\.packing = true needs packing in \[data\] too"),
+        (
+            HELD_OUT,
+            ["data.packing=false", "eval.packing=true"],
+            r'eval\.packing = "concat" needs packing in',
+        ),
         (HELD_OUT, ["eval.shuffle=true"], r'\[eval\] has no key "shuffle"; it belongs to \[data\]'),
-        (HELD_OUT, ["eval.format=chat"], r'eval\.format = "chat" is not available in this version'),
+        (HELD_OUT, ["data.packing=false", "eval.documents=eos"], r'eval\.documents = "eos" is for prepared tokens'),
         (
             HELD_OUT,
             ["data.tokenizer=bytes", "eval.special_tokens=parse"],
@@ -399,7 +403,7 @@ def test_contradictions_about_held_out_data_are_refused(
 
 
 def test_what_data_does_not_support_eval_does_not_either(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NOT_YET, ("data", "packing"), ((True,), "a reason"))
+    monkeypatch.setitem(NOT_YET, ("data", "packing"), (("concat",), "a reason"))
     with pytest.raises(RecipeError, match=r"^eval\.packing = false is not available in this version: [^\n]*$"):
         recipe(HELD_OUT, "eval.packing=false")
     with pytest.raises(RecipeError, match=r"^data\.packing = false is not available in this version: [^\n]*$"):

@@ -212,6 +212,11 @@ def _reading(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> Reading
     )
 
 
+def encoder_key(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> str:
+    """Return the identity of what turns the data into tokens, as `Contents.encoder` has it."""
+    return _reading(recipe, tokenizer).key if recipe.data.format == "tokens" else TextEncoder(tokenizer).key
+
+
 def data_contents(
     recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
 ) -> tuple[list[Path], Contents]:

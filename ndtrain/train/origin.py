@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ndtrain.data.cache import Progress
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.hf.tokenizer_key import packages
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
 from ndtrain.train.inputs import data_contents
@@ -25,7 +26,8 @@ def origin_of(
 ) -> dict[str, Any]:
     """Return, as JSON, the `recipe` with all defaults, and the identities of its inputs, before anything is tokenized.
 
-    `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, `content` the text of
+    `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
+    part of, `content` the text of
     data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
     tokens. Reads the data files whose digests are not cached; `progress(done, total)` is called with their bytes where
     they are prepared tokens.
@@ -38,6 +40,7 @@ def origin_of(
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
         "tokenizer": contents.encoder,
+        "packages": packages(),
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
         "files": {os.path.relpath(file, root): _digest(own) for file, own in zip(files, contents.files, strict=True)}

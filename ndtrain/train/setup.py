@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ndtrain import proof
+from ndtrain.accelerators import emulates_bfloat16
 from ndtrain.checkpoint import CheckpointStore, load_tensors, read_state
 from ndtrain.checkpoint.manifest import read_manifest
-from ndtrain.data import TextEncoder
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.hf.tokenizer_key import packages
 from ndtrain.hf.weight_names import model_tensors
 from ndtrain.load import fill_with_noise, materialize, unset
 from ndtrain.recipe import Recipe
@@ -23,25 +24,42 @@ from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Restarts
 from ndtrain.storage.paths import open_to_write, os_errors, read_object, to_path
-from ndtrain.train.changes import Change, changes_data, config_changes, config_of, find_changes, refuse, table
+from ndtrain.train.changes import (
+    Change,
+    changes_data,
+    config_changes,
+    config_of,
+    find_changes,
+    needs_same_tokens,
+    refuse,
+    table,
+)
+from ndtrain.train.inputs import encoder_key
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 
 class Resumed(NamedTuple):
-    """The checkpoint that a run resumes from, its train_state.json, and whether the run goes on with other data."""
+    """The checkpoint that a run resumes from, its train_state.json, and what may differ in the run's data."""
 
     directory: Path
     state: Mapping[str, Any]
-    other_data: bool
+    other_data: bool  # the user allowed other samples, or another order
+    same_tokens: bool  # another version of the tokenizer must have given the same tokens
 
-    def check_data(self, fingerprint: str) -> None:
-        """Raise `RecipeError` if the batches have another fingerprint, though what they are made from is the same."""
-        if self.state["data"] != fingerprint and not self.other_data:
+    def check_data(self, fingerprint: str, tokens: str | None) -> None:
+        """Raise `RecipeError` if the batches' fingerprint or their tokens' digest differs where it must not."""
+        if self.same_tokens and self.state["tokens"] != tokens:
+            raise RecipeError(
+                f"{self.directory}: data.tokenizer gives other tokens with these versions of its packages; restore "
+                'them, choose another run.dir to train anew, or let it pass with checkpoint.allow = ["data.tokenizer"]'
+            )
+        if self.state["data"] != fingerprint and not (self.other_data or self.same_tokens):
             raise RecipeError(
                 f"{self.directory} was trained on other samples: {self.state['data']}, now {fingerprint}; use the "
                 "version of ndtrain that wrote it, or choose another run.dir to train anew"
@@ -55,6 +73,17 @@ def open_run_dir(run_dir: Path) -> None:
             open_to_write(run_dir)
     except OSError as error:
         raise RecipeError(f'run.dir = "{run_dir}" cannot be used: {error.strerror or error}; choose another') from error
+
+
+def slow_dtype(recipe: Recipe, device: torch.device) -> Iterator[str]:
+    """Yield a note where the device computes in the recipe's dtype without instructions for it."""
+    fsdp = recipe.fsdp
+    dtypes = {fsdp.param_dtype, *(policy.mixed_precision for policy in fsdp.modules.values())}
+    if "bfloat16" in dtypes and emulates_bfloat16(device):
+        yield (
+            f"this {device.type} has no instructions for bfloat16, which can be several times slower than "
+            'float32 on it; set fsdp.param_dtype = "float32" (and mixed_precision in [fsdp.modules])'
+        )
 
 
 def find_resumed(
@@ -79,7 +108,7 @@ def find_resumed(
         return None
     check_state(state, found)
 
-    def compare() -> bool:
+    def compare() -> list[bool]:
         changes = find_changes(
             state,
             recipe,
@@ -97,9 +126,9 @@ def find_resumed(
             )
         refuse(changes, found, recipe)
         restarts.record_begin(state["step"])
-        return changes_data(changes)
+        return [changes_data(changes), needs_same_tokens(changes, recipe)]
 
-    return Resumed(found, state, of_rank0(compare))
+    return Resumed(found, state, *of_rank0(compare))
 
 
 def find_evaluated(
@@ -120,16 +149,18 @@ def find_evaluated(
 
     def compare() -> None:
         changes = config_changes(*_configs(found, engine), lambda: _same_shapes(found, engine))
-        saved = state.get("origin", {}).get("tokenizer")
-        if saved not in (None, TextEncoder(tokenizer).key):
+        saved = state.get("origin", {})
+        if saved.get("tokenizer") not in (None, encoder_key(recipe, tokenizer)):
             was, now = str(state["recipe"]["data"].get("tokenizer")), str(recipe.data.tokenizer)
-            changes.append(Change("data.tokenizer", was, now, "allow", "it gives other tokens"))
+            upgrade = was == now and saved.get("packages") not in (None, packages())
+            meaning = "other versions of its packages may give other tokens" if upgrade else "it gives other tokens"
+            changes.append(Change("data.tokenizer", was, now, "free" if upgrade else "allow", meaning))
         if changes:
             reporter.info(table(changes, found, recipe))
         refuse(changes, found, recipe)
 
     on_rank0(compare)
-    return Resumed(found, state, other_data=False)
+    return Resumed(found, state, other_data=False, same_tokens=False)
 
 
 def _configs(found: Path, engine: Engine) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

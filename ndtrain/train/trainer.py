@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from ndtrain.accelerators import emulates_bfloat16, peak_memory_bytes
+from ndtrain.accelerators import peak_memory_bytes
 from ndtrain.data import GlobalBatches
 from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Batch, Engine
@@ -37,12 +36,16 @@ from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
 from ndtrain.train.saving import Saving
-from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir
+from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, slow_dtype
 from ndtrain.train.skips import Skips, refuse_not_finite
 from ndtrain.train.state import extras, save_extras, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What `origin_of` returns that a checkpoint records beside the recipe.
+_IDENTITIES = ("base", "tokenizer", "packages", "content", "files")
 
 
 class Trainer:
@@ -70,6 +73,7 @@ class Trainer:
         self.requested = [0, 0]  # stop and save, as all ranks agreed after the last step
         self.watch = runtime.watch
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
+        self.watch.saved = lambda: self.saving.step
         self.step = 0
         self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
@@ -99,12 +103,12 @@ class Trainer:
         with self.watch.during(TOKENIZE):
             self.open_batches()
             if resumed is not None:
-                resumed.check_data(self.batches.fingerprint)
+                resumed.check_data(self.batches.fingerprint, self.batches.tokens)
             self._find_length(resumed)
             if recipe.eval is not None:
                 self.evaluation = open_evaluation(self.engine, self.runtime, self.tokenizer, reporter, steps=self.steps)
         reporter.info(self._arithmetic())
-        for note in (*self.plan.notes, *self._slow_dtype()):
+        for note in (*self.plan.notes, *slow_dtype(recipe, self.runtime.device)):
             reporter.info(f"note: {note}")
         build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
         if resumed is not None:
@@ -176,15 +180,6 @@ class Trainer:
         if train.epochs is not None:
             line += f"; {counted(train.epochs, 'epoch')}: {counted(self.steps, 'step')}"
         return line
-
-    def _slow_dtype(self) -> Iterator[str]:
-        fsdp, device = self.recipe.fsdp, self.runtime.device
-        dtypes = {fsdp.param_dtype, *(policy.mixed_precision for policy in fsdp.modules.values())}
-        if "bfloat16" in dtypes and emulates_bfloat16(device):
-            yield (
-                f"this {device.type} has no instructions for bfloat16, which can be several times slower than "
-                'float32 on it; set fsdp.param_dtype = "float32" (and mixed_precision in [fsdp.modules])'
-            )
 
     # ---- the loop
 
@@ -290,7 +285,9 @@ class Trainer:
                 f"step {self.step} skipped: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no weight changed "
                 f"({self.skips.in_row} in a row, {self.skips.limit} in a row end the run; {self.skips.total} in total)"
             )
-        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm)
+        if self.skips.in_row >= self.skips.limit:
+            self.saving.settle(wait=True)
+        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
 
     def _write(self, metrics: Metrics) -> None:
         try:
@@ -348,7 +345,8 @@ class Trainer:
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
         if last or any(self.requested) or self._is_best or (self.save_due and not self.skips.in_row):
             with self.watch.during(SAVE):
-                refuse_not_finite(model_tensors(self.engine.model), step=self.step)
+                self.saving.settle(wait=True)
+                refuse_not_finite(model_tensors(self.engine.model), step=self.step, way_on=self.watch.way_on())
                 self.save()
                 self.saving.settle(wait=last or any(self.requested))
             self.save_due = False
@@ -383,13 +381,14 @@ class Trainer:
                 "step": self.step,
                 "samples": self.cursor,
                 "data": self.batches.fingerprint,
+                "tokens": self.batches.tokens,
                 "seed": self.recipe.train.seed,
                 **self.skips.state(),
                 **({"eval": {**self.evaluation.state(), "best": self.saving.candidate}} if self.evaluation else {}),
                 "mesh": asdict(self.sizes),
                 "versions": versions(),
                 "recipe": self.origin.get("recipe"),
-                "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "content", "files")},
+                "origin": {key: self.origin.get(key) for key in _IDENTITIES},
             },
             extra_files=lambda directory: save_extras(directory, self._extras, states),
         )
