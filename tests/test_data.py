@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ndtrain.data.batches import GlobalBatches, labels_count
-from ndtrain.data.cache import TokenCache, build_cache
+from ndtrain.data.cache import TokenCache, build_cache, contents_of
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
 from ndtrain.data.samples import Samples
@@ -360,6 +361,28 @@ def test_jsonl_lines_are_documents(tmp_path: Path) -> None:
     assert make_cache(data).key == cache.key, "the same rows"
     (data / "a.json").rename(data / "a.txt")
     assert make_cache(data).key != cache.key, "the same bytes as one document are another cache"
+
+
+def test_a_text_read_in_pieces_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("one two three\n" * 100)
+    (data / "b.txt").write_text("short")
+    whole = make_cache(data)
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr("ndtrain.data.rows.text._PIECE", 100)
+    pieces = make_cache(data)
+    assert pieces.docs.tolist() == whole.docs.tolist() and len(whole.docs) == 3
+    assert pieces.tokens.tolist() == whole.tokens.tolist()
+
+
+def test_other_columns_are_another_cache(tmp_path: Path) -> None:
+    file, cache_dir = tmp_path / "a.jsonl", tmp_path / "cache"
+    file.write_text('{"text": "one", "body": "other"}\n')
+    first = build_cache([file], Bytes(), cache_dir=cache_dir)
+    second = build_cache([file], Bytes(), cache_dir=cache_dir, columns={"text": "body"})
+    assert first != second and len(TokenCache.open(second).tokens) == len("other") + 2
+    assert contents_of([file], Bytes(), cache_dir=cache_dir, columns={"text": "body"}).key == second.name
 
 
 @pytest.mark.parametrize("line", [b'{"text": "cut', b'{"content": "x"}', b'["text"]', b'{"text": 3}', b"\xff"])

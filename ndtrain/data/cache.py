@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ndtrain.data.documents import documents_of
 from ndtrain.data.files import CACHE_FILES, reading, stamp_of
 from ndtrain.data.formats import name_kind
+from ndtrain.data.rows import row_errors, rows_of
+from ndtrain.data.shapes import fields_of, text_of
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
 
 FORMAT_VERSION = 2
@@ -27,6 +28,7 @@ Meta = dict[str, Any]
 Progress = Callable[[int, int], None] | None
 # Tell what in a text is odd: the first special token that it spells, or "".
 Scan = Callable[[str], str] | None
+_NO_COLUMNS: Mapping[str, str] = {}
 
 
 class Tokenizer(Protocol):
@@ -87,9 +89,17 @@ class Contents(NamedTuple):
 
 
 def build_cache(
-    files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, progress: Progress = None, scan: Scan = None
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: Path,
+    columns: Mapping[str, str] = _NO_COLUMNS,
+    progress: Progress = None,
+    scan: Scan = None,
 ) -> Path:
     """Return the directory of the cache of these files' tokens; tokenizes them unless it exists.
+
+    `columns` maps our names of a row's fields to the files', as `data.columns` does.
 
     A document is stored as [bos?] + its tokens + [eos], each mark once; empty ones are skipped. One document at a time
     is in memory. `scan(text)` returns a special token that a text spells, or ""; such documents are counted in `odd`.
@@ -99,13 +109,13 @@ def build_cache(
     """
     try:
         stamps = [stamp_of(file) for file in files]
-        key = _contents(files, tokenizer, cache_dir).key
+        key = _contents(files, tokenizer, cache_dir, columns).key
         final = cache_dir / key
         if final.exists():
             return final
         with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=cache_dir, ignore_cleanup_errors=True) as tmp:
             work = Path(tmp)
-            meta = _write_tokens(files, tokenizer, folder=work, progress=progress, scan=scan)
+            meta = _write_tokens(files, tokenizer, folder=work, columns=columns, progress=progress, scan=scan)
             for file, stamp in zip(files, stamps, strict=True):
                 if stamp_of(file) != stamp:
                     raise DamagedError(f"{file} changed while it was being tokenized; start the run again")
@@ -124,20 +134,23 @@ def build_cache(
         raise _not_written(cache_dir, error) from error
 
 
-def contents_of(files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path) -> Contents:
+def contents_of(
+    files: Sequence[Path], tokenizer: Tokenizer, *, cache_dir: Path, columns: Mapping[str, str] = _NO_COLUMNS
+) -> Contents:
     """Return what `build_cache` would make a cache of, without tokenizing. Raises what it raises."""
     try:
-        return _contents(files, tokenizer, cache_dir)
+        return _contents(files, tokenizer, cache_dir, columns)
     except OSError as error:
         raise _not_written(cache_dir, error) from error
 
 
-def _contents(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Contents:
+def _contents(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path, columns: Mapping[str, str]) -> Contents:
     cache_dir.mkdir(parents=True, exist_ok=True)
     digests = _digests(files, cache_dir)
     identity = [FORMAT_VERSION, tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id]
     kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
-    key = hashlib.blake2b(json.dumps([identity, kinds]).encode(), digest_size=16).hexdigest()
+    whole = [identity, kinds, *([sorted(columns.items())] if columns else [])]
+    key = hashlib.blake2b(json.dumps(whole).encode(), digest_size=16).hexdigest()
     return Contents(key, " ".join(map(str, identity[1:])), [" ".join(map(str, kind)) for kind in kinds])
 
 
@@ -155,7 +168,15 @@ def _encode(tokenizer: Tokenizer, raw: bytes, where: str) -> npt.NDArray[Any]:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, progress: Progress, scan: Scan) -> Meta:
+def _write_tokens(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    folder: Path,
+    columns: Mapping[str, str],
+    progress: Progress,
+    scan: Scan,
+) -> Meta:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     bos, eos, most = tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size - 1
     sizes = [stamp_of(file)[0] for file in files]
@@ -164,25 +185,31 @@ def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, *, folder: Path, 
     with (folder / "tokens.bin").open("wb") as token_file, (folder / "docs.bin").open("wb") as doc_file:
         doc_file.write(struct.pack("=q", 0))
         for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
-            for document in documents_of(file):
-                ids = _encode(tokenizer, document.raw, f"{file}, {document.where}")
+            begun = False  # tokens of the document's earlier pieces are written
+            for row in rows_of(file, columns=columns):
+                with row_errors(file, row.where):
+                    text = text_of(fields_of(row.fields, "text", columns))
+                ids = _encode(tokenizer, text.encode(), f"{file}, {row.where}")
                 # Text that was rendered with its marks, and is read with them, keeps its own.
-                head = [] if bos is None or (ids.size and ids[0] == bos) else [bos]
-                tail = [] if ids.size and ids[-1] == eos else [eos]
-                row = np.concatenate([head, ids, tail]).astype(np.int64)
-                if ids.size and row.size > 1:  # a mark alone has no target
-                    if row.min() < 0 or row.max() > most:
+                head = [] if bos is None or begun or (ids.size and ids[0] == bos) else [bos]
+                tail = [] if row.more or (ids.size and ids[-1] == eos) else [eos]
+                marked = np.concatenate([head, ids, tail]).astype(np.int64)
+                if begun or (ids.size and (row.more or marked.size > 1)):  # a mark alone has no target
+                    if marked.size and (marked.min() < 0 or marked.max() > most):
                         raise RecipeError(
-                            f"{file}: the tokenizer gave ids {row.min()} to {row.max()}, expected 0 to {most}"
+                            f"{file}: the tokenizer gave ids {marked.min()} to {marked.max()}, expected 0 to {most}"
                         )
-                    token_file.write(row.astype(dtype).tobytes())
-                    tokens, documents, largest = tokens + row.size, documents + 1, max(largest, int(row.max()))
-                    doc_file.write(struct.pack("=q", tokens))
-                special = scan(document.raw.decode()) if scan is not None else ""
-                for kind in filter(None, (document.odd, special and "special")):
-                    odd.setdefault(kind, [0, number, document.where, special])[0] += 1
-                if progress and before + document.done > told:
-                    told = before + document.done
+                    token_file.write(marked.astype(dtype).tobytes())
+                    tokens, largest = tokens + marked.size, max(largest, int(marked.max(initial=0)))
+                    begun = row.more
+                    if not begun:
+                        documents += 1
+                        doc_file.write(struct.pack("=q", tokens))
+                special = scan(text) if scan is not None else ""
+                for kind in filter(None, (row.odd, special and "special")):
+                    odd.setdefault(kind, [0, number, row.where, special])[0] += 1
+                if progress and before + row.done > told:
+                    told = before + row.done
                     progress(told, sum(sizes))
             before += size
         if progress and told < before:
@@ -269,6 +296,10 @@ class TokenCache:
             "surrogate": (
                 "documents with half a character (a lone surrogate) in their JSON",
                 'it was replaced by "?"',
+            ),
+            "csv": (
+                "CSV files",
+                "their rows are read by the names in their headers; to read one as plain text, rename it to .txt",
             ),
         }
         for kind, (count, number, where, token) in self.odd.items():

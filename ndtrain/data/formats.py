@@ -1,7 +1,7 @@
-"""Tell how a file of training data is stored: compressed or not, parquet, JSON or plain text.
+"""Tell how a file of training data is stored: compressed or not, parquet, Arrow, JSON, CSV or plain text.
 
-Its first bytes decide. Its name decides only what bytes do not tell: whether text that is JSON is a row of data or a
-document about JSON; and, in a directory, whether the file is training data at all.
+Its first bytes decide. Its name decides only what bytes do not tell: whether text that is JSON or CSV is rows of data
+or a document about JSON; and, in a directory, whether the file is training data at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gzip
 import importlib
 import importlib.util
 import io
-import json
 import lzma
 import re
 import zlib
@@ -24,10 +23,17 @@ from ndtrain.errors import DamagedError, RecipeError
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
-TEXT_NAME = re.compile(r"\.(txt|md|py|rst|html|c|h|rs|js|ts|toml|csv|tex)", re.IGNORECASE)
-PARQUET = b"PAR1"
+TEXT_NAME = re.compile(r"\.(txt|md|py|rst|html|c|h|rs|js|ts|toml|tex)", re.IGNORECASE)
+PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
+_KINDS = {
+    **dict.fromkeys(JSON_SUFFIXES, "json"),
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 # Of other kinds, which could be taken for text until their first zero byte.
-OTHERS = {b"PK\x03\x04": "a zip archive; unpack it", b"ARROW1": "an Arrow file; write it as parquet or JSON lines"}
+OTHERS = {b"PK\x03\x04": "a zip archive; unpack it"}
 _LFS, _ANNEX = b"version https://git-lfs.github.com/spec/", b"/annex/objects/"
 _WIDE_MARKS = {
     b"\xff\xfe\0\0": "UTF-32",
@@ -35,25 +41,24 @@ _WIDE_MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-_ROW = re.compile(rb"\s*(?:\[\s*)?(?=\{)")
-_LONG_ROW = re.compile(rb'\{\s*"text"\s*:\s*"')  # of which the probe has the beginning alone
 _PROBE_BYTES = 1 << 16
 
 
 def name_kind(file: Path) -> str | None:
-    """Return "json", "text" or "parquet" for the suffix of a name (before .gz, .bz2, .xz, .zst), None for another."""
+    """Return "json", "csv", "parquet", "arrow" or "text" by the suffix of a name, None for another.
+
+    That is the suffix before .gz, .bz2, .xz or .zst.
+    """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
-    if last in JSON_SUFFIXES:
-        return "json"
-    return "parquet" if last == ".parquet" else "text" if TEXT_NAME.fullmatch(last) else None
+    return _KINDS.get(last) or ("text" if TEXT_NAME.fullmatch(last) else None)
 
 
 def can_read(file: Path) -> str:
     """Return "" if the packages that a name asks for are installed, and how to install them otherwise."""
-    if name_kind(file) == "parquet" and importlib.util.find_spec("pyarrow") is None:
+    if name_kind(file) in ("parquet", "arrow") and importlib.util.find_spec("pyarrow") is None:
         return "pip install 'ndtrain[parquet]' to read it"
     if file.suffix.lower() == ".zst" and _zstd() is None:
         return "pip install 'ndtrain[zstd]' to read it"
@@ -126,34 +131,17 @@ def _check_start(start: bytes, file: Path) -> None:
             raise DamagedError(f"{file} is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 {file.name}")
 
 
-def begins_with_row(content: io.BufferedReader[Any]) -> bool:
-    """Return whether text begins with a row of JSON data: a whole object with a string under "text"."""
-    start = content.peek(_PROBE_BYTES)[:_PROBE_BYTES]
-    found = _ROW.match(start)
-    if found is None:
-        return False
-    try:
-        row, _ = json.JSONDecoder().raw_decode(start[found.end() :].decode("utf-8", "ignore"))
-    except (ValueError, RecursionError):
-        return len(start) >= _PROBE_BYTES and _LONG_ROW.match(start, found.end()) is not None
-    return isinstance(row.get("text"), str)
-
-
 def refuse_zero_bytes(chunk: bytes, file: Path) -> None:
     if b"\0" in chunk:
         raise RecipeError(
             f"{file} is not text: it contains zero bytes (as binary files do, and UTF-16 without a mark); "
-            "data.path takes text in UTF-8, JSON and parquet, compressed or not"
+            "data.path takes text in UTF-8, JSON, CSV, parquet and Arrow"
         )
 
 
-def parquet(file: Path) -> Any:
-    """Return pyarrow's reader of a file. Raises `RecipeError` without pyarrow, `DamagedError` if it is no parquet."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise RecipeError(f"{file} is parquet, which needs a package: pip install 'ndtrain[parquet]'") from error
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DamagedError(f"{file} cannot be read as parquet: {' '.join(str(error).split())}") from error
+def not_utf8(error: UnicodeDecodeError, file: Path, line: int) -> DamagedError:
+    """Return the error of a file whose bytes are not UTF-8 in this line."""
+    return DamagedError(
+        f"{file}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}); convert the file, "
+        f"from Latin-1 for example: iconv -f ISO-8859-1 -t UTF-8 {file.name}"
+    )
