@@ -206,6 +206,21 @@ def test_an_error_names_the_key_the_value_and_the_rule(recipe: Any, section: str
     assert "r.toml" in message
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('columns = { tex = "content" }', "chat has messages"),
+        ('columns = { text = "a", messages = "b" }', "tokens has input_ids"),
+        ('format = "text"\ncolumns = { messages = "a" }', "text has text ("),
+    ],
+)
+def test_columns_must_be_fields_of_one_format(recipe: Any, lines: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=r"data\.columns = .* must have names of one format's fields: ") as caught:
+        recipe(with_line(lines, "data"))
+    assert said in str(caught.value)
+    assert recipe(with_line('columns = { text = "content" }', "data")).data.columns == {"text": "content"}
+
+
 LATER = [
     ("fsdp", "param_dtype = 'float16'"),
     ("fsdp", "reduce_dtype = 'float16'"),

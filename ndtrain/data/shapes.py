@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from ndtrain.data.row import RowError
+from ndtrain.recipe.schema import COLUMNS
 
 Shape = Literal["text", "chat", "tokens"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
@@ -20,14 +21,12 @@ REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("conversations",), ("prompt", "completion")),
     "tokens": (("input_ids",),),
 }
-# Further fields that have a meaning.
-OPTIONAL: dict[Shape, tuple[str, ...]] = {"text": (), "chat": ("tools",), "tokens": ("labels", "loss_mask")}
 _NAMED = 12
 
 
 def names_of(shape: Shape) -> tuple[str, ...]:
     """Return our names of all fields that rows of a shape may have."""
-    return (*dict.fromkeys(name for group in REQUIRED[shape] for name in group), *OPTIONAL[shape])
+    return COLUMNS[shape]
 
 
 def shape_of(fields: Iterable[str], columns: Mapping[str, str], format: str = "auto") -> Shape:

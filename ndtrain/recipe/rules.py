@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ndtrain.recipe.problems import Key, Problem, dotted, show
-from ndtrain.recipe.schema import Recipe
+from ndtrain.recipe.schema import COLUMNS, Recipe
 
 # Key -> (the supported values, why the others are refused).
 NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
@@ -26,7 +26,7 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
     ),
-    ("data", "format"): (("text",), 'use "text", the only format that ndtrain reads'),
+    ("data", "format"): (("auto", "text"), 'use "text", the only format that ndtrain reads'),
     ("train", "compile"): ((False,), "ndtrain does not support torch.compile yet; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
@@ -72,6 +72,13 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             ("data", "special_tokens"),
             'data.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
             "leave it out",
+        )
+    formats = {name: own for name, own in COLUMNS.items() if data.format in ("auto", name)}
+    if not any(data.columns.keys() <= set(own) for own in formats.values()):
+        yield (
+            ("data", "columns"),
+            f"data.columns = {show(data.columns)} must have names of one format's fields: "
+            + "; ".join(f"{name} has {', '.join(own)}" for name, own in formats.items()),
         )
     if train.micro_batch_size > train.global_batch_size:
         yield (

@@ -132,11 +132,24 @@ class LoadSection(Section):
     )
 
 
+# data.format -> our names of the fields of its rows, which are those of data.columns.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "chat": ("messages", "conversations", "prompt", "completion", "tools"),
+    "tokens": ("input_ids", "labels", "loss_mask"),
+}
+
+
 class DataSection(Section):
     """The training data."""
 
-    format: Literal["text", "chat", "tokens"] = Field("text", description="Format of the data.")
+    format: Literal["auto", "text", "chat", "tokens"] = Field(
+        "auto", description='What a row of the data is; "auto" takes it from the fields of the first one.'
+    )
     path: Text = Field(description="File, directory, glob or hub dataset.")
+    columns: dict[str, Text] = Field(
+        {}, description='The data\'s names of fields that have another, e.g. { text = "content" }.'
+    )
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
     packing: bool = Field(True, description="Pack documents into sequences; they never attend to each other.")
     tokenizer: Text | None = Field(

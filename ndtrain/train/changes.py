@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Keys that say where something is: what is there decides whether a resume may go on.
 _BASE = ("model.init", "model.name", "model.revision")
 _DATA = ("data.path", "data.tokenizer")
+# Keys that say how it is read.
+_READ = ("data.format", "data.columns")
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
@@ -132,7 +134,7 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
                 f"{value} ({base})" for value, base in zip(values, (saved["base"], origin["base"]), strict=True)
             )
             yield Change(key, own, other, "allow", "another base")
-        elif key in _DATA and same_data:
+        elif covers((*_DATA, *_READ), key) and same_data:
             yield Change(key, *values, "free", "the same content")
         elif key == "data.path":
             yield from _files(values, saved, origin, changed=key in names)

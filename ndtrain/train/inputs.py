@@ -9,6 +9,7 @@ from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.cache import TokenCache, build_cache
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
+from ndtrain.data.rows import find_shape
 from ndtrain.data.samples import Samples
 from ndtrain.errors import RecipeError
 from ndtrain.hf.hub import snapshot_directory
@@ -74,6 +75,7 @@ def open_batches(
 
     Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
     """
+    columns = recipe.data.columns
     directories: list[Path] = []
     files: list[Path] = []
 
@@ -84,8 +86,19 @@ def open_batches(
             runtime.watch.advance()
             reporter.progress("tokenizing", done, total)
 
+        shape = find_shape(files, format=recipe.data.format, columns=columns)
+        if shape != "text":
+            raise RecipeError(
+                f'data.path = "{recipe.data.path}": its first row is one of data.format = "{shape}", which is not '
+                "available in this version; give rows of text"
+            )
         directory = build_cache(
-            files, tokenizer, cache_dir=cache_root() / "data", progress=progress, scan=tokenizer.spelled
+            files,
+            tokenizer,
+            cache_dir=cache_root() / "data",
+            columns=columns,
+            progress=progress,
+            scan=tokenizer.spelled,
         )
         directories.append(directory)
 

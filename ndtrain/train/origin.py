@@ -31,7 +31,7 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
     root = Path(recipe.data.path).expanduser()
     if not root.is_dir():
         root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    contents = contents_of(files, tokenizer, cache_dir=cache_root() / "data")
+    contents = contents_of(files, tokenizer, cache_dir=cache_root() / "data", columns=recipe.data.columns)
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
