@@ -24,7 +24,7 @@ _READ = ("data.format", "data.columns")
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
-_ORDER = (*_DATA, "data.shuffle", "train.seed")
+_ORDER = (*_DATA, *_READ, "data.shuffle", "train.seed")
 
 
 class Change(NamedTuple):
@@ -73,7 +73,7 @@ def config_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 def changes_data(changes: Sequence[Change]) -> bool:
     """Return whether samples or their order differ."""
-    return any(change.key in _ORDER and change.rule != "free" for change in changes)
+    return any(covers(_ORDER, change.key) and change.rule != "free" for change in changes)
 
 
 def table(changes: Sequence[Change], found: Path, recipe: Recipe) -> str:
@@ -137,7 +137,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
         elif covers((*_DATA, *_READ), key) and same_data:
             yield Change(key, *values, "free", "the same content")
         elif key == "data.path":
-            yield from _files(values, saved, origin, changed=key in names)
+            read = any(covers(_READ, name) for name in names)
+            yield from _files(values, saved, origin, changed=key in names, read=read)
         elif key == "data.tokenizer":
             if saved["tokenizer"] != origin["tokenizer"]:
                 yield Change(key, *values, "allow", "it gives other tokens")
@@ -148,9 +149,9 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
 
 
 def _files(
-    values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool
+    values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool, read: bool
 ) -> Iterator[Change]:
-    """Yield the change of data.path, where tokens differ."""
+    """Yield the change of data.path, where tokens differ; `changed` if it differs, `read` if a key of `_READ` does."""
     old, new = saved["files"], origin["files"]
     if saved["content"] != origin["content"]:
         meaning = "the files of data.path changed"
@@ -160,7 +161,7 @@ def _files(
                 f": {len(new.keys() - old.keys())} added, {len(old.keys() - new.keys())} removed, {other} changed"
             )
         yield Change("data.path", *values, "allow", meaning)
-    elif saved["tokenizer"] == origin["tokenizer"]:
+    elif saved["tokenizer"] == origin["tokenizer"] and not read:
         yield Change("data.path", *values, "allow", "this version of ndtrain reads the same files in another way")
     elif changed:
         yield Change("data.path", *values, "free", "the same content")
@@ -208,6 +209,8 @@ def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], same_shap
 def _meaning(key: str, state: Mapping[str, Any]) -> str:
     if key == "train.global_batch_size":
         return f"the data goes on at sample {state['samples']}; the learning rate follows steps, not samples"
+    if covers(_READ, key):
+        return "the files are read in another way"
     if key in _ORDER:
         return f"another order of samples, in which the data goes on at sample {state['samples']}"
     return ""
