@@ -43,7 +43,12 @@ def test_fields_give_a_shape(fields: str, columns: dict[str, str], shape: str) -
 @pytest.mark.parametrize(
     ("fields", "columns", "format", "said"),
     [
-        ("id url", {}, "auto", 'no "text" or "messages" or "conversations" or "prompt" and "completion" or "input_ids"'),
+        (
+            "id url",
+            {},
+            "auto",
+            'no "text" or "messages" or "conversations" or "prompt" and "completion" or "input_ids"',
+        ),
         ("id url", {}, "auto", 'its fields are "id", "url"'),
         ("text", {}, "chat", 'no "messages" or'),
         ("text", {"text": "content"}, "auto", 'a row has no "content": its fields are "text"'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ class Csv:
     def _separator(self, columns: Mapping[str, str]) -> str:
         header = self.content.peek(1 << 16)[: 1 << 16].partition(b"\n")[0].decode("utf-8", "replace")
         for separator in (",", ";", "\t"):
-            if is_row(next(csv.reader([header], delimiter=separator), []), columns):
-                return separator
+            with suppress(csv.Error):
+                if is_row(next(csv.reader([header], delimiter=separator), []), columns):
+                    return separator
         return ","
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:

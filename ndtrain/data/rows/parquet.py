@@ -28,7 +28,7 @@ class Parquet:
         with damaged_by(file, "cannot be read as parquet"):
             source = native(stored, file)
             self.size = source.size()
-            self.table = pyarrow.parquet.ParquetFile(source)
+            self.table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
             self.names: list[str] = self.table.schema_arrow.names
 
     def rows(self, wanted: Collection[str]) -> Iterator[Row]:
