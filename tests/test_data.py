@@ -418,8 +418,6 @@ def test_a_path_that_matches_nothing_is_a_recipe_error(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="matches no file") as caught:
             find_files(str(path))
         assert "hub" not in str(caught.value)
-    with pytest.raises(RecipeError, match="cannot be read yet"):
-        find_files("some-org/some-dataset")
 
 
 def test_data_of_empty_documents_alone_is_a_recipe_error(tmp_path: Path) -> None:

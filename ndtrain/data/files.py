@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,8 +48,6 @@ def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
         hint = "it is a pipe or a device; write its content to a file first"
     elif left:
         hint = f"left out: {_counts(left)}; {hint}"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        hint += "; datasets on the Hugging Face hub cannot be read yet, download this one first"
     raise RecipeError(f'data.path = "{path}" matches no file; {hint}')
 
 

@@ -146,7 +146,16 @@ class DataSection(Section):
     format: Literal["auto", "text", "chat", "tokens"] = Field(
         "auto", description='What a row of the data is; "auto" takes it from the fields of the first one.'
     )
-    path: Text = Field(description="File, directory, glob or hub dataset.")
+    path: Text = Field(description="File, directory, glob, or a repository of data sets on the hub.")
+    subset: Text | None = Field(
+        None, description="Which subset (configuration) of a repository's data sets; needed if there are several."
+    )
+    split: Text | None = Field(None, description='Which split of a repository\'s data set; default "train".')
+    revision: Text = Field(
+        "main",
+        description="Branch, tag or commit of a repository of the hub; a run records the commit, and later starts "
+        "use it.",
+    )
     columns: dict[str, Text] = Field(
         {}, description='The data\'s names of fields that have another, e.g. { text = "content" }.'
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _BASE = ("model.init", "model.name", "model.revision")
 _DATA = ("data.path", "data.tokenizer")
 # Keys that say how it is read.
-_READ = ("data.format", "data.columns")
+_READ = ("data.format", "data.columns", "data.subset", "data.split", "data.revision")
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.

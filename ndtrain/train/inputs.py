@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.cache import TokenCache, build_cache
-from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
 from ndtrain.data.rows import find_shape
 from ndtrain.data.samples import Samples
@@ -18,6 +16,7 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
+from ndtrain.train.data_files import cache_root, data_files
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import on_every_node
 
@@ -80,7 +79,7 @@ def open_batches(
     files: list[Path] = []
 
     def build() -> None:
-        files.extend(find_files(recipe.data.path, note=lambda line: reporter.info(f"note: {line}")))
+        files.extend(data_files(recipe, note=lambda line: reporter.info(f"note: {line}")))
 
         def progress(done: int, total: int) -> None:
             runtime.watch.advance()
@@ -126,10 +125,3 @@ def open_batches(
         batch_rank=sizes.coordinate(runtime.rank)["batch"],
         batch_ranks=sizes.batch,
     )
-
-
-def cache_root() -> Path:
-    """Return the directory of the token caches: $NDTRAIN_CACHE, or `ndtrain` in the user's cache directory."""
-    if given := os.environ.get("NDTRAIN_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"

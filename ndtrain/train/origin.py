@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.data import contents_of, find_files
+from ndtrain.data import contents_of
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
-from ndtrain.train.inputs import cache_root
+from ndtrain.train.data_files import cache_root, data_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
     data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
     tokens. Reads the data files whose digests are not cached.
     """
-    files = find_files(recipe.data.path)
+    files = data_files(recipe)
     root = Path(recipe.data.path).expanduser()
     if not root.is_dir():
         root = Path(os.path.commonpath([file.absolute().parent for file in files]))
