@@ -19,6 +19,7 @@ from ndtrain.data.formats import name_kind
 from ndtrain.data.rows import row_errors, rows_of
 from ndtrain.data.shapes import fields_of, text_of
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
+from ndtrain.storage.paths import is_local
 
 FORMAT_VERSION = 2
 _MEMO_NAME = ".digests.json"
@@ -63,7 +64,7 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         memo = {}
     digests, changed = [], False
     for file in files:
-        name, stamp = os.path.abspath(file), stamp_of(file)
+        name, stamp = os.path.abspath(file) if is_local(file) else str(file), stamp_of(file)
         known = memo.get(name)
         if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
             digests.append(known[-1])

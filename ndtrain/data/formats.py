@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.storage.paths import is_local, os_errors
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
@@ -81,20 +82,28 @@ def opened(file: Path) -> Iterator[tuple[io.BufferedReader[Any], io.BufferedRead
     The position of the first tells the progress. Raises `DamagedError` for a file that cannot be read or unpacked, for
     the pointer of a file that lies elsewhere, and for UTF-16 or UTF-32; `RecipeError` for a kind that is not supported.
     """
+    try:
+        with os_errors(file):
+            raw: Any = file.open("rb", buffering=0) if is_local(file) else file.open("rb")
+            with io.BufferedReader(raw, _PROBE_BYTES) as stored, _unpacking(file):
+                packed = unpacked(stored, file)
+                if not isinstance(packed, io.BufferedReader):
+                    packed = io.BufferedReader(packed, _PROBE_BYTES)
+                with packed as content:
+                    _check_start(content.peek(64), file)
+                    if content.peek(3)[:3] == b"\xef\xbb\xbf":
+                        content.read(3)
+                    yield stored, content
+    except OSError as error:
+        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _unpacking(file: Path) -> Iterator[None]:
     zstd = _zstd()
     broken = (EOFError, zlib.error, lzma.LZMAError, *((zstd.ZstdError,) if zstd is not None else ()))
     try:
-        with io.BufferedReader(file.open("rb", buffering=0), _PROBE_BYTES) as stored:
-            packed = unpacked(stored, file)
-            with (
-                packed if isinstance(packed, io.BufferedReader) else io.BufferedReader(packed, _PROBE_BYTES) as content
-            ):
-                _check_start(content.peek(64), file)
-                if content.peek(3)[:3] == b"\xef\xbb\xbf":
-                    content.read(3)
-                yield stored, content
-    except OSError as error:
-        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
+        yield
     except broken as error:
         raise DamagedError(f"{file} cannot be unpacked, it is truncated or altered: {error}") from error
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ndtrain.errors import DamagedError, RecipeError, first_line
 from ndtrain.hf.hub import CARDS
+from ndtrain.storage.paths import is_local, sizes_of
 
 # The builders of `datasets` whose files are read here too.
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
@@ -48,6 +49,8 @@ def is_repository(root: Path) -> bool:
 
 def names_below(root: Path) -> list[str]:
     """Return the paths below a directory of its files, sorted, without those in hidden directories."""
+    if not is_local(root):
+        return sorted(name for name in sizes_of(root) if not name.startswith(".") and "/." not in name)
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ndtrain.data.files import find_files
+from ndtrain.data.files import find_files, reading
 from ndtrain.data.repository import is_repository, is_saved, names_below, saved_files, split_files
 from ndtrain.errors import RecipeError
 from ndtrain.hf import hub
 from ndtrain.recipe import Recipe
 from ndtrain.recipe.schema import DataSection
 from ndtrain.runs.messages import of_rank0
+from ndtrain.storage.paths import to_path
 from ndtrain.train.source import OnNodes, recorded_commit
 
 _KEY = "data.path"
@@ -78,11 +79,13 @@ def data_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None) 
     if on_hub(data):
         folder = hub.snapshot_directory(path, data.revision, "dataset")
         return [folder / name for name in _of_hub(data)]
-    root = Path(path).expanduser()
+    root = to_path(path) if "://" in path else Path(path).expanduser()
     given = [f'data.{key} = "{value}"' for key, value in (("subset", data.subset), ("split", data.split)) if value]
     if data.revision != hub.MAIN:
         raise RecipeError(f'data.revision = "{data.revision}" is for repositories of the hub; leave it out')
-    if not root.is_dir():
+    with reading(root):
+        is_directory = root.is_dir()
+    if not is_directory:
         if given:
             raise RecipeError(f'{" and ".join(given)}: data.path = "{path}" is no repository of data sets')
         return find_files(path, note)

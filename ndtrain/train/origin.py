@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.data import contents_of
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
+from ndtrain.storage.paths import is_local
 from ndtrain.train.data_files import cache_root, data_files
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
     tokens. Reads the data files whose digests are not cached.
     """
     files = data_files(recipe)
-    root = Path(recipe.data.path).expanduser()
-    if not root.is_dir():
-        root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]
+    root = os.path.expanduser(recipe.data.path)
+    if not os.path.isdir(root):
+        root = os.path.commonpath([os.path.dirname(place) for place in places])
     contents = contents_of(files, tokenizer, cache_dir=cache_root() / "data", columns=recipe.data.columns)
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
@@ -38,7 +39,7 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
         "tokenizer": contents.tokenizer,
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
-        "files": {os.path.relpath(file, root): _digest(own) for file, own in zip(files, contents.files, strict=True)}
+        "files": {os.path.relpath(place, root): _digest(own) for place, own in zip(places, contents.files, strict=True)}
         if len(files) <= MOST_FILES
         else None,
     }
