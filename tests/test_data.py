@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from ndtrain.data.batches import GlobalBatches, labels_count
-from ndtrain.data.cache import TokenCache, build_cache, contents_of
+from ndtrain.data.cache import build_cache, contents_of
+from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
+from ndtrain.data.row import Encoded
 from ndtrain.data.samples import Samples
+from ndtrain.data.text import TextEncoder, Tokenizer
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf.tokenizer import ByteTokenizer
 
@@ -32,6 +36,9 @@ class Bytes:
         self.calls += 1
         return np.frombuffer(raw, np.uint8).astype(np.int64)
 
+    def spelled(self, text: str) -> str:
+        return ""
+
 
 TEXTS = ["a", "hello world", "", "x" * 30, "yz", "b" * 15, "q" * 7]  # 15 chars: 17 tokens, 16 pairs
 
@@ -45,9 +52,24 @@ def folder(tmp_path: Path) -> Path:
     return data
 
 
-def make_cache(folder: Path, tokenizer: Bytes | None = None) -> TokenCache:
-    files = find_files(str(folder))
-    return TokenCache.open(build_cache(files, tokenizer or Bytes(), cache_dir=folder.parent / "cache"))
+def make_cache(folder: Path, tokenizer: Bytes | None = None) -> Corpus:
+    return build(find_files(str(folder)), tokenizer or Bytes(), folder.parent / "cache")
+
+
+def build(files: list[Path], tokenizer: Tokenizer, cache_dir: Path, **kwargs: Any) -> Corpus:
+    return build_cache(files, TextEncoder(tokenizer), cache_dir=cache_dir, **kwargs)
+
+
+def docs_of(corpus: Corpus) -> list[int]:
+    """Return the bounds `[d + 1]` of the documents."""
+    return [0, *corpus.ends(0, corpus.n_tokens).tolist()]
+
+
+def directory_of(folder: Path) -> Path:
+    """Return the directory of the cache of `folder`, which is one group."""
+    make_cache(folder)
+    (path,) = (path for path in (folder.parent / "cache").iterdir() if path.is_dir())
+    return path
 
 
 def expected_pairs(texts: list[str] = TEXTS) -> list[tuple[int, int]]:
@@ -67,10 +89,10 @@ def pairs_of(rows: list[dict[str, np.ndarray]]) -> list[tuple[int, int]]:
     )
 
 
-def naive_packed(cache: TokenCache, seq_len: int) -> list[dict[str, list[int]]]:
+def naive_packed(corpus: Corpus, seq_len: int) -> list[dict[str, list[int]]]:
     """Return the packed rows, built one token at a time."""
-    tokens = cache.tokens.tolist()
-    starts = set(cache.docs.tolist())
+    tokens = corpus.tokens(0, corpus.n_tokens).tolist()
+    starts = set(docs_of(corpus))
     rows = []
     for first in range(0, len(tokens) - 1, seq_len):
         row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
@@ -103,10 +125,10 @@ def test_every_target_is_counted_exactly_once(folder: Path, packing: bool, seq_l
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 8, 16, 41, 500])
 def test_packed_rows_equal_a_token_by_token_construction(folder: Path, seq_len: int) -> None:
-    cache = make_cache(folder)
-    samples = Samples(cache, seq_len, packing=True, pad_id=258)
+    corpus = make_cache(folder)
+    samples = Samples(corpus, seq_len, packing=True, pad_id=258)
     got = [{name: a.tolist() for name, a in samples[i].items()} for i in range(len(samples))]
-    assert got == naive_packed(cache, seq_len)
+    assert got == naive_packed(corpus, seq_len)
 
 
 def test_documents_never_share_a_segment_and_padding_is_its_own(folder: Path) -> None:
@@ -133,6 +155,54 @@ def test_without_packing_each_row_holds_one_document_and_positions_run_on(folder
         np.testing.assert_array_equal(row["position_ids"], np.arange(16))
         assert (row["labels"][row["input_ids"] == 258] == -100).all()
         assert (row["input_ids"] == 256).sum() <= 1 and (row["labels"] != -100).any()
+
+
+# Several groups of files
+
+
+def test_a_corpus_of_many_groups_equals_one_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_cache(folder)
+    monkeypatch.setattr("ndtrain.data.groups._MOST", 0)
+    many = make_cache(folder)
+    assert len(one.parts) == 1 and len(many.parts) == len(TEXTS)
+    assert docs_of(many) == docs_of(one)
+    for start, stop in itertools.combinations(range(one.n_tokens + 2), 2):
+        assert many.tokens(start, stop).tolist() == one.tokens(start, stop).tolist()
+        assert many.ends(start, stop).tolist() == one.ends(start, stop).tolist()
+    assert [many.bounds(i) for i in range(6)] == [one.bounds(i) for i in range(6)]
+    for packing in (True, False):
+        rows = [Samples(corpus, 8, packing=packing, pad_id=258) for corpus in (one, many)]
+        assert len(rows[0]) == len(rows[1])
+        for index in range(len(rows[0])):
+            for name, values in rows[0][index].items():
+                np.testing.assert_array_equal(values, rows[1][index][name])
+
+
+def test_a_file_that_is_added_does_not_tokenize_the_others_again(folder: Path) -> None:
+    for number in range(400):
+        (folder / f"f{number:03}.txt").write_text(f"text {number}")
+    make_cache(folder)
+    (folder / "f200b.txt").write_text("added")
+    tokenizer = Bytes()
+    corpus = make_cache(folder, tokenizer)
+    assert corpus.n_docs == 407
+    assert 1 <= tokenizer.calls < 300, "its group alone"
+
+
+def test_tokens_without_loss_are_no_targets(folder: Path) -> None:
+    class Masked(TextEncoder):
+        masked = True
+
+        def encode(self, fields: Mapping[str, Any]) -> Encoded:
+            ids = super().encode(fields).ids
+            return Encoded(ids, ids % 2 == 0)
+
+    corpus = build_cache(find_files(str(folder)), Masked(Bytes()), cache_dir=folder.parent / "masked")
+    for packing in (True, False):
+        for seq_len in (3, 16):
+            samples = Samples(corpus, seq_len, packing=packing, pad_id=258)
+            rows = [samples[i] for i in range(len(samples))]
+            assert pairs_of(rows) == [pair for pair in expected_pairs() if pair[1] % 2 == 0]
 
 
 # Order and GlobalBatches
@@ -251,18 +321,19 @@ def test_a_cache_hit_does_not_tokenize_again(folder: Path) -> None:
     reports: list[tuple[int, int]] = []
     files = find_files(str(folder))
     cache_dir = folder.parent / "cache"
-    path = build_cache(files, first, cache_dir=cache_dir, progress=lambda done, total: reports.append((done, total)))
-    assert build_cache(files, second, cache_dir=cache_dir) == path
+    corpus = build(files, first, cache_dir, progress=lambda done, total: reports.append((done, total)))
+    assert build(files, second, cache_dir).key == corpus.key
     assert first.calls == 6 and second.calls == 0  # the empty document is skipped
     total = sum(map(len, TEXTS))
     assert reports[-1] == (total, total)
-    assert [p.name for p in cache_dir.iterdir() if p.name != ".digests.json"] == [path.name], "nothing left over"
+    (part,) = corpus.parts
+    assert [p.name for p in cache_dir.iterdir() if p.name != ".digests.json"] == [part.key], "nothing left over"
 
 
 def test_two_tokenizers_have_two_caches(folder: Path) -> None:
     keys = {make_cache(folder, t).key for t in (Bytes(), Bytes("other"), Bytes(bos_id=None))}
     assert len(keys) == 3
-    assert len(make_cache(folder, Bytes(bos_id=None)).tokens) == len(make_cache(folder).tokens) - 6
+    assert make_cache(folder, Bytes(bos_id=None)).n_tokens == make_cache(folder).n_tokens - 6
 
 
 def test_changed_content_gets_a_new_cache(folder: Path) -> None:
@@ -283,22 +354,22 @@ def test_changed_content_gets_a_new_cache(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["tokens.bin", "docs.bin", "meta.json"])
 @pytest.mark.parametrize("how", ["truncate", "empty", "remove"])
 def test_a_truncated_cache_is_refused(folder: Path, name: str, how: str) -> None:
-    path = build_cache(find_files(str(folder)), Bytes(), cache_dir=folder.parent / "cache")
+    path = directory_of(folder)
     if how == "remove":
         (path / name).unlink()
     else:
         os.truncate(path / name, (path / name).stat().st_size - 2 if how == "truncate" else 0)
     with pytest.raises(DamagedError, match=f"{name}.*delete the directory {path}"):
-        TokenCache.open(path)
+        make_cache(folder)
 
 
 def test_altered_document_starts_are_refused(folder: Path) -> None:
-    path = build_cache(find_files(str(folder)), Bytes(), cache_dir=folder.parent / "cache")
+    path = directory_of(folder)
     docs = np.fromfile(path / "docs.bin", np.int64)
     docs[1] = 10_000
     docs.tofile(path / "docs.bin")
     with pytest.raises(DamagedError, match=r"docs\.bin"):
-        TokenCache.open(path)
+        make_cache(folder)
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(65_536, np.uint16), (65_537, np.uint32), (259, np.uint16)])
@@ -307,10 +378,11 @@ def test_a_large_vocabulary_is_stored_in_32_bits(folder: Path, vocab: int, dtype
         def encode_bytes(self, raw: bytes) -> np.ndarray:
             return np.full(len(raw), self.vocab_size - 1)
 
-    cache = make_cache(folder, Top("top", vocab_size=vocab))
-    assert cache.tokens.dtype == dtype
-    assert cache.tokens.max() == vocab - 1 and cache.docs[-1] == len(cache.tokens)
-    assert Samples(cache, 4, packing=True, pad_id=0)[0]["input_ids"].tolist() == [256, vocab - 1, 257, 256]
+    corpus = make_cache(folder, Top("top", vocab_size=vocab))
+    (part,) = corpus.parts
+    assert part.tokens.dtype == dtype
+    assert part.tokens.max() == vocab - 1 and part.docs[-1] == len(part.tokens)
+    assert Samples(corpus, 4, packing=True, pad_id=0)[0]["input_ids"].tolist() == [256, vocab - 1, 257, 256]
 
 
 def test_an_id_outside_the_vocabulary_is_refused(folder: Path) -> None:
@@ -324,12 +396,13 @@ def test_another_process_winning_the_race_is_fine(folder: Path) -> None:
     class Slow(Bytes):
         def encode_bytes(self, raw: bytes) -> np.ndarray:
             if self.calls == 0:
-                build_cache(files, Bytes(), cache_dir=cache_dir)
+                build(files, Bytes(), cache_dir)
             return super().encode_bytes(raw)
 
-    path = build_cache(files, Slow(), cache_dir=cache_dir)
-    assert TokenCache.open(path).docs.shape == (7,)
-    assert [p.name for p in cache_dir.iterdir() if p.name != ".digests.json"] == [path.name]
+    corpus = build(files, Slow(), cache_dir)
+    (part,) = corpus.parts
+    assert corpus.n_docs == 6
+    assert [p.name for p in cache_dir.iterdir() if p.name != ".digests.json"] == [part.key]
 
 
 def test_a_failed_build_leaves_nothing(folder: Path) -> None:
@@ -343,7 +416,7 @@ def test_a_failed_build_leaves_nothing(folder: Path) -> None:
         make_cache(folder, Broken())
     assert [p for p in (folder.parent / "cache").iterdir() if p.name != ".digests.json"] == []
     with pytest.raises(NdtrainError, match="cannot write the token cache"):
-        build_cache(find_files(str(folder)), Bytes(), cache_dir=folder / "0.txt" / "cache")
+        build(find_files(str(folder)), Bytes(), folder / "0.txt" / "cache")
 
 
 # Files
@@ -354,35 +427,42 @@ def test_jsonl_lines_are_documents(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    cache = make_cache(data)
-    got = [bytes(cache.tokens[a + 1 : b - 1].tolist()).decode() for a, b in itertools.pairwise(cache.docs)]
+    corpus = make_cache(data)
+    got = [bytes(corpus.tokens(a + 1, b - 1).tolist()).decode() for a, b in itertools.pairwise(docs_of(corpus))]
     assert got == ["one", "zwei ü", "lone ?"]
     (data / "a.jsonl").rename(data / "a.json")
-    assert make_cache(data).key == cache.key, "the same rows"
+    assert make_cache(data).key == corpus.key, "the same rows"
     (data / "a.json").rename(data / "a.txt")
-    assert make_cache(data).key != cache.key, "the same bytes as one document are another cache"
+    assert make_cache(data).key != corpus.key, "the same bytes as one document are another cache"
 
 
-def test_a_text_read_in_pieces_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bos", [256, None])
+def test_a_text_read_in_pieces_is_one_document(
+    tmp_path: Path, bos: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.txt").write_text("one two three\n" * 100)
     (data / "b.txt").write_text("short")
-    whole = make_cache(data)
+    whole = make_cache(data, Bytes(bos_id=bos))
     shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr("ndtrain.data.rows.text._WHOLE", 200)
     monkeypatch.setattr("ndtrain.data.rows.text._PIECE", 100)
-    pieces = make_cache(data)
-    assert pieces.docs.tolist() == whole.docs.tolist() and len(whole.docs) == 3
-    assert pieces.tokens.tolist() == whole.tokens.tolist()
+    tokenizer = Bytes(bos_id=bos)
+    pieces = make_cache(data, tokenizer)
+    assert tokenizer.calls == 16
+    assert docs_of(pieces) == docs_of(whole) and pieces.n_docs == 2
+    assert pieces.tokens(0, pieces.n_tokens).tolist() == whole.tokens(0, whole.n_tokens).tolist()
 
 
 def test_other_columns_are_another_cache(tmp_path: Path) -> None:
     file, cache_dir = tmp_path / "a.jsonl", tmp_path / "cache"
     file.write_text('{"text": "one", "body": "other"}\n')
-    first = build_cache([file], Bytes(), cache_dir=cache_dir)
-    second = build_cache([file], Bytes(), cache_dir=cache_dir, columns={"text": "body"})
-    assert first != second and len(TokenCache.open(second).tokens) == len("other") + 2
-    assert contents_of([file], Bytes(), cache_dir=cache_dir, columns={"text": "body"}).key == second.name
+    first = build([file], Bytes(), cache_dir)
+    encoder = TextEncoder(Bytes(), {"text": "body"})
+    second = build_cache([file], encoder, cache_dir=cache_dir)
+    assert first.key != second.key and second.n_tokens == len("other") + 2
+    assert contents_of([file], encoder, cache_dir=cache_dir).key == second.key
 
 
 @pytest.mark.parametrize("line", [b'{"text": "cut', b'{"content": "x"}', b'["text"]', b'{"text": 3}', b"\xff"])
@@ -390,7 +470,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(DamagedError, match=r"a\.jsonl, line 2"):
-        build_cache([file], Bytes(), cache_dir=tmp_path / "cache")
+        build([file], Bytes(), tmp_path / "cache")
 
 
 def test_file_directory_and_glob(tmp_path: Path) -> None:
@@ -406,7 +486,7 @@ def test_file_directory_and_glob(tmp_path: Path) -> None:
     assert names(tmp_path / "[1].txt") == ["[1].txt"]
     assert names(tmp_path / "**" / "*") == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt", "n.pyc", "w.bin"]
     assert names(tmp_path / "*.txt") == ["[1].txt", "b.txt"]
-    build_cache(find_files(str(tmp_path)), Bytes(), cache_dir=tmp_path / "cache")
+    build(find_files(str(tmp_path)), Bytes(), tmp_path / "cache")
     assert names(tmp_path) == ["[1].txt", "a/deep/y.PY", "a/z.md", "b.txt"], (
         "a cache beside the data is not read as data"
     )
@@ -423,12 +503,12 @@ def test_a_path_that_matches_nothing_is_a_recipe_error(tmp_path: Path) -> None:
 def test_data_of_empty_documents_alone_is_a_recipe_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(RecipeError, match="no text"):
-        build_cache([tmp_path / "a.txt"], Bytes(), cache_dir=tmp_path / "cache")
+        build([tmp_path / "a.txt"], Bytes(), tmp_path / "cache")
 
 
 def test_an_unreadable_file_is_a_damaged_error(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"cannot read .*gone\.txt"):
-        build_cache([tmp_path / "gone.txt"], Bytes(), cache_dir=tmp_path / "cache")
+        build([tmp_path / "gone.txt"], Bytes(), tmp_path / "cache")
 
 
 FIXED_ORDER = [3, 2, 1, 6, 0, 7, 4, 5]
@@ -437,4 +517,4 @@ FIXED_ORDER = [3, 2, 1, 6, 0, 7, 4, 5]
 def test_binary_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"words" * 99_999 + b"\0")
     with pytest.raises(RecipeError, match=r"x\.bin is not text"):
-        build_cache(find_files(str(tmp_path / "x.bin")), ByteTokenizer(), cache_dir=tmp_path / "cache")
+        build(find_files(str(tmp_path / "x.bin")), ByteTokenizer(), tmp_path / "cache")

@@ -148,8 +148,10 @@ def mixed_reference(
     from ndtrain.train import cache_root
 
     recipe = load_recipe(recipe_path)
-    cache = data.build_cache(data.find_files(recipe.data.path), ByteTokenizer(), cache_dir=cache_root() / "data")
-    samples = data.Samples(data.TokenCache.open(cache), recipe.data.seq_len, packing=True, pad_id=258)
+    corpus = data.build_cache(
+        data.find_files(recipe.data.path), data.TextEncoder(ByteTokenizer()), cache_dir=cache_root() / "data"
+    )
+    samples = data.Samples(corpus, recipe.data.seq_len, packing=True, pad_id=258)
     ranks = [
         data.GlobalBatches(
             samples,

@@ -46,6 +46,20 @@ def test_a_model_without_weights_is_refused(tmp_path: Path, saved: Path) -> None
         meta_model(recipe_for(tmp_path, name=str(saved), config={"hidden_size": 0}))
 
 
+@pytest.mark.parametrize("block_size", [2, 16])
+def test_block_sparse_attention_is_what_rows_of_this_length_get_or_refused(tmp_path: Path, block_size: int) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {**sizes, "vocab_size": 259, "is_decoder": True, "num_random_blocks": 1, "block_size": block_size}
+    recipe = recipe_for(tmp_path, type="big_bird", attn="eager", config=config)
+    if recipe.data.seq_len > 7 * block_size:
+        with pytest.raises(RecipeError, match=r"sees later tokens.*attention_type = \"original_full\""):
+            meta_model(recipe)
+        return
+    model = meta_model(recipe)
+    assert not any("BlockSparse" in type(module).__name__ for module in model.modules())
+    assert model.base_model.attention_type == "original_full", "so that its forward replaces nothing"
+
+
 def test_tables_of_model_config_are_merged_into_the_config(tmp_path: Path, saved: Path) -> None:
     config = load_config(recipe_for(tmp_path, name=str(saved), config={"rope_parameters": {"rope_theta": 500.0}}))
     assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}

@@ -54,8 +54,10 @@ def first_step(model_dir: Path, recipe_path: Path) -> dict[str, float]:
     from ndtrain.train import cache_root
 
     recipe = load_recipe(recipe_path)
-    cache = data.build_cache(data.find_files(recipe.data.path), ByteTokenizer(), cache_dir=cache_root() / "data")
-    samples = data.Samples(data.TokenCache.open(cache), recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
+    corpus = data.build_cache(
+        data.find_files(recipe.data.path), data.TextEncoder(ByteTokenizer()), cache_dir=cache_root() / "data"
+    )
+    samples = data.Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
     order = data.Order(len(samples), seed=recipe.train.seed, shuffle=True)
     rows = [samples[int(i)] for i in order.sample_ids(0, recipe.train.global_batch_size)]
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

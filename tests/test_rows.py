@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ndtrain.data.files import find_files
-from ndtrain.data.row import Row
+from ndtrain.data.row import Piece, Row
 from ndtrain.data.rows import find_shape, row_errors, rows_of
 from ndtrain.data.rows import json as json_rows
 from ndtrain.data.rows import text as text_rows
@@ -363,6 +363,7 @@ def test_csv_that_is_not_as_its_header_says_is_refused_with_its_line(tmp_path: P
 def test_a_long_text_is_read_in_pieces_cut_between_the_words_of_two_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(text_rows, "_WHOLE", 25)
     monkeypatch.setattr(text_rows, "_PIECE", 20)
     file = tmp_path / "a.txt"
 
@@ -370,7 +371,9 @@ def test_a_long_text_is_read_in_pieces_cut_between_the_words_of_two_lines(
         file.write_text(text, encoding="utf-8", newline="")
         rows = list(rows_of(file))
         assert "".join(row.fields["text"] for row in rows) == text
-        assert [row.more for row in rows] == [True] * (len(rows) - 1) + [False]
+        if len(rows) > 1:
+            marks = [(row.fields.begins, row.fields.ends) for row in rows if isinstance(row.fields, Piece)]
+            assert marks == [(True, False), *[(False, False)] * (len(rows) - 2), (False, True)]
         lines = [f"line {text[:i].count(chr(10)) + 1}" for i in itertools.accumulate(map(len, pieces_of(rows)))]
         assert [row.where for row in rows] == ["line 1", *lines[:-1]]
         return pieces_of(rows)
@@ -379,10 +382,10 @@ def test_a_long_text_is_read_in_pieces_cut_between_the_words_of_two_lines(
         return [row.fields["text"] for row in rows]
 
     assert pieces("") == [""]
-    assert pieces("one\n" * 5) == ["one\n" * 5], "20 bytes are one piece"
-    assert pieces("one\n" * 5 + "x") == ["one\n" * 4, "one\nx"]
+    assert pieces("one\n" * 6 + "x") == ["one\n" * 6 + "x"], "25 bytes are read whole"
+    assert pieces("one\n" * 6 + "xy") == ["one\n" * 4, "one\none\nxy"]
     assert pieces("one two\nthree\n\n\n four\nfive six") == ["one two\n", "three\n\n\n four\n", "five six"]
-    assert pieces("ab\n \n \n \n \n \n \n \n \n \ncd") == ["ab\n \n \n \n \n \n \n \n \n", " \ncd"]
+    assert pieces("ab\n \n \n \n \n \n \n \n \n \ncdefghi") == ["ab\n \n \n \n \n \n \n \n \n", " \ncdefghi"]
     assert pieces("x" * 30 + "\ny") == ["x" * 30 + "\n", "y"], "a longer line is not cut"
     assert pieces("ä\n" * 10) == ["ä\n" * 6, "ä\n" * 4]
     file.write_bytes(b"words\n" * 10 + b"\xff\n")

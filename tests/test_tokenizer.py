@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -15,7 +14,8 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from ndtrain.data.cache import TokenCache, build_cache
+from ndtrain.data.cache import build_cache, contents_of, notes
+from ndtrain.data.text import TextEncoder
 from ndtrain.errors import RecipeError
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ndtrain.hf.tokenizer_key import tokenizer_key
@@ -126,7 +126,7 @@ def test_what_cannot_be_encoded_as_text_is_refused_with_its_line(tmp_path: Path)
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "fine"}\n{"text": "not </s> fine"}\n')
     with pytest.raises(RecipeError, match=r"a\.jsonl, line 2: .*'</s>' to its special token"):
-        build_cache([file], HubTokenizer(Stubborn(), key=""), cache_dir=tmp_path / "cache")
+        build_cache([file], TextEncoder(HubTokenizer(Stubborn(), key="")), cache_dir=tmp_path / "cache")
 
 
 def test_text_that_a_tokenizer_fails_on_is_named(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_text_that_a_tokenizer_fails_on_is_named(tmp_path: Path) -> None:
     for text in ("a c", "a </s>"):
         (tmp_path / "a.txt").write_text(text)
         with pytest.raises(RecipeError, match=r"a\.txt, line 1: data\.tokenizer (cannot encode|encodes) the text"):
-            build_cache([tmp_path / "a.txt"], tokenizer, cache_dir=tmp_path / "cache")
+            build_cache([tmp_path / "a.txt"], TextEncoder(tokenizer), cache_dir=tmp_path / "cache")
 
 
 def test_a_mark_that_is_one_character_stays_the_text_that_it_is() -> None:
@@ -170,15 +170,17 @@ BEGINS = {
 }
 
 
-def documents(tmp_path: Path, texts: list[str], **settings: Any) -> tuple[TokenCache, list[list[int]]]:
+def documents(tmp_path: Path, texts: list[str], **settings: Any) -> tuple[list[str], list[list[int]]]:
     tokenizer_dir = bytes_on_disk(tmp_path / "tokenizer")
     change(tokenizer_dir / "tokenizer.json", post_processor=BEGINS)
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     inner = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer = HubTokenizer(inner, key=tokenizer_key(inner), **settings)
-    cache = TokenCache.open(build_cache([file], tokenizer, cache_dir=tmp_path / "cache", scan=tokenizer.spelled))
-    return cache, [cache.tokens[a:b].tolist() for a, b in itertools.pairwise(cache.docs)]
+    encoder, cache_dir = TextEncoder(tokenizer), tmp_path / "cache"
+    corpus = build_cache([file], encoder, cache_dir=cache_dir)
+    said = list(notes(corpus, contents_of([file], encoder, cache_dir=cache_dir), special_tokens="text"))
+    return said, [corpus.tokens(*corpus.bounds(index)).tolist() for index in range(corpus.n_docs)]
 
 
 RENDERED = ["<|bos|><|im_start|>hi<|eos|>", "plain", "<|bos|>open", "closed<|eos|>", "<|eos|>"]
@@ -196,12 +198,12 @@ def test_rendered_text_that_is_parsed_has_each_mark_once(tmp_path: Path) -> None
 
 
 def test_rendered_text_that_is_not_parsed_is_noted(tmp_path: Path) -> None:
-    cache, rows = documents(tmp_path, RENDERED)
+    said, rows = documents(tmp_path, RENDERED)
     assert rows == [[256, *text.encode(), 257] for text in RENDERED]
-    (note,) = cache.notes([Path("a.jsonl")], special_tokens="text")
-    assert "special tokens of the tokenizer, such as <|bos|>: 4 of 5, first a.jsonl, line 1" in note
+    (note,) = said
+    assert f"special tokens of the tokenizer, such as <|bos|>: 4 of 5, first {tmp_path / 'a.jsonl'}, line 1" in note
     assert 'set data.special_tokens = "parse"' in note
-    assert not documents(tmp_path / "other", ["plain"])[0].odd
+    assert not documents(tmp_path / "other", ["plain"])[0]
 
 
 # The key

@@ -93,8 +93,10 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
     from ndtrain.train import cache_root
 
     recipe = load_recipe(recipe_path)
-    cache = data.build_cache(data.find_files(recipe.data.path), ByteTokenizer(), cache_dir=cache_root() / "data")
-    samples = data.Samples(data.TokenCache.open(cache), recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
+    corpus = data.build_cache(
+        data.find_files(recipe.data.path), data.TextEncoder(ByteTokenizer()), cache_dir=cache_root() / "data"
+    )
+    samples = data.Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
     order = data.Order(len(samples), seed=recipe.train.seed, shuffle=True)
     attn = recipe.model.attn
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attn)

@@ -6,8 +6,8 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 import torch
 
-from ndtrain.data.cache import IntArray
 from ndtrain.data.order import Order
+from ndtrain.data.row import IntArray
 from ndtrain.data.samples import IGNORE, Samples
 
 
@@ -47,7 +47,7 @@ class GlobalBatches:
         """Text that identifies the data and its order; a cursor is valid only where it is equal."""
         data, order = self.samples, self.order
         return (
-            f"{data.cache.key} seq_len={data.seq_len} packing={data.packing} samples={len(data)} "
+            f"{data.corpus.key} seq_len={data.seq_len} packing={data.packing} samples={len(data)} "
             f"seed={order.seed} shuffle={order.shuffle}"
         )
 

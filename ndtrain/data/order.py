@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ndtrain.data.cache import IntArray
+from ndtrain.data.row import IntArray
 from ndtrain.errors import RecipeError
 
 

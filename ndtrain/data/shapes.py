@@ -21,6 +21,8 @@ REQUIRED: dict[Shape, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("conversations",), ("prompt", "completion")),
     "tokens": (("input_ids",),),
 }
+# Fields for which a row is refused: they are read to be seen.
+_REFUSED: dict[Shape, tuple[str, ...]] = {"chat": ("image", "images", "video", "videos", "audio", "audios")}
 _NAMED = 12
 
 
@@ -83,8 +85,8 @@ def key_names(columns: Mapping[str, str]) -> frozenset[str]:
 
 
 def columns_of(shape: Shape, columns: Mapping[str, str]) -> list[str]:
-    """Return the names in the data of all fields that rows of a shape may have."""
-    return [columns.get(name, name) for name in names_of(shape)]
+    """Return the names in the data of all fields that rows of a shape may have, or must not have."""
+    return [*(columns.get(name, name) for name in names_of(shape)), *_REFUSED.get(shape, ())]
 
 
 def listed(names: Iterable[str]) -> str:

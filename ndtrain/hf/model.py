@@ -63,10 +63,29 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     model.export_config = copy.deepcopy(config)
     model.export_config.dtype = export_dtype
     model.export_config.architectures = [type(model).__name__]
+    _settle_attention(model, recipe.data.seq_len)
     # Training never reuses keys and values.
     model.config.use_cache = False
     model.train()
     return model
+
+
+def _settle_attention(model: PreTrainedModel, seq_len: int) -> None:
+    """Choose BigBird's attention as its forward would for rows of `seq_len`, before its modules are cut and compared.
+
+    Raises `RecipeError` for block-sparse attention, which lets a token see later ones (transformers 5.24).
+    """
+    base, config = model.base_model, model.config
+    if getattr(base, "attention_type", None) != "block_sparse":
+        return
+    longest = (5 + 2 * config.num_random_blocks) * config.block_size
+    if seq_len > longest:
+        raise RecipeError(
+            f"{config.model_type} uses block-sparse attention, which sees later tokens, for data.seq_len = {seq_len}; "
+            f'set model.config.attention_type = "original_full", or data.seq_len to {longest} at most'
+        )
+    with torch.device("meta"):
+        base.set_attention_type("original_full")  # type: ignore[operator]
 
 
 def built_buffers(model: PreTrainedModel, names: Collection[str], recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ndtrain.engine import Engine
+from ndtrain.errors import PlanError
 from ndtrain.hf import extra_states
 from ndtrain.hf.attention_functions import attention_computes_in
 from ndtrain.proof.batch import check_same_batch
@@ -48,6 +49,7 @@ def prove(engine: Engine, references: References | None) -> Proof:
         if sequence is not None and sequence.enabled and (note := try_sequence_parallel(engine, sequence, limits)):
             notes.append(note)
 
+    modules = _modules(engine)
     with extra_states.kept(engine.model):
         with _float32(engine):
             keep_or_drop_sequence_parallelism(FLOAT32)
@@ -60,7 +62,16 @@ def prove(engine: Engine, references: References | None) -> Proof:
             # Its kernels are others, whose rounding hides small errors: only what is far off is found.
             keep_or_drop_sequence_parallelism(LOW)
             check_masks(engine, low=True)
+    if changed := [name for name, kind in _modules(engine).items() if modules.get(name) != kind]:
+        raise PlanError(
+            f"{engine.plan.model_type} replaces its module {changed[0]} while it runs on a short row, so that what was "
+            "checked may not be what trains; report it"
+        )
     return Proof(known, tuple(notes))
+
+
+def _modules(engine: Engine) -> dict[str, type]:
+    return {name: type(module) for name, module in engine.model.named_modules()}
 
 
 @contextmanager

@@ -34,7 +34,7 @@ NEVER |= {f"model.config.{key}": "the checkpoint's tensors have other shapes" fo
 # What a change of these sections or keys leaves as it was: what is trained, and on what. All others change it.
 _FREE = (
     *("mesh", "fsdp", "tp", "ep", "cp", "load", "optim", "schedule", "checkpoint", "log", "run", "train"),
-    *("model.attn", "model.experts", "model.dtype", "model.trust_remote_code"),
+    *("model.attn", "model.experts", "model.dtype", "model.trust_remote_code", "data.workers"),
 )
 _NOT_FREE = ("train.seed", *NEVER)
 

@@ -135,7 +135,7 @@ class LoadSection(Section):
 # data.format -> our names of the fields of its rows, which are those of data.columns.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
-    "chat": ("messages", "conversations", "prompt", "completion", "tools"),
+    "chat": ("messages", "conversations", "prompt", "completion", "system", "tools", "chat_template_kwargs"),
     "tokens": ("input_ids", "labels", "loss_mask"),
 }
 
@@ -170,6 +170,9 @@ class DataSection(Section):
         'plain text, "parse" the special token, for documents that were rendered with a chat template.',
     )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes that tokenize, on one rank of each node; 0: one per core."
+    )
 
 
 class OptimSection(Section):

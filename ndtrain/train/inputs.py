@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ndtrain.data.batches import GlobalBatches
-from ndtrain.data.cache import TokenCache, build_cache
+from ndtrain.data.cache import build_cache, contents_of, notes
+from ndtrain.data.corpus import Corpus
 from ndtrain.data.order import Order
 from ndtrain.data.rows import find_shape
 from ndtrain.data.samples import Samples
+from ndtrain.data.text import TextEncoder
 from ndtrain.errors import RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
@@ -74,49 +77,44 @@ def open_batches(
 
     Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
     """
-    columns = recipe.data.columns
-    directories: list[Path] = []
     files: list[Path] = []
+    corpora: list[Corpus] = []
+    encoder = TextEncoder(tokenizer, recipe.data.columns)
 
     def build() -> None:
-        files.extend(data_files(recipe, note=lambda line: reporter.info(f"note: {line}")))
+        files[:] = data_files(recipe, note=lambda line: reporter.info(f"note: {line}"))
+        shape = find_shape(files, format=recipe.data.format, columns=recipe.data.columns)
+        if shape != encoder.shape:
+            raise RecipeError(
+                f'data.path = "{recipe.data.path}": its first row is one of data.format = "{shape}", which is not '
+                "available in this version; give rows of text"
+            )
 
         def progress(done: int, total: int) -> None:
             runtime.watch.advance()
             reporter.progress("tokenizing", done, total)
 
-        shape = find_shape(files, format=recipe.data.format, columns=columns)
-        if shape != "text":
-            raise RecipeError(
-                f'data.path = "{recipe.data.path}": its first row is one of data.format = "{shape}", which is not '
-                "available in this version; give rows of text"
+        corpora.append(
+            build_cache(
+                files,
+                encoder,
+                cache_dir=cache_root() / "data",
+                progress=progress,
+                workers=recipe.data.workers or len(os.sched_getaffinity(0)),
             )
-        directory = build_cache(
-            files,
-            tokenizer,
-            cache_dir=cache_root() / "data",
-            columns=columns,
-            progress=progress,
-            scan=tokenizer.spelled,
         )
-        directories.append(directory)
 
     rank0_first(runtime, build)
-    # The other ranks compute its key from the files' digests, which are cached beside it.
-    caches: list[TokenCache] = []
-
-    def open_cache() -> None:
-        if not directories:
-            build()
-        caches.append(TokenCache.open(directories[0]))
-
-    together(open_cache)
-    for note in caches[0].notes(files, special_tokens=recipe.data.special_tokens):
+    # The other ranks compute its keys from the files' digests, which are cached beside it.
+    together(None if corpora else build)
+    corpus = corpora[0]
+    contents = contents_of(files, encoder, cache_dir=cache_root() / "data")
+    for note in notes(corpus, contents, special_tokens=recipe.data.special_tokens):
         reporter.info(f"note: {note}")
-    if tokenizer.vocab_size > vocabulary and caches[0].largest_id >= vocabulary:
+    if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
         where = f'is in data.path = "{recipe.data.path}"'
-        raise RecipeError(_lacking(recipe, tokenizer, caches[0].largest_id, vocabulary, where))
-    samples = Samples(caches[0], recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
+        raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
+    samples = Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
     return GlobalBatches(
         samples,
         Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle),

@@ -6,7 +6,7 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.data import contents_of
+from ndtrain.data import TextEncoder, contents_of
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
@@ -32,11 +32,11 @@ def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer |
     root = os.path.expanduser(recipe.data.path)
     if not os.path.isdir(root):
         root = os.path.commonpath([os.path.dirname(place) for place in places])
-    contents = contents_of(files, tokenizer, cache_dir=cache_root() / "data", columns=recipe.data.columns)
+    contents = contents_of(files, TextEncoder(tokenizer, recipe.data.columns), cache_dir=cache_root() / "data")
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
-        "tokenizer": contents.tokenizer,
+        "tokenizer": TextEncoder(tokenizer).key,
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
         "files": {os.path.relpath(place, root): _digest(own) for place, own in zip(places, contents.files, strict=True)}

@@ -1,0 +1,97 @@
+"""The tokens of all files of a run as one stream of documents, of which no more is in memory than what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ndtrain.data.row import BoolArray, IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Memory-mapped tokens `[n]` of documents with bounds `[d + 1]`, and which tokens carry loss `[n]` (None: all).
+
+    `counts` has what was counted when it was made: {kind of odd documents: [count, index of the first one's file, where
+    in it, the special token that it spells]}.
+    """
+
+    key: str
+    tokens: npt.NDArray[Any]
+    docs: IntArray
+    largest: int
+    loss: BoolArray | None = None
+    odd: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+class Corpus:
+    """Parts in a row. Positions are those of tokens in the whole stream, indices those of documents."""
+
+    def __init__(self, parts: Sequence[Part], key: str):
+        self.parts, self.key = list(parts), key
+        self._tokens = np.cumsum([0, *(len(part.tokens) for part in parts)], dtype=np.int64)
+        self._docs = np.cumsum([0, *(len(part.docs) - 1 for part in parts)], dtype=np.int64)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._tokens[-1])
+
+    @property
+    def n_docs(self) -> int:
+        return int(self._docs[-1])
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return max(part.largest for part in self.parts)
+
+    def tokens(self, start: int, stop: int) -> IntArray:
+        """Return the ids `[stop - start]` from `start` on, fewer at the end of the stream."""
+        pieces = [part.tokens[low:high] for part, low, high in self._within(start, stop)]
+        return np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int64)
+
+    def loss(self, start: int, stop: int) -> BoolArray:
+        """Return which of the tokens from `start` on carry loss."""
+        pieces = [
+            np.ones(high - low, np.bool_) if part.loss is None else part.loss[low:high]
+            for part, low, high in self._within(start, stop)
+        ]
+        return np.concatenate([np.empty(0, np.bool_), *pieces])
+
+    @property
+    def masked(self) -> bool:
+        """Whether there may be tokens without loss."""
+        return any(part.loss is not None for part in self.parts)
+
+    def ends(self, start: int, stop: int) -> IntArray:
+        """Return the positions in (start, stop] at which documents end, where the next one begins."""
+        found: list[IntArray] = [np.empty(0, np.int64)]
+        for part, low, high in self._within(start, stop):
+            first, last = np.searchsorted(part.docs, [low, high], side="right")
+            found.append(part.docs[first:last] + (start - low))
+            start += high - low
+        return np.concatenate(found)
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """Return the positions of a document's first token and of the one past its last."""
+        number = int(np.searchsorted(self._docs, index, side="right")) - 1
+        docs, own = self.parts[number].docs, index - int(self._docs[number])
+        return int(self._tokens[number] + docs[own]), int(self._tokens[number] + docs[own + 1])
+
+    def lengths(self) -> Iterator[IntArray]:
+        """Yield the lengths in tokens of the documents, part by part."""
+        for part in self.parts:
+            yield np.diff(part.docs)
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
+        """Yield each part that has tokens from `start` to `stop`, with the first of them and the one past the last."""
+        number = int(np.searchsorted(self._tokens, start, side="right")) - 1
+        while number < len(self.parts) and self._tokens[number] < stop:
+            base = int(self._tokens[number])
+            part = self.parts[number]
+            yield part, max(start - base, 0), min(stop - base, len(part.tokens))
+            number += 1

@@ -1,0 +1,148 @@
+"""Tokenizing text into a cache: bytes per second against `datasets.map(num_proc=…)`, and the memory of both.
+
+    python tests/benchmarks/tokenize_speed.py [--megabytes 200] [--processes 2] [--rounds 3]
+
+Needs `datasets`. The text is Python source of installed packages, as JSON lines of one file each; the tokenizer is a
+byte-level BPE of 32,000 tokens, trained on a part of it. Both sides run in new processes, in turns, read the same file
+and end with the tokens on disk; imports are not counted, the start of worker processes is. The tokens are compared.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def write_text(file: Path, megabytes: int) -> None:
+    """Write rows of source files, again from the first one until they are enough."""
+    sources = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+    written, rounds = 0, 0
+    with file.open("w", encoding="utf-8") as rows:
+        while written < megabytes << 20:
+            for source in sources:
+                text = f"# {rounds}\n{source.read_text(encoding='utf-8', errors='ignore')}"
+                written += rows.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                if written >= megabytes << 20:
+                    break
+            rounds += 1
+
+
+def train_tokenizer(file: Path, directory: Path) -> None:
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=["</s>"], show_progress=False)
+    with file.open(encoding="utf-8") as rows:
+        part = [json.loads(row)["text"] for _, row in zip(range(800), rows, strict=False)]
+    tokenizer.train_from_iterator(part, trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
+
+
+def ours(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float, int]:
+    import transformers
+
+    from ndtrain.data.cache import build_cache
+    from ndtrain.data.text import TextEncoder
+    from ndtrain.hf.tokenizer import HubTokenizer
+    from ndtrain.hf.tokenizer_key import tokenizer_key
+
+    inner = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    started = time.perf_counter()
+    encoder = TextEncoder(HubTokenizer(inner, key=tokenizer_key(inner)))
+    corpus = build_cache([file], encoder, cache_dir=out, workers=processes)
+    return time.perf_counter() - started, corpus.n_tokens
+
+
+def theirs(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float, int]:
+    import datasets
+    import transformers
+
+    inner = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    started = time.perf_counter()
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        found = inner(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return {"input_ids": [[*ids, inner.eos_token_id] for ids in found]}
+
+    rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(out))
+    done = rows.map(encode, batched=True, num_proc=processes, remove_columns=rows.column_names)
+    seconds = time.perf_counter() - started
+    return seconds, sum(len(row) for row in done.with_format("numpy")["input_ids"])
+
+
+def one(side: str, file: Path, tokenizer: str, processes: int) -> None:
+    """Run one side and print its seconds and tokens."""
+    with tempfile.TemporaryDirectory() as out:
+        print(json.dumps({"ours": ours, "theirs": theirs}[side](file, tokenizer, Path(out), processes)))
+
+
+def memory_of(session: int) -> int:
+    """Return the anonymous memory of all processes of a session, in MB."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            if os.getsid(int(process.name)) == session:
+                status = (process / "status").read_text()
+                total += int(status.split("RssAnon:")[1].split()[0]) >> 10 if "RssAnon:" in status else 0
+    return total
+
+
+def measured(command: list[str]) -> tuple[float, int, int]:
+    """Run a side and return its seconds, tokens, and the largest memory of all its processes together in MB."""
+    peak = 0
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as run:
+        while run.poll() is None:
+            peak = max(peak, memory_of(run.pid))
+            time.sleep(0.1)
+        output = run.communicate()[0]
+    seconds, tokens = json.loads(output.splitlines()[-1])
+    return seconds, tokens, peak
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--megabytes", type=int, default=200)
+    arguments.add_argument("--processes", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.one:
+        side, file, tokenizer = options.one
+        one(side, Path(file), tokenizer, options.processes)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file, tokenizer = Path(folder, "text.jsonl"), Path(folder, "tokenizer")
+        write_text(file, options.megabytes)
+        train_tokenizer(file, tokenizer)
+        found: dict[str, list[tuple[float, int, int]]] = {"ours": [], "theirs": []}
+        for _ in range(options.rounds):
+            for side, results in found.items():
+                command = [sys.executable, __file__, "--processes", str(options.processes), "--one", side]
+                results.append(measured([*command, str(file), str(tokenizer)]))
+        size = file.stat().st_size / (1 << 20)
+    (our_tokens,), (their_tokens,) = ({result[1] for result in results} for results in found.values())
+    assert our_tokens == their_tokens, f"{our_tokens:,} tokens, theirs {their_tokens:,}"
+    speeds = {side: size / statistics.median(result[0] for result in results) for side, results in found.items()}
+    print("| side | MB/s | peak anonymous memory of all processes, MB |\n| --- | --- | --- |")
+    for side, name in (("ours", "ndtrain"), ("theirs", f"datasets.map, num_proc={options.processes}")):
+        print(f"| {name} | {speeds[side]:.2f} | {max(result[2] for result in found[side]):,} |")
+    print(f"\n{size:.0f} MB, {our_tokens:,} tokens on both sides; ratio {speeds['ours'] / speeds['theirs']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A corpus has the same tokens however it is prepared: in one process or many, undisturbed or killed."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ndtrain.data import preparation
+from ndtrain.data.cache import build_cache
+from ndtrain.data.corpus import Corpus
+from ndtrain.data.row import Encoded, RowError
+from ndtrain.data.text import TextEncoder
+from ndtrain.data.workers import Workers
+from ndtrain.errors import DamagedError, NdtrainError, Stopped
+from ndtrain.hf.tokenizer import ByteTokenizer
+
+
+class Masked(TextEncoder):
+    """Every second token carries loss; some texts do other things."""
+
+    masked = True
+
+    def encode(self, fields: Mapping[str, Any]) -> Encoded:
+        text = fields["text"]
+        if text == b"refuse":
+            raise RowError("it says so")
+        if text == b"end":
+            os._exit(1)
+        if text.startswith(b"slow"):
+            time.sleep(0.002)
+        encoded = super().encode(fields)
+        return encoded._replace(loss=encoded.ids % 2 == 0)
+
+
+def write(file: Path, texts: list[str]) -> list[Path]:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [file]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    source = random.Random(seed)
+    return [f"slow {number} " + "x" * source.randrange(200) for number in range(count)]
+
+
+def build(files: list[Path], cache_dir: Path, workers: int = 1) -> Corpus:
+    return build_cache(files, Masked(ByteTokenizer()), cache_dir=cache_dir, workers=workers)
+
+
+def assert_equal(ours: Corpus, other: Corpus) -> None:
+    assert ours.key == other.key
+    for mine, theirs in zip(ours.parts, other.parts, strict=True):
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        np.testing.assert_array_equal(mine.docs, theirs.docs)
+        assert mine.loss is not None and theirs.loss is not None
+        np.testing.assert_array_equal(mine.loss, theirs.loss)
+        assert mine.odd == theirs.odd and mine.largest == theirs.largest
+
+
+def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write(tmp_path / "a.jsonl", ["", "a lone \ud800", *texts(900)])
+    alone = build(files, tmp_path / "one")
+    monkeypatch.setattr("ndtrain.data.cache.PARALLEL", 0)
+    before = set(multiprocessing.active_children())
+    together = build(files, tmp_path / "many", workers=3)
+    assert_equal(together, alone)
+    assert together.parts[0].odd["surrogate"][0] == 1 and together.n_docs == 901
+    assert set(multiprocessing.active_children()) == before, "the processes have ended"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr("ndtrain.data.cache.PARALLEL", 0)
+    files = write(tmp_path / "a.jsonl", ["fine", "refuse", "fine"])
+    with pytest.raises(DamagedError, match=r"a\.jsonl, line 2: it says so"):
+        build(files, tmp_path / "cache", workers)
+    assert [file.name for file in (tmp_path / "cache").iterdir()] in ([".digests.json"], [])
+
+
+def test_a_process_that_ends_by_itself_is_reported(tmp_path: Path) -> None:
+    with Workers(Masked(ByteTokenizer()), 2) as workers, pytest.raises(NdtrainError, match=r"set data\.workers"):
+        list(workers.map([[{"text": b"fine"}], [{"text": b"end"}], [{"text": b"fine"}]]))
+
+
+def _killed(file: Path, cache_dir: Path, parent: Connection) -> None:
+    preparation._SAVE_SECONDS, preparation._BATCH_ROWS = 0.0, 8
+    parent.send("begun")
+    build([file], cache_dir)
+
+
+def test_tokenizing_that_is_killed_at_random_moments_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    files = write(tmp_path / "a.jsonl", texts(500))
+    wanted = build(files, tmp_path / "calm")
+    context, moments = multiprocessing.get_context("forkserver"), random.Random(1)
+    kept, cache_dir = [0], tmp_path / "cache"
+    for _ in range(20):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_killed, args=(files[0], cache_dir, theirs))
+        process.start()
+        assert ours.recv() == "begun"
+        process.join(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        for progress in cache_dir.glob(".*.partial/progress.json"):
+            kept.append(json.loads(progress.read_text())["rows"])
+    assert kept == sorted(kept) and kept[-1] > 0, f"no work is done twice: {kept}"
+    assert_equal(build(files, cache_dir), wanted)
+    assert [file.name for file in cache_dir.iterdir() if file.name != ".digests.json"] == [wanted.parts[0].key]
+
+
+@pytest.mark.parametrize("how", ["progress", "tokens", "docs"])
+def test_what_a_killed_run_left_is_used_only_if_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    files = write(tmp_path / "a.jsonl", texts(60))
+    wanted = build(files, tmp_path / "calm")
+    monkeypatch.setattr(preparation, "_SAVE_SECONDS", 0.0)
+
+    class Stopping(Masked):
+        def encode(self, fields: Mapping[str, Any]) -> Encoded:
+            if b"slow 50" in fields["text"]:
+                raise Stopped("asked to")
+            return super().encode(fields)
+
+    monkeypatch.setattr(preparation, "_BATCH_ROWS", 8)
+    with pytest.raises(Stopped):
+        build_cache(files, Stopping(ByteTokenizer()), cache_dir=tmp_path / "cache")
+    (partial,) = (tmp_path / "cache").glob(".*.partial")
+    assert json.loads((partial / "progress.json").read_text())["rows"] == 48
+    if how == "progress":
+        (partial / "progress.json").write_text("{")
+    else:
+        os.truncate(partial / f"{how}.bin", 7)
+    assert_equal(build(files, tmp_path / "cache"), wanted)
+
+
+def test_what_killed_runs_left_long_ago_is_removed(tmp_path: Path) -> None:
+    old, recent = tmp_path / "cache" / ".old.partial", tmp_path / "cache" / ".recent.partial"
+    for left in (old, recent):
+        left.mkdir(parents=True)
+    os.utime(old, (1_000_000_000, 1_000_000_000))
+    build(write(tmp_path / "a.jsonl", ["text"]), tmp_path / "cache")
+    assert recent.exists() and not old.exists()
