@@ -184,8 +184,8 @@ def test_the_pieces_of_a_long_text_give_a_byte_level_tokenizer_the_ids_of_the_wh
     inner = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
     encoder = TextEncoder(HubTokenizer(inner, key=""))
     whole = build_cache([file], encoder, cache_dir=tmp_path / "whole")
-    monkeypatch.setattr("ndtrain.data.rows.text._WHOLE", 1000)
-    monkeypatch.setattr("ndtrain.data.rows.text._PIECE", 500)
+    monkeypatch.setattr("ndtrain.data.rows.text._WHOLE", 8000)
+    monkeypatch.setattr("ndtrain.data.rows.text._PIECE", 4000)
     pieces = build_cache([file], encoder, cache_dir=tmp_path / "pieces")
     assert whole.n_docs == pieces.n_docs == 1
     np.testing.assert_array_equal(pieces.parts[0].tokens, whole.parts[0].tokens)
