@@ -357,6 +357,13 @@ def test_csv_that_is_not_as_its_header_says_is_refused_with_its_line(tmp_path: P
     assert f"a.csv, {said}" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_fields_of_no_use_are_left_out_of_every_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [], "id": 1, "images": [2]}\n{"id": 3}\n')
+    rows = [row.fields for row in rows_of(tmp_path / "a.jsonl", shape="chat")]
+    # What a row is refused for is seen, and what it has instead of the fields of the shape.
+    assert rows == [{"messages": [], "images": [2]}, {"id": 3}]
+
+
 # Long texts
 
 
@@ -411,6 +418,8 @@ def test_the_first_row_decides_and_rows_of_another_shape_are_refused_with_their_
         texts_of(text)
     (tmp_path / "d.txt").write_text("plain")
     assert find_shape([tmp_path / "d.txt", chat]) == "text"
+    with pytest.raises(DamagedError, match='d.txt: a row has no "messages" or .*: its fields are "text"'):
+        list(rows_of(tmp_path / "d.txt", shape="chat"))
     (tmp_path / "e").write_text('{"messages": []}\n')
     with pytest.raises(DamagedError, match='line 1: a row has no "text"'):
         texts_of(tmp_path / "e")  # no document about JSON, though it is no row of text

@@ -64,6 +64,13 @@ def fields_of(row: Mapping[str, Any], shape: Shape, columns: Mapping[str, str]) 
     raise _lacking((shape,), row, columns)
 
 
+def used(row: Mapping[str, Any], shape: Shape, columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return those of a row's fields that `columns_of` names; all of them if the row is not of this shape."""
+    if not _group(row, shape, columns):
+        return row
+    return {name: row[name] for name in columns_of(shape, columns) if name in row}
+
+
 def text_of(fields: Mapping[str, Any]) -> str:
     """Return the text of a row of text. Raises `RowError` if it is no string."""
     text = fields["text"]

@@ -19,7 +19,7 @@ from ndtrain.data.rows.csv import Csv
 from ndtrain.data.rows.json import begins_with_row, rows_of_json
 from ndtrain.data.rows.parquet import Parquet
 from ndtrain.data.rows.text import rows_of_text
-from ndtrain.data.shapes import SHAPES, Shape, columns_of, shape_of
+from ndtrain.data.shapes import SHAPES, Shape, columns_of, shape_of, used
 from ndtrain.errors import DamagedError, RecipeError
 
 __all__ = ["find_shape", "row_errors", "rows_of"]
@@ -53,7 +53,8 @@ def rows_of(file: Path, *, shape: Shape = "text", columns: Mapping[str, str] = _
                 shape_of(source.names, columns, shape)
                 if twice := next((name for name in wanted if source.names.count(name) > 1), None):
                     raise RowError(f'it has two columns "{twice}"')
-        yield from source.rows(wanted)
+        for row in source.rows(wanted):
+            yield row if source.table else row._replace(fields=used(row.fields, shape, columns))
 
 
 def find_shape(files: Iterable[Path], *, format: str = "auto", columns: Mapping[str, str] = _NO_COLUMNS) -> Shape:
@@ -104,7 +105,7 @@ def _open(file: Path, columns: Mapping[str, str]) -> Iterator[_Source]:
             name = columns.get("text", "text")
             odd = "json" if begins_with_row(content, columns) else ""
             texts = rows_of_text(content, stored, file, name=name, odd=odd)
-            yield _Source([name], "", lambda wanted: texts)
+            yield _Source([name], "", lambda wanted: texts, table=True)
 
 
 def _kind(file: Path, content: BufferedReader[Any], columns: Mapping[str, str]) -> str:
