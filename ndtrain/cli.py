@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndtrain
-from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped
-from ndtrain.runs.environment import speaks_for_all, under_torchrun
+from ndtrain.errors import NdtrainError, PlanError, RecipeError, Reported, Stopped, counted
+from ndtrain.runs.environment import speaks_for_all, started_by_run, under_torchrun
 from ndtrain.runs.launcher import launch_workers, local_world_size
 from ndtrain.runs.output import outlive_output
 from ndtrain.runs.reports import print_error
-from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.restarts import Restarts
 from ndtrain.runs.stop_signals import INTERRUPTED, STOP_SIGNALS, StopSignals
 from ndtrain.runs.versions import outside_bounds
 from ndtrain.storage.paths import to_path
@@ -140,11 +140,13 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     if not under_torchrun():
         ranks = local_world_size(resolved)
         if ranks > 1:
-            _print(f"ndtrain {ndtrain.__version__}: {recipe}: starting {ranks} workers")
+            _print_notes(resolved)
+            _print(f"ndtrain {ndtrain.__version__}: {recipe}: starting {counted(ranks, 'worker')}")
             arguments = [part for value in set_ or () for part in ("--set", value)]
             raise typer.Exit(launch_workers(ranks, ["run", *arguments, "--", str(recipe)]))
-    Attempt.of_process(run_dir).refuse_stopped()
-    _print_notes(resolved)
+    Restarts.of_process(run_dir).refuse_stopped()
+    if not started_by_run():
+        _print_notes(resolved)
     if speaks_for_all():
         _print(f"ndtrain {ndtrain.__version__}: {recipe}: loading torch and transformers")
 
@@ -291,7 +293,7 @@ def convert(
     found = converter.written(target)
     parts = [
         ", ".join(found.dtypes),
-        f"{console.size(found.nbytes)} in {found.files} safetensors file{'s' * (found.files != 1)}",
+        f"{console.size(found.nbytes)} in {counted(found.files, 'safetensors file')}",
         *["every bit read back and compared"] * verify,
     ]
     _print(f"wrote {target}: {', '.join(parts)}")

@@ -111,6 +111,16 @@ def _says(error: BaseException, parts: tuple[str, ...]) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in parts)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 rank" or "2 ranks", for a message."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Return the error's text on one line, at most so many characters of it; its class where it has no text."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's text (two, if it ends with a colon), for use in another message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

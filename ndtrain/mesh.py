@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ndtrain.errors import RecipeError
+from ndtrain.errors import RecipeError, counted
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -51,15 +51,15 @@ class MeshSizes:
         if dp_shard == -1:
             if world_size % others:
                 raise RecipeError(
-                    f"{_product(given, skip='dp_shard')} = {others} does not divide the {_ranks(world_size)}; "
+                    f"{_product(given, skip='dp_shard')} = {others} does not divide the {counted(world_size, 'rank')}; "
                     f"use a multiple of {others} ranks ({_multiples(others, world_size)}), "
                     f"or {_nearest(given, world_size)}"
                 )
             dp_shard = world_size // others
         elif others * dp_shard != world_size:
             raise RecipeError(
-                f"the mesh {_product(given)} is {_ranks(others * dp_shard)}, but there are to be {world_size}; "
-                f"use {_ranks(others * dp_shard)}, or {_nearest(given, world_size)}"
+                f"the mesh {_product(given)} has {counted(others * dp_shard, 'rank')}, but the world size is "
+                f"{world_size}; use {counted(others * dp_shard, 'rank')}, or {_nearest(given, world_size)}"
             )
         sizes = cls(dp_replicate, dp_shard, cp, tp, ep)
         sizes._check_ep()
@@ -73,7 +73,7 @@ class MeshSizes:
         if self.ep not in fitting:
             raise RecipeError(
                 f"mesh.ep = {self.ep} must be a multiple of tp = {self.tp} and divide dp_shard x cp x tp = {region}; "
-                f"ep may be {_either(fitting)}"
+                f"ep may be {either(fitting)}"
             )
 
     @property
@@ -154,16 +154,13 @@ def _product(given: dict[str, int], *, skip: str = "") -> str:
     return " x ".join(f"{axis} {given[axis]}" for axis in AXES if axis != skip)
 
 
-def _ranks(count: int) -> str:
-    return f"{count} {'rank' if count == 1 else 'ranks'}"
-
-
 def _multiples(unit: int, near: int) -> str:
     low = near // unit * unit
-    return _either([n for n in (low, low + unit) if n > 0])
+    return either([n for n in (low, low + unit) if n > 0])
 
 
-def _either(numbers: list[int]) -> str:
+def either(numbers: list[int]) -> str:
+    """Return "1, 2 or 4", for a message."""
     words = [str(n) for n in numbers]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
 

@@ -74,6 +74,7 @@ def _parameters(function: Any) -> dict[str, bool]:
 _FAKE, _FSDP = "torch._subclasses.fake_tensor", "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup"
 _GROUPS, _PROPAGATION = "torch.distributed.distributed_c10d", "torch.distributed.tensor._sharding_prop"
 _SDPA, _RING, _FLOPS = "torch:ops.aten._scaled_dot_product", "a block of ring attention", "FLOPs of a step"
+_DCP, _RECORD = "torch.distributed.checkpoint", "a record of DCP's metadata"
 _DRY, _FREE, _TREE = "a dry step", "an operation that moves nothing", "what a block takes and gives"
 NAMES: dict[str, Private] = {
     # ---- shapes and placements
@@ -137,7 +138,6 @@ NAMES: dict[str, Private] = {
     # ---- process groups
     "world": Private(f"{_GROUPS}:_world", "every process group of this rank"),
     "set_pg_timeout": Private(f"{_GROUPS}:_set_pg_timeout", "limits that differ by phase", "timeout group"),
-    "default_store": Private(f"{_GROUPS}:_get_default_store", "the store through which ranks are watched", ""),
     "resolve_process_group": Private(f"{_GROUPS}:_resolve_process_group", "the group of a functional collective"),
     # ---- the inside of FSDP and DTensor, watched during a dry step
     "FSDPParamGroup": Private(_FSDP, _DRY),
@@ -153,6 +153,10 @@ NAMES: dict[str, Private] = {
     "propagate_tensor_meta": Private(
         f"{_PROPAGATION}:ShardingPropagator._propagate_tensor_meta_non_cached", _DRY, "op_schema"
     ),
+    # ---- records in files of torch's own checkpoints
+    "StorageInfo": Private(f"{_DCP}.filesystem:_StorageInfo", _RECORD, "relative_path offset length"),
+    "StoragePrefix": Private(f"{_DCP}.filesystem:_StoragePrefix", _RECORD, "prefix"),
+    "MEM_FORMAT_ENCODING": Private(f"{_DCP}.metadata:_MEM_FORMAT_ENCODING", _RECORD),
     # ---- autograd
     "current_graph_task_id": Private("torch:_C._current_graph_task_id", "whether a backward pass is at work", None),
     # ---- modules
@@ -310,12 +314,27 @@ def fsdp_name(group: Any) -> str:
     return group._module_fqn or ""
 
 
+def sharded_parameters(group: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield this rank's part of each parameter of `group`, and whether it is kept in host memory."""
+    for held in group.fsdp_params:
+        yield held.sharded_param, held.offload_to_cpu
+
+
 def unsharded_parameters(group: Any) -> Iterator[torch.Tensor]:
     """Yield the gathered parameters of `group` that are there."""
     for held in group.fsdp_params:
         whole = getattr(held, "_unsharded_param", None)
         if whole is not None:
             yield whole
+
+
+# ---- records in files of torch's own checkpoints
+
+
+def dcp_records() -> dict[str, Any]:
+    """Return {name in a file: class} of the private records of DCP's metadata."""
+    found = (NAMES[name] for name in ("StorageInfo", "StoragePrefix", "MEM_FORMAT_ENCODING"))
+    return {private.where.replace(":", "."): private.find() for private in found}
 
 
 # ---- names that changed between versions

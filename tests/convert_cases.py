@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import _write_file, listing
-from ndtrain.convert.to_hub import state_to_store
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import kept_in_fp32
+from ndtrain.hf.weight_names import model_tensors
 from tests import tiny
 
 FAMILIES = (
@@ -53,7 +53,7 @@ def save_checkpoint(
     """Save `model` as training on `ranks` ranks would: each tensor in float32, split along one of its dims."""
     files: list[dict[str, tuple[Tensor, tuple[int, ...]]]] = [{} for _ in range(ranks)]
     tensors = {}
-    for number, (key, value) in enumerate(state_to_store(model).items()):
+    for number, (key, value) in enumerate(model_tensors(model).items()):
         tensor = value.detach().float() if value.is_floating_point() else value.detach()
         tensors[key] = tensor
         dim = 0 if only_rows else number % max(1, tensor.ndim)

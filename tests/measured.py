@@ -32,8 +32,8 @@ ITEMSIZE = {"float": 4, "c10::BFloat16": 2, "long int": 8, "double": 8, "bool": 
 
 def measured(path: str, overrides: list[str]) -> dict[str, Any]:
     """The third step of a run on the ranks of a pool: its peak bytes in torch's allocator, and its collectives."""
+    from ndtrain.hf.weight_names import model_tensors
     from ndtrain.layout import local_part
-    from ndtrain.load import model_tensors
     from tests.trainers import trainer_of
 
     _LIBC.mallopt(_M_MMAP_THRESHOLD, 4096)

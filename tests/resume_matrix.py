@@ -60,7 +60,7 @@ SAVED_STEP = 2
 def cell(path: str, saved: str, *, loads: bool) -> dict[str, Any]:
     """Train to `SAVED_STEP` and save, or load what was saved; then one more step. What is wrong, or None."""
     from ndtrain.errors import NdtrainError
-    from ndtrain.load import model_tensors
+    from ndtrain.hf.weight_names import model_tensors
     from tests.trainers import trainer_of
 
     rank = dist.get_rank()

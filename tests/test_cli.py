@@ -14,6 +14,7 @@ import ndtrain
 from ndtrain import cli
 from ndtrain.errors import DamagedError, NdtrainError, PlanError, RecipeError, Reported, Stopped
 from ndtrain.runs import launcher, versions
+from ndtrain.runs.environment import RUN_ID
 from ndtrain.runs.stop_signals import STOP_SIGNALS
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.toml")
@@ -312,14 +313,36 @@ def test_a_closed_pipe_prints_no_traceback() -> None:
     assert "Exception" not in done.stderr
 
 
-def test_a_version_outside_the_bounds_is_the_first_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def of_a_later_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "version", lambda name: {"torch": "2.99.0", "transformers": "5.24.0"}[name])
     monkeypatch.setattr(versions, "requires", lambda name: ["torch<2.15,>=2.11", "transformers<5.25,>=5.23", "numpy"])
+
+
+def test_a_version_outside_the_bounds_is_the_first_line(
+    of_a_later_torch: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(monkeypatch, "convert", str(tmp_path / "no"), str(tmp_path / "out")) == 2
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("ndtrain: note: torch 2.99.0 is outside the versions") and "<2.15,>=2.11" in first
+
+
+def test_a_launch_says_it_once_before_it_starts_workers(
+    of_a_later_torch: None, train: list[Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def launch(ranks: int, arguments: list[str]) -> int:
+        said = capfd.readouterr()
+        assert said.err.startswith("ndtrain: note: torch 2.99.0 is outside") and "starting 2 workers" in said.out
+        return 0
+
+    recipe = ["run", QUICKSTART, "--set", "mesh.dp_shard=2", "--set", "mesh.tp=1"]
+    monkeypatch.setattr(cli, "launch_workers", launch)
+    assert call(monkeypatch, *recipe) == 0 and not train
+    as_worker(monkeypatch, 0)
+    assert call(monkeypatch, *recipe) == 0 and "outside the versions" in capfd.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"{RUN_ID}1")
+    assert call(monkeypatch, *recipe) == 0 and "outside the versions" not in capfd.readouterr().err
+    assert len(train) == 2
 
 
 def test_the_bounds_are_those_of_the_package() -> None:

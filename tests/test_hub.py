@@ -250,7 +250,7 @@ def test_the_weights_are_those_that_from_pretrained_reads(
 ) -> None:
     (tmp_path / "model" / "original").mkdir(parents=True)
     for file in files:
-        (tmp_path / "model" / file).write_text(json.dumps({"weight_map": {"x": "b.safetensors"}}))
+        (tmp_path / "model" / file).write_text(json.dumps({"metadata": {}, "weight_map": {"x": "b.safetensors"}}))
     commit = served.publish(NAME, tmp_path / "model")
     found = hub.resolve(NAME, "main")
     assert found.commit == commit and hub.weights_of(NAME, found) == wanted
@@ -259,7 +259,7 @@ def test_the_weights_are_those_that_from_pretrained_reads(
 @pytest.mark.parametrize("shard", ["../../other", "/etc/passwd", 3])
 def test_an_index_cannot_name_what_lies_outside(served: FakeHub, tmp_path: Path, shard: object) -> None:
     (tmp_path / "model").mkdir()
-    index = {"weight_map": {"x": shard}}
+    index = {"metadata": {}, "weight_map": {"x": shard}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     served.publish(NAME, tmp_path / "model")
     found = hub.resolve(NAME, "main")

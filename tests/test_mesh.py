@@ -25,13 +25,13 @@ REFUSALS: list[tuple[int, dict[str, int], list[str]]] = [
     (
         8,
         {"dp_shard": 2, "tp": 2},
-        ["cp 1 x tp 2 is 4 ranks, but there are to be 8; use 4 ranks", "or --set mesh.dp_shard=4"],
+        ["cp 1 x tp 2 has 4 ranks, but the world size is 8; use 4 ranks", "or --set mesh.dp_shard=4"],
     ),
-    (1, {"dp_shard": 4}, ["is 4 ranks, but there are to be 1; use 4 ranks, or --set mesh.dp_shard=1"]),
+    (1, {"dp_shard": 4}, ["has 4 ranks, but the world size is 1; use 4 ranks, or --set mesh.dp_shard=1"]),
     (
         4,
         {"dp_replicate": 2, "dp_shard": 4, "tp": 2},
-        ["is 16 ranks, but there are to be 4", "--set mesh.dp_shard=1 or"],
+        ["has 16 ranks, but the world size is 4", "--set mesh.dp_shard=1 or"],
     ),
     (8, {"tp": 2, "ep": 3}, ["mesh.ep = 3 must be a multiple of tp = 2", "= 8; ep may be 1, 2, 4 or 8"]),
     (8, {"ep": 16}, ["mesh.ep = 16", "divide dp_shard x cp x tp = 8; ep may be 1, 2, 4 or 8"]),

@@ -150,12 +150,12 @@ def test_the_checks_take_only_the_models_own_errors_for_the_models(
 
 def seconds_watched(folder: str, by_progress: bool, advances: bool) -> float:
     """Return how long this rank, of two that wait, was left alive in a phase with a limit of 2 s; at most 5 s."""
-    from ndtrain.torch_compat import default_store
+    from torch.distributed.distributed_c10d import _get_default_store
 
     section = RunSection(dir=folder, start_timeout_s=2.0, read_timeout_s=2.0)
     watch, ended = Watch(section), []
     watch.end = lambda reason: ended.append(reason)  # type: ignore[method-assign,assignment,return-value]
-    watch.start(dist.PrefixStore(Path(folder).name, default_store()), dist.get_rank(), 2)  # type: ignore[operator]
+    watch.start(dist.PrefixStore(Path(folder).name, _get_default_store()), dist.get_rank(), 2)
     began = time.monotonic()
     with watch.during(READ if by_progress else MESHES):
         while not ended and time.monotonic() - began < 5:

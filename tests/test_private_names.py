@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,13 @@ ROOT = Path(torch_compat.__file__).parent
 FENCED = {ROOT / "torch_compat.py", ROOT / "hf" / "compat.py"}
 # Named tuples' own methods, which have an underscore to keep clear of the fields' names.
 OF_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
+# Attributes of torch's private classes that have no underscore.
+UNMARKED = {"fsdp_params", "sharded_param", "offload_to_cpu", "all_gather_outputs", "pg_map"}
+# What takes the name of an attribute or a module as a string.
+BY_NAME = {
+    *("getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller", "__getattribute__", "__getattr__"),
+    *("object", "patch", "import_module", "__import__"),
+}
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
@@ -72,7 +82,7 @@ def test_private_attributes_of_fsdp_are_what_they_were() -> None:
         fully_shard(model)
         assert torch_compat.class_before_fsdp(model[0]) is torch.nn.Linear
         assert torch_compat.class_before_fsdp(model) is torch.nn.Sequential
-        names, gathered = [], []
+        names, gathered, held = [], [], []
 
         def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             def wrapped(group: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +90,7 @@ def test_private_attributes_of_fsdp_are_what_they_were() -> None:
                 if name == "wait_for_unshard":
                     names.append(torch_compat.fsdp_name(group))
                     gathered.extend(tuple(p.shape) for p in torch_compat.unsharded_parameters(group))
+                    held.extend((tuple(p.shape), hosted) for p, hosted in torch_compat.sharded_parameters(group))
                 return out
 
             return wrapped
@@ -87,6 +98,7 @@ def test_private_attributes_of_fsdp_are_what_they_were() -> None:
         with torch_compat.fsdp_stages_wrapped(noted):
             model(torch.ones(1, 4))
         assert names == ["0"] and gathered == [(4, 4), (4,)]
+        assert held == [((4, 4), False), ((4,), False)]
         assert len(torch_compat.process_groups()) >= 1
         dtypes = []
         model[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
@@ -133,78 +145,138 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def _own(trees: dict[Path, ast.Module]) -> set[str]:
-    """Attributes that ndtrain's own classes and modules define."""
+def _own(tree: ast.Module) -> set[str]:
+    """Private names that a module defines: its functions and classes, and the attributes of its classes."""
     found = set(OF_TUPLES)
-    for tree in trees.values():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                for member in node.body:
-                    if isinstance(member, ast.FunctionDef):
-                        found.add(member.name)
-                    elif isinstance(member, ast.AnnAssign | ast.Assign):
-                        targets = [member.target] if isinstance(member, ast.AnnAssign) else member.targets
-                        found |= {t.id for t in targets if isinstance(t, ast.Name)}
-            stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-            if stored and ast.unparse(node) == f"self.{node.attr}":  # type: ignore[attr-defined]
-                found.add(node.attr)  # type: ignore[attr-defined]
-        # Reached as `module._name` from another module.
-        found |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    found.add(member.name)
+                elif isinstance(member, ast.AnnAssign | ast.Assign):
+                    targets = [member.target] if isinstance(member, ast.AnnAssign) else member.targets
+                    found |= {t.id for t in targets if isinstance(t, ast.Name)}
+        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if stored and ast.unparse(node) == f"self.{node.attr}":  # type: ignore[attr-defined]
+            found.add(node.attr)  # type: ignore[attr-defined]
     return found
 
 
-def _foreign(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
-    """(line, name) of what `tree` takes from the inside of torch or transformers."""
+def _texts(tree: ast.Module) -> dict[str, str]:
+    """{name: its text} of the strings that a module has names for."""
+    return {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _begins_with(node: ast.AST, texts: dict[str, str]) -> str:
+    """The text of a string, or how an f-string or a sum of strings begins; "" for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.Name):
+        return texts.get(node.id, "")
+    if isinstance(node, ast.JoinedStr) and node.values:
+        return _begins_with(node.values[0], texts)
+    return _begins_with(node.left, texts) if isinstance(node, ast.BinOp) else ""
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a dotted name is of something private, or in a module of transformers below its top."""
+    library, *parts = name.split(".") if re.fullmatch(r"[\w.]+", name) else [""]
+    if library == "transformers" and parts and parts[0] not in ("utils", "logging"):
+        with suppress(ImportError):
+            return importlib.util.find_spec(f"{library}.{parts[0]}") is not None
+    return library in ("torch", "transformers") and any(_is_private(part) for part in parts)
+
+
+def _foreign(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of what a module takes from the inside of torch or transformers."""
+    own, texts = _own(tree), _texts(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("torch", "transformers"):
-            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
-            if any(map(_is_private, names)) or "_internal" in names or str(node.module).startswith("transformers."):
-                yield node.lineno, f"from {node.module}"
+        told = f"{ast.unparse(node)}"[:100]
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if _is_inside(f"{node.module}.{alias.name}") or _is_private(alias.name):
+                    yield node.lineno, told
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                parts = alias.name.split(".")
-                if parts[0] in ("torch", "transformers") and (
-                    any(map(_is_private, parts)) or alias.name.startswith("transformers.")
-                ):
-                    yield node.lineno, f"import {alias.name}"
-        elif isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own:
-            if ast.unparse(node) != "os._exit":
-                yield node.lineno, ast.unparse(node)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-            *("getattr", "setattr", "hasattr", "delattr"),
-            *("object", "patch"),
-        ):
-            for argument in node.args[:2]:
-                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                    last = argument.value.rpartition(".")[2]
-                    if (_is_private(last) and last not in own) or argument.value.startswith(
-                        ("torch.", "transformers.")
-                    ):
-                        yield node.lineno, ast.unparse(node)
+                if _is_inside(alias.name):
+                    yield node.lineno, told
+        elif isinstance(node, ast.Attribute):
+            private = _is_private(node.attr) and node.attr not in own and told != "os._exit"
+            if private or node.attr in UNMARKED or _is_inside(told):
+                yield node.lineno, told
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
+            for argument in node.args[:3]:
+                name = _begins_with(argument, texts)
+                last = name.rpartition(".")[2]
+                if _is_inside(name) or (_is_private(last) and last not in own) or last in UNMARKED:
+                    yield node.lineno, told
+        elif isinstance(node, ast.Subscript) and re.match(r"vars\(|.*\.__dict__$", ast.unparse(node.value)):
+            yield from [(node.lineno, told)] if _is_private(_begins_with(node.slice, texts)) else []
 
 
 def test_no_module_but_the_two_names_anything_private() -> None:
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
-    own = _own({path: tree for path, tree in trees.items() if path not in FENCED})
     found = [
         f"{path.relative_to(ROOT.parent)}:{line}: {name}"
-        for path, tree in trees.items()
+        for path in sorted(ROOT.rglob("*.py"))
         if path not in FENCED
-        for line, name in _foreign(tree, own)
+        for line, name in _foreign(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not found, "\n".join(found)
 
 
-def test_the_fence_sees_each_way_to_name_something_private() -> None:
-    for source in (
+@pytest.mark.parametrize(
+    "source",
+    [
         "from torch._subclasses import fake_tensor",
         "from torch.nn import _x",
+        "from torch.testing._internal.distributed import fake_pg",
         "from transformers.masking_utils import sdpa_mask",
+        "from transformers import masking_utils",
+        "import transformers.masking_utils as masks",
         "import torch.distributed._tools.x",
+        "transformers.masking_utils.sdpa_mask(1)",
+        "torch._foreach_norm(x)",
         "model._apply(f)",
+        "module._parameters[name]",
+        "loss._ChunkedHead",
+        "group.fsdp_params",
         "getattr(config, '_attn_implementation')",
+        "getattr(config, f'_{name}')",
+        "NAME = '_attn_implementation'\ngetattr(config, NAME)",
+        "operator.attrgetter('_parameters')(module)",
+        "vars(module)['_parameters']",
+        "module.__dict__['_parameters']",
+        "object.__getattribute__(module, '_parameters')",
+        "importlib.import_module('torch._dynamo')",
+        "importlib.import_module('transformers.masking_utils')",
         "mock.patch('transformers.masking_utils.sdpa_mask', f)",
-    ):
-        assert list(_foreign(ast.parse(source), set())), source
-    for source in ("from torch.nn import functional", "import torch", "self._x", "box._replace(a=1)", "os._exit(1)"):
-        assert not list(_foreign(ast.parse(source), {"_x", *OF_TUPLES})), source
+        "mock.patch.object(model, '_init_weights', f)",
+    ],
+)
+def test_the_fence_sees_each_way_to_name_something_private(source: str) -> None:
+    assert list(_foreign(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from torch.nn import functional",
+        "from transformers import PreTrainedModel",
+        "import torch.distributed as dist",
+        "transformers.AutoConfig.from_pretrained(x)",
+        "transformers.utils.logging.disable_progress_bar()",
+        "class A:\n    def f(self):\n        self._x = 1\n        return self._x",
+        "box._replace(a=1)",
+        "os._exit(1)",
+        "getattr(module, 'weight')",
+        "getattr(module, f'{name}_proj')",
+    ],
+)
+def test_the_fence_lets_what_is_public_or_a_modules_own_pass(source: str) -> None:
+    assert not list(_foreign(ast.parse(source)))

@@ -356,7 +356,7 @@ def test_restarts_of_a_launch_print_no_table(run: dict[str, Path], monkeypatch: 
 
 
 def restarted(recipe: str) -> list[str]:
-    """What two attempts of one launch print that both die before the next checkpoint."""
+    """What two starts of one launch print that both die before the next checkpoint."""
     said = []
     variables = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3", "MASTER_PORT": "1"}
     with mock.patch.dict(os.environ, variables):

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import grimp
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ndtrain"
@@ -32,7 +33,7 @@ def test_the_readme_has_every_room_and_no_other() -> None:
 def test_the_contract_on_imports_has_the_order_of_the_readme() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
-    written = {room: len(layers) - i for i, row in enumerate(layers) for room in re.split(r" [|:] ", row)}
+    written = {room: len(layers) - i for i, row in enumerate(layers) for room in row.split(" | ")}
     assert written == {room.removesuffix(".py"): layer for room, layer in rooms_of_the_readme().items()}
 
 
@@ -55,21 +56,36 @@ def test_imports_have_no_circle() -> None:
     assert imports == {}
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of what a module imports, also inside functions."""
+def distributed_names(source: str) -> set[str]:
+    """Full names of what a module takes from torch.distributed, also inside functions and by attribute."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    return {name for name in found if name.startswith("torch.distributed")}
 
 
 def test_data_and_plans_need_no_process_group() -> None:
     """Plans name placements, which are data; nothing else of torch.distributed."""
     placements = ("torch.distributed.tensor.placement_types.", "torch.distributed.tensor.DTensor")
     for room in ("data", "plan"):
-        for path in (PACKAGE / room).glob("*.py"):
-            names = {name for name in imported(path) if name.startswith("torch.distributed")}
+        for path in (PACKAGE / room).rglob("*.py"):
+            names = distributed_names(path.read_text(encoding="utf-8"))
             assert not {name for name in names if not name.startswith(placements) or room == "data"}, path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "from torch.distributed import all_reduce",
+        "def f():\n    import torch\n    torch.distributed.barrier()",
+    ],
+)
+def test_each_way_to_take_something_from_torch_distributed_is_seen(source: str) -> None:
+    assert distributed_names(source)

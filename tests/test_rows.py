@@ -418,7 +418,7 @@ def test_the_first_row_decides_and_rows_of_another_shape_are_refused_with_their_
         texts_of(text)
     (tmp_path / "d.txt").write_text("plain")
     assert find_shape([tmp_path / "d.txt", chat]) == "text"
-    with pytest.raises(DamagedError, match='d.txt: a row has no "messages" or .*: its fields are "text"'):
+    with pytest.raises(DamagedError, match=r'd\.txt: a row has no "messages" or .*: its fields are "text"'):
         list(rows_of(tmp_path / "d.txt", shape="chat"))
     (tmp_path / "e").write_text('{"messages": []}\n')
     with pytest.raises(DamagedError, match='line 1: a row has no "text"'):

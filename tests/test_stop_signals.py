@@ -25,7 +25,7 @@ import pytest
 
 from ndtrain.errors import Stopped
 from ndtrain.runs import launcher as launchers
-from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.restarts import Restarts
 from ndtrain.runs.stop_signals import FILE, STOP_SIGNALS, StopSignals
 from tests import proofs, tiny
 from tests.ranks import get_pool
@@ -367,28 +367,28 @@ def test_a_file_that_cannot_be_removed_counts_once(tmp_path: Path) -> None:
 
 
 def test_restarts_of_a_stopped_launch_do_not_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attempt(number: int, *, port: int = 1, agent_store: bool = True) -> Attempt:
+    def start(number: int, *, port: int = 1, agent_store: bool = True) -> Restarts:
         variables = {"USE_AGENT_STORE": agent_store, "RUN_ID": "job 7", "RESTART_COUNT": number, "MAX_RESTARTS": 3}
         for name, value in variables.items():
             monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
         monkeypatch.setenv("MASTER_PORT", str(port))
-        return Attempt.of_process(tmp_path)
+        return Restarts.of_process(tmp_path)
 
-    def opened(attempt: Attempt, *, is_main: bool) -> None:
-        attempt.refuse_stopped()
+    def opened(start: Restarts, *, is_main: bool) -> None:
+        start.refuse_stopped()
         if is_main:
-            attempt.forget_others()
+            start.forget_others()
 
     for agent_store in (True, False):
-        opened(attempt(0, agent_store=agent_store), is_main=True)
-        attempt(0, agent_store=agent_store).record_begin(-1)
-        opened(attempt(1, agent_store=agent_store), is_main=True)
-        attempt(1, agent_store=agent_store).record_stop()
+        opened(start(0, agent_store=agent_store), is_main=True)
+        start(0, agent_store=agent_store).record_begin(-1)
+        opened(start(1, agent_store=agent_store), is_main=True)
+        start(1, agent_store=agent_store).record_stop()
         with pytest.raises(Stopped, match="this launch was stopped on request"):
-            opened(attempt(2, agent_store=agent_store), is_main=False)
-    opened(attempt(2, port=2), is_main=False)
-    opened(attempt(0, agent_store=False), is_main=True)  # a later launch of the same name
-    opened(attempt(1, agent_store=False), is_main=True)
+            opened(start(2, agent_store=agent_store), is_main=False)
+    opened(start(2, port=2), is_main=False)
+    opened(start(0, agent_store=False), is_main=True)  # a later launch of the same name
+    opened(start(1, agent_store=False), is_main=True)
 
 
 @pytest.mark.parametrize(
@@ -404,8 +404,8 @@ def test_restarts_of_a_stopped_launch_do_not_train(tmp_path: Path, monkeypatch: 
 def test_a_restart_resumes_from_a_checkpoint_of_its_own_launch(
     tmp_path: Path, began: int, newest: int | None, requested: str, used: str
 ) -> None:
-    first, second = Attempt(tmp_path, "a", True, 1), Attempt(tmp_path, "a", False, 1)
-    assert second.resume_from(requested, newest) == requested  # if the first attempt was refused
+    first, second = Restarts(tmp_path, "a", True, 1), Restarts(tmp_path, "a", False, 1)
+    assert second.resume_from(requested, newest) == requested  # if the first start was refused
     first.record_begin(began)
     assert first.resume_from(requested, newest) == requested
     assert second.resume_from(requested, newest) == used

@@ -77,12 +77,13 @@ def printed(folder: str) -> str:
     from unittest import mock
 
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
 
     from ndtrain.runs.limits import set_timeouts
-    from ndtrain.torch_compat import default_store, process_groups
+    from ndtrain.torch_compat import process_groups
 
     watch, output = Watch(RunSection(dir=folder)), io.StringIO()
-    watch.start(default_store(), dist.get_rank(), dist.get_world_size())  # type: ignore[operator]
+    watch.start(_get_default_store(), dist.get_rank(), dist.get_world_size())
     watch.beat(5)
     dist.barrier()
     try:

@@ -34,7 +34,7 @@ from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.runs.limits import WAIT_TIMEOUT
 from ndtrain.runs.messages import gather_json, gather_rows, of_rank0, on_rank0, together
 from ndtrain.runs.process import rank, world_size
-from ndtrain.storage.paths import is_local, local_copy_to, os_errors, remove_tree, sync, to_path
+from ndtrain.storage.paths import is_local, local_copy_to, os_errors, read_object, remove_tree, sync, to_path
 from ndtrain.storage.table import Pieces
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -44,13 +44,7 @@ _SPARE_BYTES, _SPARE_SHARE = 1 << 20, 0.01
 
 def read_state(directory: Path) -> dict[str, Any]:
     """Return the content of train_state.json. Raises `DamagedError`."""
-    try:
-        state = json.loads((directory / "train_state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{directory}: train_state.json cannot be read ({error})") from error
-    if not isinstance(state, dict):
-        raise DamagedError(f"{directory}: train_state.json is not a JSON object")
-    return state
+    return read_object(directory / "train_state.json")
 
 
 def _as_os_errors(path: Path, work: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,6 @@ piece's offsets are in the header under `DCP_SHARDING_INFO`, as torch's `Hugging
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -32,7 +31,15 @@ from ndtrain.runs.messages import together
 from ndtrain.runs.process import rank, world_size
 from ndtrain.storage.headers import DTYPE_NAMES, Target, header_of
 from ndtrain.storage.paths import allocate, flushing, is_local
-from ndtrain.storage.pieces import local_and_boxes, pieces_of_files, plan_held, read_planned, same_bytes
+from ndtrain.storage.pieces import (
+    local_and_boxes,
+    metadata_of,
+    pieces_of_files,
+    plan_held,
+    raw,
+    read_planned,
+    same_bytes,
+)
 from ndtrain.storage.table import Piece, Pieces
 
 _WRITE_BYTES = 1 << 26
@@ -91,10 +98,8 @@ def files_of(tensors: Mapping[str, Tensor]) -> Files:
 
 def _header(entries: Mapping[str, tuple[Tensor, Ints]]) -> tuple[bytes, dict[str, Target], dict[str, int]]:
     """Return the header of a file of `entries`, its tensors, and their offsets after it in the order of the file."""
-    sharding = {key: {"saved_offsets": list(offsets)} for key, (_, offsets) in entries.items()}
     targets = {key: Target(tuple(tensor.shape), _known_dtype(key, tensor)) for key, (tensor, _) in entries.items()}
-    info = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
-    header, starts = header_of(targets, info)
+    header, starts = header_of(targets, metadata_of({key: offsets for key, (_, offsets) in entries.items()}))
     return header, targets, starts
 
 
@@ -139,7 +144,7 @@ def _write_file(path: Path, entries: Mapping[str, tuple[Tensor, Ints]]) -> dict[
             for key in starts:
                 tensor, _ = entries[key]
                 if tensor.numel():
-                    write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+                    write(raw(tensor.contiguous().cpu()))
         if is_local(path):
             os.fsync(file.fileno())
     return {"size": size, HASH: found.hexdigest()}

@@ -16,8 +16,8 @@ from ndtrain.console.mesh_svg import mesh_svg
 from ndtrain.console.page import page_html
 from ndtrain.console.plan import plan_lines, plan_report, plan_text
 from ndtrain.console.progress import CountProgress
-from ndtrain.console.units import number, ranks, size, span
-from ndtrain.errors import RecipeError
+from ndtrain.console.units import number, size, span
+from ndtrain.errors import RecipeError, counted
 from ndtrain.estimate import (
     KINDS,
     RESERVED,
@@ -87,8 +87,7 @@ def _write(path: Path, text: str) -> None:
 
 def _planned(recipe: Recipe, world_size: int | None, rank: int) -> tuple[Recipe, Plan, PreTrainedModel]:
     recipe = _source(recipe)
-    mesh = recipe.mesh
-    sizes = sizes_for(recipe, world_size or mesh.dp_replicate * max(1, mesh.dp_shard) * mesh.cp * mesh.tp)
+    sizes = sizes_for(recipe, world_size or recipe.mesh.least_ranks)
     if not 0 <= rank < sizes.world_size:
         raise RecipeError(f"--rank {rank} must be from 0 to {sizes.world_size - 1}")
     model = meta_model(recipe)
@@ -180,7 +179,7 @@ def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node
             "assumptions": assumed,
         }
         return json.dumps(report, indent=2)
-    lines = [f"An estimate for {world_size} x {target.name}, {ranks(ranks_per_node)} per node; fastest first"]
+    lines = [f"An estimate for {world_size} x {target.name}, {counted(ranks_per_node, 'rank')} per node; fastest first"]
     for nth, one in enumerate(search.found, 1):
         lines += [
             "",
@@ -271,7 +270,7 @@ def _step_text(step: StepEstimate, report: dict[str, Any], device: Device | None
 
 def _print_times(console: Console, step: StepEstimate, roofline: dict[str, Any], device: Device) -> None:
     lines = [
-        f"An estimate for {device.name}, {ranks(roofline['ranks_per_node'])} per node",
+        f"An estimate for {device.name}, {counted(roofline['ranks_per_node'], 'rank')} per node",
         f"  step: at least {span(roofline['step_seconds'])}; computation {span(roofline['compute_seconds'])}",
     ]
     for axis, seconds in roofline["communication_seconds"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 
-from ndtrain.console.units import ranks
+from ndtrain.errors import counted
 from ndtrain.mesh import MeshSizes
 
 WIDTH = 890
@@ -47,7 +47,7 @@ def mesh_svg(sizes: MeshSizes, ranks_per_node: int) -> str:
     inner = next((axis for axis in ("tp", "cp", "fsdp", "dp_replicate") if axis in axes), None)
     painted = colours(sizes, inner) if inner else [_colour(0)]
 
-    lines = [f"{ranks(world)}: {sizes.describe()}"]
+    lines = [f"{counted(world, 'rank')}: {sizes.describe()}"]
     for axis in axes:
         over = [nodes for _, nodes in sizes.spreads(axis, ranks_per_node)]
         up_to = "up to " if over[-1] < over[0] else ""

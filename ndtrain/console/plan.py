@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ndtrain.console.units import ranks, size
-from ndtrain.errors import RecipeError
+from ndtrain.console.units import size
+from ndtrain.errors import RecipeError, counted
 from ndtrain.mesh import MeshSizes
 from ndtrain.parallel import transforms_of
 from ndtrain.plan import EVEN, ParamPlan, Plan
@@ -223,7 +223,7 @@ def _group_text(group: dict[str, Any]) -> str:
     else:
         members = f"{first}, {first + step}, ..., {last}" if group["ranks"] > 3 else f"{first}, {first + step}, {last}"
     nodes = "on one node" if group["nodes"] == 1 else f"over {group['nodes']} nodes"
-    return f"{group['axis']}: {ranks(group['ranks'])} {nodes} ({members})"
+    return f"{group['axis']}: {counted(group['ranks'], 'rank')} {nodes} ({members})"
 
 
 def _imbalance_text(plan: Plan) -> str:

@@ -1,11 +1,6 @@
 """Format numbers for people."""
 
 
-def ranks(count: int) -> str:
-    """Return "1 rank" or "2 ranks"."""
-    return f"{count:,} {'rank' if count == 1 else 'ranks'}"
-
-
 def size(count: float) -> str:
     """Return bytes in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):

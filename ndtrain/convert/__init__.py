@@ -20,11 +20,12 @@ from ndtrain.convert.from_dcp import METADATA, foreign_tensors
 from ndtrain.convert.shards import parse_size
 from ndtrain.convert.stream import Progress
 from ndtrain.convert.to_checkpoint import copy_beside, hub_files, write_checkpoint
-from ndtrain.convert.to_hub import match, meta_model_of, state_to_store, write_hub
+from ndtrain.convert.to_hub import match, meta_model_of, write_hub
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.beside import GENERATION
 from ndtrain.hf.model import tied_keys
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.storage import headers
 from ndtrain.storage.paths import is_local, local_copy_of, os_errors, sync
 from ndtrain.storage.stored import checkpoint_tensors
@@ -174,7 +175,7 @@ def _to_hub(source: Path, part: Path, *, dtype: str | None, trust_remote_code: b
     with local_copy_of(source, beside) as near:
         model, target, notes = meta_model_of(near, dtype, trust_remote_code=trust_remote_code)
         tensors = checkpoint_tensors(pieces_of(source / "model"), source / "model")
-        match(state_to_store(model), tensors, source / "model")
+        match(model_tensors(model), tensors, source / "model")
         notes += write_hub(tensors, model, part, dtype=target, states=extra_states.read(near), **options)
         for name in beside:
             if name not in _OWN:
@@ -187,7 +188,7 @@ def _foreign_to_hub(
     source: Path, config: Path, part: Path, *, dtype: str | None, trust_remote_code: bool, **options: Any
 ) -> list[str]:
     model, target, notes = meta_model_of(config, dtype, trust_remote_code=trust_remote_code)
-    state = state_to_store(model)
+    state = model_tensors(model)
     tensors, found = foreign_tensors(source, state, tied_keys(model), model.config)
     match(state, tensors, source)
     notes += found + write_hub(tensors, model, part, dtype=target, states={}, **options)

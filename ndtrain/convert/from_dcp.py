@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint.filesystem
-import torch.distributed.checkpoint.metadata
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import metadata as dcp
 
 from ndtrain.errors import DamagedError
 from ndtrain.hf.tied import refuse_other_values
 from ndtrain.storage.headers import DTYPE_NAMES
 from ndtrain.storage.stored import Stored, stored
 from ndtrain.storage.table import LARGEST, Piece
-from ndtrain.torch_compat import FakeTensorMode, offset_in_archive
+from ndtrain.torch_compat import FakeTensorMode, dcp_records, offset_in_archive
 
 METADATA = ".metadata"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -54,18 +52,21 @@ _TITAN = tuple(
 _TITAN_TYPES = {"llama": True, "qwen3": False}
 # First part of the keys of training state that is saved beside the weights.
 _BESIDE = re.compile(r"(optim|lr_scheduler|scheduler|train_state|dataloader|data_loader|rng|step|epoch|iteration)\w*")
+# By their names in a file.
 _RECORDS = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    **{
+        f"{kind.__module__}.{kind.__name__}": kind
+        for kind in (
+            dcp.BytesStorageMetadata,
+            dcp.ChunkStorageMetadata,
+            dcp.Metadata,
+            dcp.MetadataIndex,
+            dcp.StorageMeta,
+            dcp.TensorProperties,
+            dcp.TensorStorageMetadata,
+        )
+    },
+    **dcp_records(),
 }
 
 
@@ -73,8 +74,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Makes the records of DCP's metadata and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _RECORDS.get(module, ()):
-            return getattr(getattr(torch.distributed.checkpoint, module.rpartition(".")[2]), name)
+        if f"{module}.{name}" in _RECORDS:
+            return _RECORDS[f"{module}.{name}"]
         if module == "torch" and name == "Size":
             return torch.Size
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -109,7 +110,7 @@ def read_metadata(directory: Path) -> Any:
     path = directory / METADATA
     try:
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        if not isinstance(found, torch.distributed.checkpoint.metadata.Metadata):
+        if not isinstance(found, dcp.Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(found).__name__} instead of DCP's Metadata")
         if not isinstance(found.state_dict_metadata, dict) or not isinstance(found.storage_data, dict):
             raise pickle.UnpicklingError("state_dict_metadata and storage_data are not dicts")
@@ -139,15 +140,15 @@ def foreign_tensors(
     if titan is not None:
         if config.model_type not in _TITAN_TYPES:
             raise DamagedError(
-                f"{directory} has torchtitan's names of weights, which ndtrain knows for "
-                f"{' and '.join(_TITAN_TYPES)} but not for {config.model_type}; convert it with torchtitan's own tool"
+                f"{directory} names its weights as torchtitan does, which ndtrain reads for "
+                f"{' and '.join(_TITAN_TYPES)}, not for {config.model_type}; convert it with torchtitan's own tool"
             )
         names = {_titan_name(name, titan): key for name, key in names.items()}
     prefix = "" if titan is not None else _prefix(names, state)
     known, beside, unknown = {}, [], []
     for plain, key in names.items():
         own = plain.removeprefix(prefix)
-        is_tensor = isinstance(metadata.state_dict_metadata[key], TensorStorageMetadata)
+        is_tensor = isinstance(metadata.state_dict_metadata[key], dcp.TensorStorageMetadata)
         if plain.startswith(prefix) and is_tensor and (own in state or own in aliases):
             known[own] = key
         elif not is_tensor or not plain.startswith(prefix) or _BESIDE.fullmatch(own.split(".")[0]):

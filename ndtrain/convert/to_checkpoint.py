@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +16,18 @@ from ndtrain.checkpoint.manifest import write_manifest
 from ndtrain.checkpoint.tensors import listing, pieces_of
 from ndtrain.convert.shards import ShardWriter
 from ndtrain.convert.stream import Progress, Stream
-from ndtrain.convert.to_hub import meta_model_of, state_to_store
+from ndtrain.convert.to_hub import meta_model_of
 from ndtrain.convert.weights import Group, from_hub
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.beside import save_config
-from ndtrain.hf.files import ModelFiles, model_files
+from ndtrain.hf.files import ModelFiles, model_files, named_weights
 from ndtrain.hf.hub import is_beside
 from ndtrain.hf.model import kept_in_fp32
 from ndtrain.hf.tied import refuse_other_values
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.storage.headers import Target
+from ndtrain.storage.pieces import metadata_of
 from ndtrain.storage.stored import Stored, checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ def hub_files(directory: Path) -> ModelFiles | None:
     """
     if not (directory / "config.json").is_file():
         return None
-    named = None
-    with suppress(ValueError, AttributeError):  # `meta_model_of` names a damaged config
-        named = json.loads((directory / "config.json").read_text()).get("transformers_weights")
-    files = model_files(directory, named=named)
+    files = model_files(directory, named=named_weights(directory))  # `meta_model_of` names a damaged config
     if files is None or files.kind == "checkpoint":
         return None
     if files.kind != "safetensors":
@@ -77,7 +75,7 @@ def write_checkpoint(
             "convert; give the unquantized model"
         )
     unread = {key for key in source if extra_states.is_extra(key)}
-    wanted = state_to_store(model)
+    wanted = model_tensors(model)
     state = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in source.items() if k not in unread}
     # A scalar is stored as one row.
     state |= {k: state[k].reshape(()) for k in state.keys() & wanted.keys() if not wanted[k].ndim}
@@ -95,7 +93,11 @@ def write_checkpoint(
     (out / "model").mkdir()
     out_files = _files(targets)
     stream = Stream(source, groups, targets, model, ready={}, progress=progress)
-    stream.write(ShardWriter(out / "model", out_files, targets, lambda keys: _metadata(keys, targets)))
+
+    def metadata(keys: list[str]) -> dict[str, str]:
+        return metadata_of({key: (0,) * len(targets[key].shape) for key in keys})
+
+    stream.write(ShardWriter(out / "model", out_files, targets, metadata))
     if verify:
         stream.verify(out / "model", list(out_files))
     notes += save_config(model, out)
@@ -127,11 +129,6 @@ def _files(targets: dict[str, Target]) -> dict[str, list[str]]:
         files[-1].append(key)
         held += target.nbytes
     return {f"{i:05d}-of-{len(files):05d}.safetensors": keys for i, keys in enumerate(files)}
-
-
-def _metadata(keys: list[str], targets: dict[str, Target]) -> dict[str, str]:
-    sharding = {key: {"saved_offsets": [0] * len(targets[key].shape)} for key in keys}
-    return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
 
 
 def _notes(

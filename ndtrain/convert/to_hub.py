@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import transformers
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
@@ -22,7 +20,7 @@ from ndtrain.hf.beside import save_config, take_generation_config
 from ndtrain.hf.compat import ignored_on_save, is_causal_lm
 from ndtrain.hf.config import Untrusted, own_code, read_config, untrusted
 from ndtrain.hf.files import INDEX
-from ndtrain.hf.model import kept_in_fp32, tied_keys
+from ndtrain.hf.model import built, kept_in_fp32, tied_keys
 from ndtrain.storage.headers import DTYPE_NAMES, Target
 from ndtrain.storage.stored import Stored
 from ndtrain.torch_compat import storage_key
@@ -38,9 +36,8 @@ def meta_model_of(
 ) -> tuple[PreTrainedModel, torch.dtype, list[str]]:
     """Return the model that a config file or directory describes, float32 on meta, the dtype to publish, and notes.
 
-    `model.export_config` is the config to publish; the model gets a copy, because building it writes its own dtype into
-    every part of the config. Raises `DamagedError` if no causal LM can be built, `RecipeError` if its code is not
-    trusted.
+    `model.export_config` is the config to publish. Raises `DamagedError` if no causal LM can be built, `RecipeError` if
+    its code is not trusted.
     """
     path = config_at if config_at.is_file() else config_at / "config.json"
     try:
@@ -49,9 +46,7 @@ def meta_model_of(
             raise untrusted(str(config_at), config_at, ALLOW)
         target: Any = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            model = built(config, trust_remote_code=trust_remote_code)
         model.export_config = config
     except Untrusted:
         raise
@@ -59,12 +54,6 @@ def meta_model_of(
         raise DamagedError(f"{path} does not describe a causal language model: {first_line(error)}") from error
     notes = take_generation_config(model, config_at) if config_at.is_dir() else []
     return model, target, notes
-
-
-def state_to_store(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint of `model`: every parameter and persistent buffer once."""
-    aliases = tied_keys(model)
-    return {k: v for k, v in model.state_dict().items() if k not in aliases and not extra_states.is_extra(k)}
 
 
 def match(state: Mapping[str, Tensor], source: Mapping[str, Stored], where: Path) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ndtrain.data.corpus import Corpus, Part
-from ndtrain.data.files import reading, stamp_of
-from ndtrain.data.formats import name_kind
+from ndtrain.data.files import stamp_of
+from ndtrain.data.formats import name_kind, reading
 from ndtrain.data.groups import groups_of
 from ndtrain.data.preparation import FORMAT_VERSION, Group, prepare
 from ndtrain.data.row import Encoder

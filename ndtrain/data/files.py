@@ -8,13 +8,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from ndtrain.data.formats import can_read, name_kind
+from ndtrain.data.formats import can_read, name_kind, reading
 from ndtrain.errors import DamagedError, RecipeError
-from ndtrain.storage.paths import is_local, os_errors, to_path
+from ndtrain.storage.paths import is_local, to_path
 
 # The files of a token cache.
 CACHE_FILES = ("tokens.bin", "docs.bin", "meta.json")
@@ -162,16 +161,6 @@ def _counts(left: Counter[str]) -> str:
     named = sorted(left.most_common(_NAMED), key=lambda item: (-item[1], item[0]))
     rest = left.total() - sum(count for _, count in named)
     return ", ".join(f"{count:,} {what}" for what, count in (*named, *([("others", rest)] if rest else [])))
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Raise an `OSError` of the body as a `DamagedError` that names `file`."""
-    try:
-        with os_errors(file):
-            yield
-    except OSError as error:
-        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def stamp_of(file: Path) -> list[int]:

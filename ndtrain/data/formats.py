@@ -76,26 +76,33 @@ def _zstd() -> Any:
 
 
 @contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raise an `OSError` of the body, or an object store's error, as a `DamagedError` that names `file`."""
+    try:
+        with os_errors(file):
+            yield
+    except OSError as error:
+        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+@contextmanager
 def opened(file: Path) -> Iterator[tuple[io.BufferedReader[Any], io.BufferedReader[Any]]]:
     """Yield (the file, its content without compression and without a UTF-8 byte-order mark).
 
     The position of the first tells the progress. Raises `DamagedError` for a file that cannot be read or unpacked, for
     the pointer of a file that lies elsewhere, and for UTF-16 or UTF-32; `RecipeError` for a kind that is not supported.
     """
-    try:
-        with os_errors(file):
-            raw: Any = file.open("rb", buffering=0) if is_local(file) else file.open("rb")
-            with io.BufferedReader(raw, _PROBE_BYTES) as stored, _unpacking(file):
-                packed = unpacked(stored, file)
-                if not isinstance(packed, io.BufferedReader):
-                    packed = io.BufferedReader(packed, _PROBE_BYTES)
-                with packed as content:
-                    _check_start(content.peek(64), file)
-                    if content.peek(3)[:3] == b"\xef\xbb\xbf":
-                        content.read(3)
-                    yield stored, content
-    except OSError as error:
-        raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
+    with reading(file):
+        raw: Any = file.open("rb", buffering=0) if is_local(file) else file.open("rb")
+        with io.BufferedReader(raw, _PROBE_BYTES) as stored, _unpacking(file):
+            packed = unpacked(stored, file)
+            if not isinstance(packed, io.BufferedReader):
+                packed = io.BufferedReader(packed, _PROBE_BYTES)
+            with packed as content:
+                _check_start(content.peek(64), file)
+                if content.peek(3)[:3] == b"\xef\xbb\xbf":
+                    content.read(3)
+                yield stored, content
 
 
 @contextmanager

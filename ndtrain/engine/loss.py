@@ -71,7 +71,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
         return gradient * grad, None, None, None
 
 
-class _ChunkedHead(torch.autograd.Function):
+class ChunkedHead(torch.autograd.Function):
     """Computes the loss and all its gradients in one pass over chunks of tokens; no logits outlive their chunk."""
 
     @staticmethod
@@ -160,7 +160,7 @@ class LossModel:
                 assert self._scale is not None
                 weights = list(head.parameters(recurse=False))
                 flat = hidden.reshape(-1, hidden.shape[-1])
-                return _ChunkedHead.apply(flat, self._labels, self._scale, loss_of_part, group, *weights)
+                return ChunkedHead.apply(flat, self._labels, self._scale, loss_of_part, group, *weights)
 
             head.forward = loss_in_head  # type: ignore[method-assign]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ndtrain.data.batches import micro_batches
 from ndtrain.engine import loss
 from ndtrain.engine.engine import Engine
-from ndtrain.errors import NdtrainError, PlanError
+from ndtrain.errors import NdtrainError, PlanError, one_line
 from ndtrain.estimate import record
 from ndtrain.estimate.record import Record, Recorder
 from ndtrain.hf.compat import dispatch_wrapped, documents_found_by, find_packed_sequence_indices, grouped_mm_wrapped
@@ -41,6 +41,7 @@ from ndtrain.torch_compat import (
     fsdp_stages_wrapped,
     give_collectives_shapes,
     shape_propagation_wrapped,
+    sharded_parameters,
     unsharded_parameters,
 )
 
@@ -81,10 +82,9 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             if not recipe.tp.plan and not recipe.ep.plan:
                 raise
-            reason = " ".join(str(error).split())[:200]
             raise PlanError(
                 f"{plan.model_type} does not run on {plan.sizes.describe()} with this [tp.plan] or [ep.plan]: "
-                f"{reason}; correct it"
+                f"{one_line(error)}; correct it"
             ) from error
         return recorder.record
     finally:
@@ -166,13 +166,13 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
     def reduce(group: Any) -> None:
         first.clear()
-        first.update(id(held) for held in group.fsdp_params if held.sharded_param.grad is None)
+        first.update(id(param) for param, _ in sharded_parameters(group) if param.grad is None)
 
     def reduced(group: Any) -> None:
-        there = [held for held in group.fsdp_params if held.sharded_param.grad is not None]
-        recorder.label((h.sharded_param.grad for h in there if not h.offload_to_cpu), record.GRADIENTS)
+        there = [(param, hosted) for param, hosted in sharded_parameters(group) if param.grad is not None]
+        recorder.label((param.grad for param, hosted in there if not hosted), record.GRADIENTS)
         # FSDP waits for the copy of a gradient only if the host adds it to another (torch 2.13).
-        recorder.copied_to_host(h.sharded_param.grad for h in there if h.offload_to_cpu and id(h) in first)
+        recorder.copied_to_host(param.grad for param, hosted in there if hosted and id(param) in first)
 
     def nothing(group: Any) -> None: ...
 
@@ -203,7 +203,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
         return propagated
 
-    head = loss._ChunkedHead.forward
+    head = loss.ChunkedHead.forward
 
     def in_head(*args: Any) -> Any:
         recorder.stage = ("loss", "")
@@ -213,7 +213,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
     with (
         fsdp_stages_wrapped(during),
         shape_propagation_wrapped(unseen),
-        mock.patch.object(loss._ChunkedHead, "forward", staticmethod(in_head)),
+        mock.patch.object(loss.ChunkedHead, "forward", staticmethod(in_head)),
     ):
         yield
 
@@ -247,14 +247,14 @@ def _without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
         # On fake float32 tensors torch's product fails (2.13); transformers' fallback works.
         return lambda tokens, weight, offsets: weight.dtype == torch.bfloat16 and grouped(tokens, weight, offsets)
 
-    find = Visible._find
+    find = Visible.find
 
     def whole_documents(visible: Visible, source: int) -> Any:
         return find(Visible("causal", length=visible.length, rank=visible.rank, cp=visible.cp), source)
 
     with (
         documents_found_by(find_packed_sequence_indices if packing else lambda positions: None),
-        mock.patch.object(Visible, "_find", whole_documents),
+        mock.patch.object(Visible, "find", whole_documents),
         dispatch_wrapped(counted),
         mock.patch.object(FakeTensor, "tolist", even),
         grouped_mm_wrapped(with_shapes),

@@ -10,11 +10,12 @@ from typing import Any
 from ndtrain.accelerators import Device
 from ndtrain.data.batches import micro_batches
 from ndtrain.engine.flops import expert_count, flops_per_token
-from ndtrain.errors import NdtrainError, PlanError
+from ndtrain.errors import NdtrainError, PlanError, first_line
 from ndtrain.estimate.record import Collective
 from ndtrain.estimate.roofline import OVERLAPPED, RESERVED, Times, host_link, seconds
 from ndtrain.estimate.step import StepEstimate, estimate_step
 from ndtrain.hf.model import meta_model
+from ndtrain.mesh import AXES
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
 from ndtrain.train import sizes_for
@@ -26,7 +27,7 @@ TRIES = 3  # candidates of one mesh: the fastest, and the one that needs the lea
 COSTLY = 1.5  # a change with this much more device time is not advised alone
 
 Change = dict[str, Any]
-_AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
+_AXES = (*AXES, "ep")
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,7 @@ def _try(
     except NdtrainError as error:
         return Failure(change, str(error))
     except Exception as error:  # in the model's own code
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        return Failure(change, f"{type(error).__name__}: {first}")
+        return Failure(change, first_line(error))
 
 
 def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int, experts: int) -> Iterator[Change]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from ndtrain.plan import Plan
+from ndtrain.plan.names import innermost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +81,7 @@ def _kinds(model: PreTrainedModel, plan: Plan) -> list[object]:
     by_layer = [value for value in by_layer if len(value) == total]
     params: dict[str, list[object]] = {name: [] for name in plan.blocks}
     for param in plan.params:
-        block = next((name for name in _prefixes(param.fqn) if name in params), None)
+        block = innermost(param.fqn, params)
         if block is not None:
             params[block].append((param.fqn.removeprefix(block), param.shape, param.style, param.placements))
     kinds: list[object] = []
@@ -88,8 +89,3 @@ def _kinds(model: PreTrainedModel, plan: Plan) -> list[object]:
         modules = [type(module) for module in model.get_submodule(name).modules()]
         kinds.append((modules, params[name], [value[i] for value in by_layer]))
     return kinds
-
-
-def _prefixes(fqn: str) -> list[str]:
-    parts = fqn.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -111,6 +111,12 @@ NAMES: dict[str, Private] = {
     "get_relative_import_files": Private(
         f"{_T}.dynamic_module_utils:get_relative_import_files", "code that travels with a model", "module_file"
     ),
+    # ---- chat rows
+    "render_jinja_template": Private(
+        f"{_T}.utils.chat_template_utils:render_jinja_template",
+        "chat rows",
+        "conversations tools chat_template return_assistant_tokens_mask add_generation_prompt",
+    ),
     # ---- building a model
     "model_mapping": Private(f"{_T}:AutoModelForCausalLM._model_mapping", "which configs are causal models'"),
     "get_dtype_plan": Private(f"{_MODEL}._get_dtype_plan", "modules kept in float32", "dtype"),

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from ndtrain.errors import DamagedError
 from ndtrain.runs.messages import broadcast_json, of_rank0
 from ndtrain.runs.process import world_size
+from ndtrain.storage.paths import read_object
 
 SUFFIX, FILE = "_extra_state", "extra_state.json"
 _BYTES = (torch.uint8, torch.int8)
@@ -93,12 +94,7 @@ def read(directory: Path) -> dict[str, Any]:
     """
 
     def load() -> Any:
-        if not (directory / FILE).exists():
-            return {}
-        try:
-            return dict(json.loads((directory / FILE).read_text()))
-        except (ValueError, TypeError) as error:
-            raise DamagedError(f"{directory / FILE} cannot be read ({error})") from error
+        return read_object(directory / FILE) if (directory / FILE).exists() else {}
 
     return cast(dict[str, Any], of_rank0(load))
 

@@ -92,6 +92,31 @@ def model_files(where: Path, *, named: str | None = None) -> ModelFiles | None:
     return _listed(where, named)
 
 
+def named_weights(directory: Path) -> str | None:
+    """Return the file that config.json names as `transformers_weights`; None if it names none or cannot be read."""
+    try:
+        found: str | None = json.loads((directory / "config.json").read_text("utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found
+
+
+def weight_map_of(index: Path, where: object) -> dict[str, str]:
+    """Return {key: name of its file} of an index. Raises `DamagedError` naming `where`."""
+    suffix = Path(index.name.removesuffix(_INDEX_SUFFIX)).suffix
+    try:
+        content = json.loads(index.read_text("utf-8"))
+        weight_map = dict(content["weight_map"])
+        if not isinstance(content["metadata"], dict) or not weight_map:
+            raise ValueError("metadata is not a table, or weight_map is empty")
+        for key, name in weight_map.items():
+            if not _NAME.fullmatch(name) or not name.endswith(suffix):
+                raise ValueError(f"{key} is in {name!r}, which is not a {suffix} file of the directory")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{where}: {index.name} is damaged ({first_line(error)})") from error
+    return weight_map
+
+
 def _find(where: Path, name: str) -> Path | None:
     """Return the path of a file of `where`, or None. Raises `DamagedError` for a link to nothing."""
     path = where / name
@@ -109,17 +134,7 @@ def _listed(where: Path, main: str) -> ModelFiles:
     kind: Literal["safetensors", "torch"] = "safetensors" if ".safetensors" in main else "torch"
     if not main.endswith(_INDEX_SUFFIX):
         return ModelFiles(where, kind, main, {main: path}, None)
-    suffix = Path(main.removesuffix(_INDEX_SUFFIX)).suffix
-    try:
-        index = json.loads(path.read_text())
-        weight_map = dict(index["weight_map"])
-        if not isinstance(index["metadata"], dict) or not weight_map:
-            raise ValueError("metadata is not a table, or weight_map is empty")
-        for key, name in weight_map.items():
-            if not _NAME.fullmatch(name) or not name.endswith(suffix):
-                raise ValueError(f"{key} is in {name!r}, which is not a {suffix} file of the directory")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{where}: {main} is damaged ({first_line(error)})") from error
+    weight_map = weight_map_of(path, where)
     names = sorted(set(weight_map.values()))
     if lost := [name for name in names if _find(where, name) is None]:
         raise DamagedError(f"{where}: {lost[0]} is missing, which {main} names")

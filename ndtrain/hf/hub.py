@@ -1,9 +1,8 @@
 """Find the directory that a name in a recipe stands for: a local one, or a snapshot in the hub's cache.
 
-A repository holds a model or, with `kind="dataset"`, data sets, of which only the wanted files are in the cache: the
-names of all are kept beside them.
 `resolve` asks the hub which commit a revision is and which files it has, `fetch` downloads files of that commit.
-Nothing else asks the hub: readers take `directory_of` and see only local files.
+Nothing else asks the hub: readers take `directory_of` and see only local files. A repository holds a model or, with
+`kind="dataset"`, data sets, of which the cache has the wanted files alone, so that the names of all are kept beside them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError, first_line
-from ndtrain.hf.files import STANDARD
+from ndtrain.hf.files import STANDARD, named_weights, weight_map_of
 from ndtrain.storage.paths import replace_text
 
 MAIN = "main"
@@ -208,25 +207,14 @@ def is_beside(path: str, size: int) -> bool:
 
 def weights_of(name: str, found: Snapshot, *, key: str = "model.name") -> list[str]:
     """Return the paths of the weights that `from_pretrained` reads; [] without any. Downloads their index."""
-    config = snapshot_directory(name, found.commit) / "config.json"
-    try:
-        given = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
-        given = None
-    for file in (given, *STANDARD):
-        if file not in found.files:
+    directory = snapshot_directory(name, found.commit)
+    for file in (named_weights(directory), *STANDARD):
+        if file is None or file not in found.files:
             continue
         if not file.endswith(".index.json"):
             return [file]
         fetch(name, found.commit, [file], key=key)
-        try:
-            text = (snapshot_directory(name, found.commit) / file).read_text(encoding="utf-8")
-            shards = sorted(set(json.loads(text)["weight_map"].values()))
-            if out := [shard for shard in shards if ".." in shard or shard.startswith("/")]:
-                raise ValueError(f"it names {out[0]}")
-            return [file, *shards]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"{name} at commit {found.commit}: {file} is damaged ({error})") from error
+        return [file, *sorted(set(weight_map_of(directory / file, f"{name} at commit {found.commit}").values()))]
     return []
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ndtrain.errors import RecipeError, first_line, keeps_its_name
@@ -37,14 +38,10 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
             f'transformers has no causal language model of model type "{config.model_type}"; choose another model'
         )
     export_dtype = getattr(config, "dtype", None) or torch.float32
+    trust = recipe.model.trust_remote_code
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),
-                dtype=torch.float32,
-                attn_implementation=recipe.model.attn,
-                trust_remote_code=recipe.model.trust_remote_code,
-            )
+            model = built(config, trust_remote_code=trust, attn_implementation=recipe.model.attn)
     except Exception as error:
         if keeps_its_name(error):
             raise
@@ -68,6 +65,13 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     model.config.use_cache = False
     model.train()
     return model
+
+
+def built(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
+    """Return the causal LM of a config in float32; it gets a copy, since building it writes into the config."""
+    return transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code, **options
+    )
 
 
 def _settle_attention(model: PreTrainedModel, seq_len: int) -> None:
@@ -94,11 +98,8 @@ def built_buffers(model: PreTrainedModel, names: Collection[str], recipe: Recipe
     Builds the model a second time, with large tensors on meta and small ones in memory.
     """
     with _SmallInMemory():
-        again = transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(cast("PreTrainedConfig", model.export_config)),
-            dtype=torch.float32,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+        config = cast("PreTrainedConfig", model.export_config)
+        again = built(config, trust_remote_code=recipe.model.trust_remote_code)
     buffers = dict(again.named_buffers())
     return {name: buffers[name] for name in names if not buffers[name].is_meta}
 
@@ -128,7 +129,7 @@ def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] 
     return re.compile("|".join(pattern.replace("*", r"\d+") for pattern in plan)) if plan else None
 
 
-def tied_keys(model: PreTrainedModel) -> dict[str, str]:
+def tied_keys(model: nn.Module) -> dict[str, str]:
     """Return {FQN of each tied alias: FQN of the parameter it shares}."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 

@@ -2,7 +2,7 @@
 
 A config is built from the keys of config.json, edited as one would by hand. transformers moves older keys when it
 builds one (`rope_theta` into `rope_parameters`, `sliding_window_pattern` into `layer_types`), and a value that already
-is in the newer place comes first. So an override of an older key is also written where the config class puts it; what
+is under the newer key comes first. So an override of an older key is also written where the config class puts it; what
 the class still ignores or changes is refused.
 """
 
@@ -260,8 +260,8 @@ def _reads(config: PreTrainedConfig, key: str) -> bool:
     Some keys have no default in the config class.
     """
     word, kind = re.escape(key), causal_lm_class(config)
-    places = [(rf"""["']{word}["']""", type(config)), *([(rf"\b{word}\b", kind)] if kind is not None else [])]
-    return any(re.search(pattern, inspect.getsource(sys.modules[c.__module__])) for pattern, c in places)
+    sources = [(rf"""["']{word}["']""", type(config)), *([(rf"\b{word}\b", kind)] if kind is not None else [])]
+    return any(re.search(pattern, inspect.getsource(sys.modules[c.__module__])) for pattern, c in sources)
 
 
 def _check_held(

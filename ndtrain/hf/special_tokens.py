@@ -70,7 +70,7 @@ def without_special(tokenizer: PreTrainedTokenizerBase, special: Collection[str]
             model["merges"] = [pair for pair in merges if not {*pair, "".join(pair)} & hidden.keys()]
     else:
         return None
-    for token in rules["added_tokens"]:  # kept, under the other name: ids are given by place
+    for token in rules["added_tokens"]:  # kept, under the other name: ids are given by position
         token["content"] = hidden.get(token["content"], token["content"])
     rules["post_processor"] = rules["truncation"] = rules["padding"] = None
     return Tokenizer.from_str(json.dumps(rules))

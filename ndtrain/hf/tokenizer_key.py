@@ -35,7 +35,7 @@ PROBE = (
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a key that is the same in every process and for every place of the files.
+    """Return a key that is the same in every process, wherever the files are.
 
     It covers class, code, versions, the Rust backend with its added tokens, settings, vocabulary, the content of
     vocabulary files, and the ids of some text. Raises `RecipeError` for a tokenizer that gives other ids each time.

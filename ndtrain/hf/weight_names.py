@@ -1,15 +1,25 @@
-"""Map saved tensors to a model's tensors by transformers' weight conversions (core_model_loading, 5.23)."""
+"""Name the tensors of a model, and map saved ones to them by transformers' conversions (core_model_loading, 5.23)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ndtrain.hf import extra_states
 from ndtrain.hf.compat import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from ndtrain.hf.model import tied_keys
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
+    aliases = tied_keys(model)
+    return {
+        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_states.is_extra(k)
+    }
 
 
 class Named(NamedTuple):

@@ -12,7 +12,7 @@ from ndtrain.hf import extra_states
 from ndtrain.hf.model import tie
 from ndtrain.load.files import files_to_load, unused
 from ndtrain.load.identity import base_identity
-from ndtrain.load.memory import fill_with_noise, materialize, model_tensors, unset
+from ndtrain.load.memory import fill_with_noise, materialize, unset
 from ndtrain.load.rank0 import load_rank0
 from ndtrain.load.scratch import initialize
 from ndtrain.load.sharded import choose_mode, load_sharded
@@ -20,12 +20,13 @@ from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import broadcast_json, of_rank0, on_rank0, together
 from ndtrain.runs.process import Runtime
-from ndtrain.storage.pieces import read_piece
+from ndtrain.storage.headers import DTYPES
+from ndtrain.storage.stored import Buffers, of_piece, read_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["base_identity", "fill_with_noise", "load_weights", "materialize", "model_tensors", "unset", "unused"]
+__all__ = ["base_identity", "fill_with_noise", "load_weights", "materialize", "unset", "unused"]
 
 
 def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:
@@ -67,7 +68,8 @@ def _load_extra(model: PreTrainedModel, recipe: Recipe, notes: list[str]) -> Non
         for key, piece in files.pieces().items():
             if not extra_states.is_extra(key):
                 continue
-            tensor, name = read_piece(piece), key.removesuffix(extra_states.SUFFIX).rstrip(".")
+            name = key.removesuffix(extra_states.SUFFIX).rstrip(".")
+            tensor = read_all(of_piece(piece), DTYPES[piece.dtype], buffers=Buffers()).reshape(piece.sizes)
             with suppress(TypeError):
                 found[name] = extra_states.to_json(tensor) if tensor.numel() else None
             found.setdefault(name, "bytes")

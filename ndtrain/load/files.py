@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ndtrain.errors import DamagedError, RecipeError, keeps_its_name
+from ndtrain.errors import DamagedError, RecipeError, first_line, keeps_its_name
 from ndtrain.hf import extra_states
 from ndtrain.hf.files import SINGLE, ModelFiles, model_files
 from ndtrain.hf.hub import directory_of
@@ -49,8 +49,9 @@ def readable(recipe: Recipe) -> Iterator[None]:
     except Exception as error:
         if keeps_its_name(error):
             raise
-        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
-        raise DamagedError(f'the weights of model.name = "{recipe.model.name}" cannot be read: {line}') from error
+        raise DamagedError(
+            f'the weights of model.name = "{recipe.model.name}" cannot be read: {first_line(error)}'
+        ) from error
 
 
 def check_report(missing: Any, mismatched: Any, recipe: Recipe) -> None:

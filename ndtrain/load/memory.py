@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
-from ndtrain.hf import extra_states
 from ndtrain.hf.compat import mark_initialized
-from ndtrain.hf.model import built_buffers, tie, tied_keys
+from ndtrain.hf.model import built_buffers, tie
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.recipe import Recipe
 from ndtrain.runs.process import Runtime
@@ -95,11 +95,3 @@ def fill_with_noise(model: PreTrainedModel) -> None:
             local.normal_(mean=1.0, std=0.1)
         else:
             local.normal_(std=tensor.shape[-1] ** -0.5)
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and persistent buffer once: the state dict without tied aliases and extra states."""
-    aliases = tied_keys(model)  # type: ignore[arg-type]
-    return {
-        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in aliases and not extra_states.is_extra(k)
-    }

@@ -14,9 +14,9 @@ from ndtrain.hf import extra_states
 from ndtrain.hf.hub import directory_of
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.tied import other_values
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.load.files import check_report, files_to_load, readable, refuse_nan, unused
-from ndtrain.load.memory import model_tensors
 from ndtrain.load.sources import refuse_copies, sources
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import on_rank0, together

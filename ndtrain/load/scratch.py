@@ -11,9 +11,10 @@ from torch import nn
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf.compat import guard_torch_init_functions, initialize_own
 from ndtrain.hf.model import meta_model
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.layout import held_boxes, local_part
-from ndtrain.load.memory import model_tensors
 from ndtrain.plan import Plan
+from ndtrain.plan.names import is_within
 from ndtrain.recipe import Recipe
 from ndtrain.runs.seeds import random_seed
 
@@ -59,9 +60,8 @@ def _initialized_together(model: nn.Module, plan: Plan) -> Iterator[str]:
     """Yield the blocks, then every other module with tensors of its own: the same names on every mesh."""
     yield from plan.blocks
     for name, module in model.named_modules():
-        inside = any(name == b or name.startswith(f"{b}.") for b in plan.blocks)
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and not inside:
+        if own and not is_within(name, plan.blocks):
             yield name
 
 

@@ -22,9 +22,9 @@ from ndtrain.hf.compat import (
     convert_and_load_state_dict_in_model,
     may_be_missing,
 )
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.layout import local_part
 from ndtrain.load.files import check_report, files_to_load, readable, refuse_nan, unused
-from ndtrain.load.memory import model_tensors
 from ndtrain.load.sources import Sources, refuse_copies, sources
 from ndtrain.recipe import Recipe
 from ndtrain.runs.process import rank, world_size

@@ -16,42 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.mesh import Meshes
+from ndtrain.parallel.gather import Gather, Scatter
 from ndtrain.plan import Plan
 from ndtrain.plan.sequence import Region, SequencePlan
-from ndtrain.torch_compat import all_gather_single, reduce_scatter_single
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-_all_gather, _reduce_scatter = all_gather_single(), reduce_scatter_single()
-
-
-class _Gather(torch.autograd.Function):
-    """Gathers `[B, L, H]` of every rank into `[B, S, H]`; the ranks' gradients are equal, or `partial` sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
-        ctx.group, ctx.partial = group, partial
-        return _gathered(x, length, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        part = _summed_part(grad, ctx.group) if ctx.partial else _part(grad, ctx.group)
-        return part, None, None, None
-
-
-class _Scatter(torch.autograd.Function):
-    """Takes this rank's `[B, L, H]` of `[B, S, H]`, which is equal on every rank or a `partial` sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
-        ctx.group, ctx.length = group, x.shape[1]
-        return _summed_part(x, group) if partial else _part(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _gathered(grad, ctx.length, ctx.group), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -81,33 +51,6 @@ class _SumOfGradients(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
-
-
-def _parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return `[B, S, H]` as `[tp, B, L, H]`, padded with zeros."""
-    tp = group.size()
-    padding = -x.shape[1] % tp
-    padded = nn.functional.pad(x, (0, 0, 0, padding)) if padding else x
-    return padded.unflatten(1, (tp, -1)).movedim(1, 0)
-
-
-def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _parts(x, group)[group.rank()].clone(memory_format=torch.contiguous_format)
-
-
-def _summed_part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = _parts(x, group).contiguous()
-    out = torch.empty_like(parts[0])
-    _reduce_scatter(out, parts.flatten(0, 1), group=group)
-    return out
-
-
-def _gathered(x: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
-    parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    _all_gather(parts, x.contiguous(), group=group)
-    # Never a view: FSDP and later modules may hook it or change it in place.
-    whole = torch.cat(parts.chunk(group.size()), dim=1)
-    return whole if whole.shape[1] == length else whole[:, :length].clone()
 
 
 class SequenceParallel:
@@ -140,18 +83,18 @@ class SequenceParallel:
 
         def split(x: Tensor) -> Tensor:
             self._length = x.shape[1]
-            part: Tensor = _Scatter.apply(x, self.group, False)
+            part: Tensor = Scatter.apply(x, self.group, False)
             return part
 
         return _replace(split, args, kwargs, "hidden_states")
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
-        return _first_of(output, lambda x: _Gather.apply(x, self._length, self.group, False)) if self.enabled else None
+        return _first_of(output, lambda x: Gather.apply(x, self._length, self.group, False)) if self.enabled else None
 
     def _before(self, region: Region) -> Any:
         def gather(x: Tensor) -> Tensor:
             if self.enabled:
-                return _Gather.apply(x, self._length, self.group, region.row is not None)  # type: ignore[no-any-return]
+                return Gather.apply(x, self._length, self.group, region.row is not None)  # type: ignore[no-any-return]
             return _SumOfGradients.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -162,7 +105,7 @@ class SequenceParallel:
     def _after(self, region: Region) -> Any:
         def scatter(x: Tensor) -> Tensor:
             if self.enabled:
-                return _Scatter.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
+                return Scatter.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
             return _Sum.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
 
         return lambda module, args, output: _first_of(output, scatter)

@@ -18,7 +18,8 @@ from torch import nn
 
 from ndtrain.hf.compat import Conv1D
 from ndtrain.hf.model import tied_keys
-from ndtrain.plan.units import embeddings, is_within
+from ndtrain.plan.names import is_within
+from ndtrain.plan.units import embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,6 +15,7 @@ from ndtrain.layout import fsdp_over, local_shape
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import context, expert, manual, refuse, sequence, tensor
 from ndtrain.plan import units as fsdp
+from ndtrain.plan.names import innermost
 from ndtrain.plan.types import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
@@ -167,9 +168,4 @@ def _over_fsdp(shape: tuple[int, ...], inner: Placement, mesh: tuple[int, int]) 
 
 
 def _unit_of(fqn: str, owner: dict[str, str]) -> str:
-    prefix = fqn.rpartition(".")[0]
-    while prefix:
-        if prefix in owner:
-            return owner[prefix]
-        prefix = prefix.rpartition(".")[0]
-    return "root"
+    return owner.get(innermost(fqn, owner) or "", "root")

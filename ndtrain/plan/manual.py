@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ndtrain.errors import PlanError
+from ndtrain.plan.names import expression_of, folded, innermost
 from ndtrain.plan.types import Unit
 from ndtrain.plan.units import embeddings, joined, kept_in_float32, kept_owners, root
 from ndtrain.recipe import Recipe
@@ -76,8 +76,7 @@ def _at(pattern: str) -> str:
 
 def _matches(pattern: str, name: str, module: nn.Module) -> bool:
     """Return whether `pattern` matches a module's FQN (`*` matches anything but a dot) or is its class name."""
-    by_name = "".join("[^.]*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern))
-    return type(module).__name__ == pattern or re.fullmatch(by_name, name) is not None
+    return type(module).__name__ == pattern or expression_of(pattern).fullmatch(name) is not None
 
 
 def _matched(model: PreTrainedModel, usual: Unit, recipe: Recipe) -> dict[str, str]:
@@ -105,10 +104,9 @@ def _matched(model: PreTrainedModel, usual: Unit, recipe: Recipe) -> dict[str, s
 
 
 def _hint(pattern: str, model: PreTrainedModel) -> str:
-    numbers = re.compile(r"\.\d+(?=\.|$)")
-    if any(numbers.sub(".*", pattern) == numbers.sub(".*", fqn) for fqn, _ in model.named_parameters()):
+    if any(folded(pattern) == folded(fqn) for fqn, _ in model.named_parameters()):
         return f'it is a parameter; name its module, "{pattern.rpartition(".")[0]}"'
-    names = {numbers.sub(".*", name): None for name, _ in model.named_modules() if name}
+    names = {folded(name): None for name, _ in model.named_modules() if name}
     names |= {type(module).__name__: None for _, module in model.named_modules()}
     inside = [name for name in names if name.endswith(f".{pattern}")]
     near = inside[:3] or difflib.get_close_matches(pattern, names, n=3)
@@ -138,21 +136,14 @@ def _unit(name: str, pattern: str, usual: Unit, recipe: Recipe) -> Unit:
     )
 
 
-def _owner(module: str, chosen: dict[str, Unit]) -> str | None:
-    """Return the innermost chosen module that is or contains `module`; None for the root."""
-    while module and module not in chosen:
-        module = module.rpartition(".")[0]
-    return module or None
-
-
 def _around(name: str, chosen: dict[str, Unit], usual: Unit) -> Unit:
-    outer = _owner(name.rpartition(".")[0], chosen)
+    outer = innermost(name.rpartition(".")[0], chosen)
     return usual if outer is None else chosen[outer]
 
 
 def _check_none_is_empty(model: nn.Module, matched: dict[str, str], chosen: dict[str, Unit]) -> None:
     holders = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters(remove_duplicate=False)}
-    used = {_owner(module, chosen) for module in holders}
+    used = {innermost(module, chosen) for module in holders}
     for name, pattern in matched.items():
         if name not in used:
             raise PlanError(
@@ -165,7 +156,7 @@ def _tied_together(chosen: dict[str, Unit], matched: dict[str, str], tied: dict[
     leader: dict[str, str] = {}
     for alias, source in tied.items():
         modules = [key.rpartition(".")[0] for key in (source, alias)]
-        owners = [_owner(module, chosen) for module in modules]
+        owners = [innermost(module, chosen) for module in modules]
         if owners[0] == owners[1]:
             continue
         first, second = (chosen.get(module) for module in modules)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ndtrain.errors import PlanError
+from ndtrain.plan.names import expression_of, folded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,19 +18,18 @@ def overridden(
 ) -> dict[str, str]:
     """Return `own` ({FQN of a module or parameter: style}) with the styles of `overrides` ({FQN pattern: style}).
 
-    `*` in a pattern matches one part between dots. A module's style applies to its parameters without a style of their
-    own. Raises `PlanError` for a style that is not in `styles` and for a pattern that matches nothing.
+    `*` in a pattern matches any characters but a dot. A module's style applies to its parameters without a style of
+    their own. Raises `PlanError` for a style that is not in `styles` and for a pattern that matches nothing.
     """
     found = dict(own)
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     for pattern, style in overrides.items():
         if style not in styles:
             raise PlanError(f'{key}."{pattern}" = "{style}" is not a style; use one of {", ".join(styles)}')
-        expression = re.compile(r"\.".join("[^.]+" if part == "*" else re.escape(part) for part in pattern.split(".")))
+        expression = expression_of(pattern)
         chosen = [name for name in names if expression.fullmatch(name)]
         if not chosen:
-            folded = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
-            near = difflib.get_close_matches(pattern, folded, n=1)
+            near = difflib.get_close_matches(pattern, {*map(folded, names)}, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise PlanError(f'{key}."{pattern}" matches nothing in {model.config.model_type}{hint}')
         for name in chosen:

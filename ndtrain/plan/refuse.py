@@ -54,7 +54,7 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
 
 
 def _check_cp(model: PreTrainedModel, sizes: MeshSizes) -> None:
-    """Refuse models known not to work on parts of sequences; `Trainer` tests the others by running them."""
+    """Refuse models known not to work on parts of sequences; `proof` tests the others by running them."""
     what = model.config.model_type
     if mixing := _mixing(model):
         raise PlanError(f"{what} under mesh.cp = {sizes.cp}: {mixing}; set mesh.cp = 1")
@@ -106,7 +106,7 @@ def notes(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Iterator[
 
 
 def check_dropout(model: PreTrainedModel) -> None:
-    """Refuse jitter under tp; `Trainer` finds out by running the model where it applies dropout."""
+    """Refuse jitter under tp; `proof` finds out by running the model where it applies dropout."""
     for key, value in dropouts(model).items():
         if "jitter" in key:
             raise PlanError(

@@ -12,10 +12,10 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from ndtrain.errors import PlanError
 from ndtrain.hf.compat import expanded_plan
 from ndtrain.hf.model import tied_keys
-from ndtrain.mesh import MeshSizes
+from ndtrain.mesh import MeshSizes, either
 from ndtrain.plan import derive
+from ndtrain.plan.names import is_within
 from ndtrain.plan.override import overridden
-from ndtrain.plan.units import is_within
 from ndtrain.torch_compat import StridedShard
 
 if TYPE_CHECKING:
@@ -147,8 +147,9 @@ def _check_heads(what: str, config: object, tp: int, rules: dict[str, str]) -> N
         if any(n is None or n % tp for n in counts):
             whole = math.gcd(*(n for c in (heads, kv_heads) for n in (c if isinstance(c, list) else [c]) if n))
             allowed = [n for n in range(1, whole + 1) if whole % n == 0]
-            words = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else "1"
-            raise PlanError(f"mesh.tp = {tp} does not divide the {count} {kind} heads of {what}; tp may be {words}")
+            raise PlanError(
+                f"mesh.tp = {tp} does not divide the {count} {kind} heads of {what}; tp may be {either(allowed)}"
+            )
 
 
 def _bare(modules: dict[str, nn.Module], found: dict[str, str]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from ndtrain.hf.compat import GradientCheckpointingLayer, no_split_modules
 from ndtrain.hf.model import kept_in_fp32
+from ndtrain.plan.names import is_within
 from ndtrain.plan.types import Unit
 from ndtrain.recipe import Recipe
 
@@ -31,11 +32,6 @@ def find_blocks(model: nn.Module) -> Iterator[str]:
         if listed and is_block and not is_within(name, found):
             found.append(name)
             yield name
-
-
-def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Return whether `name` is one of `modules` or inside one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def units(

@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ndtrain.engine import Engine
-from ndtrain.errors import PlanError, of_the_machine
+from ndtrain.errors import PlanError, of_the_machine, one_line
+from ndtrain.mesh import AXES
 from ndtrain.plan.refuse import dropouts
 
 
@@ -94,7 +95,7 @@ def models_own_errors(engine: Engine) -> Iterator[None]:
 
 def does_not_run(engine: Engine, error: Exception) -> PlanError:
     """Return the error for a model whose own code raised `error` on its part of the work."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = one_line(error)
     if module := _module_of(error):
         reason = f"in {module}: {reason}"
     what = f"{engine.plan.model_type} does not run on {engine.sizes.describe()}"
@@ -108,7 +109,7 @@ def does_not_run(engine: Engine, error: Exception) -> PlanError:
 
 def way_out(engine: Engine) -> tuple[str, str]:
     """Return the mesh axes with more than one rank, and what to set instead, for a message."""
-    axes = [axis for axis in ("dp_replicate", "dp_shard", "cp", "tp", "ep") if getattr(engine.sizes, axis) > 1]
+    axes = [axis for axis in (*AXES, "ep") if getattr(engine.sizes, axis) > 1]
     under = ", ".join(f"mesh.{axis} = {getattr(engine.sizes, axis)}" for axis in axes)
     cuts = [axis for axis in axes if axis in ("cp", "tp", "ep")] or axes
     plans = " and ".join(f"[{axis}.plan]" for axis in ("tp", "ep") if getattr(engine.recipe, axis).plan)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ndtrain.layout import held_boxes, local_part
 from ndtrain.plan import Plan
-from ndtrain.plan.units import is_within
+from ndtrain.plan.names import is_within
 from ndtrain.proof.lazy import LazyParameter, Recent
 from ndtrain.torch_compat import put_parameter, tree_leaves, tree_map
 

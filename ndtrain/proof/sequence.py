@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ndtrain.engine import Engine
 from ndtrain.engine.gradients import sum_over_tp
-from ndtrain.errors import PlanError, of_the_machine
+from ndtrain.errors import PlanError, of_the_machine, one_line
 from ndtrain.layout import local_part
 from ndtrain.parallel.sequence import SequenceParallel
 from ndtrain.plan.refuse import dropouts
@@ -42,7 +42,7 @@ def try_sequence_parallel(engine: Engine, sequence: SequenceParallel, limits: Li
         except Exception as error:
             if of_the_machine(error):
                 raise
-            reason = " ".join(str(error).split())[:150]
+            reason = one_line(error)
             worst = torch.full((), torch.inf, device=engine.device)
             if not hasattr(model, "reset_iter_state"):  # torch < 2.13
                 failure = f"{name} does not run with sequence parallelism ({reason})"

@@ -73,8 +73,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         else:
             problems = [*contradictions(recipe), *not_yet(recipe), *_not_allowed(recipe)]
             if not problems:
-                recipe._notes = tuple(notes)
-                return recipe
+                return recipe.noted(notes)
 
     def last_if_missing(problem: Problem) -> tuple[bool, int]:
         # A misspelt key leaves another one missing; list the cause first.
@@ -266,7 +265,7 @@ def _not_allowed(recipe: Recipe) -> Iterator[Problem]:
     for entry in recipe.checkpoint.allow:
         key = _parts(entry)
         if reason := _no_key(key):
-            yield at, f"{dotted(at)}: {show(entry)} is no key of a recipe; {reason}"
+            yield at, f"{dotted(at)}: {show(entry)} is not a key of a recipe; {reason}"
         elif entry in NEVER:
             yield (
                 at,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-_SAMPLES = "the place in the data counts samples, and a sample would be another"
+_SAMPLES = "the position in the data is a number of samples, and each sample would be another one"
 # Keys whose change no resume can let pass -> the reason.
 NEVER: dict[str, str] = {
     "data.seq_len": _SAMPLES,

@@ -1,6 +1,7 @@
 """The sections and keys of a recipe: one frozen pydantic model per section, with strict types."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -59,6 +60,11 @@ class MeshSection(Section):
     cp: Size = Field(1, description="Ranks that split a sequence.")
     tp: Size = Field(1, description="Ranks that split each matrix.")
     ep: Size = Field(1, description="Ranks that split the experts, among the dp_shard x cp x tp ranks.")
+
+    @property
+    def least_ranks(self) -> int:
+        """The world size, with one rank on dp_shard where it is -1."""
+        return self.dp_replicate * max(1, self.dp_shard) * self.cp * self.tp
 
 
 Policy = Literal["free_full_weight", "keep_full_weight"]
@@ -315,3 +321,9 @@ class Recipe(Section):
     def notes(self) -> tuple[str, ...]:
         """One sentence for each accepted alias, to be shown once. Not part of the schema."""
         return self._notes
+
+    def noted(self, notes: Iterable[str]) -> Self:
+        """Return this recipe with these notes."""
+        copy = self.model_copy()
+        copy._notes = tuple(notes)
+        return copy

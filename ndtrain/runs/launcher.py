@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.errors import DamagedError, PlanError, RecipeError
+from ndtrain.runs.environment import RUN_ID
 from ndtrain.runs.reports import ranks_are
 from ndtrain.runs.stop_signals import handle_all, nothing_to_save
 
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
 
 def local_world_size(recipe: "Recipe") -> int:
     """Return how many ranks the mesh needs on this machine; `dp_shard = -1` takes all its GPUs, or is 1 without any."""
-    mesh = recipe.mesh
-    others = mesh.dp_replicate * mesh.cp * mesh.tp
-    if mesh.dp_shard > 0:
-        return others * mesh.dp_shard
+    least = recipe.mesh.least_ranks
+    if recipe.mesh.dp_shard > 0:
+        return least
     import torch
 
-    return others * max(1, torch.cuda.device_count() // others)
+    return least * max(1, torch.cuda.device_count() // least)
 
 
 def launch_workers(ranks: int, arguments: list[str]) -> int:
@@ -46,7 +46,7 @@ def launch_workers(ranks: int, arguments: list[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
-        run_id=str(uuid.uuid4()),
+        run_id=f"{RUN_ID}{uuid.uuid4()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",  # the machine's own host name may not resolve

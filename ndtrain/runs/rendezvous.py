@@ -1,4 +1,4 @@
-"""Connect the ranks of one launch attempt through the launcher's store."""
+"""Connect the ranks of one start of a launch through the launcher's store."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CONNECT_TIMEOUT = timedelta(minutes=2)
 
 
 def launcher_store(rank: int, world_size: int, limit: timedelta, joined: Callable[[Any], None]) -> Any:
-    """Return the store through which the ranks find each other, with a prefix that only this attempt uses.
+    """Return the store through which the ranks find each other, with a prefix that only this start uses.
 
     torchrun's store outlives the workers that it restarts (torch 2.13), so it still holds the addresses of processes
-    that are gone. Restart counts cannot tell attempts apart, since they differ between nodes. So each rank writes a
+    that are gone. Restart counts cannot tell starts apart, since they differ between nodes. So each rank writes a
     fresh random name and waits until rank 0 answers that name with its own, which becomes the prefix. `joined` is
     called with the store as soon as this rank has it, while others may still be missing. Raises `NdtrainError` if the
     store or rank 0 does not answer within `limit`.
@@ -46,7 +46,7 @@ def launcher_store(rank: int, world_size: int, limit: timedelta, joined: Callabl
     store.set_timeout(limit)
     own = uuid.uuid4().hex
     store.set(f"ndtrain/hello/{rank}", own)
-    attempt, answered = own, dict.fromkeys(range(world_size), "")
+    prefix, answered = own, dict.fromkeys(range(world_size), "")
     if rank == 0:
         joined(dist.PrefixStore(f"ndtrain/{own}", store))
     deadline = time.monotonic() + (limit + MARGIN).total_seconds()  # whoever is joined reports first
@@ -58,10 +58,10 @@ def launcher_store(rank: int, world_size: int, limit: timedelta, joined: Callabl
                     answered[number] = name.decode()
                     store.set(f"ndtrain/welcome/{number}", f"{answered[number]} {own}")
         elif store.check([f"ndtrain/welcome/{rank}"]):
-            name, attempt = store.get(f"ndtrain/welcome/{rank}").decode().split()
+            name, prefix = store.get(f"ndtrain/welcome/{rank}").decode().split()
             if name == own:
-                joined(dist.PrefixStore(f"ndtrain/{attempt}", store))
-                store.set(f"ndtrain/{attempt}/here/{rank}", "")
+                joined(dist.PrefixStore(f"ndtrain/{prefix}", store))
+                store.set(f"ndtrain/{prefix}/here/{rank}", "")
                 break
         if rank == 0 and store.check([f"ndtrain/{own}/here/{n}" for n in range(1, world_size)]):
             break
@@ -70,7 +70,7 @@ def launcher_store(rank: int, world_size: int, limit: timedelta, joined: Callabl
                 f"{_apart(world_size, limit)}: rank 0 does not answer; check that the workers of every node are running"
             )
         time.sleep(0.02)
-    return dist.PrefixStore(f"ndtrain/{attempt}", store)
+    return dist.PrefixStore(f"ndtrain/{prefix}", store)
 
 
 def _apart(world_size: int, limit: timedelta) -> str:

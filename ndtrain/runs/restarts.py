@@ -1,4 +1,4 @@
-"""Pass information between the attempts of one launch: torchrun restarts the workers when one has failed.
+"""Pass information from start to start of one launch: torchrun restarts the workers when one has failed.
 
 RUN_DIR/.launch.json holds which launch this is, the step at which it began and whether it was stopped on request. It is
 written only where torchrun may restart (`--max-restarts`).
@@ -20,10 +20,10 @@ FILE = ".launch.json"
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One start of the workers within a launch that torchrun may restart.
+class Restarts:
+    """The starts of the workers of one launch, of which this process belongs to the newest.
 
-    `launch` identifies the launch, `known_first` is True if this attempt is certainly its first, and `max_restarts` is
+    `launch` identifies the launch, `known_first` is True if this start is certainly its first, and `max_restarts` is
     torchrun's `--max-restarts`.
     """
 
@@ -33,8 +33,8 @@ class Attempt:
     max_restarts: int
 
     @classmethod
-    def of_process(cls, run_dir: Path) -> Attempt:
-        """Return the attempt that torchrun's variables describe; outside torchrun a launch has one attempt."""
+    def of_process(cls, run_dir: Path) -> Restarts:
+        """Return those that torchrun's variables describe; outside torchrun a launch has one start."""
         variable = os.environ.get
         # Each launch has another port for the launcher's own store. Without that store only the restart count can tell,
         # and not always: a node whose workers did not fail themselves counts no restart.
@@ -44,7 +44,7 @@ class Attempt:
         return cls(run_dir, launch, known_first, int(variable("TORCHELASTIC_MAX_RESTARTS", "0")))
 
     def _read(self) -> dict[str, Any] | None:
-        """Return what earlier attempts of this launch wrote, or None."""
+        """Return what earlier starts of this launch wrote, or None."""
         if self.known_first:
             return None
         try:
@@ -74,8 +74,8 @@ class Attempt:
                 (self.run_dir / FILE).unlink()
 
     @property
-    def is_restart(self) -> bool:
-        """Whether an earlier attempt of this launch has begun to train."""
+    def restarted(self) -> bool:
+        """Whether an earlier start of this launch has begun to train."""
         return self._read() is not None
 
     def resume_from(self, requested: str, newest: int | None) -> str:
@@ -87,7 +87,7 @@ class Attempt:
         return "auto" if earlier is not None and newest is not None and newest > earlier["step"] else requested
 
     def record_begin(self, step: int) -> None:
-        """Record the step at which this launch begins, -1 for a new run, unless an earlier attempt did.
+        """Record the step at which this launch begins, -1 for a new run, unless an earlier start did.
 
         For rank 0, once the run directory is known to be usable.
         """
@@ -95,6 +95,6 @@ class Attempt:
             self._write(step=step)
 
     def record_stop(self) -> None:
-        """Record that the launch was stopped, so that later attempts end at once. For rank 0."""
+        """Record that the launch was stopped, so that later starts end at once. For rank 0."""
         with suppress(OSError):
             self._write(step=-1, stopped=True)

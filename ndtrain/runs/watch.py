@@ -45,7 +45,7 @@ MOVED_BYTES, MOVED_BYTES_PER_RANK = 1 << 26, 1 << 20
 
 
 class Progress(NamedTuple):
-    """A rank's progress: how often it was written, its step, its beats and collectives, its place in `PHASES`."""
+    """A rank's progress: how often it was written, its step, its beats and collectives, the index of its phase."""
 
     writes: int
     step: int

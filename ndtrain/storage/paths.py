@@ -7,6 +7,7 @@ have no rename and no half-written objects, and are read fastest in byte ranges,
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from errno import EACCES, EINTR, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import Any, cast
 
-from ndtrain.errors import NdtrainError, RecipeError
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.storage.urls import expanded, secret_in, without_secrets
 
 _FLUSH_S = 0.05
@@ -185,6 +186,18 @@ def open_to_write(directory: Path) -> None:
         probe = directory / ".probe"
         probe.write_bytes(b"")
         probe.unlink()
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the content of a file that holds a JSON object. Raises `DamagedError` if it cannot be read."""
+    try:
+        with os_errors(file):
+            found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{file} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{file} is not a JSON object")
+    return found
 
 
 def replace_text(path: Path, text: str) -> None:

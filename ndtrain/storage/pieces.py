@@ -29,6 +29,7 @@ from ndtrain.storage.headers import DTYPES, are_sizes, read_header
 from ndtrain.storage.paths import is_local, read_into, read_range, read_ranges
 from ndtrain.storage.table import Piece, Pieces, Rows, misfit
 
+_SHARDING = "DCP_SHARDING_INFO"
 BLOCK_BYTES = 4 * 2**20  # read, cast and checked for NaN while they are in a processor's cache
 _THREAD_BYTES = 1 << 26  # that one thread reads at a time
 _REQUEST_BYTES = 1 << 25  # of one request to an object store
@@ -111,6 +112,12 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview(values)
 
 
+def metadata_of(offsets: Mapping[str, Ints]) -> dict[str, str]:
+    """Return the metadata of the header of a file that holds one piece, at these offsets, of each key."""
+    sharding = {key: {"saved_offsets": list(start)} for key, start in offsets.items()}
+    return {"format": "pt", "DCP_VERSION": "1.0", _SHARDING: json.dumps(sharding)}
+
+
 def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
     """Return {key: piece} of a safetensors file, its header checked against the file's length.
 
@@ -118,7 +125,7 @@ def pieces_in(file: Path, name: str = "") -> dict[str, Piece]:
     """
     try:
         begin, entries, info = read_header(file)
-        sharding = json.loads(info["DCP_SHARDING_INFO"]) if "DCP_SHARDING_INFO" in info else None
+        sharding = json.loads(info[_SHARDING]) if _SHARDING in info else None
         found = {}
         for key, entry in entries.items():
             offsets = tuple(sharding[key]["saved_offsets"]) if sharding is not None else (0,) * len(entry.shape)
@@ -143,17 +150,6 @@ def pieces_of_files(files: Sequence[Path], numbers: Iterable[int], where: str) -
             except ValueError as error:
                 raise DamagedError(f"{where}/{files[number].name}: {key} {error}") from error
     return {key: rows.pieces(files) for key, rows in found.items()}
-
-
-def read_piece(piece: Piece) -> Tensor:
-    """Return the values of a piece. Raises `DamagedError` if they cannot be read."""
-    dtype = DTYPES[piece.dtype]
-    stop = piece.start + math.prod(piece.sizes) * dtype.itemsize
-    try:
-        data = bytearray(read_range(piece.file, piece.start, stop))
-    except OSError as error:
-        raise DamagedError(f"{piece.file}: damaged tensor file ({error})") from error
-    return torch.frombuffer(data, dtype=dtype).reshape(piece.sizes) if data else torch.empty(piece.sizes, dtype=dtype)
 
 
 def same_bytes(a: Piece, b: Piece) -> bool:

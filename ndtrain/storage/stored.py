@@ -109,7 +109,7 @@ def read_all(source: Stored, dtype: torch.dtype, *, buffers: Buffers) -> Tensor:
 
 
 def same_values(one: Stored, other: Stored, *, part: int = 0, parts: int = 1) -> bool:
-    """Return whether two tensors have one shape, and in float32 one value at every place of a part of their rows.
+    """Return whether two tensors have one shape, and in float32 the same values in a part of their rows.
 
     The rows are cut into `parts`, so that each rank can compare one.
     """

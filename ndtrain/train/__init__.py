@@ -13,7 +13,7 @@ from ndtrain.runs.environment import env_world_size
 from ndtrain.runs.lock import RunLock
 from ndtrain.runs.messages import broadcast_json, on_rank0, rank0_first, together
 from ndtrain.runs.process import start
-from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.restarts import Restarts
 from ndtrain.runs.stop_signals import StopSignals
 from ndtrain.train.data_files import cache_root, with_data_commit
 from ndtrain.train.report import Reporter, Silent
@@ -45,13 +45,13 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
         trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, stop_signals=stop_signals)
         for note in notes:
             own.info(f"note: {note}")
-        attempt = Attempt.of_process(trainer.run_dir)
-        lock = RunLock(trainer.run_dir, launch=attempt.launch if attempt.max_restarts else "")
+        restarts = Restarts.of_process(trainer.run_dir)
+        lock = RunLock(trainer.run_dir, launch=restarts.launch if restarts.max_restarts else "")
 
         def own_run_dir() -> None:
             open_run_dir(trainer.run_dir)
             lock.take()
-            attempt.forget_others()
+            restarts.forget_others()
 
         try:
             on_rank0(own_run_dir)
@@ -61,7 +61,7 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
         except Stopped:
             # torchrun also sends SIGTERM to workers that it will restart, so only other requests stop the launch.
             if runtime.is_main and (trainer.requested[0] or stop_signals.signal) != signal.SIGTERM:
-                attempt.record_stop()
+                restarts.record_stop()
             raise
         finally:
             lock.release()

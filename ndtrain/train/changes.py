@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
 from ndtrain.recipe.problems import dotted, show
@@ -58,16 +58,8 @@ def find_changes(
     return [*found, *_config_changes(*configs, same_shapes)]
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Return a checkpoint's config. Raises `DamagedError` if it cannot be read."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DamagedError(f"{file} cannot be read ({error})") from error
-
-
 def config_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the config as `read_config` would read it back."""
+    """Return the config as it would be read back from config.json."""
     return dict(json.loads(config.to_json_string()))
 
 

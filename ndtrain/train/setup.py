@@ -13,14 +13,15 @@ from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, RecipeError
 from ndtrain.hf import extra_states
 from ndtrain.hf.positions import fix_frequencies
-from ndtrain.load import fill_with_noise, materialize, model_tensors, unset
+from ndtrain.hf.weight_names import model_tensors
+from ndtrain.load import fill_with_noise, materialize, unset
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
 from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
-from ndtrain.runs.restarts import Attempt
-from ndtrain.storage.paths import open_to_write, os_errors, to_path
-from ndtrain.train.changes import changes_data, config_of, find_changes, read_config, refuse, table
+from ndtrain.runs.restarts import Restarts
+from ndtrain.storage.paths import open_to_write, os_errors, read_object, to_path
+from ndtrain.train.changes import changes_data, config_of, find_changes, refuse, table
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
@@ -59,20 +60,20 @@ def find_resumed(
 ) -> Resumed | None:
     """Return the checkpoint to resume from, None for a new run. Collective.
 
-    Reports what differs from it, unless an earlier attempt of this launch has. Raises `RecipeError` for what a resume
+    Reports what differs from it, unless an earlier start of this launch has. Raises `RecipeError` for what a resume
     must not let pass. `origin` is that of this run (`origin_of`), on rank 0.
     """
     recipe = engine.recipe
-    attempt = Attempt.of_process(run_dir)
+    restarts = Restarts.of_process(run_dir)
     newest = of_rank0(store.newest_step)
-    resume = of_rank0(lambda: attempt.resume_from(recipe.checkpoint.resume, newest))
+    resume = of_rank0(lambda: restarts.resume_from(recipe.checkpoint.resume, newest))
     found, messages = store.find(resume, verify=recipe.checkpoint.verify)
     for message in messages:
         reporter.info(message)
     state = read_state(found) if found is not None else None
     check_run_dir(run_dir, newest, state, resume)
     if found is None or state is None:
-        on_rank0(lambda: attempt.record_begin(-1))
+        on_rank0(lambda: restarts.record_begin(-1))
         return None
     check_state(state, found)
 
@@ -84,22 +85,22 @@ def find_resumed(
             origin,
             sizes=engine.sizes,
             configs=(
-                read_config(found / "config.json"),
+                read_object(found / "config.json"),
                 config_of(cast("PreTrainedConfig", engine.model.export_config)),
             ),
             same_shapes=lambda: (
                 shapes == {key: entry["shape"] for key, entry in read_manifest(found)["tensors"]["model"].items()}
             ),
         )
-        if changes and not attempt.is_restart:
+        if changes and not restarts.restarted:
             reporter.info(table(changes, found, recipe))
-        if "recipe" not in state and not attempt.is_restart:
+        if "recipe" not in state and not restarts.restarted:
             reporter.info(
                 f"note: {found} does not record its recipe; only the data, train.seed, the model's config, the mesh "
                 "and [schedule] were compared"
             )
         refuse(changes, found, recipe)
-        attempt.record_begin(state["step"])
+        restarts.record_begin(state["step"])
         return changes_data(changes)
 
     return Resumed(found, state, of_rank0(compare))

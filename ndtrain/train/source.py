@@ -16,12 +16,13 @@ from ndtrain.hf import extra_states, hub
 from ndtrain.hf.files import model_files
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.tied import refuse_other_values
-from ndtrain.load import load_weights, model_tensors, unused
+from ndtrain.hf.weight_names import model_tensors
+from ndtrain.load import load_weights, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import of_rank0, on_rank0, rank0_first, together
 from ndtrain.runs.process import Runtime, rank, world_size
-from ndtrain.runs.restarts import Attempt
+from ndtrain.runs.restarts import Restarts
 from ndtrain.storage.paths import to_path
 from ndtrain.storage.stored import checkpoint_tensors
 
@@ -114,7 +115,7 @@ def recorded_commit(recipe: Recipe, section: Literal["model", "data"], key: str)
     name, asked, revision = getattr(own, key), own.revision, f"{section}.revision"
     try:
         newest = CheckpointStore(run_dir, keep=1).newest_step()
-        resume = Attempt.of_process(run_dir).resume_from(recipe.checkpoint.resume, newest)
+        resume = Restarts.of_process(run_dir).resume_from(recipe.checkpoint.resume, newest)
         if resume == "never" or (resume == "auto" and newest is None):
             return None
         of = run_dir if resume == "auto" else to_path(resume).parent.parent

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from ndtrain.accelerators import emulates_bfloat16, peak_memory_bytes
 from ndtrain.data import GlobalBatches
 from ndtrain.engine import Batch, Engine
-from ndtrain.errors import NdtrainError, Stopped
+from ndtrain.errors import NdtrainError, Stopped, counted
 from ndtrain.hf import extra_states
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
-from ndtrain.load import model_tensors
+from ndtrain.hf.weight_names import model_tensors
 from ndtrain.loggers import Logger, StepMetrics, check_loggers, open_loggers
 from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
@@ -147,14 +147,14 @@ class Trainer:
         line = (
             f"{self.plan.model_type}, {self.plan.numel:,} parameters on {self.sizes.describe()} "
             f"({self.runtime.world_size} x {self.runtime.device.type}); global batch: "
-            f"{_count(train.global_batch_size, 'sequence')} x {self.recipe.data.seq_len:,} tokens = "
-            f"{_count(ranks, 'batch rank')} x {_count(micro, 'micro batch')} x {_count(rows, 'sequence')}"
+            f"{counted(train.global_batch_size, 'sequence')} x {self.recipe.data.seq_len:,} tokens = "
+            f"{counted(ranks, 'batch rank')} x {counted(micro, 'micro batch')} x {counted(rows, 'sequence')}"
         )
         if empty:
             line += f", {empty} of them empty"
         if rows < train.micro_batch_size:
             line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
-        return f"{line}; {_count(len(batches.samples), 'sample')}"
+        return f"{line}; {counted(len(batches.samples), 'sample')}"
 
     def _slow_dtype(self) -> Iterator[str]:
         fsdp, device = self.recipe.fsdp, self.runtime.device
@@ -352,8 +352,3 @@ class Trainer:
         if self.runtime.is_main:
             for path in self.stop_signals.remove_files():
                 self.reporter.info(f"note: {path} cannot be removed and is ignored from now on")
-
-
-def _count(number: int, what: str) -> str:
-    """Return "1 sample" or "2 samples"."""
-    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tests.faults.run import LIMITS, check_end, disturbed, prepare
-from tests.faults.worker import PLACES
+from tests.faults.worker import FUNCTIONS
 
 FAULTS = ("error", "stop", "kill")
 # Errors that have a name or an exit code of their own, rank 0, and ranks that torchrun itself starts.
@@ -33,7 +33,7 @@ MORE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--phase", choices=PLACES, action="append")
+    parser.add_argument("--phase", choices=FUNCTIONS, action="append")
     parser.add_argument("--fault", choices=(*FAULTS, "sleep"), action="append")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -42,7 +42,7 @@ def main() -> None:
     options.out.mkdir(parents=True)
     prepare(options.out)
     cases = [
-        (phase, fault, options.rank, False) for phase in options.phase or PLACES for fault in options.fault or FAULTS
+        (phase, fault, options.rank, False) for phase in options.phase or FUNCTIONS for fault in options.fault or FAULTS
     ]
     if not (options.phase or options.fault):
         cases += MORE

@@ -22,7 +22,7 @@ import torch
 from ndtrain.errors import DamagedError
 
 # The function on whose first call in a phase the fault happens.
-PLACES = {
+FUNCTIONS = {
     "rendezvous": "torch.distributed:init_process_group",
     "tokenizing": "ndtrain.train.inputs:build_cache",
     "building the meshes": "ndtrain.engine.engine:build_mesh",
@@ -53,7 +53,7 @@ def main() -> None:
     phase, fault, rank, written, *arguments = sys.argv[1:]
     file = Path(written)
     if os.environ.get("RANK") == rank:
-        module, _, name = PLACES[phase].partition(":")
+        module, _, name = FUNCTIONS[phase].partition(":")
         owner = importlib.import_module(module)
         right = getattr(owner, name)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ndtrain.data.formats import ARROW_FILE
 from ndtrain.data.row import Row
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import DamagedError, RecipeError, one_line
 from ndtrain.storage.paths import is_local
 
 # Without it a stream may be cut between two batches.
@@ -109,4 +109,4 @@ def damaged_by(file: Path, what: str) -> Iterator[None]:
         yield
     # An altered length asks for too much memory, or is none.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError, MemoryError) as error:
-        raise DamagedError(f"{file}: {what}: {' '.join(str(error).split())}") from error
+        raise DamagedError(f"{file}: {what}: {one_line(error)}") from error

@@ -19,6 +19,7 @@ from ndtrain.hf.attention import chooses_keys
 from ndtrain.hf.attention_functions import own_attention
 from ndtrain.hf.compat import ALL_MASK_ATTENTION_FUNCTIONS
 from ndtrain.parallel.cp.interface import ContextParallel
+from ndtrain.parallel.gather import Gather
 from ndtrain.torch_compat import tree_map
 
 if TYPE_CHECKING:
@@ -40,24 +41,6 @@ class _AllToAll(torch.autograd.Function):
         returned = torch.empty_like(grad, memory_format=torch.contiguous_format)
         dist.all_to_all_single(returned, grad.contiguous(), group=ctx.group)
         return returned, None
-
-
-class _Gather(torch.autograd.Function):
-    """Gathers `[B, S/cp, ...]` of every rank into `[B, S, ...]`; backward sums the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        parts = [part.contiguous() for part in grad.chunk(ctx.group.size(), dim=1)]
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ctx.group)
-        return own, None
 
 
 def heads_for_sequence(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
@@ -103,7 +86,7 @@ class Ulysses(ContextParallel):
 
             def gathered(x: Any) -> Any:
                 along = isinstance(x, Tensor) and x.ndim in (2, 3) and x.shape[1] == part
-                return _Gather.apply(x, self.group) if along else x
+                return Gather.apply(x, whole, self.group, True) if along else x
 
             def own_part(x: Any) -> Any:
                 along = isinstance(x, Tensor) and x.ndim in (2, 3) and x.shape[1] == whole

@@ -46,10 +46,11 @@ class Visible:
         """Return what to compute with the keys of rank `source`, without the blocks that no query sees."""
         # Every layer asks for the same spans.
         if source not in self._spans:
-            self._spans[source] = self._find(source)
+            self._spans[source] = self.find(source)
         return self._spans[source]
 
-    def _find(self, source: int) -> tuple[Span, ...]:
+    def find(self, source: int) -> tuple[Span, ...]:
+        """Return what `spans` keeps."""
         whole, first, second = slice(None), slice(0, self.length), slice(self.length, None)
         if self.mask == "full":
             return (Span(whole, whole),)
