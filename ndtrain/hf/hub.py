@@ -2,7 +2,7 @@
 
 `resolve` asks the hub which commit a revision is and which files it has, `fetch` downloads files of that commit.
 Nothing else asks the hub: readers take `directory_of` and see only local files. A repository holds a model or, with
-`kind="dataset"`, data sets, of which the cache has the wanted files alone, so that the names of all are kept beside them.
+`kind="dataset"`, data sets, of which the cache has only the wanted files, and so the names of all are kept beside them.
 """
 
 from __future__ import annotations
