@@ -209,8 +209,9 @@ def test_an_error_names_the_key_the_value_and_the_rule(recipe: Any, section: str
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ('columns = { tex = "content" }', "chat has messages"),
-        ('columns = { text = "a", messages = "b" }', "tokens has input_ids"),
+        ('columns = { tex = "content" }', "text has text; chat has messages"),
+        ('columns = { text = "a", messages = "b" }', "chat has messages"),
+        ('format = "tokens"\ncolumns = { input_ids = "ids" }', "tokens has none"),
         ('format = "text"\ncolumns = { messages = "a" }', "text has text ("),
     ],
 )
@@ -331,6 +332,16 @@ def test_special_tokens_are_parsed_by_tokenizers_that_have_some(recipe: Any) -> 
     assert recipe(MINIMAL, "data.special_tokens=parse").data.special_tokens == "parse"
     with pytest.raises(RecipeError, match=r'special_tokens = "parse" does not apply to data\.tokenizer = "bytes"'):
         recipe(MINIMAL, "data.special_tokens=parse", "data.tokenizer=bytes")
+
+
+def test_keys_of_prepared_tokens_are_refused_for_text(recipe: Any) -> None:
+    tokens = recipe(MINIMAL, "data.format=tokens", "data.documents=eos", "data.token_dtype=int32").data
+    assert (tokens.documents, tokens.token_dtype) == ("eos", "int32")
+    for key, value in (("documents", "rows"), ("token_dtype", "uint16")):
+        with pytest.raises(RecipeError, match=rf'data\.{key} = "{value}" is for prepared tokens, and .* is "auto"'):
+            recipe(MINIMAL, f"data.{key}={value}")
+    with pytest.raises(RecipeError, match=r'special_tokens = "parse" is for text, and data\.format is "tokens"'):
+        recipe(MINIMAL, "data.format=tokens", "data.special_tokens=parse")
 
 
 def test_a_resolved_recipe_reads_back_equal(recipe: Any) -> None:

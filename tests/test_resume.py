@@ -260,7 +260,7 @@ def test_the_models_config_may_change_where_allowed_but_not_its_shapes(run: dict
 def test_the_same_content_elsewhere_is_shown_and_not_refused(run: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(run["corpus"], tmp_path / "again")
     found = resume(run, f"model.name={run['root']}/moved", f"data.path={tmp_path}/again", "data.format=text")
-    assert rows(found)["data.format"] == '"auto" "text" the same content'
+    assert "data.format" not in rows(found), "it is what the data was found to be"
     assert not found["error"] and "the same base weights" in rows(found)["model.name"]
     assert "the same content" in rows(found)["data.path"]
 

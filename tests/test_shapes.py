@@ -13,7 +13,7 @@ from ndtrain.recipe.schema import COLUMNS, DataSection
 
 def test_the_fields_of_all_formats_can_be_named() -> None:
     formats = DataSection.model_json_schema()["properties"]["format"]["enum"]
-    assert list(COLUMNS) == list(REQUIRED) == formats[1:]
+    assert [*COLUMNS, "tokens"] == list(REQUIRED) == formats[1:]
     for shape, groups in REQUIRED.items():
         assert {name for group in groups for name in group} <= set(names_of(shape))
 

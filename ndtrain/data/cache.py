@@ -82,12 +82,12 @@ def contents_of(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path) -> 
         digests = _digests(files, cache_dir)
         kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
         groups = [
-            Group(_key([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
+            Group(key_of([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
             for first, last in groups_of(list(map(_size, files)), digests)
         ]
     except OSError as error:
-        raise _not_written(cache_dir, error) from error
-    key = _key([group.key for group in groups])
+        raise not_written(cache_dir, error) from error
+    key = key_of([group.key for group in groups])
     return Contents(key, groups, encoder.key, [" ".join(map(str, kind)) for kind in kinds])
 
 
@@ -116,7 +116,7 @@ def build_cache(
             try:
                 directory = prepare(group, encoder, cache_dir=cache_dir, progress=report, workers=pool)
             except OSError as error:
-                raise _not_written(cache_dir, error) from error
+                raise not_written(cache_dir, error) from error
             parts.append(open_part(directory))
             before += sum(map(_size, group.files))
     corpus = Corpus(parts, contents.key)
@@ -139,11 +139,12 @@ def _size(file: Path) -> int:
     return stamp_of(file)[0]
 
 
-def _key(parts: object) -> str:
+def key_of(parts: object) -> str:
+    """Return the key of what `parts` describe, as JSON."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _not_written(cache_dir: Path, error: OSError) -> NdtrainError:
+def not_written(cache_dir: Path, error: OSError) -> NdtrainError:
     kind = RecipeError if error.errno in MENDABLE else NdtrainError
     return kind(
         f"cannot write the token cache in {cache_dir}: {error.strerror}; set NDTRAIN_CACHE to another directory"

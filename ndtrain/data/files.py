@@ -15,32 +15,34 @@ from ndtrain.data.formats import can_read, name_kind, reading
 from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.storage.paths import is_local, to_path
 
-# The files of a token cache.
-CACHE_FILES = ("tokens.bin", "docs.bin", "meta.json")
+# Files that a token cache has, and the index of a token file too.
+CACHE_FILES = ("docs.bin", "meta.json")
 
 Note = Callable[[str], None]
+KindOf = Callable[[Path], str | None]
 # What object stores say of a file that changes when it is written again.
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "updated", "created")
 # Kinds of files left out that a note names.
 _NAMED = 12
 
 
-def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
+def find_files(
+    path: str, note: Note = lambda line: None, *, kind_of: KindOf = name_kind, what: str = "text files"
+) -> list[Path]:
     """Return the files of `data.path`, sorted by path relative to it. Raises `RecipeError` if there are none.
 
-    `path` is a file, a directory (searched recursively, for the suffixes that `name_kind` knows and without hidden
-    names) or a glob (`**` is recursive; every regular file that matches is taken); local, or the URL of one in an
-    object store. A file that is reached twice, through links, is taken once. `note` gets one line that counts what was
-    left out.
+    `path` is a file, a directory (searched recursively, for names that `kind_of` knows and without hidden ones) or a
+    glob (`**` is recursive; every regular file that matches is taken); local, or the URL of one in an object store. A
+    file that is reached twice, through links, is taken once. `note` gets one line that counts what was left out.
     """
     if "://" in path:
-        return _find_remote(path, note)
+        return _find_remote(path, note, kind_of, what)
     root = Path(path).expanduser()
     left: Counter[str] = Counter()
     if root.is_file():
         found = [root]
     elif root.is_dir():
-        found = list(_walk(root, left))
+        found = list(_walk(root, left, kind_of))
     else:
         found = list(_matches(root, left))
     found.sort(key=lambda file: (file.relative_to(root) if root.is_dir() else file).as_posix())
@@ -48,7 +50,7 @@ def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
     if found:
         _note(note, path, found, left)
         return found
-    hint = f"give a file, a glob or a directory of text files (relative paths start at {Path.cwd()})"
+    hint = f"give a file, a glob or a directory of {what} (relative paths start at {Path.cwd()})"
     if root.is_symlink() and not root.exists():
         hint = f"it is a link to {os.readlink(root)}, which cannot be followed"
     elif root.exists() and not root.is_dir():
@@ -58,11 +60,11 @@ def find_files(path: str, note: Note = lambda line: None) -> list[Path]:
     raise RecipeError(f'data.path = "{path}" matches no file; {hint}')
 
 
-def _find_remote(path: str, note: Note) -> list[Path]:
+def _find_remote(path: str, note: Note, kind_of: KindOf, what: str) -> list[Path]:
     root, left = to_path(path), Counter[str]()
     with reading(root):
         if is_local(root):  # file://
-            return find_files(str(root), note)
+            return find_files(str(root), note, kind_of=kind_of, what=what)
         store, place = cast(Any, root).fs, cast(Any, root).path
         named = glob.has_magic(path) or store.isfile(place)
         entries = store.glob(place, detail=True) if named else store.find(place, detail=True)
@@ -73,11 +75,11 @@ def _find_remote(path: str, note: Note) -> list[Path]:
         found = [file for file in found if not any(part.startswith(".") for part in below[file])]
         if len(below) > len(found):
             left["hidden"] = len(below) - len(found)
-        found = [file for file in found if _is_wanted(file, left)]
+        found = [file for file in found if _is_wanted(file, left, kind_of)]
     if not found:
         raise RecipeError(
             f'data.path = "{path}" matches no file; {f"left out: {_counts(left)}; " if left else ""}give '
-            "the URL of a file, a glob or a directory of text files"
+            f"the URL of a file, a glob or a directory of {what}"
         )
     _note(note, path, found, left)
     return found
@@ -88,9 +90,9 @@ def _note(note: Note, path: str, found: list[Path], left: Counter[str]) -> None:
         note(f'data.path = "{path}": files read: {len(found):,}; left out: {_counts(left)}')
 
 
-def _is_wanted(file: Path, left: Counter[str]) -> bool:
+def _is_wanted(file: Path, left: Counter[str], kind_of: KindOf) -> bool:
     """Return whether a file of a directory is training data, by its name."""
-    if name_kind(file) is None:
+    if kind_of(file) is None:
         left[file.suffix or "without a suffix"] += 1
     elif reason := can_read(file):
         left[f"{file.suffix} ({reason})"] += 1
@@ -99,7 +101,7 @@ def _is_wanted(file: Path, left: Counter[str]) -> bool:
     return False
 
 
-def _walk(root: Path, left: Counter[str]) -> Iterator[Path]:
+def _walk(root: Path, left: Counter[str], kind_of: KindOf) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         raise DamagedError(f"cannot read the directory {error.filename}: {error.strerror}")
 
@@ -125,7 +127,7 @@ def _walk(root: Path, left: Counter[str]) -> Iterator[Path]:
                 left["hidden"] += 1
             elif not file.is_file():
                 left["broken link" if file.is_symlink() else "pipe or device"] += 1
-            elif _is_wanted(file, left):
+            elif _is_wanted(file, left, kind_of):
                 yield file
 
 

@@ -16,10 +16,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EMFILE, ENFILE
 from pathlib import Path
 from typing import Any
 
-from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.errors import DamagedError, RecipeError, one_line
 from ndtrain.storage.paths import is_local, os_errors
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -77,11 +78,19 @@ def _zstd() -> Any:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Raise an `OSError` of the body, or an object store's error, as a `DamagedError` that names `file`."""
+    """Raise an `OSError` of the body, or an object store's error, as a `DamagedError` that names `file`.
+
+    Raises `RecipeError` for too many open files.
+    """
     try:
         with os_errors(file):
             yield
     except OSError as error:
+        if error.errno in (EMFILE, ENFILE):
+            raise RecipeError(
+                f"cannot open {file}: this process has as many files open as it may; raise the limit (ulimit -n), or "
+                "join the files of data.path to fewer"
+            ) from error
         raise DamagedError(f"cannot read {file}: {error.strerror or error}") from error
 
 
@@ -132,13 +141,18 @@ def unpacked(stored: io.BufferedReader[Any], file: Path) -> Any:
     return stored
 
 
-def _check_start(start: bytes, file: Path) -> None:
+def refuse_pointer(start: bytes, file: Path) -> None:
+    """Raise `DamagedError` for a file that only says where its content lies, given its first bytes."""
     if start.startswith(_LFS):
         raise DamagedError(f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
     if start.startswith(_ANNEX):
         raise DamagedError(
             f"{file} is a git-annex pointer, not the file itself; run `git annex get` where it comes from"
         )
+
+
+def _check_start(start: bytes, file: Path) -> None:
+    refuse_pointer(start, file)
     for magic, what in OTHERS.items():
         if start.startswith(magic):
             raise RecipeError(f"{file} is not text: it is {what}")
@@ -153,6 +167,21 @@ def refuse_zero_bytes(chunk: bytes, file: Path) -> None:
             f"{file} is not text: it contains zero bytes (as binary files do, and UTF-16 without a mark); "
             "data.path takes text in UTF-8, JSON, CSV, parquet and Arrow"
         )
+
+
+def parquet(file: Path, source: Any = None) -> Any:
+    """Return pyarrow's reader of a file, which `source` is if it is open, and which checks the sums of its pages.
+
+    Raises `RecipeError` without pyarrow, `DamagedError` if it is no parquet.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise RecipeError(f"{file} is parquet, which needs a package: pip install 'ndtrain[parquet]'") from error
+    try:
+        return pyarrow.parquet.ParquetFile(source or file, page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{file} cannot be read as parquet: {one_line(error)}") from error
 
 
 def not_utf8(error: UnicodeDecodeError, file: Path, line: int) -> DamagedError:

@@ -65,13 +65,13 @@ def prepare(
     if final.exists():
         return final
     stamps = [stamp_of(file) for file in group.files]
-    with _work_directory(cache_dir, group.key) as work:
+    with work_directory(cache_dir, group.key) as work:
         counts = _write(group.files, encoder, work=work, progress=progress, workers=workers)
         for file, stamp in zip(group.files, stamps, strict=True):
             if stamp_of(file) != stamp:
                 raise DamagedError(f"{file} changed while it was being tokenized; start the run again")
         meta = {"version": FORMAT_VERSION, "key": group.key, "dtype": _dtype(encoder).name, "masked": encoder.masked}
-        _write_json(work / "meta.json", {**meta, **asdict(counts)})
+        write_json(work / "meta.json", {**meta, **asdict(counts)})
         (work / "progress.json").unlink(missing_ok=True)
         try:
             os.rename(work, final)
@@ -82,7 +82,7 @@ def prepare(
 
 
 @contextmanager
-def _work_directory(cache_dir: Path, key: str) -> Iterator[Path]:
+def work_directory(cache_dir: Path, key: str) -> Iterator[Path]:
     """Yield a directory that this process alone writes to, with what a killed one has left in it.
 
     It is removed after an error, and stays after a signal.
@@ -165,13 +165,13 @@ def _write(
                 progress(told)
             if time.monotonic() - saved > _SAVE_SECONDS:
                 for written in (tokens, docs, *loss):
-                    _to_disk(written)
-                _write_json(work / "progress.json", asdict(counts))
+                    to_disk(written)
+                write_json(work / "progress.json", asdict(counts))
                 saved = time.monotonic()
         if told < (total := sum(stamp_of(file)[0] for file in files)):
             progress(total)
         for written in (tokens, docs, *loss):
-            _to_disk(written)
+            to_disk(written)
     return counts
 
 
@@ -240,15 +240,15 @@ def _recorded(work: Path, width: int, *, masked: bool) -> _Counts:
     return _Counts()
 
 
-def _write_json(file: Path, value: object) -> None:
+def write_json(file: Path, value: object) -> None:
     """Replace a file, whole or not at all."""
     temporary = file.with_suffix(".new")
     with temporary.open("w") as written:
         json.dump(value, written)
-        _to_disk(written)
+        to_disk(written)
     temporary.replace(file)
 
 
-def _to_disk(written: io.IOBase | Any) -> None:
+def to_disk(written: io.IOBase | Any) -> None:
     written.flush()
     os.fsync(written.fileno())

@@ -28,7 +28,7 @@ _NAMED = 12
 
 def names_of(shape: Shape) -> tuple[str, ...]:
     """Return our names of all fields that rows of a shape may have."""
-    return COLUMNS[shape]
+    return COLUMNS.get(shape) or ("input_ids", "labels", "loss_mask")
 
 
 def shape_of(fields: Iterable[str], columns: Mapping[str, str], format: str = "auto") -> Shape:

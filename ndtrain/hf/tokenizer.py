@@ -32,6 +32,11 @@ class ByteTokenizer:
     eos_id = 257
     pad_id = 258
 
+    @property
+    def only_pads(self) -> int | None:
+        """The token that pads and means nothing else; None if there is none."""
+        return self.pad_id if self.pad_id != self.eos_id else None
+
     def encode_bytes(self, raw: bytes) -> np.ndarray:
         """Return the `[n]` uint16 ids of a document, without begin and end marks."""
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
@@ -151,6 +156,12 @@ class HubTokenizer:
             return strict if np.array_equal(strict(plain), self._encode(plain)) else None
         except Exception:
             return None
+
+    @property
+    def only_pads(self) -> int | None:
+        """The token that pads and means nothing else; None if there is none."""
+        others = (self.eos_id, self.inner.bos_token_id, self.inner.unk_token_id)
+        return None if self.pad_id in others else self.pad_id
 
     def text_of(self, token: int) -> str:
         """Return the text of a token, for a message."""

@@ -11,6 +11,8 @@ NEVER: dict[str, str] = {
     "data.seq_len": _SAMPLES,
     "data.packing": _SAMPLES,
     "data.format": _SAMPLES,
+    "data.documents": _SAMPLES,
+    "data.token_dtype": _SAMPLES,
     "model.type": "another model type has other weights",
     "optim.name": "the saved state is that of another optimizer",
 }

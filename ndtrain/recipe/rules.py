@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ndtrain.recipe.problems import Key, Problem, dotted, show
-from ndtrain.recipe.schema import COLUMNS, Recipe
+from ndtrain.recipe.schema import COLUMNS, DataSection, Recipe
 
 # Key -> (the supported values, why the others are refused).
 NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
@@ -26,7 +26,7 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
     ),
-    ("data", "format"): (("auto", "text"), 'use "text", the only format that ndtrain reads'),
+    ("data", "format"): (("auto", "text", "tokens"), 'use "text" or "tokens", the formats that ndtrain reads'),
     ("train", "compile"): ((False,), "ndtrain does not support torch.compile yet; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
@@ -73,13 +73,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             'data.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
             "leave it out",
         )
-    formats = {name: own for name, own in COLUMNS.items() if data.format in ("auto", name)}
-    if not any(data.columns.keys() <= set(own) for own in formats.values()):
-        yield (
-            ("data", "columns"),
-            f"data.columns = {show(data.columns)} must have names of one format's fields: "
-            + "; ".join(f"{name} has {', '.join(own)}" for name, own in formats.items()),
-        )
+    yield from _columns(data)
+    yield from _tokens(data)
     if train.micro_batch_size > train.global_batch_size:
         yield (
             ("train", "micro_batch_size"),
@@ -108,6 +103,31 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"schedule.decay_steps = {schedule.decay_steps} does not apply to schedule.kind = "
             f'{show(schedule.kind)}; leave it out, or set kind = "wsd"',
         )
+
+
+def _columns(data: DataSection) -> Iterator[Problem]:
+    formats = {name: own for name, own in COLUMNS.items() if data.format in ("auto", name)}
+    if data.columns and not any(data.columns.keys() <= set(own) for own in formats.values()):
+        yield (
+            ("data", "columns"),
+            f"data.columns = {show(data.columns)} must have names of one format's fields: "
+            + ("; ".join(f"{name} has {', '.join(own)}" for name, own in formats.items()) or "tokens has none"),
+        )
+
+
+def _tokens(data: DataSection) -> Iterator[Problem]:
+    if data.format == "tokens" and data.special_tokens != "text":
+        yield (
+            ("data", "special_tokens"),
+            f'data.special_tokens = {show(data.special_tokens)} is for text, and data.format is "tokens"; leave it out',
+        )
+    for name, value, default in (("documents", data.documents, "auto"), ("token_dtype", data.token_dtype, None)):
+        if data.format != "tokens" and value != default:
+            yield (
+                ("data", name),
+                f"data.{name} = {show(value)} is for prepared tokens, and data.format is {show(data.format)}; leave it "
+                'out, or set data.format = "tokens"',
+            )
 
 
 def _fsdp(recipe: Recipe) -> Iterator[Problem]:

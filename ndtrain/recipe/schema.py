@@ -138,11 +138,10 @@ class LoadSection(Section):
     )
 
 
-# data.format -> our names of the fields of its rows, which are those of data.columns.
+# data.format -> our names of the fields of its rows, which are those of data.columns. Prepared tokens have fixed names.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "chat": ("messages", "conversations", "prompt", "completion", "system", "tools", "chat_template_kwargs"),
-    "tokens": ("input_ids", "labels", "loss_mask"),
 }
 
 
@@ -174,6 +173,16 @@ class DataSection(Section):
         "text",
         description='What a document is encoded to that spells a special token, such as "<|im_start|>": "text" gives '
         'plain text, "parse" the special token, for documents that were rendered with a chat template.',
+    )
+    documents: Literal["auto", "rows", "eos"] = Field(
+        "auto",
+        description='tokens only: what a document is: "rows" of the layout, or what an end token ends ("eos"), also '
+        'inside rows; "auto": rows, where the layout has them.',
+    )
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = Field(
+        None,
+        description="tokens only: dtype of files that are tokens and nothing else; by default uint16, and uint32 if "
+        "the tokenizer has more than 65,536 tokens.",
     )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
     workers: Annotated[int, Field(ge=0)] = Field(

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 # Keys that say where something is: what is there decides whether a resume may go on.
 _BASE = ("model.init", "model.name", "model.revision")
 _DATA = ("data.path", "data.tokenizer")
-# Keys that say how it is read.
-_READ = ("data.format", "data.columns", "data.subset", "data.split", "data.revision")
+# Keys that say how data is read: their change explains other samples of the same files.
+_READ = ("data.documents", "data.token_dtype")
+_ROWS = ("data.columns", "data.subset", "data.split", "data.revision")
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
-_ORDER = (*_DATA, *_READ, "data.shuffle", "train.seed")
+_ORDER = (*_DATA, *_ROWS, "data.shuffle", "train.seed")
 
 
 class Change(NamedTuple):
@@ -115,8 +116,11 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_place = not set(names) & set(_BASE)
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
+    other_rows = any(covers(_ROWS, name) for name in names) and origin["content"] == saved["content"]
+    read_anew = other_rows or bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")
-    for key in dict.fromkeys([*names, *([] if same_base else [changed_base]), *([] if same_data else _DATA)]):
+    implied = [*([] if same_base else [changed_base]), *([] if same_data or read_anew else _DATA)]
+    for key in dict.fromkeys([*names, *implied]):
         values = _value(before.get(key)), _value(now.get(key))
         if key in _BASE:
             if same_base or key != changed_base:
@@ -126,11 +130,10 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
                 f"{value} ({base})" for value, base in zip(values, (saved["base"], origin["base"]), strict=True)
             )
             yield Change(key, own, other, "allow", "another base")
-        elif covers((*_DATA, *_READ), key) and same_data:
+        elif covers((*_DATA, *_ROWS), key) and same_data:
             yield Change(key, *values, "free", "the same content")
         elif key == "data.path":
-            read = any(covers(_READ, name) for name in names)
-            yield from _files(values, saved, origin, changed=key in names, read=read)
+            yield from _files(values, saved, origin, changed=key in names)
         elif key == "data.tokenizer":
             if saved["tokenizer"] != origin["tokenizer"]:
                 yield Change(key, *values, "allow", "it gives other tokens")
@@ -141,9 +144,9 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
 
 
 def _files(
-    values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool, read: bool
+    values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool
 ) -> Iterator[Change]:
-    """Yield the change of data.path, where tokens differ; `changed` if it differs, `read` if a key of `_READ` does."""
+    """Yield the change of data.path, where tokens differ."""
     old, new = saved["files"], origin["files"]
     if saved["content"] != origin["content"]:
         meaning = "the files of data.path changed"
@@ -153,7 +156,7 @@ def _files(
                 f": {len(new.keys() - old.keys())} added, {len(old.keys() - new.keys())} removed, {other} changed"
             )
         yield Change("data.path", *values, "allow", meaning)
-    elif saved["tokenizer"] == origin["tokenizer"] and not read:
+    elif saved["tokenizer"] == origin["tokenizer"]:
         yield Change("data.path", *values, "allow", "this version of ndtrain reads the same files in another way")
     elif changed:
         yield Change("data.path", *values, "free", "the same content")
@@ -201,7 +204,7 @@ def _config_changes(before: Mapping[str, Any], now: Mapping[str, Any], same_shap
 def _meaning(key: str, state: Mapping[str, Any]) -> str:
     if key == "train.global_batch_size":
         return f"the data goes on at sample {state['samples']}; the learning rate follows steps, not samples"
-    if covers(_READ, key):
+    if covers(_ROWS, key):
         return "the files are read in another way"
     if key in _ORDER:
         return f"another order of samples, in which the data goes on at sample {state['samples']}"

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from ndtrain.data.files import find_files, reading
 from ndtrain.data.repository import is_repository, is_saved, names_below, saved_files, split_files
+from ndtrain.data.rows import find_shape
+from ndtrain.data.shapes import Shape
+from ndtrain.data.tokens import find_token_files
 from ndtrain.errors import RecipeError
 from ndtrain.hf import hub
 from ndtrain.recipe import Recipe
@@ -100,6 +103,38 @@ def data_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None) 
     others = len(names) - len(files)
     note(f'data.path = "{path}" is a repository: files read, of split "{split}": {len(files):,}; left out: {others:,}')
     return [root / name for name in files]
+
+
+def token_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """Return the files of prepared tokens, as `data_files` does. Raises `RecipeError` for those of an object store."""
+    data = recipe.data
+    if "://" in data.path:
+        raise RecipeError(f'data.path = "{data.path}": prepared tokens are used where they lie; copy them to a disk')
+    if on_hub(data) or data.subset is not None or data.split is not None:
+        return data_files(recipe, note)
+    return find_token_files(data.path, note)
+
+
+def data_format(recipe: Recipe) -> Shape:
+    """Return the format of the recipe's data: the one it names, or that of the first row. Reads that row.
+
+    Raises `RecipeError` for a format that is not available, `DamagedError` for a row of none.
+    """
+    data = recipe.data
+    if data.format != "auto":
+        return data.format
+    shape = find_shape(data_files(recipe), columns=data.columns)
+    if shape == "chat":
+        raise RecipeError(
+            f'data.path = "{data.path}": its first row is chat, and data.format = "chat" is not available in this '
+            "version; give rows of text"
+        )
+    if shape == "tokens" and data.special_tokens != "text":
+        raise RecipeError(
+            f'data.special_tokens = "{data.special_tokens}" is for text, but data.path = "{data.path}" holds tokens; '
+            "leave it out"
+        )
+    return shape
 
 
 def cache_root() -> Path:

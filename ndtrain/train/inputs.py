@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from ndtrain.data.batches import GlobalBatches
-from ndtrain.data.cache import build_cache, contents_of, notes
+from ndtrain.data.cache import Contents, Progress, build_cache, contents_of
+from ndtrain.data.cache import notes as cache_notes
 from ndtrain.data.corpus import Corpus
+from ndtrain.data.files import Note
 from ndtrain.data.order import Order
-from ndtrain.data.rows import find_shape
+from ndtrain.data.preparation import Group
 from ndtrain.data.samples import Samples
 from ndtrain.data.text import TextEncoder
+from ndtrain.data.tokens import Reading, check_ids, open_tokens
+from ndtrain.data.tokens import notes as token_notes
 from ndtrain.errors import RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
@@ -19,7 +26,7 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
-from ndtrain.train.data_files import cache_root, data_files
+from ndtrain.train.data_files import cache_root, data_files, data_format, token_files
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import on_every_node
 
@@ -73,47 +80,27 @@ def open_batches(
     *,
     vocabulary: int,
 ) -> GlobalBatches:
-    """Return this rank's share of the data, which one rank of each node tokenizes if it is not cached; collective.
+    """Return this rank's share of the data, which one rank of each node prepares if it is not cached; collective.
 
-    Raises `RecipeError` for text with a token that a model of `vocabulary` tokens lacks.
+    Raises `RecipeError` for data with a token that a model of `vocabulary` tokens lacks.
     """
-    files: list[Path] = []
-    corpora: list[Corpus] = []
-    encoder = TextEncoder(tokenizer, recipe.data.columns)
+    opened: list[tuple[Corpus, list[str]]] = []
+
+    progress = data_progress(recipe, runtime, reporter)
 
     def build() -> None:
-        files[:] = data_files(recipe, note=lambda line: reporter.info(f"note: {line}"))
-        shape = find_shape(files, format=recipe.data.format, columns=recipe.data.columns)
-        if shape != encoder.shape:
-            raise RecipeError(
-                f'data.path = "{recipe.data.path}": its first row is one of data.format = "{shape}", which is not '
-                "available in this version; give rows of text"
-            )
+        def note(line: str) -> None:
+            reporter.info(f"note: {line}")
 
-        def progress(done: int, total: int) -> None:
-            runtime.watch.advance()
-            reporter.progress("tokenizing", done, total)
-
-        corpora.append(
-            build_cache(
-                files,
-                encoder,
-                cache_dir=cache_root() / "data",
-                progress=progress,
-                workers=recipe.data.workers or len(os.sched_getaffinity(0)),
-            )
-        )
+        corpus_of = _prepared if data_format(recipe) == "tokens" else _tokenized
+        opened.append(corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary))
 
     rank0_first(runtime, build)
     # The other ranks compute its keys from the files' digests, which are cached beside it.
-    together(None if corpora else build)
-    corpus = corpora[0]
-    contents = contents_of(files, encoder, cache_dir=cache_root() / "data")
-    for note in notes(corpus, contents, special_tokens=recipe.data.special_tokens):
+    together(None if opened else build)
+    corpus, notes = opened[0]
+    for note in notes:
         reporter.info(f"note: {note}")
-    if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
-        where = f'is in data.path = "{recipe.data.path}"'
-        raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
     samples = Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
     return GlobalBatches(
         samples,
@@ -123,3 +110,72 @@ def open_batches(
         batch_rank=sizes.coordinate(runtime.rank)["batch"],
         batch_ranks=sizes.batch,
     )
+
+
+def data_progress(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> Callable[[int, int], None]:
+    """Return what tells watch and user how many bytes of the data are done, of how many."""
+    verb: list[str] = []  # known once the data can be read
+
+    def progress(done: int, total: int) -> None:
+        if not verb:
+            verb.append("reading tokens" if data_format(recipe) == "tokens" else "tokenizing")
+        runtime.watch.advance()
+        reporter.progress(verb[0], done, total)
+
+    return progress
+
+
+def _tokenized(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, *, note: Note, progress: Progress, vocabulary: int
+) -> tuple[Corpus, list[str]]:
+    """Return the tokens of text, and notes."""
+    encoder = TextEncoder(tokenizer, recipe.data.columns)
+    files = data_files(recipe, note)
+    workers = recipe.data.workers or len(os.sched_getaffinity(0))
+    corpus = build_cache(files, encoder, cache_dir=_cache_dir(), progress=progress, workers=workers)
+    if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
+        where = f'is in data.path = "{recipe.data.path}"'
+        raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
+    contents = contents_of(files, encoder, cache_dir=_cache_dir())
+    return corpus, list(cache_notes(corpus, contents, special_tokens=recipe.data.special_tokens))
+
+
+def _prepared(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, *, note: Note, progress: Progress, vocabulary: int
+) -> tuple[Corpus, list[str]]:
+    """Return prepared tokens, and notes."""
+    reading = _reading(recipe, tokenizer)
+    files = token_files(recipe, note)
+    corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
+    check_ids(corpus, vocabulary)
+    return corpus, list(token_notes(corpus, reading))
+
+
+def _reading(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> Reading:
+    eos, bos = tokenizer.eos_id, tokenizer.bos_id
+    return Reading(
+        eos=eos,
+        bos=bos if bos != eos else None,
+        pad=tokenizer.only_pads,
+        documents=recipe.data.documents,
+        dtype=np.dtype(recipe.data.token_dtype or ("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")),
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def data_contents(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
+) -> tuple[list[Path], Contents]:
+    """Return the files of data.path and what identifies their tokens. Tokenizes nothing."""
+    if data_format(recipe) == "tokens":
+        reading, files = _reading(recipe, tokenizer), token_files(recipe)
+        corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
+        groups = [Group(file.key, [file.file]) for file in corpus.files]
+        return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files])
+    files, encoder = data_files(recipe), TextEncoder(tokenizer, recipe.data.columns)
+    contents = contents_of(files, encoder, cache_dir=_cache_dir())
+    return files, contents._replace(encoder=TextEncoder(tokenizer).key)
+
+
+def _cache_dir() -> Path:
+    return cache_root() / "data"

@@ -6,12 +6,13 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from ndtrain.data import TextEncoder, contents_of
+from ndtrain.data.cache import Progress
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
 from ndtrain.storage.paths import is_local
-from ndtrain.train.data_files import cache_root, data_files
+from ndtrain.train.data_files import data_format
+from ndtrain.train.inputs import data_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,23 +21,28 @@ if TYPE_CHECKING:
 MOST_FILES = 100_000
 
 
-def origin_of(model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> dict[str, Any]:
-    """Return, as JSON, the `recipe` with all defaults, and the identities of its inputs, before anything is tokenized.
+def origin_of(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
+) -> dict[str, Any]:
+    """Return, as JSON, the `recipe` and the identities of its inputs, before anything is tokenized.
+
+    The recipe has all defaults, and the format that the data was found to have.
 
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, `content` the text of
     data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
-    tokens. Reads the data files whose digests are not cached.
+    tokens. Reads the data files whose digests are not cached; `progress(done, total)` is called with their bytes where
+    they are prepared tokens.
     """
-    files = data_files(recipe)
+    files, contents = data_contents(recipe, tokenizer, progress)
     places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]
     root = os.path.expanduser(recipe.data.path)
     if not os.path.isdir(root):
         root = os.path.commonpath([os.path.dirname(place) for place in places])
-    contents = contents_of(files, TextEncoder(tokenizer, recipe.data.columns), cache_dir=cache_root() / "data")
+    resolved = recipe.data.model_copy(update={"format": data_format(recipe)})
     return {
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": recipe.model_copy(update={"data": resolved}).model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
-        "tokenizer": TextEncoder(tokenizer).key,
+        "tokenizer": contents.encoder,
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
         "files": {os.path.relpath(place, root): _digest(own) for place, own in zip(places, contents.files, strict=True)}

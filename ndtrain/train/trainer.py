@@ -30,7 +30,7 @@ from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
 from ndtrain.train.data_files import fetch_data
-from ndtrain.train.inputs import open_batches, open_tokenizer
+from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
@@ -116,7 +116,8 @@ class Trainer:
         def prepare() -> None:
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
             notes.extend(found)
-            self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer))
+            progress = data_progress(self.recipe, self.runtime, self.reporter)
+            self.origin.update(origin_of(self.engine.model, self.recipe, self.tokenizer, progress))
 
         on_rank0(prepare)
         for note in notes:

@@ -26,11 +26,8 @@ class Arrow:
     """
 
     def __init__(self, stored: BufferedReader[Any], file: Path):
-        with needs_pyarrow(file, "Arrow"):
-            import pyarrow.ipc
-        self.file, self.ipc = file, pyarrow.ipc
+        self.file, self.source = file, native(stored, file, "Arrow")
         with self._damaged():
-            self.source = native(stored, file)
             self.size = self.source.size()
             self.is_file = self.source.read(len(ARROW_FILE)) == ARROW_FILE
             self.source.seek(max(0, self.size - len(_END_OF_STREAM)))
@@ -66,9 +63,11 @@ class Arrow:
             yield batch, self.source.tell() if count is None else self.size * index // count
 
     def _open(self, **options: Any) -> Any:
+        from pyarrow import ipc
+
         self.source.seek(0)
-        reader = self.ipc.open_file if self.is_file else self.ipc.open_stream
-        return reader(self.source, options=self.ipc.IpcReadOptions(**options))
+        reader = ipc.open_file if self.is_file else ipc.open_stream
+        return reader(self.source, options=ipc.IpcReadOptions(**options))
 
     def _damaged(self) -> Any:
         return damaged_by(self.file, "cannot be read as Arrow")
@@ -84,20 +83,16 @@ def rows_of_batch(batch: Any, names: list[str], file: Path, before: int) -> Iter
         yield dict(zip(names, cells, strict=True))
 
 
-def native(stored: BufferedReader[Any], file: Path) -> Any:
-    """Return pyarrow's own open file of a local one, which it reads fastest; otherwise `stored` as pyarrow's."""
-    import pyarrow
+def native(stored: BufferedReader[Any], file: Path, kind: str) -> Any:
+    """Return pyarrow's own open file of a local one, which it reads fastest; otherwise `stored` as pyarrow's.
 
-    return pyarrow.OSFile(str(file)) if is_local(file) else pyarrow.PythonFile(stored, mode="r")
-
-
-@contextmanager
-def needs_pyarrow(file: Path, kind: str) -> Iterator[None]:
-    """Raise an `ImportError` of the body as the `RecipeError` of a missing package."""
+    Raises `RecipeError` without pyarrow.
+    """
     try:
-        yield
+        import pyarrow
     except ImportError as error:
         raise RecipeError(f"{file} is {kind}, which needs a package: pip install 'ndtrain[parquet]'") from error
+    return pyarrow.OSFile(str(file)) if is_local(file) else pyarrow.PythonFile(stored, mode="r")
 
 
 @contextmanager

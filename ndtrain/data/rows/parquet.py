@@ -7,8 +7,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from ndtrain.data.formats import parquet
 from ndtrain.data.row import Row
-from ndtrain.data.rows.arrow import damaged_by, native, needs_pyarrow, rows_of_batch
+from ndtrain.data.rows.arrow import damaged_by, native, rows_of_batch
 from ndtrain.errors import DamagedError
 
 # Rows that are in memory at once.
@@ -22,13 +23,9 @@ class Parquet:
     """
 
     def __init__(self, stored: BufferedReader[Any], file: Path):
-        with needs_pyarrow(file, "parquet"):
-            import pyarrow.parquet
-        self.file = file
+        source = native(stored, file, "parquet")
+        self.file, self.size, self.table = file, source.size(), parquet(file, source)
         with damaged_by(file, "cannot be read as parquet"):
-            source = native(stored, file)
-            self.size = source.size()
-            self.table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
             self.names: list[str] = self.table.schema_arrow.names
 
     def rows(self, wanted: Collection[str]) -> Iterator[Row]:
