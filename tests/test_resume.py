@@ -218,8 +218,8 @@ REFUSED = [
     (["data.path={root}/corpus/0[1-9].txt"], {"data.path": "0 added, 2 removed, 0 changed"}),
     (["data.columns.text=body"], {"data.columns.text": "the files are read in another way"}),
     (["model.config.rms_norm_eps=0.5"], {"model.config.rms_norm_eps": "0.5"}),
-    (["data.seq_len=16"], {"data.seq_len": "a sample would be another"}),
-    (["data.packing=false"], {"data.packing": "a sample would be another"}),
+    (["data.seq_len=16"], {"data.seq_len": "each sample would be another"}),
+    (["data.packing=false"], {"data.packing": "each sample would be another"}),
     (["model.config.num_hidden_layers=1"], {"model.config.num_hidden_layers": "other shapes"}),
     (
         ["model.name={root}/other", "data.shuffle=false"],
