@@ -113,7 +113,7 @@ def _says(error: BaseException, parts: tuple[str, ...]) -> bool:
 
 def counted(number: int, noun: str) -> str:
     """Return "1 rank" or "2 ranks", for a message."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('tch') else 's'}"
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

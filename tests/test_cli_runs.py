@@ -56,7 +56,7 @@ def test_a_run_from_scratch_leaves_its_files_and_resumes(recipe: Path, tmp_path:
     assert "Traceback" not in first.stderr and "Warning" not in first.stderr, first.stderr
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = "step loss grad_norm lr tokens tokens_per_second step_seconds mfu peak_memory_bytes time"
+    keys = "step epoch loss grad_norm lr tokens tokens_per_second step_seconds mfu peak_memory_bytes time"
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(set(line) == set(keys.split()) and line["mfu"] is None for line in lines)
     assert abs(lines[0]["loss"] - 5.56) < 0.2  # ln 261: the loss of an untrained model

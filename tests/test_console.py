@@ -19,6 +19,7 @@ class Terminal(io.StringIO):
 def metrics(step: int) -> StepMetrics:
     return StepMetrics(
         step=step,
+        epoch=step / 2,
         loss=2.5,
         grad_norm=1.0,
         lr=1e-4,
@@ -41,6 +42,7 @@ def test_where_a_line_cannot_be_rewritten_each_step_is_a_line_at_once(
     reporter = Reporter()
     for step in (1, 2):
         reporter.step(metrics(step), steps=3, show=True)
-        assert shown.getvalue().splitlines()[-1].startswith(f"step {step}/3  loss 2.5000")
+        line = shown.getvalue().splitlines()[-1]
+        assert line.startswith(f"step {step}/3  loss 2.5000") and f"epoch {step / 2:.2f}  ETA" in line
     assert "\x1b" not in shown.getvalue()
     reporter.close()

@@ -83,7 +83,7 @@ def replayed(model_dir: Path, recipe_path: Path, attention: list[Tensor], residu
     corpus = data.build_cache(
         data.find_files(recipe.data.path), data.TextEncoder(ByteTokenizer()), cache_dir=cache_root() / "data"
     )
-    samples = data.Samples(corpus, recipe.data.seq_len, packing=False, pad_id=258)
+    samples = data.open_samples(corpus, recipe.data.seq_len, packing=False, pad_id=258)
     order = data.Order(len(samples), seed=recipe.train.seed, shuffle=True)
     rows = [samples[int(i)] for i in order.sample_ids(0, 8)]
     ids, labels = (torch.stack([torch.as_tensor(r[key]) for r in rows]) for key in ("input_ids", "labels"))

@@ -151,7 +151,7 @@ def mixed_reference(
     corpus = data.build_cache(
         data.find_files(recipe.data.path), data.TextEncoder(ByteTokenizer()), cache_dir=cache_root() / "data"
     )
-    samples = data.Samples(corpus, recipe.data.seq_len, packing=True, pad_id=258)
+    samples = data.open_samples(corpus, recipe.data.seq_len, packing=True, pad_id=258)
     ranks = [
         data.GlobalBatches(
             samples,

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -83,7 +82,7 @@ def test_the_picture_draws_every_rank_once_inside_its_node(sizes: MeshSizes, on_
 
 def test_the_page_loads_nothing_and_escapes_its_text(tmp_path: Path) -> None:
     plan, report, on_node = planned(tmp_path, "8")
-    page = page_html(replace(plan, notes=("</script><script>alert(1)</script>",)), report, on_node)
+    page = page_html(plan, {**report, "notes": ["</script><script>alert(1)</script>"]}, on_node)
     assert not re.search(r"\b(src|href)\s*=|url\(|@import|fetch\(", page)
     assert re.findall(r"https?://[^\s\"']*", page.replace("http://www.w3.org/2000/svg", "")) == []
     assert data_of(page)["notes"][-1] == "</script><script>alert(1)</script>" and page.count("</script>") == 2

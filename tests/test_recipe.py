@@ -58,7 +58,8 @@ def test_every_key_has_its_documented_default(recipe: Any) -> None:
         "float32",
         True,
     )
-    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("auto", True, True, None)
+    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("auto", "concat", True, None)
+    assert (r.data.too_long, r.train.epochs) == ("cut", None)
     assert (r.train.global_batch_size, r.train.micro_batch_size, r.train.seed) == (32, 4, 0)
     assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (500, 2, True)
     assert (r.checkpoint.resume, r.schedule.kind, r.optim.max_grad_norm, r.log.every) == (
@@ -90,10 +91,33 @@ def test_warm_up_takes_2_percent_of_the_steps_by_default(recipe: Any, steps: int
     assert tomli.loads(to_toml(r))["schedule"]["warmup_steps"] == warmup
 
 
+EPOCHS = MINIMAL.replace("steps = 10", "epochs = 3")
+
+
+def test_epochs_leave_the_schedule_open_until_the_steps_are_known(recipe: Any) -> None:
+    r = recipe(EPOCHS, "schedule.kind=wsd")
+    assert (r.train.steps, r.train.epochs, r.schedule.warmup_steps) == (None, 3, None)
+    assert recipe(to_toml(r)) == r and "steps" not in tomli.loads(to_toml(r))["train"]
+    known = r.with_steps(1000)
+    assert known.train.epochs == 3
+    assert known.schedule == recipe(MINIMAL, "schedule.kind=wsd", "train.steps=1000").schedule
+    assert recipe(EPOCHS, "schedule.warmup_steps=7").with_steps(1000).schedule.warmup_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [("true", "concat"), ('"concat"', "concat"), ('"best_fit"', "best_fit"), ("false", False)]
+)
+def test_packing_is_recorded_by_its_name(recipe: Any, line: str, value: Any) -> None:
+    r = recipe(with_line(f"packing = {line}", "data"))
+    assert r.data.packing is value or r.data.packing == value
+    assert tomli.loads(to_toml(r))["data"]["packing"] == value
+    assert recipe(to_toml(r)) == r
+
+
 # section, line, words that the message must contain
 WRONG = [
     ("train", "stpes = 3", ['[train] has no key "stpes"', 'did you mean "steps"?']),
-    ("train", "qqqq = 3", ["its keys are steps, global_batch_size"]),
+    ("train", "qqqq = 3", ["its keys are steps, epochs, global_batch_size"]),
     ("train", "lr = 3", ['[train] has no key "lr"', "it belongs to [optim]"]),
     ("trian", "x = 3", ["no section [trian]", "did you mean [train]?"]),
     ("zzz", "x = 3", ["no section [zzz]", "its sections are model, mesh"]),
@@ -135,7 +159,10 @@ WRONG = [
     ("schedule", "kind = 'constant'\nmin_lr_ratio = 0.5", ["schedule.min_lr_ratio = 0.5", 'kind = "constant"']),
     ("schedule", "decay_steps = 3", ["schedule.decay_steps = 3", 'kind = "wsd"']),
     ("schedule", "kind = 'wsd'\ndecay_steps = 8\nwarmup_steps = 3", ["together more than train.steps = 10"]),
-    ("data", "packing = 1", ["data.packing = 1 must be true or false"]),
+    ("data", "too_long = 'error'", ['data.too_long = "error" does not apply to data.packing = "concat"']),
+    ("train", "epochs = 2", ["train.steps = 10 and train.epochs = 2 exclude each other", "line 9"]),
+    ("train", "epochs = 1.5", ["train.epochs = 1.5 must be a whole number of at least 1"]),
+    ("data", "packing = 1", ['data.packing = 1 must be one of "concat", "best_fit" or true or false']),
     ("data", "tokenizer = ''", ["data.tokenizer", "not empty"]),
     ("checkpoint", "keep = 0", ["checkpoint.keep = 0"]),
     ("checkpoint", "every = -1", ["checkpoint.every = -1"]),
@@ -372,7 +399,8 @@ SAMPLES |= {"reshard_after_forward": False, "cpu_offload": True}
 def test_aliases_are_read_with_a_note(recipe: Any, section: str, alias: str) -> None:
     key = ALIASES[section, alias]
     value = SAMPLES.get(key, 3)
-    text = re.sub(rf"(\[{section}\]\n(?:\w.*\n)*?){key} = .*\n", r"\1", MINIMAL)
+    replaced = "steps" if key == "epochs" else key
+    text = re.sub(rf"(\[{section}\]\n(?:\w.*\n)*?){replaced} = .*\n", r"\1", MINIMAL)
     extra = []
     if key == "type":
         text = text.replace('name = "org/model"\n', "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -321,14 +322,13 @@ def test_a_checkpoint_as_the_base_is_known_by_its_hashes(run: dict[str, Path], t
 def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_it_goes(with_data: dict[str, Path]) -> None:
     run = with_data
     step = run["run"] / "checkpoints" / "step-00000002"
-    state = json.loads((step / "train_state.json").read_text())
-    for key in ("recipe", "origin"):
-        del state[key]
-    state["schedule"] = {"kind": "cosine", "warmup_steps": 1, "min_lr_ratio": 0.0, "decay_steps": None}
-    content = json.dumps(state).encode()
-    (step / "train_state.json").write_bytes(content)
-    entry = {"size": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-    tiny.forged(step, lambda manifest: manifest["files"].update({"train_state.json": entry}))
+
+    def earlier(state: dict[str, Any]) -> None:
+        for key in ("recipe", "origin"):
+            del state[key]
+        state["schedule"] = {"kind": "cosine", "warmup_steps": 1, "min_lr_ratio": 0.0, "decay_steps": None}
+
+    rewritten(step, earlier)
     found = resume(run, "schedule.kind=linear", f"model.name={run['root']}/other")
     assert not found["error"] and "does not record its recipe; only the data" in found["said"]
     assert rows(found) == {"schedule.kind": '"cosine" "linear"'}
@@ -337,6 +337,45 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_it_goes(with_d
     (run["corpus"] / "03.txt").write_text("another document")
     assert "data.path differs (its files, or the tokenizer, changed)" in resume(run)["error"]
     assert not resume(run, 'checkpoint.allow=["data.path"]')["error"]
+
+
+def rewritten(step: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a checkpoint's train_state.json, as if it had been written so."""
+    state = json.loads((step / "train_state.json").read_text())
+    change(state)
+    content = json.dumps(state).encode()
+    (step / "train_state.json").write_bytes(content)
+    entry = {"size": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    tiny.forged(step, lambda manifest: manifest["files"].update({"train_state.json": entry}))
+
+
+def test_keys_that_a_later_version_names_or_adds_are_no_changes(run: dict[str, Path]) -> None:
+    def earlier(state: dict[str, Any]) -> None:
+        data, train = state["recipe"]["data"], state["recipe"]["train"]
+        assert data.pop("too_long") == "cut" and train.pop("epochs") is None
+        data["packing"] = True
+
+    step = run["run"] / "checkpoints" / "step-00000002"
+    rewritten(step, earlier)
+    assert set(rows(resume(run))) == {"run.dir"}
+    assert "data.packing was" in resume(run, "data.packing=best_fit")["error"]
+
+    def earliest(state: dict[str, Any]) -> None:
+        del state["recipe"], state["origin"]
+        state["data"] = "0123 seq_len=32 packing=True samples=282 seed=3 shuffle=True"
+
+    rewritten(step, earliest)
+    assert "data.path differs" in resume(run)["error"]
+    assert not resume(run, 'checkpoint.allow=["data.path"]')["error"]
+
+
+def test_another_order_of_the_same_samples_is_refused(run: dict[str, Path]) -> None:
+    rewritten(
+        run["run"] / "checkpoints" / "step-00000002",
+        lambda state: state.update(data=state["data"].removesuffix(" order=2")),
+    )
+    error = resume(run, "train.steps=3")["error"]
+    assert "was trained on other samples" in error and "use the version of ndtrain that wrote it" in error
 
 
 def test_another_runs_checkpoint_and_another_mesh_are_one_line_each(run: dict[str, Path], tmp_path: Path) -> None:

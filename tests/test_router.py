@@ -57,7 +57,7 @@ def first_step(model_dir: Path, recipe_path: Path) -> dict[str, float]:
     corpus = data.build_cache(
         data.find_files(recipe.data.path), data.TextEncoder(ByteTokenizer()), cache_dir=cache_root() / "data"
     )
-    samples = data.Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
+    samples = data.open_samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
     order = data.Order(len(samples), seed=recipe.train.seed, shuffle=True)
     rows = [samples[int(i)] for i in order.sample_ids(0, recipe.train.global_batch_size)]
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

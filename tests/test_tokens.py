@@ -17,7 +17,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from ndtrain.data.samples import Samples
+from ndtrain.data.samples import open_samples
 from ndtrain.data.tokens import (
     Reading,
     TokenCorpus,
@@ -146,7 +146,7 @@ def test_several_files_are_one_corpus_in_the_order_of_their_names(folder: Path) 
     corpus = opened(folder)
     assert documents(corpus) == [list(row) for row in [*ROWS, *ROWS]]
     assert corpus.tokens(3, 16).tolist() == [id for row in [*ROWS, *ROWS] for id in row][3:16]
-    samples = Samples(corpus, 4, packing=True, pad_id=PAD)
+    samples = open_samples(corpus, 4, packing=True, pad_id=PAD)
     stream = [id for i in range(len(samples)) for id in samples[i]["input_ids"].tolist()]
     assert stream[:30] == [id for row in [*ROWS, *ROWS] for id in row]
 
@@ -222,9 +222,9 @@ def test_labels_and_masks_say_what_carries_loss(folder: Path, write: Callable[..
     assert targets(corpus) == [[6, EOS], [], [9, 10, 11, 13, EOS], [14, EOS]]
     found = list(notes(corpus, reading()))
     assert "columns that are not read: text" in found[-1] and "46.7 % are targets" in found[0]
-    samples = Samples(corpus, 8, packing=False, pad_id=PAD)
+    samples = open_samples(corpus, 8, packing=False, pad_id=PAD)
     assert samples[0]["labels"].tolist() == [6, -100, EOS] + 5 * [-100]
-    packed = Samples(corpus, 32, packing=True, pad_id=PAD)[0]["labels"].tolist()
+    packed = open_samples(corpus, 32, packing=True, pad_id=PAD)[0]["labels"].tolist()
     assert packed[:15] == [6, -100, EOS, -100, -100, -100, 10, 11, -100, 13, EOS, -100, -100, EOS, -100]
 
 

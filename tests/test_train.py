@@ -69,7 +69,7 @@ def trained(path: str, overrides: list[str], stop: int | None = None, *, proves:
         trainer.prepare()
     first = trainer.cursor
     try:
-        while trainer.step < (stop or recipe.train.steps):
+        while trainer.step < (stop or trainer.steps):
             trainer.train_step()
     finally:
         trainer.saving.store.settle()  # also where a step is refused, as `train` does
@@ -96,7 +96,7 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
     corpus = data.build_cache(
         data.find_files(recipe.data.path), data.TextEncoder(ByteTokenizer()), cache_dir=cache_root() / "data"
     )
-    samples = data.Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
+    samples = data.open_samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
     order = data.Order(len(samples), seed=recipe.train.seed, shuffle=True)
     attn = recipe.model.attn
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attn)
@@ -193,6 +193,7 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "soft-capped logits": ("gemma3_capped", "dp_shard2", {}),
     "recomputed blocks": ("llama", "dp_shard2-tp2", {"train": {"activation_checkpointing": "full"}}),
     "one document a row": ("qwen3", "dp_shard2", {"data": {"packing": False}}),
+    "whole documents in a row": ("gemma3_text", "dp_shard2-tp2", {"data": {"packing": "best_fit", "seq_len": 64}}),
     "weights kept gathered": ("qwen3", "dp_shard2", {"fsdp": {"reshard_after_forward": False}}),
     "rows that do not divide": ("llama", "dp_shard4", {"train": {"micro_batch_size": 3}}),
     "whole sequences under tp": ("qwen3", "tp2", {"tp": {"sequence_parallel": False}}),
@@ -220,6 +221,10 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "ulysses, sliding windows": ("gemma3_text", "dp_shard2-cp2", {}),
     "ulysses, learned positions": ("gpt2", "cp4", {}),
+    "ulysses, whole documents in a row": ("qwen3", "cp2", {"data": {"packing": "best_fit", "seq_len": 64}}),
+    "ring, whole documents in a row": (
+        *("llama", "dp_shard2-cp2", RING | {"data": {"packing": "best_fit", "seq_len": 64}}),
+    ),
     "ulysses, one document a row": ("qwen3", "cp2", {"data": {"packing": False}}),
     "ulysses under tp": ("qwen3", "cp2-tp2", {}),
     "ulysses, key-value heads on several ranks": ("qwen3_gqa", "cp4", {}),

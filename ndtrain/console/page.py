@@ -36,7 +36,7 @@ def page_html(plan: Plan, report: dict[str, Any], ranks_per_node: int) -> str:
         "units": _units(plan, report, cuts),
         "cuts": [_held(sizes, cut) for cut in cuts],
         "notes": [
-            *(remark.removeprefix("note: ") for remark in remarks(plan)),
+            *(remark.removeprefix("note: ") for remark in remarks(plan, report)),
             *(f"tied: {alias} is {source}" for alias, source in plan.tied.items()),
         ],
         "step": report.get("step"),

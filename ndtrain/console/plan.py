@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
@@ -68,9 +69,18 @@ def plan_report(
         },
         "units": [asdict(unit) for unit in (*plan.units, plan.root)],
         "tied": plan.tied,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *_open(recipe)],
         "params": [_param_report(param, plan, rank) for param in shown],
     }
+
+
+def _open(recipe: Recipe) -> Iterator[str]:
+    """Yield a note on what only the data decides."""
+    if recipe.train.epochs is not None:
+        yield (
+            f"train.epochs = {recipe.train.epochs}: how many steps that is, and with it the schedule, follows from the "
+            "number of samples, which a run prints once it has tokenized the data"
+        )
 
 
 def _group_report(sizes: MeshSizes, axis: str, rank: int, ranks_per_node: int) -> dict[str, Any]:
@@ -202,17 +212,17 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
                 + (f"; {size(held['staging'])} in host memory for checkpoints" if held["staging"] else ""),
                 markup=False,
             )
-        for remark in remarks(plan):
+        for remark in remarks(plan, report):
             console.print(remark, markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
-def remarks(plan: Plan) -> list[str]:
+def remarks(plan: Plan, report: dict[str, Any]) -> list[str]:
     """Return the lines about the whole plan: imbalance, coverage of tensor parallelism, notes."""
     lines = [_imbalance_text(plan)] if plan.imbalance > EVEN else []
     if plan.sizes.tp > 1:
         lines.append(f"tensor parallelism cuts {100 * plan.tp_coverage:.1f} % of the parameters")
-    return [*lines, *(f"note: {note}" for note in plan.notes)]
+    return [*lines, *(f"note: {note}" for note in report["notes"])]
 
 
 def _group_text(group: dict[str, Any]) -> str:

@@ -67,7 +67,7 @@ class Reporter:
         aux = "" if metrics.aux_loss is None else f"aux {metrics.aux_loss:.4f}  "
         text = (
             f"loss {metrics.loss:.4f}  {aux}grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
-            f"{metrics.tokens_per_second:,.0f} tokens/s  ETA {eta}"
+            f"{metrics.tokens_per_second:,.0f} tokens/s  epoch {metrics.epoch:.2f}  ETA {eta}"
         )
         if self._live:
             self._bar_update("step", metrics.step, steps, detail=text)

@@ -10,7 +10,7 @@ from ndtrain.data.cache import build_cache, contents_of
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
-from ndtrain.data.samples import IGNORE, Samples
+from ndtrain.data.samples import IGNORE, Samples, open_samples
 from ndtrain.data.text import TextEncoder, Tokenizer
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "find_files",
     "labels_count",
     "micro_batches",
+    "open_samples",
 ]

@@ -45,11 +45,7 @@ class GlobalBatches:
     @property
     def fingerprint(self) -> str:
         """Text that identifies the data and its order; a cursor is valid only where it is equal."""
-        data, order = self.samples, self.order
-        return (
-            f"{data.corpus.key} seq_len={data.seq_len} packing={data.packing} samples={len(data)} "
-            f"seed={order.seed} shuffle={order.shuffle}"
-        )
+        return f"{self.samples.fingerprint} {self.order.fingerprint}"
 
     def sample_ids(self, cursor: int) -> IntArray:
         """Return the ids `[G]` of the whole global batch at the cursor; the next batch is at cursor + G."""

@@ -82,10 +82,21 @@ class Corpus:
         docs, own = self.parts[number].docs, index - int(self._docs[number])
         return int(self._tokens[number] + docs[own]), int(self._tokens[number] + docs[own + 1])
 
-    def lengths(self) -> Iterator[IntArray]:
-        """Yield the lengths in tokens of the documents, part by part."""
-        for part in self.parts:
-            yield np.diff(part.docs)
+    def around(self, positions: IntArray) -> tuple[IntArray, IntArray]:
+        """Return where the documents that hold these positions begin and end."""
+        begins, ends = np.empty_like(positions), np.empty_like(positions)
+        numbers = np.searchsorted(self._tokens, positions, side="right") - 1
+        for number in np.unique(numbers):
+            docs, base, at = self.parts[number].docs, self._tokens[number], numbers == number
+            ahead = np.searchsorted(docs, positions[at] - base, side="right")
+            begins[at], ends[at] = docs[ahead - 1] + base, docs[ahead] + base
+        return begins, ends
+
+    def bounds_in_blocks(self, most: int = 1 << 20) -> Iterator[IntArray]:
+        """Yield the bounds `[d + 1]` of at most so many documents at a time, which together are all of them."""
+        for part, base in zip(self.parts, self._tokens[:-1], strict=True):
+            for first in range(0, len(part.docs) - 1, most):
+                yield part.docs[first : first + most + 1] + base
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
         """Yield each part that has tokens from `start` to `stop`, with the first of them and the one past the last."""

@@ -71,7 +71,7 @@ def prepare(
             if stamp_of(file) != stamp:
                 raise DamagedError(f"{file} changed while it was being tokenized; start the run again")
         meta = {"version": FORMAT_VERSION, "key": group.key, "dtype": _dtype(encoder).name, "masked": encoder.masked}
-        write_json(work / "meta.json", {**meta, **asdict(counts)})
+        write_json(work / "meta.json", {**meta, **asdict(counts), "docs_mtime": _sealed(work / "docs.bin")})
         (work / "progress.json").unlink(missing_ok=True)
         try:
             os.rename(work, final)
@@ -79,6 +79,13 @@ def prepare(
             if not final.is_dir():  # otherwise another process was first, with the same content
                 raise
     return final
+
+
+def _sealed(file: Path) -> int:
+    """Set the file's mtime to a minute ago and return it, in ns: any later change of the file gives it another."""
+    mtime = (int(time.time()) - 60) * 10**9
+    os.utime(file, ns=(mtime, mtime))
+    return mtime
 
 
 @contextmanager

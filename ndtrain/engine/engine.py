@@ -52,7 +52,7 @@ class Engine:
         self.loss_model = LossModel(
             self.model,
             self.plan,
-            pass_positions=self.recipe.data.packing or self.context is not None,
+            pass_positions=bool(self.recipe.data.packing) or self.context is not None,
             tp_group=self.meshes.tp.get_group(),
             cp_group=self.meshes.dense["cp"].get_group() if self.context is not None else None,
         )
@@ -67,7 +67,7 @@ class Engine:
             # Flash attention tells documents apart by their positions only in a batch of one row.
             batch = {key: value.reshape(1, -1) for key, value in batch.items()}
         if self.context is not None and parts:
-            batch = self.context.split(batch, packed=self.recipe.data.packing)
+            batch = self.context.split(batch, packed=bool(self.recipe.data.packing))
         return batch
 
     def tp_summed(self) -> tuple[str, ...]:

@@ -15,10 +15,13 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     linearly over the last `decay_steps`.
     """
     section, steps, lr = recipe.schedule, recipe.train.steps, recipe.optim.lr
-    if step < section.warmup_steps:
-        return lr * (step + 1) / section.warmup_steps
+    warmup = section.warmup_steps
+    if steps is None or warmup is None:
+        raise ValueError("the number of steps is not known yet: see Recipe.with_steps")
+    if step < warmup:
+        return lr * (step + 1) / warmup
     low = section.min_lr_ratio
-    done = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
+    done = (step - warmup) / max(1, steps - warmup)
     if section.kind == "constant":
         share = 1.0
     elif section.kind == "linear":
@@ -26,7 +29,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     elif section.kind == "cosine":
         share = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
     else:
-        decay = section.decay_steps or min(max(1, steps // 10), steps - section.warmup_steps)
+        decay = section.decay_steps or min(max(1, steps // 10), steps - warmup)
         left = min(1.0, (steps - step) / max(1, decay))
         share = low + (1 - low) * left
     return lr * share

@@ -62,7 +62,8 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
         # DTensor remembers the placements of results with a mesh. An equal mesh of an earlier dry step has groups of
         # other names, which are gone or are other groups now.
         forget_shardings()
-        engine = Engine(recipe, plan, model, device=torch.device("cpu"))
+        # No step depends on how many there are.
+        engine = Engine(recipe.with_steps(recipe.train.steps or 1), plan, model, device=torch.device("cpu"))
         engine.cut()
         fix_frequencies(model, None)
         recorder = Recorder(axes(engine.meshes))
@@ -71,7 +72,7 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
                 FakeTensorMode(allow_non_fake_inputs=True),
                 recorder,
                 watched(recorder),
-                _without_data(plan, packing=recipe.data.packing),
+                _without_data(plan, packing=bool(recipe.data.packing)),
             ):
                 run_step(engine, recorder, batches(recipe, plan))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -12,12 +12,15 @@ from typing import Any
 class StepMetrics:
     """One line of metrics.jsonl. `loss` is the mean over the global batch's targets, `tokens` their count.
 
+    `epoch` is how many times the data was read after the step: 1.5 is the middle of the second pass.
+
     `aux_loss` is the router's, the mean over the global batch's sequences without its coefficient; None, and left out
     of the line, without a router. A step that is not finite changes no weight: `skipped` counts those of the run up to
     now, and is left out while it is 0.
     """
 
     step: int
+    epoch: float
     loss: float
     grad_norm: float
     lr: float

@@ -23,8 +23,8 @@ FILE = "proof.json"
 # the model's config and code.
 _LEFT_OUT: dict[str, set[str]] = {
     "model": {"name", "type", "init", "config", "revision", "trust_remote_code"},
-    "data": {"format", "path", "tokenizer", "shuffle"},
-    "train": {"steps", "seed", "max_bad_steps", "global_batch_size", "micro_batch_size"},
+    "data": {"format", "path", "tokenizer", "shuffle", "too_long", "workers", "documents", "token_dtype"},
+    "train": {"steps", "epochs", "seed", "max_bad_steps", "global_batch_size", "micro_batch_size"},
 }
 _SECTIONS_LEFT_OUT = {"load", "optim", "schedule", "checkpoint", "log", "run"}
 

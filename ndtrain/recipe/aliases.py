@@ -42,6 +42,8 @@ ALIASES: dict[tuple[str, str], str] = {
     ("schedule", "min_lr_rate"): "min_lr_ratio",
     ("train", "max_steps"): "steps",
     ("train", "num_steps"): "steps",
+    ("train", "num_train_epochs"): "epochs",
+    ("train", "num_epochs"): "epochs",
     ("train", "per_device_train_batch_size"): "micro_batch_size",
     ("train", "local_batch_size"): "micro_batch_size",
     ("train", "gradient_checkpointing"): "activation_checkpointing",

@@ -10,6 +10,7 @@ _SAMPLES = "the position in the data is a number of samples, and each sample wou
 NEVER: dict[str, str] = {
     "data.seq_len": _SAMPLES,
     "data.packing": _SAMPLES,
+    "data.too_long": _SAMPLES,
     "data.format": _SAMPLES,
     "data.documents": _SAMPLES,
     "data.token_dtype": _SAMPLES,

@@ -37,7 +37,7 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
 
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """Yield a problem for each contradiction between keys of `recipe`."""
-    model, data, schedule, train = recipe.model, recipe.data, recipe.schedule, recipe.train
+    model, data, train = recipe.model, recipe.data, recipe.train
     if model.name is None and model.type is None:
         yield (
             ("model", "name"),
@@ -81,21 +81,41 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"train.micro_batch_size = {train.micro_batch_size} is larger than "
             f"train.global_batch_size = {train.global_batch_size}; lower it",
         )
-    if schedule.warmup_steps >= train.steps:
+    if train.steps is None and train.epochs is None:
+        yield ("train", "steps"), "train.steps is required, a whole number of at least 1, or train.epochs in its place"
+    if train.steps is not None and train.epochs is not None:
+        yield (
+            ("train", "epochs"),
+            f"train.steps = {train.steps} and train.epochs = {train.epochs} exclude each other; keep one",
+        )
+    if data.packing == "concat" and data.too_long != "cut":
+        yield (
+            ("data", "too_long"),
+            f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '
+            'wherever a row ends; set data.packing = "best_fit" or false, or leave it out',
+        )
+    yield from of_schedule(recipe)
+
+
+def of_schedule(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each contradiction in [schedule], as far as the number of steps is known."""
+    schedule, steps = recipe.schedule, recipe.train.steps
+    warmup, decay = schedule.warmup_steps or 0, schedule.decay_steps or 0
+    if steps is not None and warmup >= steps:
         yield (
             ("schedule", "warmup_steps"),
-            f"schedule.warmup_steps = {schedule.warmup_steps} must be less than train.steps = {train.steps}",
+            f"schedule.warmup_steps = {warmup} must be less than train.steps = {steps}",
         )
     elif schedule.min_lr_ratio and schedule.kind == "constant":
         yield (
             ("schedule", "min_lr_ratio"),
             f'schedule.min_lr_ratio = {schedule.min_lr_ratio} does not apply to kind = "constant"; leave it out',
         )
-    elif schedule.kind == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps:
+    elif steps is not None and schedule.kind == "wsd" and warmup + decay > steps:
         yield (
             ("schedule", "decay_steps"),
-            f"schedule.decay_steps = {schedule.decay_steps} and warmup_steps = {schedule.warmup_steps} are "
-            f"together more than train.steps = {train.steps}; lower one of them",
+            f"schedule.decay_steps = {decay} and warmup_steps = {warmup} are together more than "
+            f"train.steps = {steps}; lower one of them",
         )
     if schedule.decay_steps is not None and schedule.kind != "wsd":
         yield (

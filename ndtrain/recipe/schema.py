@@ -165,7 +165,16 @@ class DataSection(Section):
         {}, description='The data\'s names of fields that have another, e.g. { text = "content" }.'
     )
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
-    packing: bool = Field(True, description="Pack documents into sequences; they never attend to each other.")
+    packing: Literal["concat", "best_fit"] | bool = Field(
+        "concat",
+        description='How documents share sequences, without ever attending to each other: "concat" cuts the stream of '
+        'all documents, "best_fit" keeps each in one piece, false gives each its own; true means "concat".',
+    )
+    too_long: Literal["cut", "drop", "error"] = Field(
+        "cut",
+        description='What becomes of a document longer than seq_len where packing is "best_fit" or false: "cut" into '
+        'pieces of seq_len, "drop" it, or "error".',
+    )
     tokenizer: Text | None = Field(
         None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
     )
@@ -189,6 +198,11 @@ class DataSection(Section):
         0, description="Processes that tokenize, on one rank of each node; 0: one per core."
     )
 
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _default_packing(cls, value: Any) -> Any:
+        return "concat" if value is True else value
+
 
 class OptimSection(Section):
     """The optimizer."""
@@ -208,22 +222,25 @@ class ScheduleSection(Section):
     """Learning rate over the steps."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default_factory=int,  # `Recipe` sets the default, which depends on train.steps
-        description="Steps of linear warm-up; default 2 % of train.steps, rounded, so none in fewer than 25 steps.",
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None,  # `Recipe` sets it where it knows the number of steps
+        description="Steps of linear warm-up; default 2 % of all steps, rounded, so none in fewer than 25 steps.",
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Final learning rate divided by the peak."
     )
     decay_steps: Size | None = Field(
-        None, description="wsd only: length of the decay at the end; default 10 % of train.steps."
+        None, description="wsd only: length of the decay at the end; default 10 % of all steps."
     )
 
 
 class TrainSection(Section):
     """The loop."""
 
-    steps: Size = Field(description="Optimizer steps.")
+    steps: Size | None = Field(None, description="Optimizer steps. Set this or epochs.")
+    epochs: Size | None = Field(
+        None, description="Passes over the data, in place of steps; the last batch is filled from the next pass."
+    )
     global_batch_size: Size = Field(32, description="Sequences per optimizer step, on every mesh.")
     micro_batch_size: Size = Field(4, description="Sequences per forward on one rank.")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
@@ -316,15 +333,24 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _warm_up(cls, values: Any) -> Any:
-        """Fill in `schedule.warmup_steps`, short enough for the decay that follows it."""
+        """Fill in `schedule.warmup_steps` where the number of steps is given."""
         schedule, train = values.get("schedule", {}), values.get("train")
         if not isinstance(schedule, dict) or not isinstance(train, dict) or "warmup_steps" in schedule:
             return values
         steps, decay = train.get("steps"), schedule.get("decay_steps")
         if type(steps) is not int:
             return values
-        most = steps - decay if type(decay) is int else steps
-        return {**values, "schedule": {**schedule, "warmup_steps": max(0, min((2 * steps + 50) // 100, most))}}
+        warmup = _warmup_steps(steps, decay if type(decay) is int else 0)
+        return {**values, "schedule": {**schedule, "warmup_steps": warmup}}
+
+    def with_steps(self, steps: int) -> Self:
+        """Return the recipe of a run of `steps` steps, where `train.epochs` leaves open how many they are."""
+        schedule = self.schedule
+        if schedule.warmup_steps is None:
+            warmup = _warmup_steps(steps, schedule.decay_steps or 0)
+            schedule = schedule.model_copy(update={"warmup_steps": warmup})
+        train = self.train.model_copy(update={"steps": steps})
+        return self.model_copy(update={"train": train, "schedule": schedule})
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -336,3 +362,8 @@ class Recipe(Section):
         copy = self.model_copy()
         copy._notes = tuple(notes)
         return copy
+
+
+def _warmup_steps(steps: int, decay: int) -> int:
+    """Return the default warm-up, short enough for the decay that follows it."""
+    return max(0, min((2 * steps + 50) // 100, steps - decay))

@@ -110,6 +110,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     """Yield the changes of recipe and inputs against a checkpoint that records them."""
     saved = state["origin"]
     before, now = _flat(state["recipe"]), _flat(origin["recipe"])
+    if before.get("data.packing") is True:  # as earlier versions record "concat"
+        before["data.packing"] = "concat"
     # A key that a later version has added had its default.
     before = {**{key: value for key, value in _defaults().items() if key in now}, **before}
     names = [key for key in {**now, **before} if not covers(_ELSEWHERE, key) and before.get(key) != now.get(key)]
@@ -166,6 +168,8 @@ def _unrecorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, A
     """Yield the changes that an earlier version's checkpoint shows: in its data, its seed and its schedule."""
     key, *fields = state["data"].split()
     written = dict(field.split("=", 1) for field in fields if "=" in field)
+    if written.get("packing") == "True":  # see `_recorded`
+        written["packing"] = "concat"
     now = _flat(origin["recipe"])
     for name in ("data.seq_len", "data.packing", "data.shuffle"):
         before = written.get(name.removeprefix("data."))

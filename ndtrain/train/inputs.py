@@ -15,7 +15,7 @@ from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import Note
 from ndtrain.data.order import Order
 from ndtrain.data.preparation import Group
-from ndtrain.data.samples import Samples
+from ndtrain.data.samples import Samples, open_samples
 from ndtrain.data.text import TextEncoder
 from ndtrain.data.tokens import Reading, check_ids, open_tokens
 from ndtrain.data.tokens import notes as token_notes
@@ -84,7 +84,7 @@ def open_batches(
 
     Raises `RecipeError` for data with a token that a model of `vocabulary` tokens lacks.
     """
-    opened: list[tuple[Corpus, list[str]]] = []
+    opened: list[tuple[Samples, list[str]]] = []
 
     progress = data_progress(recipe, runtime, reporter)
 
@@ -93,15 +93,25 @@ def open_batches(
             reporter.info(f"note: {line}")
 
         corpus_of = _prepared if data_format(recipe) == "tokens" else _tokenized
-        opened.append(corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary))
+        corpus, notes = corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
+        samples = open_samples(
+            corpus,
+            recipe.data.seq_len,
+            packing=recipe.data.packing,
+            too_long=recipe.data.too_long,
+            pad_id=tokenizer.pad_id,
+            folder=_cache_dir(),
+            advance=runtime.watch.advance,
+        )
+        opened.append((samples, notes))
 
     rank0_first(runtime, build)
     # The other ranks compute its keys from the files' digests, which are cached beside it.
     together(None if opened else build)
-    corpus, notes = opened[0]
+    samples, notes = opened[0]
     for note in notes:
         reporter.info(f"note: {note}")
-    samples = Samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=tokenizer.pad_id)
+    reporter.info(samples.describe())
     return GlobalBatches(
         samples,
         Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle),

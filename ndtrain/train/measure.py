@@ -63,13 +63,23 @@ class Measure:
         return Losses(loss, aux_loss, float(norm), not ranks_not_finite and math.isfinite(loss + aux_loss))
 
     def metrics(
-        self, losses: Losses, targets: Targets, *, step: int, lr: float, seconds: float, peak: int, skipped: int
+        self,
+        losses: Losses,
+        targets: Targets,
+        *,
+        step: int,
+        epoch: float,
+        lr: float,
+        seconds: float,
+        peak: int,
+        skipped: int,
     ) -> StepMetrics:
         """Return the metrics of a step that took `seconds`; `peak` is in bytes."""
         speed = targets.tokens / seconds
         mfu = speed / self.ranks * self._flops_per_token / self._peak_flops if self._peak_flops else None
         return StepMetrics(
             step=step,
+            epoch=epoch,
             loss=losses.loss,
             grad_norm=losses.grad_norm,
             lr=lr,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ndtrain.accelerators import emulates_bfloat16, peak_memory_bytes
 from ndtrain.data import GlobalBatches
+from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Batch, Engine
 from ndtrain.errors import NdtrainError, Stopped, counted
 from ndtrain.hf import extra_states
@@ -31,6 +32,7 @@ from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, reque
 from ndtrain.storage.paths import to_path
 from ndtrain.train.data_files import fetch_data
 from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
+from ndtrain.train.length import with_steps
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
@@ -69,7 +71,9 @@ class Trainer:
         self.watch = runtime.watch
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
         self.step = 0
+        self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
+        self._prefetch = Prefetch(lambda cursor: self.batches.load(cursor), device=runtime.device)
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
         self.loggers: list[Logger] = []
@@ -94,6 +98,7 @@ class Trainer:
             self.open_batches()
             if resumed is not None:
                 resumed.check_data(self.batches.fingerprint)
+            self._find_length(resumed)
         reporter.info(self._arithmetic())
         for note in (*self.plan.notes, *self._slow_dtype()):
             reporter.info(f"note: {note}")
@@ -104,7 +109,7 @@ class Trainer:
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
         if self.runtime.is_main:
             written = self.run_dir / "recipe.toml"
-            if self.step < recipe.train.steps or not written.exists():  # else nothing is trained with it
+            if self.step < self.steps or not written.exists():  # else nothing is trained with it
                 written.write_text(to_toml(recipe), encoding="utf-8")
             self.loggers = open_loggers(recipe, self.run_dir)
 
@@ -128,6 +133,12 @@ class Trainer:
         self.batches = open_batches(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
         )
+
+    def _find_length(self, resumed: Resumed | None) -> None:
+        """Set the number of steps, which may follow from the number of samples."""
+        step, cursor = (0, 0) if resumed is None else (resumed.state["step"], resumed.state["samples"])
+        recipe = with_steps(self.recipe, samples=len(self.batches.samples), step=step, cursor=cursor)
+        self.engine.recipe, self.steps = recipe, recipe.train.steps or 0
 
     def _restore(self, resumed: Resumed) -> None:
         self.step, self.cursor = resumed.state["step"], resumed.state["samples"]
@@ -155,7 +166,10 @@ class Trainer:
             line += f", {empty} of them empty"
         if rows < train.micro_batch_size:
             line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
-        return f"{line}; {counted(len(batches.samples), 'sample')}"
+        line += f"; {counted(len(batches.samples), 'sample')}"
+        if train.epochs is not None:
+            line += f"; {counted(train.epochs, 'epoch')}: {counted(self.steps, 'step')}"
+        return line
 
     def _slow_dtype(self) -> Iterator[str]:
         fsdp, device = self.recipe.fsdp, self.runtime.device
@@ -169,13 +183,13 @@ class Trainer:
     # ---- the loop
 
     def train(self) -> None:
-        """Train to `train.steps`, saving every `checkpoint.every` steps and at the end."""
-        steps = self.recipe.train.steps
-        if self.step >= steps:
+        """Train to the last step, saving every `checkpoint.every` steps and at the end."""
+        if self.step >= self.steps:
             if self.runtime.is_main and self.saving.step is not None:
                 self.saving.store.prune(self.saving.step)  # the last run may have ended before it did
+            key = "train.steps" if self.recipe.train.epochs is None else "train.epochs"
             self.reporter.info(
-                f"nothing to do: step {self.step} of {steps} is already trained; raise train.steps to train further"
+                f"nothing to do: step {self.step} of {self.steps} is already trained; raise {key} to train further"
             )
             return
         gc.collect()
@@ -184,7 +198,7 @@ class Trainer:
             self._listen()
             started, first = time.perf_counter(), self.train_step()
             last = first
-            while self.step < steps:
+            while self.step < self.steps:
                 last = self.train_step()
             self._close_loggers()
         except NdtrainError:
@@ -229,14 +243,16 @@ class Trainer:
         self.step += 1
         self.cursor += self.recipe.train.global_batch_size
         seconds = time.perf_counter() - started
+        epoch = self.cursor / len(self.batches.samples)
         return measure.metrics(
-            losses, targets, step=self.step, lr=lr, seconds=seconds, peak=peak, skipped=self.skips.total
+            losses, targets, step=self.step, epoch=epoch, lr=lr, seconds=seconds, peak=peak, skipped=self.skips.total
         )
 
     def _load(self) -> list[Batch]:
+        after = self.cursor + self.recipe.train.global_batch_size
+        loaded = self._prefetch.take(self.cursor, then=after if self.step + 1 < self.steps else None)
         batches = [
-            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()}
-            for batch in self.batches.load(self.cursor)
+            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()} for batch in loaded
         ]
         if not self._same_batch:
             check_same_batch(batches[0], self.engine.meshes)
@@ -259,7 +275,7 @@ class Trainer:
                 logger.write(metrics)
         except OSError as error:
             raise self._not_logged(error) from error
-        steps, every = self.recipe.train.steps, self.recipe.log.every
+        steps, every = self.steps, self.recipe.log.every
         self.reporter.step(metrics, steps=steps, show=self.step == steps or self.step % every == 0)
         if self.skips.in_row:
             self.reporter.info(
@@ -280,7 +296,7 @@ class Trainer:
 
     def _save_where_due(self) -> None:
         """Save if a checkpoint is due or requested; raise `Stopped` afterwards if a stop was requested."""
-        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        steps, every = self.steps, self.recipe.checkpoint.every
         last = self.step == steps
         self.save_due = self.save_due or bool(every and self.step % every == 0)
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
@@ -335,7 +351,7 @@ class Trainer:
 
     def _listen(self) -> None:
         """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
-        self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.recipe.train.steps), self.saving.step))
+        self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.steps), self.saving.step))
         self.requested = self._agree(0)[1:]
         if self.requested[0]:
             self._remove_request_files()
