@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ndtrain.data.batches import GlobalBatches, labels_count
-from ndtrain.data.cache import build_cache, contents_of
+from ndtrain.data.cache import build_cache, contents_of, notes
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
@@ -438,6 +438,19 @@ def test_a_text_read_in_pieces_is_one_document(
     assert tokenizer.calls == 16
     assert docs_of(pieces) == docs_of(whole) and pieces.n_docs == 2
     assert pieces.tokens(0, pieces.n_tokens).tolist() == whole.tokens(0, whole.n_tokens).tolist()
+
+
+def test_a_note_says_that_a_csv_file_is_read_as_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n1,one\n2,two\n")
+    (tmp_path / "b.csv").write_text("text\nthree\n")
+    files, encoder, cache_dir = find_files(str(tmp_path)), TextEncoder(Bytes()), tmp_path / "cache"
+    corpus = build_cache(files, encoder, cache_dir=cache_dir)
+    contents = contents_of(files, encoder, cache_dir=cache_dir)
+    assert corpus.n_docs == 3
+    assert list(notes(corpus, contents, special_tokens="text")) == [
+        f"documents that are the first row of a CSV file: 2 of 3, first {tmp_path}/a.csv, line 2; such a file is read "
+        "by the names in its header; to read it as plain text, rename it to .txt"
+    ]
 
 
 def test_other_columns_are_another_cache(tmp_path: Path) -> None:

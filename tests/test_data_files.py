@@ -12,16 +12,15 @@ from huggingface_hub import constants
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import hub
 from ndtrain.recipe import Recipe, load_recipe
-from ndtrain.train.data_files import data_files, fetch_data, with_data_commit
-from tests import test_hub, tiny
+from ndtrain.train.data_files import data_files, data_format, fetch_data, token_files, with_data_commit
+from tests import test_hub, test_repository, tiny
 from tests.fake_hub import FakeHub, fake_hub
 from tests.test_hub import asks, ran
 from tests.test_repository import LAYOUTS, texts_of, write
 
-pytest.importorskip("datasets")
-
 NAME = "org/texts"
 served = test_hub.served
+needs_datasets = test_repository.pytestmark
 
 
 def opened(recipe: Recipe) -> tuple[Recipe, list[Path], list[str]]:
@@ -42,6 +41,7 @@ def recipe_of(tmp_path: Path, *overrides: str, path: str = NAME, **data: str) ->
     return load_recipe(file, [*(f"data.{key}={value}" for key, value in data.items()), *overrides])
 
 
+@needs_datasets
 def test_a_split_of_a_commit_is_downloaded_and_nothing_else(
     served: FakeHub,
     tmp_path: Path,
@@ -94,6 +94,7 @@ def test_what_the_hub_does_not_have_is_said_with_both_places(
     assert served.asked == []
 
 
+@needs_datasets
 def test_two_ranks_train_on_one_download_and_a_resume_keeps_its_commit(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe_of(tmp_path)
@@ -121,3 +122,21 @@ def test_two_ranks_train_on_one_download_and_a_resume_keeps_its_commit(tmp_path:
             f"uses commit {commit} of {NAME}; leave data.revision out",
             kind=RecipeError,
         )
+
+
+def test_the_first_row_says_what_the_data_is(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    file = tmp_path / "data.parquet"
+    for row, found in (({"text": "a", "id": 1}, "text"), ({"input_ids": [1, 2], "labels": [1, 2]}, "tokens")):
+        pq.write_table(pa.Table.from_pylist([row]), file)
+        recipe = recipe_of(tmp_path, path=str(file))
+        assert data_format(recipe) == found
+        assert data_format(recipe_of(tmp_path, path=str(file), format="text")) == "text"
+    assert token_files(recipe) == [file]
+    parse = recipe.model_copy(update={"data": recipe.data.model_copy(update={"special_tokens": "parse"})})
+    asks(lambda: data_format(parse), 'data.special_tokens = "parse" is for text, but', "holds tokens")
+    pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": "a"}]}]), file)
+    asks(lambda: data_format(recipe), "its first row is chat", "not available in this version")
+    asks(lambda: token_files(recipe_of(tmp_path, "data.path=memory://a")), "copy them to a disk")

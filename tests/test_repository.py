@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.recipe import Recipe
 from ndtrain.train.data_files import data_files
 
-pytest.importorskip("datasets")
+pytestmark = pytest.mark.skipif(find_spec("datasets") is None, reason="needs datasets")
 
 CARD = """---
 configs:

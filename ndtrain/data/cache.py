@@ -216,8 +216,8 @@ def notes(corpus: Corpus, contents: Contents, *, special_tokens: str) -> Iterato
             'it was replaced by "?"',
         ),
         "csv": (
-            "CSV files",
-            "their rows are read by the names in their headers; to read one as plain text, rename it to .txt",
+            "documents that are the first row of a CSV file",
+            "such a file is read by the names in its header; to read it as plain text, rename it to .txt",
         ),
     }
     for kind, (what, then) in wording.items():

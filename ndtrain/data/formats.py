@@ -165,7 +165,7 @@ def refuse_zero_bytes(chunk: bytes, file: Path) -> None:
     if b"\0" in chunk:
         raise RecipeError(
             f"{file} is not text: it contains zero bytes (as binary files do, and UTF-16 without a mark); "
-            "data.path takes text in UTF-8, JSON, CSV, parquet and Arrow"
+            'data.path takes text in UTF-8, JSON, CSV, parquet, Arrow, and prepared tokens with data.format = "tokens"'
         )
 
 
