@@ -138,11 +138,32 @@ class LoadSection(Section):
     )
 
 
+# data.format -> our names of the fields of its rows, which are those of data.columns. Prepared tokens have fixed names.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "chat": ("messages", "conversations", "prompt", "completion", "system", "tools", "chat_template_kwargs"),
+}
+
+
 class DataSection(Section):
     """The training data."""
 
-    format: Literal["text", "chat", "tokens"] = Field("text", description="Format of the data.")
-    path: Text = Field(description="File, directory, glob or hub dataset.")
+    format: Literal["auto", "text", "chat", "tokens"] = Field(
+        "auto", description='What a row of the data is; "auto" takes it from the fields of the first one.'
+    )
+    path: Text = Field(description="File, directory, glob, or a repository of data sets on the hub.")
+    subset: Text | None = Field(
+        None, description="Which subset (configuration) of a repository's data sets; needed if there are several."
+    )
+    split: Text | None = Field(None, description='Which split of a repository\'s data set; default "train".')
+    revision: Text = Field(
+        "main",
+        description="Branch, tag or commit of a repository of the hub; a run records the commit, and later starts "
+        "use it.",
+    )
+    columns: dict[str, Text] = Field(
+        {}, description='The data\'s names of fields that have another, e.g. { text = "content" }.'
+    )
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
     packing: Literal["concat", "best_fit"] | bool = Field(
         "concat",

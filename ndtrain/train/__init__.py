@@ -15,7 +15,7 @@ from ndtrain.runs.messages import broadcast_json, on_rank0, rank0_first, togethe
 from ndtrain.runs.process import start
 from ndtrain.runs.restarts import Restarts
 from ndtrain.runs.stop_signals import StopSignals
-from ndtrain.train.inputs import cache_root
+from ndtrain.train.data_files import cache_root, with_data_commit
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.setup import open_run_dir
 from ndtrain.train.source import with_checkpoint, with_commit
@@ -34,6 +34,8 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
     with start(recipe.run) as runtime:
         own = reporter if runtime.is_main else Silent()
         recipe, found = with_commit(recipe, lambda work: rank0_first(runtime, work))
+        notes += found
+        recipe, found = with_data_commit(recipe, lambda work: rank0_first(runtime, work))
         notes += found
         if recipe.model.trust_remote_code:
             # transformers copies the code to a cache of the node, where no rank may import half of a file.

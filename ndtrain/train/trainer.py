@@ -24,12 +24,13 @@ from ndtrain.loggers import Logger, StepMetrics, check_loggers, open_loggers
 from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
-from ndtrain.runs.messages import on_rank0
+from ndtrain.runs.messages import on_rank0, rank0_first
 from ndtrain.runs.phases import FIND, RESUME, SAVE, TOKENIZE
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
+from ndtrain.train.data_files import fetch_data
 from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
 from ndtrain.train.length import with_steps
 from ndtrain.train.measure import Measure, count_targets
@@ -120,6 +121,7 @@ class Trainer:
     def open_tokenizer(self) -> None:
         """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
+        fetch_data(self.recipe, lambda work: rank0_first(self.runtime, work))
 
         def prepare() -> None:
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
