@@ -1,4 +1,4 @@
-"""A server of this machine that answers as huggingface.co does what a download of a model asks."""
+"""A server of this machine that answers as huggingface.co does what a download of a repository asks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from urllib.parse import unquote, urlparse
 
 
 class FakeHub:
-    """Models by name, each with commits (hash: directory) and refs (name: hash); `asked` has every request."""
+    """Models by name, each with commits (hash: directory) and refs (name: hash); `asked` has every request.
+
+    The names of data sets begin with "datasets/".
+    """
 
     def __init__(self) -> None:
         self.models: dict[str, dict[str, Path]] = {}
@@ -34,8 +37,8 @@ class FakeHub:
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a request."""
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        api = re.fullmatch(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+        file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         found = api or file
         if found is None or found[1] not in self.models:
             return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from ndtrain.data.batches import GlobalBatches, labels_count
-from ndtrain.data.cache import build_cache
+from ndtrain.data.cache import build_cache, contents_of, notes
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import find_files
 from ndtrain.data.order import Order
@@ -420,6 +421,48 @@ def test_jsonl_lines_are_documents(tmp_path: Path) -> None:
     assert make_cache(data).key != corpus.key, "the same bytes as one document are another cache"
 
 
+@pytest.mark.parametrize("bos", [256, None])
+def test_a_text_read_in_pieces_is_one_document(
+    tmp_path: Path, bos: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("one two three\n" * 100)
+    (data / "b.txt").write_text("short")
+    whole = make_cache(data, Bytes(bos_id=bos))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr("ndtrain.data.rows.text._WHOLE", 200)
+    monkeypatch.setattr("ndtrain.data.rows.text._PIECE", 100)
+    tokenizer = Bytes(bos_id=bos)
+    pieces = make_cache(data, tokenizer)
+    assert tokenizer.calls == 16
+    assert docs_of(pieces) == docs_of(whole) and pieces.n_docs == 2
+    assert pieces.tokens(0, pieces.n_tokens).tolist() == whole.tokens(0, whole.n_tokens).tolist()
+
+
+def test_a_note_says_that_a_csv_file_is_read_as_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n1,one\n2,two\n")
+    (tmp_path / "b.csv").write_text("text\nthree\n")
+    files, encoder, cache_dir = find_files(str(tmp_path)), TextEncoder(Bytes()), tmp_path / "cache"
+    corpus = build_cache(files, encoder, cache_dir=cache_dir)
+    contents = contents_of(files, encoder, cache_dir=cache_dir)
+    assert corpus.n_docs == 3
+    assert list(notes(corpus, contents, special_tokens="text")) == [
+        f"documents that are the first row of a CSV file: 2 of 3, first {tmp_path}/a.csv, line 2; such a file is read "
+        "by the names in its header; to read it as plain text, rename it to .txt"
+    ]
+
+
+def test_other_columns_are_another_cache(tmp_path: Path) -> None:
+    file, cache_dir = tmp_path / "a.jsonl", tmp_path / "cache"
+    file.write_text('{"text": "one", "body": "other"}\n')
+    first = build([file], Bytes(), cache_dir)
+    encoder = TextEncoder(Bytes(), {"text": "body"})
+    second = build_cache([file], encoder, cache_dir=cache_dir)
+    assert first.key != second.key and second.n_tokens == len("other") + 2
+    assert contents_of([file], encoder, cache_dir=cache_dir).key == second.key
+
+
 @pytest.mark.parametrize("line", [b'{"text": "cut', b'{"content": "x"}', b'["text"]', b'{"text": 3}', b"\xff"])
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes) -> None:
     file = tmp_path / "a.jsonl"
@@ -456,8 +499,6 @@ def test_a_path_that_matches_nothing_is_a_recipe_error(tmp_path: Path) -> None:
         assert str(caught.value).endswith("it is an empty directory") == (path.name == "empty")
     with pytest.raises(RecipeError, match="it has only empty directories"):
         find_files(str(tmp_path))
-    with pytest.raises(RecipeError, match="cannot be read yet"):
-        find_files("some-org/some-dataset")
 
 
 def test_data_of_empty_documents_alone_is_a_recipe_error(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ndtrain.data.row import Encoded, RowError
 from ndtrain.data.text import TextEncoder
 from ndtrain.data.workers import Workers
 from ndtrain.errors import DamagedError, NdtrainError, Stopped
-from ndtrain.hf.tokenizer import ByteTokenizer
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 
 
 class Masked(TextEncoder):
@@ -30,11 +30,11 @@ class Masked(TextEncoder):
 
     def encode(self, fields: Mapping[str, Any]) -> Encoded:
         text = fields["text"]
-        if text == b"refuse":
+        if text == "refuse":
             raise RowError("it says so")
-        if text == b"end":
+        if text == "end":
             os._exit(1)
-        if text.startswith(b"slow"):
+        if text.startswith("slow"):
             time.sleep(0.002)
         encoded = super().encode(fields)
         return encoded._replace(loss=encoded.ids % 2 == 0)
@@ -86,7 +86,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_process_that_ends_by_itself_is_reported(tmp_path: Path) -> None:
     with Workers(Masked(ByteTokenizer()), 2) as workers, pytest.raises(NdtrainError, match=r"set data\.workers"):
-        list(workers.map([[{"text": b"fine"}], [{"text": b"end"}], [{"text": b"fine"}]]))
+        list(workers.map([[{"text": "fine"}], [{"text": "end"}], [{"text": "fine"}]]))
 
 
 def _killed(file: Path, cache_dir: Path, parent: Connection) -> None:
@@ -125,7 +125,7 @@ def test_what_a_killed_run_left_is_used_only_if_it_is_whole(
 
     class Stopping(Masked):
         def encode(self, fields: Mapping[str, Any]) -> Encoded:
-            if b"slow 50" in fields["text"]:
+            if "slow 50" in fields["text"]:
                 raise Stopped("asked to")
             return super().encode(fields)
 
@@ -139,6 +139,56 @@ def test_what_a_killed_run_left_is_used_only_if_it_is_whole(
     else:
         os.truncate(partial / f"{how}.bin", 7)
     assert_equal(build(files, tmp_path / "cache"), wanted)
+
+
+def test_a_long_text_whose_tokenizing_stops_in_its_middle_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ndtrain.data.rows.text._WHOLE", 200)
+    monkeypatch.setattr("ndtrain.data.rows.text._PIECE", 100)
+    monkeypatch.setattr(preparation, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(preparation, "_BATCH_ROWS", 1)
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in files:
+        file.write_text("".join(f"line {number}\n" for number in range(100)))
+    wanted = build(files, tmp_path / "calm")
+    assert wanted.n_docs == 2
+
+    class Stopping(Masked):
+        def encode(self, fields: Mapping[str, Any]) -> Encoded:
+            if "line 50" in fields["text"]:
+                raise Stopped("asked to")
+            return super().encode(fields)
+
+    with pytest.raises(Stopped):
+        build_cache(files, Stopping(ByteTokenizer()), cache_dir=tmp_path / "cache")
+    (partial,) = (tmp_path / "cache").glob(".*.partial")
+    left = json.loads((partial / "progress.json").read_text())
+    assert left["rows"] > 2 and left["tokens"] > 0 and left["documents"] == 0
+    assert_equal(build(files, tmp_path / "cache"), wanted)
+
+
+def test_the_pieces_of_a_long_text_give_a_byte_level_tokenizer_the_ids_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tokenizers
+    import transformers
+
+    file = tmp_path / "a.txt"
+    source = Path(preparation.__file__).read_text(encoding="utf-8")
+    file.write_text(source * 3, encoding="utf-8")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=["</s>"], show_progress=False)
+    bpe.train_from_iterator([source], trainer)
+    inner = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    encoder = TextEncoder(HubTokenizer(inner, key=""))
+    whole = build_cache([file], encoder, cache_dir=tmp_path / "whole")
+    monkeypatch.setattr("ndtrain.data.rows.text._WHOLE", 8000)
+    monkeypatch.setattr("ndtrain.data.rows.text._PIECE", 4000)
+    pieces = build_cache([file], encoder, cache_dir=tmp_path / "pieces")
+    assert whole.n_docs == pieces.n_docs == 1
+    np.testing.assert_array_equal(pieces.parts[0].tokens, whole.parts[0].tokens)
 
 
 def test_what_killed_runs_left_long_ago_is_removed(tmp_path: Path) -> None:

@@ -233,6 +233,22 @@ def test_an_error_names_the_key_the_value_and_the_rule(recipe: Any, section: str
     assert "r.toml" in message
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('columns = { tex = "content" }', "text has text; chat has messages"),
+        ('columns = { text = "a", messages = "b" }', "chat has messages"),
+        ('format = "tokens"\ncolumns = { input_ids = "ids" }', "tokens has none"),
+        ('format = "text"\ncolumns = { messages = "a" }', "text has text ("),
+    ],
+)
+def test_columns_must_be_fields_of_one_format(recipe: Any, lines: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=r"data\.columns = .* must have names of one format's fields: ") as caught:
+        recipe(with_line(lines, "data"))
+    assert said in str(caught.value)
+    assert recipe(with_line('columns = { text = "content" }', "data")).data.columns == {"text": "content"}
+
+
 LATER = [
     ("fsdp", "param_dtype = 'float16'"),
     ("fsdp", "reduce_dtype = 'float16'"),
@@ -349,7 +365,7 @@ def test_keys_of_prepared_tokens_are_refused_for_text(recipe: Any) -> None:
     tokens = recipe(MINIMAL, "data.format=tokens", "data.documents=eos", "data.token_dtype=int32").data
     assert (tokens.documents, tokens.token_dtype) == ("eos", "int32")
     for key, value in (("documents", "rows"), ("token_dtype", "uint16")):
-        with pytest.raises(RecipeError, match=rf'data\.{key} = "{value}" is for prepared tokens, and .* is "text"'):
+        with pytest.raises(RecipeError, match=rf'data\.{key} = "{value}" is for prepared tokens, and .* is "auto"'):
             recipe(MINIMAL, f"data.{key}={value}")
     with pytest.raises(RecipeError, match=r'special_tokens = "parse" is for text, and data\.format is "tokens"'):
         recipe(MINIMAL, "data.format=tokens", "data.special_tokens=parse")

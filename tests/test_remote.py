@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -17,7 +18,13 @@ from safetensors.torch import load_file
 
 from ndtrain.checkpoint import CheckpointStore
 from ndtrain.convert import convert
-from ndtrain.errors import RecipeError
+from ndtrain.data.cache import build_cache
+from ndtrain.data.files import find_files, stamp_of
+from ndtrain.data.rows import rows_of
+from ndtrain.data.shapes import fields_of, text_of
+from ndtrain.data.text import TextEncoder
+from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.hf.tokenizer import ByteTokenizer
 from ndtrain.loggers.tensorboard import require_tensorboard
 from ndtrain.recipe import load_recipe
 from ndtrain.runs.lock import FILE, RunLock
@@ -223,3 +230,77 @@ def test_the_best_checkpoint_of_a_run_in_an_object_store_is_kept_and_named(env: 
     assert not store.name_best(2)
     store.save(4, model={"w": torch.ones(2)}, optim={}, state={"step": 4}, best_step=4)
     assert steps_in(root) == ["step-00000004"] and (root / "best").read_text() == "checkpoints/step-00000004\n"
+
+
+# Data in an object store
+
+
+def upload(folder: Path, url: str) -> str:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            (to_path(url) / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
+    return url
+
+
+def texts_of(files: list[Path]) -> list[str]:
+    return [text_of(fields_of(row.fields, "text", {})) for file in files for row in rows_of(file)]
+
+
+def test_data_in_an_object_store_is_read_as_local_data_is(env: dict[str, str], tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    here = tmp_path / "data"
+    (here / "sub").mkdir(parents=True)
+    rows = [{"text": f"row {i}"} for i in range(700)]
+    table = pa.Table.from_pylist(rows)
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    (here / "a.jsonl").write_bytes(lines)
+    (here / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (here / "c.txt").write_text("a text")
+    pq.write_table(table, here / "sub" / "d.parquet")
+    with pa.OSFile(str(here / "sub" / "e.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("f.bin", ".hidden.txt"):
+        (here / name).write_text("x")
+    url = upload(here, f"s3://{BUCKET}/data")
+
+    notes: list[str] = []
+    near, far = find_files(str(here)), find_files(url, notes.append)
+    assert [str(file) for file in far] == [f"{url}/{file.relative_to(here).as_posix()}" for file in near]
+    assert notes == [f'data.path = "{url}": files read: 5; left out: 1 .bin, 1 hidden']
+    assert texts_of(far) == texts_of(near)
+    assert [file.name for file in find_files(f"{url}/*.jsonl*")] == ["a.jsonl", "b.jsonl.gz"]
+    assert [file.name for file in find_files(f"{url}/f.bin")] == ["f.bin"], "a named file is taken as it is"
+    with pytest.raises(RecipeError, match="matches no file"):
+        find_files(f"{url}/nothing/*.txt")
+
+    encoder, cache_dir = TextEncoder(ByteTokenizer()), tmp_path / "cache"
+    keys = [build_cache(files, encoder, cache_dir=cache_dir).key for files in (near, far)]
+    assert keys[0] == keys[1], "the same content"
+    before = stamp_of(far[0])
+    assert stamp_of(far[0]) == before
+    far[0].write_bytes(lines[:-1] + b" ")
+    assert stamp_of(far[0]) != before
+    far[1].write_bytes(gzip.compress(lines)[:-5])
+    for file in far[:2]:
+        with pytest.raises(DamagedError, match=f"{url}/{file.name}"):
+            texts_of([file])
+    far[0].unlink()
+    with pytest.raises(DamagedError, match=f"cannot read {url}/a.jsonl"):
+        texts_of(far[:1])
+
+
+def test_a_run_on_data_in_an_object_store_equals_one_on_local_data(
+    env: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    url = upload(corpus, f"s3://{BUCKET}/corpus")
+    near = run(corpus, tmp_path, str(tmp_path / "near"), env, steps=4, dp_shard=2)
+    recipe = tmp_path / "recipe.toml"
+    text = recipe.read_text().replace(str(corpus), url).replace(str(tmp_path / "near"), str(tmp_path / "far"))
+    recipe.write_text(text)
+    far = get_pool(2).run(trained, str(recipe), env, [], timeout=300)[0]
+    assert far["loss"] == near["loss"]
+    # The same content elsewhere is the same data.
+    moved = get_pool(2).run(trained, str(recipe), env, ["train.steps=5", f"data.path={corpus}"], timeout=300)[0]
+    assert any("the same content" in line for line in moved["lines"]) and 5 in moved["loss"]

@@ -217,6 +217,7 @@ REFUSED = [
     (["data.shuffle=false"], {"data.shuffle": "another order"}),
     (["data.tokenizer={root}/run/checkpoints/step-00000002"], {"data.tokenizer": "it gives other tokens"}),
     (["data.path={root}/corpus/0[1-9].txt"], {"data.path": "0 added, 2 removed, 0 changed"}),
+    (["data.columns.text=body"], {"data.columns.text": "the files are read in another way"}),
     (["model.config.rms_norm_eps=0.5"], {"model.config.rms_norm_eps": "0.5"}),
     (["data.seq_len=16"], {"data.seq_len": "each sample would be another"}),
     (["data.packing=false"], {"data.packing": "each sample would be another"}),
@@ -261,7 +262,8 @@ def test_the_models_config_may_change_where_allowed_but_not_its_shapes(run: dict
 
 def test_the_same_content_elsewhere_is_shown_and_not_refused(run: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(run["corpus"], tmp_path / "again")
-    found = resume(run, f"model.name={run['root']}/moved", f"data.path={tmp_path}/again")
+    found = resume(run, f"model.name={run['root']}/moved", f"data.path={tmp_path}/again", "data.format=text")
+    assert "data.format" not in rows(found), "it is what the data was found to be"
     assert not found["error"] and "the same base weights" in rows(found)["model.name"]
     assert "the same content" in rows(found)["data.path"]
 

@@ -27,6 +27,7 @@ from ndtrain.data.preparation import FORMAT_VERSION, Group, prepare
 from ndtrain.data.row import Encoder
 from ndtrain.data.workers import Workers
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
+from ndtrain.storage.paths import is_local
 
 # Bytes from which more processes are worth their start of some seconds.
 PARALLEL = 16 << 20
@@ -48,7 +49,7 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         memo = {}
     digests, changed = [], False
     for file in files:
-        name, stamp = os.path.abspath(file), stamp_of(file)
+        name, stamp = os.path.abspath(file) if is_local(file) else str(file), stamp_of(file)
         known = memo.get(name)
         if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
             digests.append(known[-1])
@@ -214,6 +215,10 @@ def notes(corpus: Corpus, contents: Contents, *, special_tokens: str) -> Iterato
         "surrogate": (
             "documents with half a character (a lone surrogate) in their JSON",
             'it was replaced by "?"',
+        ),
+        "csv": (
+            "documents that are the first row of a CSV file",
+            "such a file is read by the names in its header; to read it as plain text, rename it to .txt",
         ),
     }
     for kind, (what, then) in wording.items():

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from ndtrain.data.formats import can_read, name_kind, reading
 from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.storage.paths import is_local, to_path
 
 # Files that a token cache has, and the index of a token file too.
 CACHE_FILES = ("docs.bin", "meta.json")
 
 Note = Callable[[str], None]
 KindOf = Callable[[Path], str | None]
+# What object stores say of a file that changes when it is written again.
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "updated", "created")
 # Kinds of files left out that a note names.
 _NAMED = 12
 
@@ -27,9 +32,11 @@ def find_files(
     """Return the files of `data.path`, sorted by path relative to it. Raises `RecipeError` if there are none.
 
     `path` is a file, a directory (searched recursively, for names that `kind_of` knows and without hidden ones) or a
-    glob (`**` is recursive; every regular file that matches is taken). A file that is reached twice, through links, is
-    taken once. `note` gets one line that counts what was left out.
+    glob (`**` is recursive; every regular file that matches is taken); local, or the URL of one in an object store. A
+    file that is reached twice, through links, is taken once. `note` gets one line that counts what was left out.
     """
+    if "://" in path:
+        return _find_remote(path, note, kind_of, what)
     root = Path(path).expanduser()
     left: Counter[str] = Counter()
     if root.is_file():
@@ -40,9 +47,8 @@ def find_files(
         found = list(_matches(root, left))
     found.sort(key=lambda file: (file.relative_to(root) if root.is_dir() else file).as_posix())
     found = list(_once(found, left))
-    if left and found:
-        note(f'data.path = "{path}": files read: {len(found):,}; left out: {_counts(left)}')
     if found:
+        _note(note, path, found, left)
         return found
     hint = f"give a file, a glob or a directory of {what} (relative paths start at {Path.cwd()})"
     if root.is_symlink() and not root.exists():
@@ -53,9 +59,48 @@ def find_files(
         hint = "it is an empty directory" if not any(root.iterdir()) else "it has only empty directories"
     elif left:
         hint = f"left out: {_counts(left)}; {hint}"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        hint += "; datasets on the Hugging Face hub cannot be read yet, download this one first"
     raise RecipeError(f'data.path = "{path}" matches no file; {hint}')
+
+
+def _find_remote(path: str, note: Note, kind_of: KindOf, what: str) -> list[Path]:
+    root, left = to_path(path), Counter[str]()
+    with reading(root):
+        if is_local(root):  # file://
+            return find_files(str(root), note, kind_of=kind_of, what=what)
+        store, place = cast(Any, root).fs, cast(Any, root).path
+        named = glob.has_magic(path) or store.isfile(place)
+        entries = store.glob(place, detail=True) if named else store.find(place, detail=True)
+        names = sorted(name for name, entry in entries.items() if entry["type"] == "file")
+        found = [to_path(store.unstrip_protocol(name)) for name in names]
+    if not named:
+        below = {file: file.relative_to(root).parts for file in found}
+        found = [file for file in found if not any(part.startswith(".") for part in below[file])]
+        if len(below) > len(found):
+            left["hidden"] = len(below) - len(found)
+        found = [file for file in found if _is_wanted(file, left, kind_of)]
+    if not found:
+        raise RecipeError(
+            f'data.path = "{path}" matches no file; {f"left out: {_counts(left)}; " if left else ""}give '
+            f"the URL of a file, a glob or a directory of {what}"
+        )
+    _note(note, path, found, left)
+    return found
+
+
+def _note(note: Note, path: str, found: list[Path], left: Counter[str]) -> None:
+    if left:
+        note(f'data.path = "{path}": files read: {len(found):,}; left out: {_counts(left)}')
+
+
+def _is_wanted(file: Path, left: Counter[str], kind_of: KindOf) -> bool:
+    """Return whether a file of a directory is training data, by its name."""
+    if kind_of(file) is None:
+        left[file.suffix or "without a suffix"] += 1
+    elif reason := can_read(file):
+        left[f"{file.suffix} ({reason})"] += 1
+    else:
+        return True
+    return False
 
 
 def _walk(root: Path, left: Counter[str], kind_of: KindOf) -> Iterator[Path]:
@@ -84,11 +129,7 @@ def _walk(root: Path, left: Counter[str], kind_of: KindOf) -> Iterator[Path]:
                 left["hidden"] += 1
             elif not file.is_file():
                 left["broken link" if file.is_symlink() else "pipe or device"] += 1
-            elif kind_of(file) is None:
-                left[file.suffix or "without a suffix"] += 1
-            elif reason := can_read(file):
-                left[f"{file.suffix} ({reason})"] += 1
-            else:
+            elif _is_wanted(file, left, kind_of):
                 yield file
 
 
@@ -127,7 +168,15 @@ def _counts(left: Counter[str]) -> str:
 
 
 def stamp_of(file: Path) -> list[int]:
-    """Return [size in bytes, mtime in ns] of a file. Raises `DamagedError` if it cannot be read."""
+    """Return [size in bytes, mtime in ns] of a file; in an object store, for the latter a number of its version.
+
+    Raises `DamagedError` if it cannot be read.
+    """
     with reading(file):
-        stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+        if is_local(file):
+            stat = file.stat()
+            return [stat.st_size, stat.st_mtime_ns]
+        info = cast(Any, file).fs.info(cast(Any, file).path)
+    version = [str(info[name]) for name in _VERSIONS if name in info]
+    digest = hashlib.blake2b(json.dumps(version).encode(), digest_size=6).digest()
+    return [int(info["size"]), int.from_bytes(digest, "big")]

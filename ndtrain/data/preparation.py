@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ndtrain.data.documents import Document, documents_of
 from ndtrain.data.files import stamp_of
-from ndtrain.data.row import Encoded, Encoder
+from ndtrain.data.row import Encoded, Encoder, Piece, Row
+from ndtrain.data.rows import rows_of
 from ndtrain.data.workers import Result, Workers, encode_all
 from ndtrain.errors import DamagedError, RecipeError, Stopped
 
@@ -146,27 +146,28 @@ def _write(
         )
         if not docs.tell():
             docs.write(np.zeros(1, np.int64).tobytes())
-        for (number, document, done), encoded in _encoded(files, encoder, skip=counts.rows, workers=workers):
+        for (number, row, done), encoded in _encoded(files, encoder, skip=counts.rows, workers=workers):
             file = files[number]
             if not isinstance(encoded, Encoded):
                 kind = RecipeError if isinstance(encoded, RecipeError) else DamagedError
-                raise kind(f"{file}, {document.where}: {encoded}") from encoded
-            ids = encoded.ids
-            if ids.size > 1:  # a mark alone has no target
+                raise kind(f"{file}, {row.where}: {encoded}") from encoded
+            ids, piece = encoded.ids, row.fields if isinstance(row.fields, Piece) else None
+            if ids.size > 1 or (piece is not None and ids.size):  # a mark alone has no target
                 low, high = int(ids.min()), int(ids.max())
                 if low < 0 or high >= encoder.vocab_size:
                     raise RecipeError(
                         f"{file}: the tokenizer gave ids {low} to {high}, expected 0 to {encoder.vocab_size - 1}"
                     )
                 tokens.write(ids.astype(dtype).tobytes())
-                counts.documents, counts.tokens = counts.documents + 1, counts.tokens + ids.size
-                counts.largest = max(counts.largest, high)
-                docs.write(np.int64(counts.tokens).tobytes())
+                counts.tokens, counts.largest = counts.tokens + ids.size, max(counts.largest, high)
+                if piece is None or piece.ends:
+                    counts.documents += 1
+                    docs.write(np.int64(counts.tokens).tobytes())
                 if loss:
                     assert encoded.loss is not None and encoded.loss.shape == ids.shape
                     loss[0].write(encoded.loss.tobytes())
-            for odd in filter(None, (document.odd, encoded.special and "special")):
-                counts.odd.setdefault(odd, [0, number, document.where, encoded.special])[0] += 1
+            for odd in filter(None, (row.odd, encoded.special and "special")):
+                counts.odd.setdefault(odd, [0, number, row.where, encoded.special])[0] += 1
             counts.rows += 1
             if done > told:
                 told = done
@@ -185,39 +186,47 @@ def _write(
 
 def _encoded(
     files: Sequence[Path], encoder: Encoder, *, skip: int, workers: Workers | None
-) -> Iterator[tuple[tuple[int, Document, int], Result]]:
-    """Yield (index of the file, document, bytes of all files read so far) and its tokens, after the first `skip`."""
-    taken: list[list[tuple[int, Document, int]]] = []
+) -> Iterator[tuple[tuple[int, Row, int], Result]]:
+    """Yield (index of the file, row, bytes of all files read so far) and its tokens, after the first `skip`."""
+    taken: list[list[tuple[int, Row, int]]] = []
 
     def batches() -> Iterator[list[Any]]:
-        for batch in _batches(islice(_documents(files), skip, None)):
+        for batch in _batches(islice(_rows(files, encoder), skip, None)):
             taken.append(batch)
-            yield [{"text": document.raw} for _, document, _ in batch]
+            yield [row.fields for _, row, _ in batch]
 
     results = workers.map(batches()) if workers else (encode_all(encoder, batch) for batch in batches())
     for result in results:
         yield from zip(taken.pop(0), result, strict=True)
 
 
-def _documents(files: Sequence[Path]) -> Iterator[tuple[int, Document, int]]:
+def _rows(files: Sequence[Path], encoder: Encoder) -> Iterator[tuple[int, Row, int]]:
     before = 0
     for number, file in enumerate(files):
-        for document in documents_of(file):
-            yield number, document, before + document.done
+        for row in rows_of(file, shape=encoder.shape, columns=encoder.columns):
+            yield number, row, before + row.done
         before += stamp_of(file)[0]
 
 
-def _batches(rows: Iterator[tuple[int, Document, int]]) -> Iterator[list[tuple[int, Document, int]]]:
-    batch: list[tuple[int, Document, int]] = []
+def _batches(rows: Iterator[tuple[int, Row, int]]) -> Iterator[list[tuple[int, Row, int]]]:
+    batch: list[tuple[int, Row, int]] = []
     size = 0
     for row in rows:
         batch.append(row)
-        size += len(row[1].raw)
+        size += _length(row[1].fields)
         if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _length(value: Any) -> int:
+    """Return about how many bytes a row's value is in memory."""
+    if isinstance(value, str):
+        return len(value)
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return 8 + sum(map(_length, values))
 
 
 def _sizes(counts: _Counts, width: int, masked: bool) -> dict[str, int]:

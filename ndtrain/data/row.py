@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,21 @@ class Row(NamedTuple):
     """One row of a file: its fields by name, where it begins ("line 3", "row 7"), bytes of the file read so far.
 
     `odd` names what a reader would want to know of how it was read: "json" for a text file that begins like JSON data,
-    "surrogate" for half a character that became "?".
+    "surrogate" for half a character that became "?", "csv" for the first row of a CSV file.
     """
 
     fields: Mapping[str, Any]
     where: str
     done: int
     odd: str = ""
+
+
+class Piece(dict[str, Any]):
+    """The fields of a piece of a text that is too long to be in memory at once; it may begin it, end it, or neither."""
+
+    def __init__(self, fields: Mapping[str, Any], *, begins: bool, ends: bool):
+        super().__init__(fields)
+        self.begins, self.ends = begins, ends
 
 
 class Encoded(NamedTuple):
@@ -45,9 +53,14 @@ class RowError(NdtrainError):
 class Encoder(Protocol):
     """Turns the fields of a row into tokens. `key` identifies its behaviour: other behaviour needs another key.
 
-    It can be pickled. `tokenizer` is what it encodes with.
+    It can be pickled. `tokenizer` is what it encodes with, `shape` what its rows are, and `columns` maps our names of
+    their fields to the files', as `data.columns` does.
     """
 
+    @property
+    def shape(self) -> Literal["text", "chat", "tokens"]: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
     @property
     def tokenizer(self) -> object: ...
     @property

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ndtrain.data.row import Encoded
+from ndtrain.data.row import Encoded, Piece
+from ndtrain.data.shapes import Shape, fields_of, text_of
 
 
 class Tokenizer(Protocol):
@@ -35,22 +36,28 @@ class Tokenizer(Protocol):
 
 
 class TextEncoder:
-    """Encodes the bytes under "text" as [bos?] + their tokens + [eos], each mark once; all of them carry loss."""
+    """Encodes a text as [bos?] + its tokens + [eos], each mark once; all of them carry loss.
 
+    Of a `Piece` the first has the one mark and the last the other.
+    """
+
+    shape: Shape = "text"
     masked = False
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        self.key = " ".join(map(str, (tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)))
+    def __init__(self, tokenizer: Tokenizer, columns: Mapping[str, str] | None = None):
+        self.tokenizer, self.vocab_size, self.columns = tokenizer, tokenizer.vocab_size, dict(columns or {})
+        own = (tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+        self.key = " ".join(map(str, (*own, *sorted(self.columns.items()))))
 
     def encode(self, fields: Mapping[str, Any]) -> Encoded:
-        raw: bytes = fields["text"]
+        text = text_of(fields_of(fields, "text", self.columns))
+        begins, ends = (fields.begins, fields.ends) if isinstance(fields, Piece) else (True, True)
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        ids = self.tokenizer.encode_bytes(raw) if raw else np.empty(0, np.int64)
-        special = self.tokenizer.spelled(raw.decode())
-        if not ids.size:
+        ids = self.tokenizer.encode_bytes(text.encode()) if text else np.empty(0, np.int64)
+        special = self.tokenizer.spelled(text)
+        if not ids.size and begins and ends:
             return Encoded(np.empty(0, np.int64), special=special)
         # Text that was rendered with its marks, and is read with them, keeps its own.
-        head = [] if bos is None or ids[0] == bos else [bos]
-        tail = [] if ids[-1] == eos else [eos]
+        head = [bos] if begins and bos is not None and not (ids.size and ids[0] == bos) else []
+        tail = [eos] if ends and not (ids.size and ids[-1] == eos) else []
         return Encoded(np.concatenate([head, ids, tail]).astype(np.int64), special=special)

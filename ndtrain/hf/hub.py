@@ -1,18 +1,20 @@
 """Find the directory that a name in a recipe stands for: a local one, or a snapshot in the hub's cache.
 
 `resolve` asks the hub which commit a revision is and which files it has, `fetch` downloads files of that commit.
-Nothing else asks the hub: readers take `directory_of` and see only local files.
+Nothing else asks the hub: readers take `directory_of` and see only local files. A repository holds a model or, with
+`kind="dataset"`, data sets, of which the cache has only the wanted files, and so the names of all are kept beside them.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from errno import ENOSPC
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
@@ -26,8 +28,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from ndtrain.errors import MENDABLE, NdtrainError, RecipeError, first_line
+from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError, first_line
 from ndtrain.hf.files import STANDARD, named_weights, weight_map_of
+from ndtrain.storage.paths import replace_text
 
 MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -37,6 +40,9 @@ _OTHER = (
     *(".pkl", ".tflite", ".mlmodel", ".index.json", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".pdf"),
     *(".zip", ".gz", ".tar", ".parquet", ".part", ".lock", ".metadata", ".npy", ".pb", ".distcp", ".onnx_data"),
 )
+Kind = Literal["model", "dataset"]
+# What `datasets` reads beside the data: which files are which subset and split.
+CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 _THREADS = 8
 # More than any tokenizer's file, less than most weights.
 _MOST_BYTES = 1 << 28
@@ -45,7 +51,7 @@ _NAME = re.compile(rf"(?:{_TEMPLATES})?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Snapshot(NamedTuple):
-    """A commit of a model on the hub, the paths of its files, and of those beside the weights."""
+    """A commit of a repository on the hub, the paths of its files, and of those beside the weights or the data."""
 
     commit: str
     files: tuple[str, ...]
@@ -53,10 +59,12 @@ class Snapshot(NamedTuple):
     note: str = ""
 
     @classmethod
-    def of(cls, commit: str, sizes: Mapping[str, int | None]) -> Snapshot:
+    def of(cls, commit: str, sizes: Mapping[str, int | None], kind: Kind = "model") -> Snapshot:
         """Return the snapshot of files of these sizes (bytes, or None where the hub does not say)."""
-        files = sorted(sizes)
-        return cls(commit, tuple(files), tuple(file for file in files if is_beside(file, sizes[file] or 0)))
+        files = tuple(sorted(sizes))
+        if kind == "dataset":
+            return cls(commit, files, tuple(file for file in files if file in CARDS))
+        return cls(commit, files, tuple(file for file in files if is_beside(file, sizes[file] or 0)))
 
 
 def is_commit(revision: str) -> bool:
@@ -83,52 +91,54 @@ def on_hub(name: str, revision: str = MAIN, *, key: str = "model.name") -> bool:
     return True
 
 
-def resolve(name: str, revision: str, *, key: str = "model.name") -> Snapshot:
-    """Return the commit that `revision` (branch, tag or commit) of the model `name` is now.
+def resolve(name: str, revision: str, *, key: str = "model.name", kind: Kind = "model") -> Snapshot:
+    """Return the commit that `revision` (branch, tag or commit) of the repository `name` is now.
 
     If the hub cannot be reached, or no longer has the commit, the cache answers, with a note. Raises `RecipeError` if
     neither has it.
     """
     try:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(name, revision=revision, timeout=timeout, files_metadata=True)
-        return Snapshot.of(str(info.sha), {file.rfilename: file.size for file in info.siblings or ()})
+        info = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=timeout, files_metadata=True)
+        files = getattr(info, "siblings", None) or ()
+        return Snapshot.of(str(info.sha), {file.rfilename: file.size for file in files}, kind)
     except Exception as error:
         no_model, no_revision = isinstance(error, RepositoryNotFoundError), isinstance(error, RevisionNotFoundError)
         why = "the hub does not have it any more" if no_model or no_revision else _unreachable(error)
-        cached = None if (no_model or no_revision) and not is_commit(revision) else _cached(name, revision)
+        cached = None if (no_model or no_revision) and not is_commit(revision) else _cached(name, revision, kind)
         if cached is not None:
             return cached._replace(note=f"{name}: {why}; using commit {cached.commit} from its cache")
         if isinstance(error, GatedRepoError):
-            raise _gated(name, key) from error
+            raise _gated(name, key, kind) from error
+        what, section = ("model", "model") if kind == "model" else ("data set", "data")
         if no_revision:
             where = f"{name} on the hub ({constants.ENDPOINT})"
-            text = f'model.revision = "{revision}": {where} has no such branch, tag or commit'
+            text = f'{section}.revision = "{revision}": {where} has no such branch, tag or commit'
         elif no_model:
             text = (
-                f'{key} = "{name}": {_missing(name)}, nor is there a model of that name on the hub '
+                f'{key} = "{name}": {_missing(name)}, nor is there a {what} of that name on the hub '
                 f"({constants.ENDPOINT}; a private one needs a login: hf auth login)"
             )
         else:
             text = (
                 f'{key} = "{name}": {_missing(name)}, {why}, and its cache ({constants.HF_HUB_CACHE}) does not hold '
-                f'revision "{revision}" of a model of that name'
+                f'revision "{revision}" of a {what} of that name'
             )
         raise RecipeError(text) from error
 
 
-def fetch(name: str, commit: str, files: Iterable[str], *, key: str = "model.name") -> None:
+def fetch(name: str, commit: str, files: Iterable[str], *, key: str = "model.name", kind: Kind = "model") -> None:
     """Download those of `files` that the cache does not hold yet. Raises `RecipeError` or `NdtrainError`."""
-    folder = snapshot_directory(name, commit)
+    folder = snapshot_directory(name, commit, kind)
     missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
         return
 
     def download(file: str) -> None:
         try:
-            hf_hub_download(name, file, revision=commit)
+            hf_hub_download(name, file, repo_type=kind, revision=commit)
         except GatedRepoError as error:
-            raise _gated(name, key) from error
+            raise _gated(name, key, kind) from error
         except Exception as error:
             raise NdtrainError(
                 f"{file} of {name} at commit {commit} cannot be downloaded: {_unreachable(error)}"
@@ -152,9 +162,38 @@ def directory_of(name: str, revision: str = MAIN, *, key: str = "model.name") ->
     return str(snapshot_directory(name, revision))
 
 
-def snapshot_directory(name: str, commit: str) -> Path:
+def snapshot_directory(name: str, commit: str, kind: Kind = "model") -> Path:
     """Return where the cache holds, or will hold, the files of a commit."""
-    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots", commit)
+    return _repository(name, kind) / "snapshots" / commit
+
+
+def remember_files(name: str, found: Snapshot) -> None:
+    """Write the names of all files of a commit of data sets into the hub's cache. Raises `NdtrainError`."""
+    file = _list_of_files(name, found.commit)
+    if file.exists():
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(found.files))
+    except OSError as error:
+        raise NdtrainError(f"{name}: {_unreachable(error)}") from error
+
+
+def files_of(name: str, commit: str) -> list[str]:
+    """Return the names that `remember_files` wrote. Raises `DamagedError` without them."""
+    file = _list_of_files(name, commit)
+    try:
+        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedError(f"{file} cannot be read ({error}); delete it, and start again with a connection") from error
+
+
+def _list_of_files(name: str, commit: str) -> Path:
+    return _repository(name, "dataset") / ".ndtrain" / f"{commit}.json"
+
+
+def _repository(name: str, kind: Kind) -> Path:
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
 
 
 def is_beside(path: str, size: int) -> bool:
@@ -179,13 +218,16 @@ def weights_of(name: str, found: Snapshot, *, key: str = "model.name") -> list[s
     return []
 
 
-def _cached(name: str, revision: str) -> Snapshot | None:
+def _cached(name: str, revision: str, kind: Kind) -> Snapshot | None:
     """Return the snapshot that the cache holds of a revision, with its files; None without one."""
-    ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "refs", revision)
+    ref = _repository(name, kind) / "refs" / revision
     try:
         commit = revision if is_commit(revision) else ref.read_text(encoding="utf-8").strip()
     except OSError:
         return None
+    if kind == "dataset":
+        known = _list_of_files(name, commit).exists()
+        return Snapshot.of(commit, dict.fromkeys(files_of(name, commit)), kind) if known else None
     folder = snapshot_directory(name, commit)
     sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
     return Snapshot.of(commit, sizes) if sizes else None
@@ -203,10 +245,9 @@ def _missing(name: str) -> str:
     return f"there is no such directory{looked or meant}"
 
 
-def _gated(name: str, key: str) -> RecipeError:
-    return RecipeError(
-        f'{key} = "{name}" is gated: accept its terms on {constants.ENDPOINT}/{name}, then log in with hf auth login'
-    )
+def _gated(name: str, key: str, kind: Kind) -> RecipeError:
+    page = f"{constants.ENDPOINT}/{name if kind == 'model' else f'datasets/{name}'}"
+    return RecipeError(f'{key} = "{name}" is gated: accept its terms on {page}, then log in with hf auth login')
 
 
 def _unreachable(error: Exception) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ndtrain.recipe.problems import Key, Problem, dotted, show
-from ndtrain.recipe.schema import DataSection, Recipe
+from ndtrain.recipe.schema import COLUMNS, DataSection, Recipe
 from ndtrain.recipe.sections import of_held_out
 
 # Key -> (the supported values, why the others are refused).
@@ -27,7 +27,7 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
     ),
-    ("data", "format"): (("text", "tokens"), 'use "text" or "tokens", the formats that ndtrain reads'),
+    ("data", "format"): (("auto", "text", "tokens"), 'use "text" or "tokens", the formats that ndtrain reads'),
     ("train", "compile"): ((False,), "ndtrain does not support torch.compile yet; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
@@ -147,12 +147,23 @@ def _data(data: DataSection) -> Iterator[Problem]:
             'data.special_tokens = "parse" does not apply to data.tokenizer = "bytes", to which all text is bytes; '
             "leave it out",
         )
+    yield from _columns(data)
     yield from _tokens(data)
     if data.packing == "concat" and data.too_long != "cut":
         yield (
             ("data", "too_long"),
             f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '
             'wherever a row ends; set data.packing = "best_fit" or false, or leave it out',
+        )
+
+
+def _columns(data: DataSection) -> Iterator[Problem]:
+    formats = {name: own for name, own in COLUMNS.items() if data.format in ("auto", name)}
+    if data.columns and not any(data.columns.keys() <= set(own) for own in formats.values()):
+        yield (
+            ("data", "columns"),
+            f"data.columns = {show(data.columns)} must have names of one format's fields: "
+            + ("; ".join(f"{name} has {', '.join(own)}" for name, own in formats.items()) or "tokens has none"),
         )
 
 

@@ -3,22 +3,14 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from ndtrain.recipe.policies import module_policies
+from ndtrain.recipe.base import Dtype, Section, Size, Text
+from ndtrain.recipe.mesh import CpSection, EpSection, FsdpSection, LoadSection, MeshSection, TpSection
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-Text = Annotated[str, Field(min_length=1)]
-Size = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # TOML has arrays, not tuples; strict mode would refuse them.
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-
-
-class Section(BaseModel):
-    """A frozen table of a recipe: no unknown keys, no coercion, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -50,99 +42,32 @@ class ModelSection(Section):
         return values
 
 
-class MeshSection(Section):
-    """Sizes of the mesh axes; world size = dp_replicate x dp_shard x cp x tp."""
-
-    dp_replicate: Size = Field(1, description="Replicas of the sharded model.")
-    dp_shard: Literal[-1] | Size = Field(
-        -1, description="Ranks that shard parameters; -1 uses all ranks that are left."
-    )
-    cp: Size = Field(1, description="Ranks that split a sequence.")
-    tp: Size = Field(1, description="Ranks that split each matrix.")
-    ep: Size = Field(1, description="Ranks that split the experts, among the dp_shard x cp x tp ranks.")
-
-    @property
-    def least_ranks(self) -> int:
-        """The world size, with one rank on dp_shard where it is -1."""
-        return self.dp_replicate * max(1, self.dp_shard) * self.cp * self.tp
-
-
-Policy = Literal["free_full_weight", "keep_full_weight"]
-PolicyName = Literal["free_full_weight", "keep_full_weight", "cpu_offload", "mixed_precision"]
-
-
-class ModulePolicy(Section):
-    """Policy of the FSDP units that one pattern matches. [fsdp] gives the defaults."""
-
-    policy: Policy | None = Field(None, description="Free the full weights after forward, or keep them for backward.")
-    cpu_offload: bool | None = Field(None, description="Keep shards in host memory.")
-    mixed_precision: bool | Literal["float32", "bfloat16"] | None = Field(
-        None, description="Compute dtype; true is fsdp.param_dtype, false the dtype of the master parameters."
-    )
-
-
-# A name or an array of names is short for a table.
-_Modules = dict[str, ModulePolicy | PolicyName | list[PolicyName]]
-
-
-class FsdpSection(Section):
-    """How parameters are sharded over dp_shard x cp."""
-
-    mode: Literal["auto", "manual"] = Field("auto", description='"manual" takes the units from [fsdp.modules].')
-    reshard_after_forward: bool = Field(True, description="Free full weights between forward and backward.")
-    cpu_offload: bool = Field(False, description="Keep shards in host memory.")
-    param_dtype: Dtype = Field("bfloat16", description="Compute dtype.")
-    reduce_dtype: Dtype = Field("float32", description="Dtype in which gradients are summed.")
-    modules: dict[str, ModulePolicy] = Field(
-        {},
-        description='Policies by FQN pattern ("*": any characters but a dot) or class name; needs mode = "manual". '
-        "Each matched module is a unit; the root holds the rest.",
-    )
-
-    @field_validator("modules", mode="before", json_schema_input_type=_Modules)
-    @classmethod
-    def _tables(cls, modules: Any) -> Any:
-        return module_policies(modules) if isinstance(modules, dict) else modules
-
-
-class TpSection(Section):
-    """Tensor parallelism; `plan` overrides the model's own."""
-
-    sequence_parallel: bool = Field(
-        True, description="Split norms and residuals along the sequence, where the model allows it."
-    )
-    plan: dict[str, str] = Field({}, description="Styles by FQN pattern.")
-
-
-class EpSection(Section):
-    """Expert parallelism; `plan` overrides the model's own."""
-
-    plan: dict[str, str] = Field({}, description="Styles by FQN pattern.")
-
-
-class CpSection(Section):
-    """Context parallelism."""
-
-    kind: Literal["auto", "ulysses", "ring"] = Field(
-        "auto", description="How attention exchanges data along the cp axis."
-    )
-
-
-class LoadSection(Section):
-    """How pretrained weights are read."""
-
-    mode: Literal["auto", "rank0", "sharded"] = Field(
-        "auto",
-        description='"sharded": each rank reads its slices of safetensors files; "rank0": rank 0 reads the weights and '
-        'sends them; "auto": sharded where the files allow it.',
-    )
+# data.format -> our names of the fields of its rows, which are those of data.columns. Prepared tokens have fixed names.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "chat": ("messages", "conversations", "prompt", "completion", "system", "tools", "chat_template_kwargs"),
+}
 
 
 class DataKeys(Section):
     """The keys of [data] that [eval] has too."""
 
-    format: Literal["text", "chat", "tokens"] = Field("text", description="Format of the data.")
-    path: Text = Field(description="File, directory, glob or hub dataset.")
+    format: Literal["auto", "text", "chat", "tokens"] = Field(
+        "auto", description='What a row of the data is; "auto" takes it from the fields of the first one.'
+    )
+    path: Text = Field(description="File, directory, glob, or a repository of data sets on the hub.")
+    subset: Text | None = Field(
+        None, description="Which subset (configuration) of a repository's data sets; needed if there are several."
+    )
+    split: Text | None = Field(None, description='Which split of a repository\'s data set; default "train".')
+    revision: Text = Field(
+        "main",
+        description="Branch, tag or commit of a repository of the hub; a run records the commit, and later starts "
+        "use it.",
+    )
+    columns: dict[str, Text] = Field(
+        {}, description='The data\'s names of fields that have another, e.g. { text = "content" }.'
+    )
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
     packing: Literal["concat", "best_fit"] | bool = Field(
         "concat",
@@ -177,6 +102,8 @@ class DataKeys(Section):
 
 
 SHARED = tuple(DataKeys.model_fields)
+# Of them, those that say what of data.path is meant; another path has its own.
+OF_PATH = ("subset", "split", "revision")
 
 
 class DataSection(DataKeys):
@@ -376,7 +303,8 @@ class Recipe(Section):
         own, data, checkpoint = (values.get(name) for name in ("eval", "data", "checkpoint"))
         if not isinstance(own, dict) or not isinstance(data, dict):
             return values
-        shared = {key: data[key] for key in SHARED if key in data and key != "path"}
+        alone = ("path",) if own.get("path") == data.get("path") else ("path", *OF_PATH)
+        shared = {key: data[key] for key in SHARED if key in data and key not in alone}
         every = checkpoint.get("every", CheckpointSection().every) if isinstance(checkpoint, dict) else 0
         return {**values, "eval": {**shared, "every": every, **own}}
 

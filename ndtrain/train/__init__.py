@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ndtrain.engine import Engine
@@ -18,8 +19,8 @@ from ndtrain.runs.process import Runtime, start
 from ndtrain.runs.restarts import Restarts
 from ndtrain.runs.stop_signals import StopSignals
 from ndtrain.storage.paths import to_path
+from ndtrain.train.data_files import cache_root, with_data_commit
 from ndtrain.train.evaluation import evaluate_only
-from ndtrain.train.inputs import cache_root
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.setup import open_run_dir
 from ndtrain.train.source import with_checkpoint, with_commit
@@ -50,7 +51,7 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
     sizes = sizes_for(recipe, env_world_size() or 1)
     with start(recipe.run) as runtime:
         own = reporter if runtime.is_main else Silent()
-        recipe, plan, model = _planned(recipe, sizes, runtime=runtime, reporter=own, notes=notes)
+        recipe, plan, model = _planned(recipe, sizes, runtime=runtime, reporter=own, notes=notes, trains=True)
         trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=own, stop_signals=stop_signals)
         restarts = Restarts.of_process(trainer.run_dir)
         lock = RunLock(trainer.run_dir, launch=restarts.launch if restarts.max_restarts else "")
@@ -86,7 +87,7 @@ def evaluate(recipe: Recipe, reporter: Reporter) -> None:
     sizes = sizes_for(recipe, env_world_size() or 1)
     with start(recipe.run) as runtime:
         own = reporter if runtime.is_main else Silent()
-        recipe, plan, model = _planned(recipe, sizes, runtime=runtime, reporter=own, notes=notes)
+        recipe, plan, model = _planned(recipe, sizes, runtime=runtime, reporter=own, notes=notes, trains=False)
         lock = RunLock(run_dir, launch="")
 
         def own_run_dir() -> None:
@@ -103,16 +104,25 @@ def evaluate(recipe: Recipe, reporter: Reporter) -> None:
 
 
 def _planned(
-    recipe: Recipe, sizes: MeshSizes, *, runtime: Runtime, reporter: Reporter, notes: list[str]
+    recipe: Recipe, sizes: MeshSizes, *, runtime: Runtime, reporter: Reporter, notes: list[str], trains: bool
 ) -> tuple[Recipe, Plan, PreTrainedModel]:
-    """Return the recipe with the commit of its model, its plan and its model on meta; report `notes`. Collective."""
-    recipe, found = with_commit(recipe, lambda work: rank0_first(runtime, work))
+    """Return the recipe with the commits of its model and data, its plan and its model on meta. Collective.
+
+    Reports these notes and others. Only a run that `trains` needs the data of [data].
+    """
+
+    def on_nodes(work: Callable[[], None]) -> None:
+        rank0_first(runtime, work)
+
+    recipe, found = with_commit(recipe, on_nodes)
+    recipe, more = with_data_commit(recipe, on_nodes) if trains else (recipe, [])
+    recipe, held_out = with_data_commit(recipe, on_nodes, "eval") if recipe.eval is not None else (recipe, [])
     if recipe.model.trust_remote_code:
         # transformers copies the code to a cache of the node, where no rank may import half of a file.
         rank0_first(runtime, lambda: meta_model(recipe))
     model = meta_model(recipe)
     plan = make_plan(model, sizes, recipe)
-    for note in [*notes, *found]:
+    for note in [*notes, *found, *more, *held_out]:
         reporter.info(f"note: {note}")
     return recipe, plan, model
 

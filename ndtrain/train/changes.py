@@ -21,10 +21,11 @@ _BASE = ("model.init", "model.name", "model.revision")
 _DATA = ("data.path", "data.tokenizer")
 # Keys that say how data is read: their change explains other samples of the same files.
 _READ = ("data.documents", "data.token_dtype")
+_ROWS = ("data.columns", "data.subset", "data.split", "data.revision")
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
-_ORDER = (*_DATA, "data.shuffle", "train.seed")
+_ORDER = (*_DATA, *_ROWS, "data.shuffle", "train.seed")
 
 
 class Change(NamedTuple):
@@ -68,7 +69,7 @@ def config_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 def changes_data(changes: Sequence[Change]) -> bool:
     """Return whether samples or their order differ."""
-    return any(change.key in _ORDER and change.rule not in ("free", "tokens") for change in changes)
+    return any(covers(_ORDER, change.key) and change.rule not in ("free", "tokens") for change in changes)
 
 
 def needs_same_tokens(changes: Sequence[Change], recipe: Recipe) -> bool:
@@ -128,7 +129,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_place = not set(names) & set(_BASE)
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
-    read_anew = bool({*_READ} & {*names})
+    other_rows = any(covers(_ROWS, name) for name in names) and origin["content"] == saved["content"]
+    read_anew = other_rows or bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")
     implied = [*([] if same_base else [changed_base]), *([] if same_data or read_anew else _DATA)]
     for key in dict.fromkeys([*names, *implied]):
@@ -141,7 +143,7 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
                 f"{value} ({base})" for value, base in zip(values, (saved["base"], origin["base"]), strict=True)
             )
             yield Change(key, own, other, "allow", "another base")
-        elif key in _DATA and same_data:
+        elif covers((*_DATA, *_ROWS), key) and same_data:
             yield Change(key, *values, "free", "the same content")
         elif key == "data.path":
             yield from _files(values, saved, origin, changed=key in names)
@@ -228,6 +230,8 @@ def config_changes(before: Mapping[str, Any], now: Mapping[str, Any], same_shape
 def _meaning(key: str, state: Mapping[str, Any]) -> str:
     if key == "train.global_batch_size":
         return f"the data goes on at sample {state['samples']}; the learning rate follows steps, not samples"
+    if covers(_ROWS, key):
+        return "the files are read in another way"
     if key in _ORDER:
         return f"another order of samples, in which the data goes on at sample {state['samples']}"
     return ""

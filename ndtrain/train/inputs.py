@@ -13,12 +13,12 @@ from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.cache import Contents, Progress, build_cache, contents_of
 from ndtrain.data.cache import notes as cache_notes
 from ndtrain.data.corpus import Corpus
-from ndtrain.data.files import Note, find_files
+from ndtrain.data.files import Note
 from ndtrain.data.order import Order
 from ndtrain.data.preparation import Group
 from ndtrain.data.samples import Samples, open_samples
 from ndtrain.data.text import TextEncoder
-from ndtrain.data.tokens import Reading, check_ids, find_token_files, open_tokens
+from ndtrain.data.tokens import Reading, check_ids, open_tokens
 from ndtrain.data.tokens import notes as token_notes
 from ndtrain.errors import NdtrainError, RecipeError
 from ndtrain.hf.hub import snapshot_directory
@@ -27,6 +27,7 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe, of_held_out
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
+from ndtrain.train.data_files import cache_root, data_files, data_format, fetch_data, token_files
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.source import on_every_node
 
@@ -92,7 +93,7 @@ def open_batches(
         def note(line: str) -> None:
             reporter.info(f"note: {line}")
 
-        corpus_of = _prepared if recipe.data.format == "tokens" else _tokenized
+        corpus_of = _prepared if data_format(recipe) == "tokens" else _tokenized
         corpus, notes = corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
         samples = open_samples(
             corpus,
@@ -141,6 +142,7 @@ def open_held_out(
     try:
         if own.data.model_copy(update=apart) != recipe.data:
             tokenizer, _ = open_tokenizer(own, runtime, vocabulary)
+        fetch_data(own, lambda work: rank0_first(runtime, work))
         batches = open_batches(own, runtime, sizes, tokenizer, _OfHeldOut(reporter), vocabulary=vocabulary)
     except NdtrainError as error:
         error.args = (of_held_out(str(error)),)
@@ -166,10 +168,13 @@ class _OfHeldOut(Silent):
 
 def data_progress(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> Callable[[int, int], None]:
     """Return what tells watch and user how many bytes of the data are done, of how many."""
+    verb: list[str] = []  # known once the data can be read
 
     def progress(done: int, total: int) -> None:
+        if not verb:
+            verb.append("reading tokens" if data_format(recipe) == "tokens" else "tokenizing")
         runtime.watch.advance()
-        reporter.progress("reading tokens" if recipe.data.format == "tokens" else "tokenizing", done, total)
+        reporter.progress(verb[0], done, total)
 
     return progress
 
@@ -178,8 +183,8 @@ def _tokenized(
     recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, *, note: Note, progress: Progress, vocabulary: int
 ) -> tuple[Corpus, list[str]]:
     """Return the tokens of text, and notes."""
-    encoder = TextEncoder(tokenizer)
-    files = find_files(recipe.data.path, note=note)
+    encoder = TextEncoder(tokenizer, recipe.data.columns)
+    files = data_files(recipe, note)
     workers = recipe.data.workers or len(os.sched_getaffinity(0))
     corpus = build_cache(files, encoder, cache_dir=_cache_dir(), progress=progress, workers=workers)
     if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
@@ -194,7 +199,7 @@ def _prepared(
 ) -> tuple[Corpus, list[str]]:
     """Return prepared tokens, and notes."""
     reading = _reading(recipe, tokenizer)
-    files = find_token_files(recipe.data.path, note)
+    files = token_files(recipe, note)
     corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
     check_ids(corpus, vocabulary)
     return corpus, list(token_notes(corpus, reading))
@@ -212,30 +217,24 @@ def _reading(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> Reading
     )
 
 
-def encoder_key(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> str:
-    """Return the identity of what turns the data into tokens, as `Contents.encoder` has it."""
-    return _reading(recipe, tokenizer).key if recipe.data.format == "tokens" else TextEncoder(tokenizer).key
+def encoder_key(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, shape: str) -> str:
+    """Return the identity of what turns data of this format into tokens, as `data_contents` has it."""
+    return _reading(recipe, tokenizer).key if shape == "tokens" else TextEncoder(tokenizer).key
 
 
 def data_contents(
     recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
 ) -> tuple[list[Path], Contents]:
     """Return the files of data.path and what identifies their tokens. Tokenizes nothing."""
-    if recipe.data.format == "tokens":
-        reading, files = _reading(recipe, tokenizer), find_token_files(recipe.data.path)
+    if data_format(recipe) == "tokens":
+        reading, files = _reading(recipe, tokenizer), token_files(recipe)
         corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
         groups = [Group(file.key, [file.file]) for file in corpus.files]
         return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files])
-    files = find_files(recipe.data.path)
-    return files, contents_of(files, TextEncoder(tokenizer), cache_dir=_cache_dir())
+    files, encoder = data_files(recipe), TextEncoder(tokenizer, recipe.data.columns)
+    contents = contents_of(files, encoder, cache_dir=_cache_dir())
+    return files, contents._replace(encoder=TextEncoder(tokenizer).key)
 
 
 def _cache_dir() -> Path:
     return cache_root() / "data"
-
-
-def cache_root() -> Path:
-    """Return the directory of the token caches: $NDTRAIN_CACHE, or `ndtrain` in the user's cache directory."""
-    if given := os.environ.get("NDTRAIN_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ndtrain"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.data.cache import Progress
@@ -12,6 +11,8 @@ from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.hf.tokenizer_key import packages
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
+from ndtrain.storage.paths import is_local
+from ndtrain.train.data_files import data_format
 from ndtrain.train.inputs import data_contents
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ MOST_FILES = 100_000
 def origin_of(
     model: PreTrainedModel, recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
 ) -> dict[str, Any]:
-    """Return, as JSON, the `recipe` with all defaults, and the identities of its inputs, before anything is tokenized.
+    """Return, as JSON, the `recipe` and the identities of its inputs, before anything is tokenized.
+
+    The recipe has all defaults, and the format that the data was found to have.
 
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
     part of, `content` the text of
@@ -33,17 +36,19 @@ def origin_of(
     they are prepared tokens.
     """
     files, contents = data_contents(recipe, tokenizer, progress)
-    root = Path(recipe.data.path).expanduser()
-    if not root.is_dir():
-        root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]
+    root = os.path.expanduser(recipe.data.path)
+    if not os.path.isdir(root):
+        root = os.path.commonpath([os.path.dirname(place) for place in places])
+    resolved = recipe.data.model_copy(update={"format": data_format(recipe)})
     return {
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": recipe.model_copy(update={"data": resolved}).model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
         "tokenizer": contents.encoder,
         "packages": packages(),
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
-        "files": {os.path.relpath(file, root): _digest(own) for file, own in zip(files, contents.files, strict=True)}
+        "files": {os.path.relpath(place, root): _digest(own) for place, own in zip(places, contents.files, strict=True)}
         if len(files) <= MOST_FILES
         else None,
     }

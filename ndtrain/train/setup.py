@@ -149,8 +149,9 @@ def find_evaluated(
 
     def compare() -> None:
         changes = config_changes(*_configs(found, engine), lambda: _same_shapes(found, engine))
-        saved = state.get("origin", {})
-        if saved.get("tokenizer") not in (None, encoder_key(recipe, tokenizer)):
+        if "recipe" in state and (saved := state["origin"])["tokenizer"] != encoder_key(
+            recipe, tokenizer, state["recipe"]["data"]["format"]
+        ):
             was, now = str(state["recipe"]["data"].get("tokenizer")), str(recipe.data.tokenizer)
             upgrade = was == now and saved.get("packages") not in (None, packages())
             meaning = "other versions of its packages may give other tokens" if upgrade else "it gives other tokens"

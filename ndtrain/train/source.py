@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tomli
 
@@ -66,7 +66,11 @@ def with_commit(recipe: Recipe, on_nodes: OnNodes, *, of_run: bool = True) -> tu
     name, asked = recipe.model.name, recipe.model.revision
     if name is None:
         return recipe, []
-    recorded = of_rank0(lambda: _recorded_commit(recipe) if of_run and hub.on_hub(name, asked) else None)
+
+    def of_the_run() -> str | None:
+        return recorded_commit(recipe, "model", "name") if of_run and hub.on_hub(name, asked) else None
+
+    recorded = of_rank0(of_the_run)
     found = on_every_node(name, recorded or asked, on_nodes)
     if found is None:
         return recipe, []
@@ -102,30 +106,31 @@ def on_every_node(
     return found
 
 
-def _recorded_commit(recipe: Recipe) -> str | None:
-    """Return the commit that the run which is to be resumed has used; None without one. For rank 0.
+def recorded_commit(recipe: Recipe, section: Literal["model", "data", "eval"], key: str) -> str | None:
+    """Return the commit that the run which is to be resumed has used of section.key; None without one. For rank 0.
 
     Raises `RecipeError` if the recipe names another commit.
     """
-    name, asked, run_dir = recipe.model.name, recipe.model.revision, to_path(recipe.run.dir)
+    own, run_dir = getattr(recipe, section), to_path(recipe.run.dir)
+    name, asked, revision = getattr(own, key), own.revision, f"{section}.revision"
     try:
         newest = CheckpointStore(run_dir, keep=1).newest_step()
         resume = Restarts.of_process(run_dir).resume_from(recipe.checkpoint.resume, newest)
         if resume == "never" or (resume == "auto" and newest is None):
             return None
         of = run_dir if resume == "auto" else to_path(resume).parent.parent
-        model = tomli.loads((of / "recipe.toml").read_text(encoding="utf-8"))["model"]
-        commit = model["revision"] if model["name"] == name else ""
+        written = tomli.loads((of / "recipe.toml").read_text(encoding="utf-8"))[section]
+        commit = written["revision"] if written[key] == name else ""
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not hub.is_commit(commit):
         return None
     if hub.is_commit(asked) and asked != commit:
-        if "model.revision" in recipe.checkpoint.allow:
+        if section == "eval" or revision in recipe.checkpoint.allow:
             return None
         raise RecipeError(
-            f'model.revision = "{asked}": the run in {of} uses commit {commit} of {name}; leave model.revision out, '
-            'choose another run.dir to train anew, or let it pass with checkpoint.allow = ["model.revision"]'
+            f'{revision} = "{asked}": the run in {of} uses commit {commit} of {name}; leave {revision} out, choose '
+            f'another run.dir to train anew, or let it pass with checkpoint.allow = ["{revision}"]'
         )
     return str(commit)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,12 +24,13 @@ from ndtrain.loggers import Logger, Metrics, StepMetrics, check_loggers, open_lo
 from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
-from ndtrain.runs.messages import on_rank0
+from ndtrain.runs.messages import on_rank0, rank0_first
 from ndtrain.runs.phases import EVALUATE, FIND, RESUME, SAVE, TOKENIZE
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
+from ndtrain.train.data_files import fetch_data
 from ndtrain.train.evaluation import Evaluation, nothing_to_do, open_evaluation, restore_evaluations
 from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
 from ndtrain.train.length import with_steps
@@ -124,6 +126,7 @@ class Trainer:
     def open_tokenizer(self) -> None:
         """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
+        fetch_data(self.recipe, lambda work: rank0_first(self.runtime, work))
 
         def prepare() -> None:
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
@@ -240,7 +243,7 @@ class Trainer:
         batches = self._load()
         targets = count_targets(batches, engine)
         self._seed()
-        sums = engine.gradients(batches, count=targets.tokens, rows=targets.rows, done=self._beat)
+        sums = engine.gradients(batches, count=targets.tokens, rows=targets.rows, done=self.watch.beat)
         norm = engine.clip()
         losses = measure.reduce(sums, norm, targets)
         # These sums are equal on all ranks, so all decide alike.
@@ -271,9 +274,6 @@ class Trainer:
         coordinate = self.sizes.coordinate(self.runtime.rank)
         torch.manual_seed(random_seed(self.recipe.train.seed, self.step, coordinate["batch"], coordinate["cp"]))
 
-    def _beat(self) -> None:
-        self.watch.beat(self.step + 1)
-
     # ---- after a step
 
     def _log(self, metrics: StepMetrics) -> None:
@@ -290,21 +290,21 @@ class Trainer:
         self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
 
     def _write(self, metrics: Metrics) -> None:
-        try:
+        with self._logging():
             for logger in self.loggers:
                 logger.write(metrics)
-        except OSError as error:
-            raise self._not_logged(error) from error
 
     def _close_loggers(self) -> None:
-        try:
+        with self._logging():
             for logger in self.loggers:
                 logger.close()
-        except OSError as error:
-            raise self._not_logged(error) from error
 
-    def _not_logged(self, error: OSError) -> NdtrainError:
-        return NdtrainError(f"step {self.step} was trained but not logged: {error}")
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise NdtrainError(f"step {self.step} was trained but not logged: {error}") from error
 
     def _evaluate_where_due(self) -> None:
         """Evaluate if it is due and no stop is requested: before the save, so that a checkpoint knows its own loss."""
