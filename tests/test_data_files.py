@@ -124,6 +124,24 @@ def test_two_ranks_train_on_one_download_and_a_resume_keeps_its_commit(tmp_path:
         )
 
 
+@needs_datasets
+def test_held_out_data_of_the_hub_has_a_commit_and_a_split_of_its_own(
+    served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NDTRAIN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "repository"
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / "data" / f"{split}.jsonl").write_text(f'{{"text": "{split}"}}\n')
+    commit = served.publish(f"datasets/{NAME}", folder, "main")
+    recipe = recipe_of(tmp_path, f"eval.path={NAME}", "eval.split=validation")
+    recipe, notes = with_data_commit(recipe, lambda work: work(), "eval")
+    assert notes == [f'eval.path: {NAME} at commit {commit} (revision "main")']
+    assert recipe.eval is not None and recipe.eval.revision == commit and recipe.data.revision == "main"
+    fetch_data(recipe.held_out(), lambda work: work())
+    assert texts_of(data_files(recipe.held_out())) == ["validation"]
+
+
 def test_the_first_row_says_what_the_data_is(tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa

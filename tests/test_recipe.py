@@ -384,6 +384,14 @@ def test_eval_has_what_data_has_unless_it_says_otherwise(recipe: Any) -> None:
     assert recipe(to_toml(r)) == r and "[eval]" not in to_toml(recipe())
 
 
+def test_eval_takes_what_is_meant_of_a_path_only_for_the_same_path(recipe: Any) -> None:
+    of_path = ["data.path=org/texts", "data.subset=en", "data.split=train", "data.revision=v1"]
+    same = recipe(HELD_OUT, *of_path, "eval.path=org/texts", "eval.split=validation").eval
+    assert (same.subset, same.split, same.revision) == ("en", "validation", "v1")
+    other = recipe(HELD_OUT, *of_path).eval
+    assert (other.subset, other.split, other.revision) == (None, None, "main")
+
+
 def test_what_eval_takes_from_data_is_reported_once(recipe: Any) -> None:
     with pytest.raises(RecipeError, match=r"^data\.seq_len is required: a whole number of at least 2 \(.*\)$"):
         recipe(HELD_OUT.replace("seq_len = 16\n", ""))
