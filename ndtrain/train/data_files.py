@@ -15,6 +15,7 @@ from ndtrain.data.tokens import find_token_files
 from ndtrain.errors import RecipeError
 from ndtrain.hf import hub
 from ndtrain.recipe import Recipe
+from ndtrain.recipe.rules import of_format
 from ndtrain.recipe.schema import DataSection
 from ndtrain.runs.messages import of_rank0
 from ndtrain.storage.paths import to_path
@@ -115,26 +116,21 @@ def token_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None)
     return find_token_files(data.path, note)
 
 
-def data_format(recipe: Recipe) -> Shape:
-    """Return the format of the recipe's data: the one it names, or that of the first row. Reads that row.
+def with_format(recipe: Recipe) -> Recipe:
+    """Return the recipe with the format that its data has, and the defaults that depend on it. Collective.
 
-    Raises `RecipeError` for a format that is not available, `DamagedError` for a row of none.
+    Reads the first row where the recipe names no format. Raises `RecipeError` for keys that contradict the format,
+    `DamagedError` for a row of none.
     """
     data = recipe.data
-    if data.format != "auto":
-        return data.format
-    shape = find_shape(data_files(recipe), columns=data.columns)
-    if shape == "chat":
-        raise RecipeError(
-            f'data.path = "{data.path}": its first row is chat, and data.format = "chat" is not available in this '
-            "version; give rows of text"
-        )
-    if shape == "tokens" and data.special_tokens != "text":
-        raise RecipeError(
-            f'data.special_tokens = "{data.special_tokens}" is for text, but data.path = "{data.path}" holds tokens; '
-            "leave it out"
-        )
-    return shape
+
+    def found() -> Shape:
+        return find_shape(data_files(recipe), columns=data.columns) if data.format == "auto" else data.format
+
+    known = data.of_format(of_rank0(found))
+    if problems := [sentence for _, sentence in of_format(known)]:
+        raise RecipeError("\n".join(problems))
+    return recipe.model_copy(update={"data": known})
 
 
 def cache_root() -> Path:

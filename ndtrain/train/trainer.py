@@ -30,7 +30,8 @@ from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
-from ndtrain.train.data_files import fetch_data
+from ndtrain.train.data_files import fetch_data, with_format
+from ndtrain.train.encoding import template_of
 from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
 from ndtrain.train.length import with_steps
 from ndtrain.train.measure import Measure, count_targets
@@ -115,15 +116,18 @@ class Trainer:
         if self.runtime.is_main:
             written = self.run_dir / "recipe.toml"
             if self.step < self.steps or not written.exists():  # else nothing is trained with it
-                written.write_text(to_toml(recipe), encoding="utf-8")
-            self.loggers = open_loggers(recipe, self.run_dir)
+                written.write_text(to_toml(self.recipe), encoding="utf-8")
+            self.loggers = open_loggers(self.recipe, self.run_dir)
 
     def open_tokenizer(self) -> None:
         """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
         fetch_data(self.recipe, lambda work: rank0_first(self.runtime, work))
+        self.recipe = self.engine.recipe = with_format(self.recipe)
 
         def prepare() -> None:
+            if self.recipe.data.format == "chat":
+                self.tokenizer.save_templates(template_of(self.recipe, self.tokenizer).sources)
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
             notes.extend(found)
             progress = data_progress(self.recipe, self.runtime, self.reporter)
