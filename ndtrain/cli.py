@@ -3,6 +3,7 @@ imported inside the commands, torch only after the recipe has been read.
 """
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 LEAVE_AFTER_S = 10.0
 # Where a run is stopped, all ranks are at the same point; torchrun kills them some time after Ctrl-C.
 STOPPED_AFTER_S = 3.0
+
+
+# Errors of what is printed; those of files that commands write are theirs.
+_NOT_WRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 app = typer.Typer(
@@ -71,10 +76,15 @@ def main() -> None:
         _leave(error.exit_code, first=prints, wait_s=wait_s, untold=None if shared else error)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of the output has gone; the flush at exit must not fail again.
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        # The flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        if isinstance(error, BrokenPipeError):  # its reader has gone
+            sys.exit(141)
+        print_error(NdtrainError(f"the output cannot be written: {error.strerror or error}"))
+        sys.exit(NdtrainError.exit_code)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of click, whose copy Typer does not export
         if show is None:

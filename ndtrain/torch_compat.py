@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -72,6 +73,7 @@ def _parameters(function: Any) -> dict[str, bool]:
 
 # Read in torch 2.11 (the lowest that pyproject.toml allows), 2.13 and 2.14.
 _FAKE, _FSDP = "torch._subclasses.fake_tensor", "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup"
+_PARAM, _KEPT = "torch.distributed.fsdp._fully_shard._fsdp_param", "parameters that stay in float32"
 _GROUPS, _PROPAGATION = "torch.distributed.distributed_c10d", "torch.distributed.tensor._sharding_prop"
 _SDPA, _RING, _FLOPS = "torch:ops.aten._scaled_dot_product", "a block of ring attention", "FLOPs of a step"
 _DCP, _RECORD = "torch.distributed.checkpoint", "a record of DCP's metadata"
@@ -146,6 +148,9 @@ NAMES: dict[str, Private] = {
     "fsdp_unshard": Private(f"{_FSDP}.unshard", _DRY, "async_op"),
     "fsdp_wait_for_unshard": Private(f"{_FSDP}.wait_for_unshard", _DRY, ""),
     "fsdp_post_backward": Private(f"{_FSDP}.post_backward", _DRY, ""),
+    "FSDPParam": Private(f"{_PARAM}:FSDPParam", _KEPT),
+    "fsdp_dtypes": Private(f"{_PARAM}:FSDPParam.init_dtype_attrs", _KEPT, "mp_policy"),
+    "fsdp_gradient": Private(f"{_PARAM}:FSDPParam.unsharded_grad_data", _KEPT),
     "forget_shardings": Private(
         "torch.distributed.tensor.debug:_clear_sharding_prop_cache", "dry steps on other meshes before", ""
     ),
@@ -232,6 +237,42 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(name)
 
 
+def keep_in_float32(module: nn.Module, params: list[nn.Parameter]) -> None:
+    """Let `fully_shard` gather these sharded parameters of the unit of `module` in float32, whatever its policy says.
+
+    FSDP gathers a unit's parameters in any dtypes at once, but reduces gradients of one dtype alone, so those of the
+    unit are cast to float32 first (torch <= 2.14). Its `reduce_dtype` must be that.
+    """
+    beside, kept = _float32_classes()
+    chosen = {id(param) for param in params}
+    for group in _param_groups(module._get_fsdp_state()):  # type: ignore[operator]
+        for held in group.fsdp_params:
+            held.__class__ = kept if id(held.sharded_param) in chosen else beside
+
+
+@cache
+def _float32_classes() -> tuple[type, type]:
+    """Return the classes of FSDP's parameters beside those that stay in float32, and of these."""
+    import torch
+
+    class Beside(NAMES["FSDPParam"].find()):  # type: ignore[misc]
+        @property
+        def unsharded_grad_data(self) -> torch.Tensor:
+            return super().unsharded_grad_data.to(torch.float32)  # type: ignore[no-any-return]
+
+    class Kept(Beside):
+        def init_dtype_attrs(self, mp_policy: Any) -> None:
+            super().init_dtype_attrs(mp_policy)
+            self.param_dtype = None if self.orig_dtype == torch.float32 else torch.float32
+
+    return Beside, Kept
+
+
+def _param_groups(state: Any) -> list[Any]:
+    """Return the groups of a state of FSDP, which has several from torch 2.12 on."""
+    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]))
+
+
 @contextmanager
 def fsdp_in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, FSDP gathers, casts and reduces in float32 whatever its policies say; no gradient may outlive it."""
@@ -247,8 +288,7 @@ def fsdp_in_float32(model: nn.Module) -> Iterator[None]:
             module.reshard()
         for state, policy in zip(states, policies, strict=True):
             state._mp_policy = policy
-            # A state has several groups from torch 2.12 on.
-            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+            for group in _param_groups(state):
                 group.mp_policy = policy
                 group._init_mp_dtypes()
                 for held in group.fsdp_params:

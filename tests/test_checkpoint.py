@@ -36,7 +36,7 @@ from ndtrain.checkpoint.index import write_index
 from ndtrain.checkpoint.manifest import hash_of, write_manifest
 from ndtrain.checkpoint.tensors import files_of, pieces_of, write_files
 from ndtrain.engine.optimizers import OPTIMIZERS, set_step, state_tensors
-from ndtrain.errors import DamagedError, NdtrainError
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.layout import local_boxes
 from ndtrain.runs.messages import together
 from ndtrain.storage.pieces import pieces_in, pieces_of_files, plan_held
@@ -389,8 +389,21 @@ def test_resume_is_refused_if_every_checkpoint_is_damaged(tmp_path: Path) -> Non
     store = CheckpointStore(tmp_path, keep=2)
     with pytest.raises(DamagedError, match=r"every checkpoint in .* is damaged"):
         store.find("auto")
-    with pytest.raises(DamagedError, match='nowhere" is not a directory'):
-        store.find(tmp_path / "nowhere")
+
+
+def test_a_path_that_is_no_checkpoints_is_the_recipes_fault(tmp_path: Path) -> None:
+    store, step = CheckpointStore(tmp_path / "run", keep=2), save_step(tmp_path / "run", 1)
+    (tmp_path / "empty").mkdir()
+    for path, words in {
+        "nowhere": "does not exist",
+        "run": "is a run's directory",
+        "empty": "is no checkpoint",
+    }.items():
+        with pytest.raises(RecipeError, match=rf'^checkpoint.resume = ".*{path}" {words}.*; give a checkpoint like'):
+            store.find(tmp_path / path)
+    (step / "manifest.json").unlink()
+    with pytest.raises(DamagedError):
+        store.find(step)
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

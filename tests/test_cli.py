@@ -313,6 +313,14 @@ def test_a_closed_pipe_prints_no_traceback() -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", ["--help", "--version", f"inspect {QUICKSTART}"])
+def test_output_on_a_full_disk_is_one_line(arguments: str) -> None:
+    command = f"{sys.executable} -m ndtrain {arguments} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "ndtrain: error: the output cannot be written: No space left on device\n"
+
+
 @pytest.fixture
 def of_a_later_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "version", lambda name: {"torch": "2.99.0", "transformers": "5.24.0"}[name])

@@ -115,6 +115,9 @@ def test_inspect_counts_what_ranks_hold(recipe: Path) -> None:
     report = json.loads(inspect_text(planned, world_size=8, rank=5, as_json=True))
     total = sum(torch.Size(p["shape"]).numel() for p in report["params"])
     assert report["parameters"] == total
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    described = readme.split("`--json` prints the same as JSON: ")[1].split("\n\n")[0]
+    assert [key for key in (*report, *report["params"][0], *report["groups"][0]) if f"`{key}`" not in described] == []
     assert report["bytes"]["rank"]["parameters"] == sum(p["local_bytes"] for p in report["params"])
     assert report["bytes"]["rank"]["optimizer"] == 2 * report["bytes"]["rank"]["parameters"]
     copies = {"-": 2, "replicated_with_grad_allreduce": 2}  # tp 2 keeps these whole on both of its ranks

@@ -349,6 +349,10 @@ def test_dcp_directories_of_other_tools_convert(tmp_path: Path) -> None:
         assert notes == [f"left out (not weights): 3 of {len(state) + 3} entries, first {key}" for key in first]
     with pytest.raises(RecipeError, match="--config"):
         convert(tmp_path / "plain", tmp_path / "out")
+    (tmp_path / "x.txt").write_text("{}")
+    for wrong in ("x.txt", "plain"):
+        with pytest.raises(RecipeError, match=rf"--config .*{wrong} is no config.json, nor a directory with one"):
+            convert(tmp_path / "plain", tmp_path / "out", config=tmp_path / wrong)
     with pytest.raises(RecipeError, match="does not exist"):
         convert(tmp_path / "plain", tmp_path / "out", config=tmp_path / "nothing")
     (gone, value), *rest = state.items()

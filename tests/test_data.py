@@ -496,6 +496,9 @@ def test_a_path_that_matches_nothing_is_a_recipe_error(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="matches no file") as caught:
             find_files(str(path))
         assert "hub" not in str(caught.value)
+        assert str(caught.value).endswith("it is an empty directory") == (path.name == "empty")
+    with pytest.raises(RecipeError, match="it has only empty directories"):
+        find_files(str(tmp_path))
 
 
 def test_data_of_empty_documents_alone_is_a_recipe_error(tmp_path: Path) -> None:

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.utils._pytree import tree_map
 
+from ndtrain.console.plan import fold, plan_report
 from ndtrain.errors import PlanError
 from ndtrain.hf.model import meta_model
 from ndtrain.mesh import MeshSizes, build_mesh
 from ndtrain.parallel import parallelize
 from ndtrain.parallel.fsdp import exchange_repeated_at_once
 from ndtrain.plan import Plan, make_plan
+from ndtrain.recipe import load_recipe
 from tests import tiny
+from tests.matrix.results import CONFIGS, absent
 from tests.matrix.worker import whole
 from tests.ranks import get_pool
 from tests.test_plan import plan_for
@@ -348,13 +351,50 @@ def test_parameters_kept_in_float32_stay_so_in_units_chosen_by_hand(tmp_path: Pa
         tmp_path, "ernie4_5_moe", **manual({"model.layers.*": KEEP}, param_dtype="bfloat16"), **sections
     )
     _, plan = plan_for(recipe, MeshSizes(1, 2))
-    kept = [unit for unit in plan.units if unit.param_dtype == "float32"]
-    assert kept and all(unit.name.startswith("model.layers.") and not unit.cast_inputs for unit in kept)
-    assert all(unit.reshard is False for unit in plan.units)
-    pattern = kept[0].name
-    low = manual({pattern: {"mixed_precision": True}}, param_dtype="bfloat16")
+    assert [unit.name for unit in plan.units] == ["model.layers.0", "model.layers.1"]
+    kept = plan.units[1].in_float32
+    assert kept and all(fqn.startswith("model.layers.1.mlp.") for fqn in kept)
+    rows = fold(plan_report(plan, recipe, rank=0, ranks_per_node=8))
+    dtypes = {row["fqn"]: title.rpartition(", ")[2] for title, _, _, row in rows}
+    assert {fqn for fqn, dtype in dtypes.items() if dtype == "float32"} == set(kept) & set(dtypes)
+    low = manual({kept[0].rpartition(".")[0]: {"mixed_precision": True}}, param_dtype="bfloat16")
     with pytest.raises(PlanError, match=r"ernie4_5_moe keeps its parameters in float32"):
         plan_for(meta_recipe(tmp_path, "ernie4_5_moe", **low, **sections), MeshSizes(1, 2))
+
+
+# Types that keep single parameters of a module, of what it has inside, and whole heads and norms in float32.
+KEPT = ["afmoe", "deepseek_v4", "flint", "hy_v4", "inkling_text", "kimi_linear"]
+
+
+def gathered_dtypes(recipe_path: str) -> dict[str, torch.dtype]:
+    recipe = load_recipe(Path(recipe_path))
+    model, plan = plan_for(recipe, MeshSizes(1, 1))
+    parallelize(model, plan, build_mesh(plan.sizes, "cpu"), recipe=recipe)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    return {fqn: param.dtype for fqn, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_every_parameter_is_gathered_in_the_dtype_in_which_from_pretrained_reads_it(tmp_path: Path, kind: str) -> None:
+    if reason := absent(kind):
+        pytest.skip(reason)
+    config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hub")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16)
+    wanted = {fqn: param.dtype for fqn, param in plain.named_parameters()}
+    assert set(wanted.values()) == {torch.float32, torch.bfloat16}
+    path = tiny.recipe_file(
+        tmp_path / "recipe.toml",
+        model={"name": str(tmp_path / "hub"), "attn": "eager"},
+        corpus=tmp_path,
+        run_dir=tmp_path / "run",
+        fsdp={"param_dtype": "bfloat16"},
+        data={"packing": False},
+    )
+    assert get_pool(1).run(gathered_dtypes, str(path)) == [wanted]
 
 
 EP2 = MeshSizes(1, 2, 1, 1, 2)

@@ -377,3 +377,32 @@ def test_damaged_weights_stop_every_rank_and_are_named(tmp_path: Path) -> None:
             if got not in allowed or absent:
                 problems.append(f"{case}, {mode}, rank {rank}: {got}: {message} (no {absent})")
     assert not problems, "\n".join(problems)
+
+
+# Overrides that fit no weights, one that does, and what names those at fault.
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": 128, "rms_norm_eps": 1e-5}, "model.config.hidden_size = 128: the weights"),
+    ({"num_hidden_layers": 3}, "model.config.num_hidden_layers = 3: the weights"),
+    ({"vocab_size": 300, "intermediate_size": 64}, "model.config.vocab_size = 300: the weights"),
+    ({"tie_word_embeddings": False}, "model.config.tie_word_embeddings = false: the weights"),
+]
+
+
+def test_overrides_that_do_not_fit_the_weights_are_named(tmp_path: Path) -> None:
+    untied, tied = (tiny.save_model(kind, tmp_path) for kind in ("llama", "gemma3_text"))
+    from_hub = [
+        recipe_for(tmp_path / f"{n}-{mode}.toml", mode=mode, name=str(tied if "tie" in str(c) else untied), config=c)
+        for n, (c, _) in enumerate(UNFIT)
+        for mode in MODES
+    ]
+    for answers in get_pool(2).run(_errors, from_hub, MeshSizes(1, 2)):
+        for (kind, message), words in zip(answers, [words for _, words in UNFIT for _ in MODES], strict=True):
+            assert kind == "RecipeError" and message.startswith(words), message
+            assert 'leave it out, or set model.init = "random"' in message
+
+
+def test_weights_that_do_not_fit_their_own_config_are_damaged_whatever_is_overridden(tmp_path: Path) -> None:
+    directory = tiny.save_model("llama", tmp_path)
+    _edit(lambda t: t.pop(DOWN))(directory)
+    recipe = recipe_for(tmp_path / "r.toml", name=str(directory), config={"rms_norm_eps": 1e-5})
+    assert get_pool(1).run(_errors, [recipe], MeshSizes())[0][0][0] == "DamagedError"

@@ -126,3 +126,19 @@ def test_a_cell_of_a_newer_type(tmp_path: Path, kind: str, name: str) -> None:
     mesh, more = MESHES[name]
     found = results.outcome(get_pool(math.prod(mesh.values())), worker.cell, made, mesh, more, timeout=200)
     assert found["status"] == "agrees", found
+
+
+# In bfloat16 beside parameters that a model keeps in float32: frozen, of attention, of a router, with experts spread.
+LOW = [("afmoe", "ep2"), ("flint", "tp2"), ("inkling_text", "dp_shard2"), ("hy_v4", "dp_replicate2-dp_shard2")]
+
+
+@pytest.mark.parametrize(("kind", "name"), LOW)
+def test_a_cell_in_bfloat16_of_a_type_that_keeps_parameters_in_float32(tmp_path: Path, kind: str, name: str) -> None:
+    if reason := results.absent(kind):
+        pytest.skip(reason)
+    made = get_pool(1).run(worker.build, kind, results.CONFIGS[kind], str(tmp_path), timeout=200)[0]
+    mesh, more = MESHES[name]
+    more = {**more, "fsdp": {"param_dtype": "bfloat16"}}
+    ranks = math.prod(size for axis, size in mesh.items() if axis != "ep")
+    found = results.outcome(get_pool(ranks), worker.cell, made, mesh, more, timeout=200)
+    assert found["status"] == "agrees" and found["worst"] < 1e-2, found

@@ -65,6 +65,24 @@ def test_tables_of_model_config_are_merged_into_the_config(tmp_path: Path, saved
     assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
 
 
+def test_an_override_that_no_model_can_be_built_with_is_named(tmp_path: Path, saved: Path) -> None:
+    config = {"hidden_act": "sulu", "rms_norm_eps": 1e-5}
+    words = r'^model.config.hidden_act = "sulu": .*did you mean "silu".*transformers knows gelu, .*xielu'
+    for source in ({"name": str(saved)}, {"type": "qwen3"}):
+        with pytest.raises(RecipeError, match=words):
+            meta_model(recipe_for(tmp_path, **source, config=config))
+    wrong = r"^model.config.pad_token_id = 500: a \"qwen3\" model cannot be built"
+    with pytest.raises(RecipeError, match=wrong):
+        meta_model(recipe_for(tmp_path, name=str(saved), config={"pad_token_id": 500, "rms_norm_eps": 1e-5}))
+
+
+def test_a_key_of_config_json_with_an_unknown_name_is_named(tmp_path: Path, saved: Path) -> None:
+    values = json.loads((saved / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_act": "sulu"}))
+    with pytest.raises(RecipeError, match=r'^a "qwen3" model cannot be built: hidden_act = "sulu" is not known'):
+        meta_model(recipe_for(tmp_path, name=str(tmp_path)))
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("source", ["type", "name"])
 @pytest.mark.parametrize(

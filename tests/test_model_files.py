@@ -385,3 +385,32 @@ def _notes_without_rank0(recipe: str, sizes: MeshSizes) -> tuple[list[str], dict
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr("ndtrain.load.load_rank0")
         return _notes(recipe, sizes)
+
+
+class Harmful:
+    """Something in a pickle that runs code when it is loaded as torch did before 2.6."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harmed"),)
+
+
+def test_weights_that_hold_other_objects_are_refused_in_our_words_and_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "model"
+    _save(directory, seed=1)
+    (directory / SINGLE).unlink()
+    torch.save({"lm_head.weight": Harmful()}, directory / "pytorch_model.bin")
+    recipe = recipe_for(tmp_path / "r.toml", name=str(directory))
+    ((kind, message),) = get_pool(1).run(_errors_of_start, [recipe], MeshSizes())[0]
+    assert kind == "DamagedError" and "pytorch_model.bin is damaged, or holds other objects than tensors" in message
+    assert "get the model as safetensors" in message and "PyTorch 2.6" not in message
+    assert not Path("harmed").exists()
+
+
+@pytest.mark.parametrize("name", [SINGLE, "pytorch_model.bin"])
+def test_pointers_of_git_lfs_are_named_as_such(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DamagedError, match=rf"{name} is a git-lfs pointer, .*git lfs pull"):
+        model_files(tmp_path)

@@ -218,6 +218,7 @@ def test_the_loss_tells_the_overrides_apart(tmp_path: Path, case: str) -> None:
         ("gemma4_text", {"global_head_dim": 24}),  # of layers that a shorter model does not have, and of its own
         ("gemma3n_text", {"intermediate_size": 96}),  # which becomes a list with an entry a layer
         ("dbrx", {}),  # whose part reads a key that its class does not name
+        ("gemma4", {}),  # of a part, which the part's own defaults come before
     ],
 )
 def test_overrides_from_scratch_end_at_the_config_of_its_class(tmp_path: Path, kind: str, overrides: Values) -> None:

@@ -140,12 +140,37 @@ def test_the_checks_take_only_the_models_own_errors_for_the_models(
 ) -> None:
     recipe = make_recipe(tmp_path, steps=3, mesh=mesh)
     for found, text in get_pool(2).run(raised, str(recipe), kind):
-        if kind == "model" and "dp_shard" in mesh:
-            assert found == "RuntimeError"  # the model does not run in one process either
-        elif kind != "model":
+        if kind != "model":
             assert found == name and "set mesh" not in text, (found, text)
         else:
-            assert found == "PlanError" and f"set mesh.{next(iter(mesh))} = 1" in text, (found, text)
+            axis = next(iter(mesh))  # without a cut layer, other sizes would not help
+            way = "change [model.config] or model.attn" if axis == "dp_shard" else f"set mesh.{axis} = 1"
+            assert found == "PlanError" and way in text, (found, text)
+
+
+def raised_in_bfloat16(path: str, overrides: list[str]) -> tuple[str, str]:
+    """Return the class and the text of what `prepare` raises where every block's activation is in float32."""
+    from tests.trainers import trainer_of
+
+    trainer = trainer_of(path, [*overrides, "fsdp.param_dtype=bfloat16"])
+    with mock.patch("torch.nn.functional.silu", lambda x, inplace=False: x.float() * x.float().sigmoid()):
+        try:
+            trainer.prepare()
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize("overrides", [["mesh.dp_shard=1"], ["mesh.dp_shard=2"], ["mesh.tp=2"], ["mesh.cp=2"]])
+def test_a_model_that_does_not_run_in_bfloat16_is_refused_with_that_reason(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    recipe = make_recipe(tmp_path, steps=3, mesh={"dp_shard": 1})
+    for found, text in get_pool(1 if overrides == ["mesh.dp_shard=1"] else 2).run(
+        raised_in_bfloat16, str(recipe), overrides
+    ):
+        assert found == "PlanError" and text.startswith("qwen3 runs in float32, but not in bfloat16 (in Linear: ")
+        assert text.endswith('; set fsdp.param_dtype = "float32"')
 
 
 def seconds_watched(folder: str, by_progress: bool, advances: bool) -> float:

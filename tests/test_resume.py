@@ -222,6 +222,7 @@ REFUSED = [
     (["data.seq_len=16"], {"data.seq_len": "each sample would be another"}),
     (["data.packing=false"], {"data.packing": "each sample would be another"}),
     (["model.config.num_hidden_layers=1"], {"model.config.num_hidden_layers": "other shapes"}),
+    (["data.seq_len=16", "data.shuffle=false"], {"data.seq_len": "another", "data.shuffle": "another order"}),
     (
         ["model.name={root}/other", "data.shuffle=false"],
         {"model.name": "another base", "data.shuffle": "another order"},
@@ -244,6 +245,7 @@ def test_a_change_of_the_meaning_is_refused_before_tokenizing_and_named(
         assert "refused" in rows(found)[key]
     assert (run["run"] / "recipe.toml").read_text() == before
     never = any(key in NEVER for key in causes)
+    assert ("checkpoint.allow" in found["error"]) != never  # advice where the run can then go on
     allow = resume(run, *overrides, f"checkpoint.allow={json.dumps(list(causes))}") if not never else None
     if allow is not None:
         assert not allow["error"] and all("allowed" in rows(allow)[key] for key in causes), allow["error"]
@@ -289,6 +291,42 @@ def test_files_too_many_to_list_are_compared_as_a_whole(finished: dict[str, Path
     assert (change.key, change.rule, change.meaning) == ("data.path", "allow", "the files of data.path changed")
     (change,) = find_changes(state, recipe, {**origin, "data": "other"}, **args)
     assert change.meaning == "this version of ndtrain reads the same files in another way"
+
+
+def resumed_after_an_upgrade(recipe: str, overrides: list[str], gives_others: bool) -> dict[str, Any]:
+    """`resumed` with other versions of the tokenizer's packages, which may give other ids."""
+    from ndtrain.hf.tokenizer import HubTokenizer
+
+    encode = HubTokenizer.encode_bytes
+    order = -1 if gives_others else 1
+    with (
+        mock.patch("ndtrain.hf.tokenizer_key._version", lambda name: "99.0"),
+        mock.patch.object(HubTokenizer, "encode_bytes", lambda self, raw: encode(self, raw)[::order]),
+        # A cache of its own: the key does not know of the order.
+        mock.patch.dict(os.environ, {"NDTRAIN_CACHE": f"{Path(recipe).parent}/cache{order}"}),
+    ):
+        return resumed(recipe, overrides)
+
+
+def test_a_resume_after_an_upgrade_goes_on_if_the_data_has_the_same_tokens(
+    run: dict[str, Path], tmp_path: Path
+) -> None:
+    ByteTokenizer().save_pretrained(tmp_path / "tokenizer")
+    new = [f"data.tokenizer={tmp_path}/tokenizer", f"run.dir={tmp_path}/new", "train.steps=3"]
+    get_pool(1).run(trained, str(run["recipe"]), [*new, "checkpoint.every=2"], 2, timeout=100)
+
+    def upgraded(*more: str, gives_others: bool) -> dict[str, Any]:
+        args = str(run["recipe"]), [*new, *more], gives_others
+        return get_pool(1).run(resumed_after_an_upgrade, *args, timeout=100)[0]
+
+    found = upgraded(gives_others=True)
+    assert found["error"].startswith("RecipeError: ") and found["tokenized"]
+    assert "data.tokenizer gives other tokens with these versions" in found["error"]
+    found = upgraded("data.tokenizer=bytes", gives_others=False)
+    assert "data.tokenizer was" in found["error"] and not found["tokenized"]  # another name is another tokenizer
+    found = upgraded(gives_others=False)
+    assert not found["error"] and "steps 3 to 3" in found["said"], found
+    assert "transformers" in rows(found)["data.tokenizer"] and "-> 99.0" in rows(found)["data.tokenizer"]
 
 
 def test_other_weights_under_the_same_name_are_refused(run: dict[str, Path], tmp_path: Path) -> None:

@@ -196,6 +196,36 @@ def test_ctrl_c_at_a_terminal_before_and_after_the_first_step(tmp_path: Path) ->
     assert code == 130 and "Traceback" not in text, text
 
 
+def in_a_terminal_of_its_own(hangup: signal.Handlers) -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, hangup)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_closed_terminal_stops_a_run_with_a_save_unless_nohup_started_it(tmp_path: Path, ranks: int) -> None:
+    recipe, run = make_recipe(tmp_path, steps=100_000, mesh={"dp_shard": ranks}), tmp_path / "run"
+    for hangup, stop in ((signal.SIG_IGN, "SIGTERM"), (signal.SIG_DFL, "SIGHUP")):
+        before = len(lines_of(run)) if (run / "metrics.jsonl").exists() else 0
+        terminal, own = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ndtrain", "run", str(recipe)],
+            **{"env": ENV, "stdin": own, "stdout": own, "stderr": own, "start_new_session": True},
+            preexec_fn=lambda hangup=hangup: in_a_terminal_of_its_own(hangup),
+        )
+        os.close(own)
+        try:
+            wait_for(lambda before=before: (run / "metrics.jsonl").exists() and len(lines_of(run)) > before)
+            os.close(terminal)
+            if stop == "SIGTERM":
+                at = len(lines_of(run))
+                wait_for(lambda at=at: len(lines_of(run)) > at + 2)
+                process.terminate()
+            assert process.wait(timeout=100) == 75
+        finally:
+            process.kill()
+        assert checkpoints(run)[-1] == f"step-{lines_of(run)[-1]['step']:08d}"
+
+
 WAITING = """
 import datetime, pathlib, torch.distributed
 from ndtrain.runs.stop_signals import Steps, StopSignals

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from ndtrain.data.cache import build_cache, contents_of, notes
 from ndtrain.data.text import TextEncoder
-from ndtrain.errors import RecipeError
+from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ndtrain.hf.tokenizer_key import tokenizer_key
 from ndtrain.recipe import load_recipe
@@ -346,3 +347,32 @@ def test_the_recipe_chooses_what_special_tokens_in_text_are(tmp_path: Path) -> N
         keys.add(tokenizer.key)
     assert len(keys) == 2
     assert np.array_equal(ByteTokenizer().encode_bytes(b"<|eos|>"), np.frombuffer(b"<|eos|>", np.uint8))
+
+
+DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "truncated": ("tokenizer.json", lambda content: content[: len(content) // 2], "is damaged"),
+    "something else": ("tokenizer.json", lambda content: b"{}", "is damaged"),
+    "settings": ("tokenizer_config.json", lambda content: content[: len(content) // 2], "is damaged"),
+    "a pointer": (
+        "tokenizer.json",
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "is a git-lfs pointer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_of_a_tokenizer_is_named(tmp_path: Path, case: str) -> None:
+    name, change, words = DAMAGED[case]
+    ByteTokenizer().save_pretrained(tmp_path / "it")
+    file = tmp_path / "it" / name
+    file.write_bytes(change(file.read_bytes()))
+    path = recipe_file(
+        tmp_path / "recipe.toml",
+        model={"type": "llama"},
+        corpus=tmp_path,
+        run_dir=tmp_path / "run",
+        data={"tokenizer": str(tmp_path / "it")},
+    )
+    with pytest.raises(DamagedError, match=rf"the tokenizer of data.tokenizer = .* cannot be loaded: {file} {words}"):
+        load_tokenizer(load_recipe(path))

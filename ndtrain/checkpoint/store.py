@@ -30,7 +30,7 @@ from ndtrain.checkpoint.manifest import (
 )
 from ndtrain.checkpoint.staging import Staging
 from ndtrain.checkpoint.tensors import Files, check_coverage, files_of, listing, pieces_of, rows_of, write_files
-from ndtrain.errors import DamagedError, NdtrainError
+from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.runs.limits import WAIT_TIMEOUT
 from ndtrain.runs.messages import gather_json, gather_rows, of_rank0, on_rank0, together
 from ndtrain.runs.process import rank, world_size
@@ -356,8 +356,8 @@ class CheckpointStore:
         """Return the checkpoint to resume from, and messages for the user; collective, rank 0 decides.
 
         `resume` is "never", "auto" (the newest undamaged one; None if there are no checkpoints) or a checkpoint's path.
-        With `verify` the ranks read every file and compare its hash. Raises `DamagedError` on all ranks if the given
-        checkpoint, or every one, is damaged.
+        With `verify` the ranks read every file and compare its hash. Raises `RecipeError` on all ranks for a path
+        that is no checkpoint's, `DamagedError` if the given one, or every one, is damaged.
         """
         if str(resume) == "never":
             return None, []
@@ -365,9 +365,10 @@ class CheckpointStore:
             directory = to_path(str(resume))
 
             def require_directory() -> None:
-                if not directory.is_dir():
-                    raise DamagedError(
-                        f'checkpoint.resume = "{resume}" is not a directory; give a checkpoint, "auto" or "never"'
+                if problem := _no_checkpoint(directory):
+                    raise RecipeError(
+                        f'checkpoint.resume = "{resume}" {problem}; give a checkpoint like '
+                        'RUN_DIR/checkpoints/step-00000100, "auto" or "never"'
                     )
 
             on_rank0(_as_os_errors(self.root, require_directory))
@@ -388,3 +389,13 @@ class CheckpointStore:
                 f"every checkpoint in {self.root} is damaged; move them away to train anew. The newest: {refused[0]}"
             )
         return None, []
+
+
+def _no_checkpoint(path: Path) -> str | None:
+    """Return why `path` is not even a damaged checkpoint; None if it may be one."""
+    if not path.exists():
+        return f"does not exist (looked from {Path.cwd()})"
+    if (path / "checkpoints").is_dir():
+        return "is a run's directory"
+    has_part = any((path / name).exists() for name in ("manifest.json", "model", "optim"))
+    return None if has_part else "is no checkpoint"

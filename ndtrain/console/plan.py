@@ -136,12 +136,12 @@ def _param_report(param: ParamPlan, plan: Plan, rank: int) -> dict[str, Any]:
 
 def fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
     """Return rows (FSDP unit, name in it, number of layers, parameter), repeated layers folded into one row."""
-    policies = {unit["name"]: _policies(unit) for unit in report["units"]}
+    units = {unit["name"]: unit for unit in report["units"]}
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for param in report["params"]:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", param["fqn"])
         cut = (tuple(param["shape"]), tuple(param["local_shape"]), tuple(param["placements"]), param["style"])
-        key = (pattern, policies[param["unit"]], *cut)
+        key = (pattern, _policies(units[param["unit"]], param), *cut)
         rows.setdefault(key, []).append(param)
     folded = []
     for (pattern, *_), params in rows.items():
@@ -150,15 +150,16 @@ def fold(report: dict[str, Any]) -> list[tuple[str, str, int, dict[str, Any]]]:
             layers = {int(m.group(1)) for p in params if (m := re.search(r"\.(\d+)\.", p["fqn"]))}
             name = pattern.replace("*", _span(sorted(layers)), 1)
             unit = re.sub(r"(?<=\.)\d+(?=\.|$)", _span(sorted(layers)), unit, count=1)
-        title = f"{unit}: {policies[params[0]['unit']]}"
+        title = f"{unit}: {_policies(units[params[0]['unit']], params[0])}"
         folded.append((title, name.removeprefix(f"{unit}."), len(params), params[0]))
     return folded
 
 
-def _policies(unit: dict[str, Any]) -> str:
-    """Return the unit's policies in the words of [fsdp.modules], and its compute dtype."""
+def _policies(unit: dict[str, Any], param: dict[str, Any]) -> str:
+    """Return the policies of a parameter's unit in the words of [fsdp.modules], and its own compute dtype."""
     weights = "free_full_weight" if unit["reshard"] else "keep_full_weight"
-    return ", ".join([weights, *(["cpu_offload"] if unit["cpu_offload"] else []), unit["param_dtype"]])
+    dtype = "float32" if param["fqn"] in unit["in_float32"] else unit["param_dtype"]
+    return ", ".join([weights, *(["cpu_offload"] if unit["cpu_offload"] else []), dtype])
 
 
 def _span(numbers: list[int]) -> str:

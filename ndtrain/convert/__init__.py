@@ -88,15 +88,12 @@ def convert(
         raise RecipeError(
             f"{checkpoint} is a DCP directory and does not describe its model; give --config with its config.json"
         )
-    if config is not None and (not foreign or not config.exists()):
-        raise RecipeError(
-            f"--config {config} "
-            + (
-                f"does not exist (looked from {Path.cwd()})"
-                if foreign
-                else f"is for DCP directories, and {checkpoint} is not one; leave it out"
-            )
-        )
+    if config is not None and not foreign:
+        raise RecipeError(f"--config is for DCP directories, and {checkpoint} is not one; leave --config {config} out")
+    if config is not None and not config.exists():
+        raise RecipeError(f"--config {config} does not exist (looked from {Path.cwd()})")
+    if config is not None and not (config.suffix == ".json" if config.is_file() else (config / "config.json").exists()):
+        raise RecipeError(f"--config {config} is no config.json, nor a directory with one; give that of the model")
     if not is_local(checkpoint) and (to_checkpoint or foreign):
         raise RecipeError(
             f"{checkpoint} is not on this machine, and only ndtrain's own checkpoints convert from a URL; copy it to a "

@@ -47,6 +47,11 @@ class GlobalBatches:
         """Text that identifies the data and its order; a cursor is valid only where it is equal."""
         return f"{self.samples.fingerprint} {self.order.fingerprint}"
 
+    @property
+    def tokens(self) -> str | None:
+        """The identity of the tokens alone, whatever gave them (`Corpus.digest`)."""
+        return self.samples.corpus.digest
+
     def sample_ids(self, cursor: int) -> IntArray:
         """Return the ids `[G]` of the whole global batch at the cursor; the next batch is at cursor + G."""
         return self.order.sample_ids(cursor, self.global_batch_size)

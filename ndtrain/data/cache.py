@@ -190,6 +190,7 @@ def open_part(path: Path) -> Part:
         largest=largest,
         loss=mapped("loss.bin", np.bool_, tokens) if meta.get("masked") else None,
         odd=odd,
+        digest=meta.get("digest"),
     )
 
 

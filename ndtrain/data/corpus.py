@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ class Part:
     """Memory-mapped tokens `[n]` of documents with bounds `[d + 1]`, and which tokens carry loss `[n]` (None: all).
 
     `counts` has what was counted when it was made: {kind of odd documents: [count, index of the first one's file, where
-    in it, the special token that it spells]}.
+    in it, the special token that it spells]}. `digest` identifies the tokens; parts of earlier versions have none.
     """
 
     key: str
@@ -26,6 +27,7 @@ class Part:
     largest: int
     loss: BoolArray | None = None
     odd: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    digest: str | None = None
 
 
 class Corpus:
@@ -48,6 +50,13 @@ class Corpus:
     def largest_id(self) -> int:
         """The largest token id."""
         return max(part.largest for part in self.parts)
+
+    @property
+    def digest(self) -> str | None:
+        """The identity of the tokens themselves, whatever gave them; None where a part's is not known."""
+        found = [part.digest for part in self.parts if part.digest]
+        whole = hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest()
+        return whole if len(found) == len(self.parts) else None
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Return the ids `[stop - start]` from `start` on, fewer at the end of the stream."""

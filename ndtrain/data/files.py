@@ -55,6 +55,8 @@ def find_files(
         hint = f"it is a link to {os.readlink(root)}, which cannot be followed"
     elif root.exists() and not root.is_dir():
         hint = "it is a pipe or a device; write its content to a file first"
+    elif root.is_dir() and not left:
+        hint = "it is an empty directory" if not any(root.iterdir()) else "it has only empty directories"
     elif left:
         hint = f"left out: {_counts(left)}; {hint}"
     raise RecipeError(f'data.path = "{path}" matches no file; {hint}')

@@ -22,6 +22,7 @@ from typing import Any
 
 from ndtrain.errors import DamagedError, RecipeError, one_line
 from ndtrain.storage.paths import is_local, os_errors
+from ndtrain.storage.pointers import pointer
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
@@ -36,7 +37,6 @@ _KINDS = {
 }
 # Of other kinds, which could be taken for text until their first zero byte.
 OTHERS = {b"PK\x03\x04": "a zip archive; unpack it"}
-_LFS, _ANNEX = b"version https://git-lfs.github.com/spec/", b"/annex/objects/"
 _WIDE_MARKS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
@@ -143,12 +143,8 @@ def unpacked(stored: io.BufferedReader[Any], file: Path) -> Any:
 
 def refuse_pointer(start: bytes, file: Path) -> None:
     """Raise `DamagedError` for a file that only says where its content lies, given its first bytes."""
-    if start.startswith(_LFS):
-        raise DamagedError(f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
-    if start.startswith(_ANNEX):
-        raise DamagedError(
-            f"{file} is a git-annex pointer, not the file itself; run `git annex get` where it comes from"
-        )
+    if what := pointer(start):
+        raise DamagedError(f"{file} {what}")
 
 
 def _check_start(start: bytes, file: Path) -> None:

@@ -8,6 +8,7 @@ meta.json and is named by its key.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -71,7 +72,8 @@ def prepare(
             if stamp_of(file) != stamp:
                 raise DamagedError(f"{file} changed while it was being tokenized; start the run again")
         meta = {"version": FORMAT_VERSION, "key": group.key, "dtype": _dtype(encoder).name, "masked": encoder.masked}
-        write_json(work / "meta.json", {**meta, **asdict(counts), "docs_mtime": _sealed(work / "docs.bin")})
+        meta |= {"digest": _digest(work, encoder), "docs_mtime": _sealed(work / "docs.bin")}
+        write_json(work / "meta.json", {**meta, **asdict(counts)})
         (work / "progress.json").unlink(missing_ok=True)
         try:
             os.rename(work, final)
@@ -231,6 +233,15 @@ def _sizes(counts: _Counts, width: int, masked: bool) -> dict[str, int]:
     """Return the bytes of each file, with what `counts` says."""
     sizes = {"tokens.bin": counts.tokens * width, "docs.bin": 8 * (counts.documents + 1)}
     return {**sizes, "loss.bin": counts.tokens} if masked else sizes
+
+
+def _digest(work: Path, encoder: Encoder) -> str:
+    """Return a digest of what the group's documents were encoded to."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in _sizes(_Counts(), 1, encoder.masked):
+        with (work / name).open("rb") as written:
+            found.update(hashlib.file_digest(written, "blake2b").digest())
+    return found.hexdigest()
 
 
 def _recorded(work: Path, width: int, *, masked: bool) -> _Counts:

@@ -27,6 +27,7 @@ _T, _MASKS, _WEIGHTS = "transformers", "transformers.masking_utils", "transforme
 _TP, _EP = "transformers.distributed.tensor_parallel", "transformers.distributed.expert_parallel"
 _MODEL, _STYLE, _CONVERT, _DRY = f"{_T}:PreTrainedModel", "a style of tensor parallelism", "saved names", "a dry step"
 NAMES: dict[str, Private] = {
+    "ACT2FN": Private(f"{_T}.activations:ACT2FN", "the names that `hidden_act` may have"),
     # ---- attention and its masks
     "ALL_ATTENTION_FUNCTIONS": Private(f"{_T}.modeling_utils:ALL_ATTENTION_FUNCTIONS", "a model's own attention"),
     "ALL_MASK_ATTENTION_FUNCTIONS": Private(f"{_MASKS}:ALL_MASK_ATTENTION_FUNCTIONS", "a model's own masks"),

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from ndtrain.errors import DamagedError, RecipeError, first_line
 from ndtrain.storage.paths import is_local
 from ndtrain.storage.pieces import pieces_in
+from ndtrain.storage.pointers import pointer_at
 from ndtrain.storage.table import Piece
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,9 +119,11 @@ def weight_map_of(index: Path, where: object) -> dict[str, str]:
 
 
 def _find(where: Path, name: str) -> Path | None:
-    """Return the path of a file of `where`, or None. Raises `DamagedError` for a link to nothing."""
+    """Return the path of a file of `where`, or None. Raises `DamagedError` for a link to nothing and a pointer."""
     path = where / name
     if path.is_file():
+        if is_local(path) and (what := pointer_at(path)):
+            raise DamagedError(f"{path} {what}")
         return path
     if is_local(path) and path.is_symlink():
         raise DamagedError(f"{path} is a link to {path.readlink()}, where there is no file")

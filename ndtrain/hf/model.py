@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ndtrain.errors import RecipeError, first_line, keeps_its_name
+from ndtrain.hf.at_fault import overrides_at_fault, unknown_choice
 from ndtrain.hf.compat import float32_patterns, is_causal_lm
 from ndtrain.hf.config import load_config, own_code, untrusted
 from ndtrain.recipe import Recipe
@@ -51,7 +52,9 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
                 f'model.attn = "{recipe.model.attn}" does not work for {config.model_type}: {reason}; '
                 'set model.attn = "eager"'
             ) from error
-        raise RecipeError(f'a "{config.model_type}" model cannot be built: {first_line(error)}') from error
+        reason = unknown_choice(config, error) or first_line(error)
+        wrong = " and ".join(overrides_at_fault(recipe, _can_be_built))
+        raise RecipeError(f'{wrong and f"{wrong}: "}a "{config.model_type}" model cannot be built: {reason}') from error
     if not model.get_input_embeddings().weight.numel():  # type: ignore[union-attr,operator]
         raise RecipeError(
             f'a "{config.model_type}" model of this config has no weights, because a size in it is 0; '
@@ -72,6 +75,16 @@ def built(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) 
     return transformers.AutoModelForCausalLM.from_config(
         copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code, **options
     )
+
+
+def _can_be_built(recipe: Recipe) -> bool:
+    model = recipe.model
+    try:
+        with torch.device("meta"):
+            built(load_config(recipe), trust_remote_code=model.trust_remote_code, attn_implementation=model.attn)
+    except Exception:  # as many kinds as there are models
+        return False
+    return True
 
 
 def _settle_attention(model: PreTrainedModel, seq_len: int) -> None:

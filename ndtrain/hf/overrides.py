@@ -89,7 +89,7 @@ def _edited(
     for key, value in overrides.items():
         value, part = copy.deepcopy(value), _value_of(base, key)
         if _is_config(part) and isinstance(value, dict):
-            values[key] = _edited(part, raw.get(key) or part.to_dict(), value, f"{path}.{key}", whole=whole)
+            values[key] = _edited(part, raw.get(key) or _made_of(part), value, f"{path}.{key}", whole=whole)
         elif key in _ROPE_TABLES and isinstance(value, dict):
             _edit_rope(values, key, value)
         else:
@@ -112,6 +112,15 @@ def _edited(
         if _OF_LAYERS not in given and isinstance(kept := values.get(_OF_LAYERS), dict):
             values[_OF_LAYERS] = {layer: part for layer, part in kept.items() if int(layer) < values[layers]}
     return values
+
+
+def _made_of(part: PreTrainedConfig) -> Values:
+    """Return the keys that a config.json would need for `part`, which it does not have: few where its class has it so.
+
+    What the class derives from its defaults would come before the overrides that it derives from.
+    """
+    own = part.to_dict()
+    return {"model_type": part.model_type} if own == _defaults(type(part)) else own
 
 
 def _own_name(config: PreTrainedConfig, key: str) -> str:
@@ -274,7 +283,8 @@ def _check_held(
     for key, value in overrides.items():
         at, own, part = f"{path}.{key}", _own_name(base, key), _value_of(config, key)
         if _is_config(part) and isinstance(value, dict):
-            _check_held(getattr(base, key), part, values[key], value, at)
+            inner = _value_of(base, key)
+            _check_held(inner if _is_config(inner) else type(part)(), part, values[key], value, at)
         elif key in _ROPE_TABLES and isinstance(value, dict):
             _check_rope(base, config, value, moved, at)
         elif homes[key]:

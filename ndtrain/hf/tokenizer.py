@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import tokenizers
 import transformers
 
-from ndtrain.errors import RecipeError, first_line, keeps_its_name
+from ndtrain.errors import DamagedError, RecipeError, first_line, keeps_its_name
 from ndtrain.hf.config import untrusted
 from ndtrain.hf.hub import MAIN, directory_of
 from ndtrain.hf.special_tokens import can_parse, control_tokens, encode, without_special
 from ndtrain.hf.tokenizer_key import PROBE, tokenizer_key
 from ndtrain.recipe import Recipe
+from ndtrain.storage.pointers import pointer_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,10 +185,29 @@ def tokenizer_source(recipe: Recipe) -> tuple[str, str, str]:
     )
 
 
+def _damaged(at: Path) -> str | None:
+    """Return which file of a tokenizer in `at` cannot be read, and why; None if none is known to be damaged."""
+    for file in sorted(at.iterdir()) if at.is_dir() else ():
+        if not file.is_file() or ("token" not in file.name and "vocab" not in file.name and file.suffix != ".txt"):
+            continue
+        try:
+            if what := pointer_at(file):
+                return f"{file} {what}"
+            if file.name == "tokenizer.json":
+                tokenizers.Tokenizer.from_file(str(file))
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".txt":
+                file.read_text(encoding="utf-8")
+        except Exception as error:  # tokenizers raises bare ones
+            return f"{file} is damaged ({first_line(error)})"
+    return None
+
+
 def load_tokenizer(recipe: Recipe, directory: str | None = None) -> ByteTokenizer | HubTokenizer:
     """Return the recipe's tokenizer, from `directory` or the one that its name stands for.
 
-    Raises `RecipeError` if it cannot be loaded.
+    Raises `RecipeError` if it cannot be loaded, `DamagedError` if that is for a file of it.
     """
     if recipe.data.tokenizer == "bytes":
         return ByteTokenizer()
@@ -205,5 +227,7 @@ def load_tokenizer(recipe: Recipe, directory: str | None = None) -> ByteTokenize
         what = f'the tokenizer of {key} = "{name}"'
         if not trusted and "trust_remote_code" in str(error):
             raise untrusted(what, at) from error
+        if damaged := _damaged(Path(at)):
+            raise DamagedError(f"{what} cannot be loaded: {damaged}") from error
         raise RecipeError(f"{what} cannot be loaded: {first_line(error)}") from error
     return HubTokenizer(inner, key=tokenizer_key(inner), parse_special=recipe.data.special_tokens == "parse")

@@ -45,8 +45,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = {
         "class": kind.__qualname__,
         "code": _code(kind),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "unicode": unicodedata.unidata_version,
+        "versions": packages(),
         "backend": backend.to_str() if backend is not None else None,
         "files": _files(tokenizer),
         "settings": {k: _plain(v) for k, v in tokenizer.init_kwargs.items() if _has_effect(k, v)},
@@ -65,6 +64,11 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
             "its files"
         )
     return f"{kind.__name__}-{_digest(json.dumps(parts, sort_keys=True).encode())}"
+
+
+def packages() -> dict[str, str | None]:
+    """Return the versions of what tokenizers are made of; another one may give other ids."""
+    return {**{name: _version(name) for name in _PACKAGES}, "unicode": unicodedata.unidata_version}
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ndtrain.hf import extra_states
 from ndtrain.hf.model import tie
-from ndtrain.load.files import files_to_load, unused
+from ndtrain.load.files import files_to_load, refuse_overrides, unused
 from ndtrain.load.identity import base_identity
 from ndtrain.load.memory import fill_with_noise, materialize, unset
 from ndtrain.load.rank0 import load_rank0
@@ -26,7 +26,15 @@ from ndtrain.storage.stored import Buffers, of_piece, read_all
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["base_identity", "fill_with_noise", "load_weights", "materialize", "unset", "unused"]
+__all__ = [
+    "base_identity",
+    "fill_with_noise",
+    "load_weights",
+    "materialize",
+    "refuse_overrides",
+    "unset",
+    "unused",
+]
 
 
 def load_weights(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: Runtime) -> list[str]:

@@ -11,7 +11,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.mesh import Meshes
 from ndtrain.plan import ParamPlan, Plan, Unit
-from ndtrain.torch_compat import in_backward
+from ndtrain.torch_compat import in_backward, keep_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,8 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
             # Only memory that a device copies from needs to be pinned.
             offload_policy=CPUOffloadPolicy(mesh.device_type != "cpu") if unit.cpu_offload else OffloadPolicy(),
         )
+        if unit.in_float32:
+            keep_in_float32(modules[0], [model.get_parameter(fqn) for fqn in unit.in_float32])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the global count of target tokens. gloo has no PREMUL_SUM, hence the forced plain

@@ -71,15 +71,19 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
     tied = tied_keys(model)
     by_hand = recipe.fsdp.mode == "manual"
     if by_hand:
-        units = tuple(manual.units(model, tied, recipe, experts=experts))
+        units = manual.units(model, tied, recipe, experts=experts)
     else:
-        units = tuple(fsdp.units(model, blocks, tied, recipe, experts=experts))
+        units = list(fsdp.units(model, blocks, tied, recipe, experts=experts))
     if not blocks and not by_hand:
         notes.append(f"{model_type}: no repeated blocks found; the model is one FSDP unit")
     head = fsdp.plain_head(model)
     if head is None:
         notes.append("the model changes its head's output before the loss: logits are held in the compute dtype")
     owner = {module: unit.name for unit in units for module in unit.modules}
+    members: dict[str, list[str]] = {unit.name: [] for unit in (*units, fsdp.root(recipe))}
+    for fqn, _ in model.named_parameters():
+        members[_unit_of(fqn, owner)].append(fqn)
+    *units, root = (fsdp.with_float32(model, unit, members[unit.name]) for unit in (*units, fsdp.root(recipe)))
     for alias, source in tied.items():
         if _unit_of(alias, owner) != _unit_of(source, owner):
             raise PlanError(
@@ -99,8 +103,8 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         model_type=model_type,
         sizes=sizes,
         params=params,
-        units=units,
-        root=fsdp.root(recipe),
+        units=tuple(units),
+        root=root,
         blocks=blocks,
         tied=tied,
         tp_rules={name: style for name, style in tp_rules.items() if style != tensor.SUMMED},

@@ -6,12 +6,14 @@ import difflib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.model import kept_in_fp32
 from ndtrain.plan.names import expression_of, folded, innermost
 from ndtrain.plan.types import Unit
-from ndtrain.plan.units import embeddings, joined, kept_in_float32, kept_owners, root
+from ndtrain.plan.units import embeddings, joined, root
 from ndtrain.recipe import Recipe
 from ndtrain.recipe.problems import dotted
 
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 def units(model: PreTrainedModel, tied: dict[str, str], recipe: Recipe, *, experts: tuple[str, ...]) -> list[Unit]:
     """Return the matched modules as units, in the order in which FSDP wraps them, without the root.
 
-    Experts under ep and modules that the model keeps in float32 are always units. If no pattern matches them, they have
-    the policies of the unit around them. Raises `PlanError` naming the pattern.
+    Experts under ep are always units. If no pattern matches them, they have the policies of the unit around them.
+    Raises `PlanError` naming the pattern.
     """
     usual = replace(root(recipe), reshard=recipe.fsdp.reshard_after_forward)
     matched = _matched(model, usual, recipe)
@@ -46,16 +48,13 @@ def units(model: PreTrainedModel, tied: dict[str, str], recipe: Recipe, *, exper
             )
         # Routing weights keep their dtype, as they do when experts are gathered with their block.
         chosen[name] = replace(unit, experts=True, cast_inputs=False)
-    kept = kept_owners(model, "bfloat16") if low else []
+    kept = [name for name in matched if _is_kept(model, name)]
     for name in kept:
-        around = _around(name, chosen, usual)
-        if name in matched and recipe.fsdp.modules[matched[name]].mixed_precision in (True, "bfloat16"):
+        if recipe.fsdp.modules[matched[name]].mixed_precision in (True, "bfloat16"):
             raise PlanError(
                 f"{_at(matched[name])} gives {name} mixed_precision, but {model.config.model_type} keeps its "
                 "parameters in float32; leave mixed_precision out"
             )
-        if name in matched or around.param_dtype != "float32":
-            chosen[name] = kept_in_float32(chosen.get(name) or replace(around, name=name, modules=(name,)))
     _check_none_is_empty(model, matched, chosen)
     head = embeddings(model, "output")
     for name in matched:
@@ -139,6 +138,12 @@ def _unit(name: str, pattern: str, usual: Unit, recipe: Recipe) -> Unit:
 def _around(name: str, chosen: dict[str, Unit], usual: Unit) -> Unit:
     outer = innermost(name.rpartition(".")[0], chosen)
     return usual if outer is None else chosen[outer]
+
+
+def _is_kept(model: PreTrainedModel, name: str) -> bool:
+    """Return whether the model keeps all parameters of a module in float32."""
+    kept, module = kept_in_fp32(model, torch.bfloat16), model.get_submodule(name)
+    return kept is not None and all(kept.search(f"{name}.{own}") for own, _ in module.named_parameters())
 
 
 def _check_none_is_empty(model: nn.Module, matched: dict[str, str], chosen: dict[str, Unit]) -> None:

@@ -28,6 +28,7 @@ class Unit:
     reshard: bool
     param_dtype: str = "float32"  # of the gathered weights and the computation
     reduce_dtype: str = "float32"
+    in_float32: tuple[str, ...] = ()  # FQNs of the parameters that stay so whatever `param_dtype` is
     cast_inputs: bool = False
     output_dtype: str | None = None  # outputs are cast to it, if the unit around computes in another dtype
     cpu_offload: bool = False

@@ -39,10 +39,7 @@ def units(
 ) -> Iterator[Unit]:
     """Yield the units in the order in which FSDP wraps them (a module before the one around it), without the root."""
     names = {module: name for name, module in model.named_modules()}
-    usual = root(recipe)
-    for name in kept_owners(model, recipe.fsdp.param_dtype):
-        yield kept_in_float32(replace(usual, name=name, modules=(name,), reshard=True))
-    usual = replace(usual, reshard=recipe.fsdp.reshard_after_forward)
+    usual = replace(root(recipe), reshard=recipe.fsdp.reshard_after_forward)
     for name in experts:
         # Routing weights keep their dtype, as they do when experts are gathered with their block.
         yield replace(usual, name=name, modules=(name,), experts=True, cast_inputs=False)
@@ -81,16 +78,17 @@ def joined(modules: Sequence[str]) -> str:
     return modules[0] if len(modules) == 1 else "+".join(m.rpartition(".")[2] for m in modules)
 
 
-def kept_owners(model: PreTrainedModel, dtype: str) -> list[str]:
-    """Return the modules whose parameters stay in float32 when the model is used in `dtype`, inner ones first."""
-    kept = kept_in_fp32(model, getattr(torch, dtype))
-    owners = {fqn.rpartition(".")[0] for fqn, _ in model.named_parameters() if kept is not None and kept.search(fqn)}
-    return sorted(owners, key=lambda n: (-n.count("."), n))
+def with_float32(model: PreTrainedModel, unit: Unit, fqns: Sequence[str]) -> Unit:
+    """Return `unit`, which has the parameters `fqns`, with those of them named that its model keeps in float32.
 
-
-def kept_in_float32(unit: Unit) -> Unit:
-    """Return `unit` in float32 without casts: the model's own code casts where necessary."""
-    return replace(unit, param_dtype="float32", reduce_dtype="float32", cast_inputs=False)
+    Around a module that is kept whole nothing is cast: the model's own code casts where necessary.
+    """
+    kept = kept_in_fp32(model, getattr(torch, unit.param_dtype)) if unit.param_dtype != "float32" else None
+    found = tuple(fqn for fqn in fqns if kept is not None and kept.search(fqn))
+    if not found:
+        return unit
+    whole = any(all(fqn in found for fqn in fqns if is_within(fqn, [module])) for module in unit.modules)
+    return replace(unit, in_float32=found, reduce_dtype="float32", cast_inputs=unit.cast_inputs and not whole)
 
 
 def embeddings(model: PreTrainedModel, which: str) -> nn.Module | None:

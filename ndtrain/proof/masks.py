@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from ndtrain.data import micro_batches
 from ndtrain.engine import Engine
-from ndtrain.errors import PlanError, of_the_machine
-from ndtrain.proof.noise import does_not_run, probe, tokens
+from ndtrain.errors import PlanError
+from ndtrain.proof.noise import models_own_errors, probe, tokens
 
 
 def check_masks(engine: Engine, *, low: bool) -> bool:
@@ -29,13 +29,8 @@ def check_masks(engine: Engine, *, low: bool) -> bool:
     rows, _ = micro_batches(train.global_batch_size, engine.sizes.batch, train.micro_batch_size)
     more = [row] if rows > 1 else []
     positions = torch.arange(half, device=device).repeat(2) if packed else torch.arange(2 * half, device=device)
-    try:
+    with models_own_errors(engine, low=low):
         plain = probe(engine, [row, *more], positions)
-    except (RuntimeError, AssertionError, IndexError) as error:
-        whole = engine.sizes.cp == engine.sizes.tp == 1 and engine.recipe.fsdp.mode == "auto"
-        if whole or of_the_machine(error):
-            raise
-        raise does_not_run(engine, error) from error
     later = probe(engine, [torch.cat([row[:half], other[half:]]), *more], positions)
     zero = plain.new_zeros(())
     changes = [(plain[0, :half] - later[0, :half]).abs().max(), zero, zero]

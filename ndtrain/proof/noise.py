@@ -82,27 +82,40 @@ def reshard(engine: Engine) -> None:
 
 
 @contextmanager
-def models_own_errors(engine: Engine) -> Iterator[None]:
-    """Raise what a model's own code raises inside, on its part of the work, as the `PlanError` of `does_not_run`."""
+def models_own_errors(engine: Engine, *, low: bool = False) -> Iterator[None]:
+    """Raise what a model's own code raises inside as the `PlanError` of `_does_not_run`.
+
+    `low` says that the model has run in float32 before and computes in less now.
+    """
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        sizes = engine.sizes
-        if of_the_machine(error) or (sizes.cp == sizes.tp == sizes.ep == 1 and engine.recipe.fsdp.mode == "auto"):
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
+        if of_the_machine(error):
             raise
-        raise does_not_run(engine, error) from error
+        raise _does_not_run(engine, error, low) from error
 
 
-def does_not_run(engine: Engine, error: Exception) -> PlanError:
+def _does_not_run(engine: Engine, error: Exception, low: bool) -> PlanError:
     """Return the error for a model whose own code raised `error` on its part of the work."""
     reason = one_line(error)
     if module := _module_of(error):
         reason = f"in {module}: {reason}"
-    what = f"{engine.plan.model_type} does not run on {engine.sizes.describe()}"
-    if engine.recipe.fsdp.mode == "manual":
+    name, sizes, fsdp = engine.plan.model_type, engine.sizes, engine.recipe.fsdp
+    if low:
+        every = " and every mixed_precision in [fsdp.modules]" if fsdp.modules else ""
+        return PlanError(
+            f'{name} runs in float32, but not in {fsdp.param_dtype} ({reason}); set fsdp.param_dtype = "float32"{every}'
+        )
+    what = f"{name} does not run on {sizes.describe()}"
+    if fsdp.mode == "manual":
         return PlanError(
             f"{what} with these [fsdp.modules] ({reason}): a unit's weights exist only during its own forward; list "
             'the modules that contain those which read each other\'s weights, or set fsdp.mode = "auto"'
+        )
+    if sizes.cp == sizes.tp == sizes.ep == 1:
+        return PlanError(
+            f"{what} ({reason}), where none of its layers is cut; change [model.config] or model.attn, or report it if "
+            "plain transformers runs this config"
         )
     return PlanError(f"{what} ({reason}); {way_out(engine)[1]}")
 

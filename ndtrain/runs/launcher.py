@@ -51,7 +51,7 @@ def launch_workers(ranks: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",  # the machine's own host name may not resolve
         max_restarts=0,
-        signals_to_handle="SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",
     )
     launch: Any = elastic_launch(config, sys.executable)
     forwarded: list[int] = []

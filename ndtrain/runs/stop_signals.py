@@ -20,8 +20,9 @@ from ndtrain.runs.environment import speaks_for_all
 from ndtrain.runs.wakeup import hear
 from ndtrain.storage.paths import is_local, os_errors
 
-# SLURM (USR1, if the job asks for it), Kubernetes and torchrun (TERM) send these before they kill.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# SLURM (USR1, if the job asks for it), Kubernetes and torchrun (TERM) send these before they kill; a terminal that is
+# closed sends HUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Used in place of a signal's number for the file `stop`.
 FILE = 1
 # An object store is asked for the files no more often than this.
@@ -29,6 +30,8 @@ LOOK_EVERY_S = 10.0
 # Exit code of a process that the second Ctrl-C ends, as shells have it; other ranks let rank 0 print first.
 INTERRUPTED = 130
 _AFTER_RANK_0_S = 0.5
+# The variable in which torch's launcher names the signals that it passes on.
+_PASSED_ON = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 class Steps(NamedTuple):
@@ -82,7 +85,7 @@ class StopSignals:
     def _answer(self, number: int) -> None:
         """Tell what each Ctrl-C does, and end the process at the second."""
         # torchrun passes on the first Ctrl-C as it is, and the second as SIGTERM (torch 2.13).
-        by_torchrun = "SIGINT" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+        by_torchrun = "SIGINT" in os.environ.get(_PASSED_ON, "")
         again = (signal.SIGINT, signal.SIGTERM) if by_torchrun else (signal.SIGINT,)
         if number not in (again if self._interrupts else (signal.SIGINT,)):
             return
@@ -132,9 +135,14 @@ class StopSignals:
 
 
 def handle_all(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Let `handler` handle the stop signals and Ctrl-C, which stays ignored in a process started in the background."""
+    """Let `handler` handle the stop signals and Ctrl-C.
+
+    Ctrl-C stays ignored in a process started in the background, and SIGHUP in one started by nohup, except where
+    torchrun passes SIGHUP on, which it does before it kills.
+    """
     for number in (*STOP_SIGNALS, signal.SIGINT):
-        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+        passed_on = number == signal.SIGHUP and "SIGHUP" in os.environ.get(_PASSED_ON, "")
+        if number in (signal.SIGTERM, signal.SIGUSR1) or passed_on or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

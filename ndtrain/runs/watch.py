@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -67,6 +67,7 @@ class Watch:
         self.section = section
         self.phase = START
         self.step = self.beats = 0
+        self.saved: Callable[[], int | None] = lambda: None  # the step of the newest checkpoint known to be complete
         self._rank, self._world_size = 0, 1
         self._limit_s, self._deadline = self.phase.limit_s(section), float("inf")
         self._writes = self._advanced = self._told = self._heard = 0
@@ -74,7 +75,7 @@ class Watch:
         self._report: Report | None = None
         self._groups: list[Any] = []
         self._thread: threading.Thread | None = None
-        self._terminated_at = float("inf")
+        self._terminated_at, self._terminated_by = float("inf"), int(signal.SIGTERM)
         self._due, self._ended = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._interval_s = min(INTERVAL_S, min(phase.limit_s(section) for phase in PHASES) / 10)
@@ -183,8 +184,8 @@ class Watch:
 
     def _hear(self, number: int) -> None:
         """Note that this rank was asked to end, which its main thread does not see in a collective."""
-        if number == signal.SIGTERM:
-            self._terminated_at = min(self._terminated_at, time.monotonic())
+        if number in (signal.SIGTERM, signal.SIGHUP) and self._terminated_at == float("inf"):
+            self._terminated_at, self._terminated_by = time.monotonic(), number
 
     def _is_terminated(self) -> bool:
         """Return whether this rank was asked to end before its first step, and the main thread has not done so."""
@@ -222,10 +223,10 @@ class Watch:
         os._exit(self._report.make(lambda: self._say_lost(f"{reason}; ", self._blame())))
 
     def _end_terminated(self) -> NoReturn:
-        """End this process, whose main thread waits for something and cannot act on SIGTERM."""
+        """End this process, whose main thread waits for something and cannot act on a signal."""
         self._ending.acquire()
         assert self._report is not None
-        os._exit(self._report.make(lambda: self._say(nothing_to_save(signal.SIGTERM))))
+        os._exit(self._report.make(lambda: self._say(nothing_to_save(self._terminated_by))))
 
     def failed(self, error: BaseException) -> BaseException:
         """Return what to raise for `error`, which ended this rank's work: a `Reported`, after one rank has printed.
@@ -283,9 +284,16 @@ class Watch:
         return "" if isinstance(error, RecipeError | PlanError) else f"{self._where()}: "
 
     def _say_lost(self, reason: str, blame: Blame) -> int:
-        ends = "; resume it to continue from the newest checkpoint" if self.step else " before its first step"
+        ends = f"; {self.way_on()}" if self.step else " before its first step"
         print_error(NdtrainError(f"{self._where()}: {reason}{blame.words}. The run ends{ends}"))
         return 1
+
+    def way_on(self) -> str:
+        """Return what starting the run again would do."""
+        saved = self.saved()
+        if saved is None:
+            return "no checkpoint is complete to continue from"
+        return f"start again to continue from the newest checkpoint (step {saved} is complete)"
 
     def _where(self) -> str:
         return f"step {self.step}" if self.phase is STEP else self.phase.name

@@ -29,12 +29,15 @@ _ORDER = (*_DATA, *_ROWS, "data.shuffle", "train.seed")
 
 
 class Change(NamedTuple):
-    """A key that differs, its values, what that means, and whether a resume may go on with it (`rule_of`)."""
+    """A key that differs, its values, what that means, and whether a resume may go on with it.
+
+    That is the rule of `rule_of`, or "tokens": it may if the data turns out to give the same tokens.
+    """
 
     key: str
     before: str
     now: str
-    rule: Literal["free", "allow", "never"]
+    rule: Literal["free", "tokens", "allow", "never"]
     meaning: str = ""
 
 
@@ -66,12 +69,17 @@ def config_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 def changes_data(changes: Sequence[Change]) -> bool:
     """Return whether samples or their order differ."""
-    return any(covers(_ORDER, change.key) and change.rule != "free" for change in changes)
+    return any(covers(_ORDER, change.key) and change.rule not in ("free", "tokens") for change in changes)
+
+
+def needs_same_tokens(changes: Sequence[Change], recipe: Recipe) -> bool:
+    """Return whether a resume may go on only if the data gives the same tokens, which tokenizing it shows."""
+    return any(change.rule == "tokens" and not covers(recipe.checkpoint.allow, change.key) for change in changes)
 
 
 def table(changes: Sequence[Change], found: Path, recipe: Recipe) -> str:
     """Return the changes as a table of one line each."""
-    verdict = {"free": "", "allow": "refused", "never": "refused"}
+    verdict = {"free": "", "tokens": "", "allow": "refused", "never": "refused"}
     rows = [("key", "checkpoint", "now", "")]
     for change in changes:
         word = "allowed" if _allowed(change, recipe) else verdict[change.rule]
@@ -86,13 +94,14 @@ def table(changes: Sequence[Change], found: Path, recipe: Recipe) -> str:
 def refuse(changes: Sequence[Change], found: Path, recipe: Recipe) -> None:
     """Raise `RecipeError` with a line for each change that a resume must not let pass."""
     lines = []
+    can_pass = all(change.rule != "never" for change in changes)
     for change in changes:
-        if change.rule == "free" or _allowed(change, recipe):
+        if change.rule in ("free", "tokens") or _allowed(change, recipe):
             continue
         values = f" was {change.before}, is now {change.now}" if change.before != change.now else " differs"
         meaning = f" ({change.meaning})" if change.meaning else ""
         way = "restore it, or choose another run.dir to train anew"
-        if change.rule == "allow":
+        if change.rule == "allow" and can_pass:
             way = (
                 "restore it, choose another run.dir to train anew, or let it pass with "
                 f"checkpoint.allow = [{show(change.key)}]"
@@ -138,11 +147,21 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
             yield from _files(values, saved, origin, changed=key in names)
         elif key == "data.tokenizer":
             if saved["tokenizer"] != origin["tokenizer"]:
-                yield Change(key, *values, "allow", "it gives other tokens")
+                upgrade = _upgrade(saved, origin) if key not in names and state.get("tokens") else ""
+                yield Change(key, *values, "tokens" if upgrade else "allow", upgrade or "it gives other tokens")
             elif key in names:
                 yield Change(key, *values, "free", "the same tokenizer")
         else:
             yield Change(key, *values, rule_of(key), NEVER.get(key, "") or _meaning(key, state))
+
+
+def _upgrade(saved: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    """Return in words which packages of the tokenizer changed; "" if none did, or the text did too."""
+    before, now = saved.get("packages") or {}, origin["packages"]
+    changed = [f"{name} {before[name]} -> {now.get(name)}" for name in before if before[name] != now.get(name)]
+    if not changed or saved["content"] != origin["content"]:
+        return ""
+    return f"{', '.join(changed)}; the run goes on if the data has the same tokens"
 
 
 def _files(

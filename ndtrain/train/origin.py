@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ndtrain.data.cache import Progress
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.hf.tokenizer_key import packages
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
 from ndtrain.storage.paths import is_local
@@ -28,7 +29,8 @@ def origin_of(
 
     The recipe has all defaults, and the format that the data was found to have.
 
-    `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, `content` the text of
+    `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
+    part of, `content` the text of
     data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
     tokens. Reads the data files whose digests are not cached; `progress(done, total)` is called with their bytes where
     they are prepared tokens.
@@ -43,6 +45,7 @@ def origin_of(
         "recipe": recipe.model_copy(update={"data": resolved}).model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
         "tokenizer": contents.encoder,
+        "packages": packages(),
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
         "files": {os.path.relpath(place, root): _digest(own) for place, own in zip(places, contents.files, strict=True)}

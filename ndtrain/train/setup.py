@@ -21,7 +21,7 @@ from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Restarts
 from ndtrain.storage.paths import open_to_write, os_errors, read_object, to_path
-from ndtrain.train.changes import changes_data, config_of, find_changes, refuse, table
+from ndtrain.train.changes import changes_data, config_of, find_changes, needs_same_tokens, refuse, table
 from ndtrain.train.report import Reporter
 from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
@@ -31,15 +31,21 @@ if TYPE_CHECKING:
 
 
 class Resumed(NamedTuple):
-    """The checkpoint that a run resumes from, its train_state.json, and whether the run goes on with other data."""
+    """The checkpoint that a run resumes from, its train_state.json, and what may differ in the run's data."""
 
     directory: Path
     state: Mapping[str, Any]
-    other_data: bool
+    other_data: bool  # the user allowed other samples, or another order
+    same_tokens: bool  # another version of the tokenizer must have given the same tokens
 
-    def check_data(self, fingerprint: str) -> None:
-        """Raise `RecipeError` if the batches have another fingerprint, though what they are made from is the same."""
-        if self.state["data"] != fingerprint and not self.other_data:
+    def check_data(self, fingerprint: str, tokens: str | None) -> None:
+        """Raise `RecipeError` if the batches' fingerprint or their tokens' digest differs where it must not."""
+        if self.same_tokens and self.state["tokens"] != tokens:
+            raise RecipeError(
+                f"{self.directory}: data.tokenizer gives other tokens with these versions of its packages; restore "
+                'them, choose another run.dir to train anew, or let it pass with checkpoint.allow = ["data.tokenizer"]'
+            )
+        if self.state["data"] != fingerprint and not (self.other_data or self.same_tokens):
             raise RecipeError(
                 f"{self.directory} was trained on other samples: {self.state['data']}, now {fingerprint}; use the "
                 "version of ndtrain that wrote it, or choose another run.dir to train anew"
@@ -77,7 +83,7 @@ def find_resumed(
         return None
     check_state(state, found)
 
-    def compare() -> bool:
+    def compare() -> list[bool]:
         shapes = {key: list(tensor.shape) for key, tensor in model_tensors(engine.model).items()}
         changes = find_changes(
             state,
@@ -101,9 +107,9 @@ def find_resumed(
             )
         refuse(changes, found, recipe)
         restarts.record_begin(state["step"])
-        return changes_data(changes)
+        return [changes_data(changes), needs_same_tokens(changes, recipe)]
 
-    return Resumed(found, state, of_rank0(compare))
+    return Resumed(found, state, *of_rank0(compare))
 
 
 def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter: Reporter) -> None:

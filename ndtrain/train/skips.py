@@ -42,20 +42,19 @@ class Skips:
                 f"after {state['step']} steps"
             )
 
-    def check_limit(self, step: int, loss: float, grad_norm: float) -> None:
-        """Raise `NdtrainError` if `limit` steps in a row were skipped."""
+    def check_limit(self, step: int, loss: float, grad_norm: float, *, way_on: str) -> None:
+        """Raise `NdtrainError`, which ends with `way_on`, if `limit` steps in a row were skipped."""
         if self.in_row >= self.limit:
             steps = f"step {step}" if self.in_row == 1 else f"steps {step - self.in_row + 1} to {step}"
             raise NdtrainError(
                 f"{steps} skipped, the limit of train.max_bad_steps: loss {loss}, gradient norm {grad_norm}. No weight "
-                "changed and nothing was saved since. Lower optim.lr or check the data; resume to continue from the "
-                "newest checkpoint"
+                f"changed and nothing was saved since. Lower optim.lr or check the data; {way_on}"
             )
 
 
 @torch.no_grad()
-def refuse_not_finite(tensors: Mapping[str, Tensor], *, step: int) -> None:
-    """Raise `NdtrainError` on all ranks if any of them has a trained weight that is not finite.
+def refuse_not_finite(tensors: Mapping[str, Tensor], *, step: int, way_on: str) -> None:
+    """Raise `NdtrainError` on all ranks, which ends with `way_on`, if one has a trained weight that is not finite.
 
     A checkpoint with non-finite weights must never become the newest.
     """
@@ -68,8 +67,8 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], *, step: int) -> None:
         if True in bad:
             name = named[bad.index(True)][0]
             raise NdtrainError(
-                f"step {step}: {name} is not finite after the update, so nothing was saved. Lower optim.lr; resume to "
-                "continue from the newest checkpoint"
+                f"step {step}: {name} is not finite after the update, so this step was not saved. Lower optim.lr; "
+                f"{way_on}"
             )
 
     together(check)

@@ -17,7 +17,7 @@ from ndtrain.hf.files import model_files
 from ndtrain.hf.model import tied_keys
 from ndtrain.hf.tied import refuse_other_values
 from ndtrain.hf.weight_names import model_tensors
-from ndtrain.load import load_weights, unused
+from ndtrain.load import load_weights, refuse_overrides, unused
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import of_rank0, on_rank0, rank0_first, together
@@ -165,13 +165,16 @@ def load_start(model: PreTrainedModel, plan: Plan, *, recipe: Recipe, runtime: R
         return load_weights(model, plan, recipe=recipe, runtime=runtime)
 
     check_together(directory, progress=runtime.watch.advance)
-    wanted, saved = model_tensors(model), read_manifest(directory)["tensors"]["model"].keys()
-    tied = {alias: name for alias, name in tied_keys(model).items() if {alias, name} <= saved}
+    wanted, saved = model_tensors(model), read_manifest(directory)["tensors"]["model"]
+    shapes = {name: tuple(saved[name]["shape"]) if name in saved else None for name in wanted}
+    misfits = {name: shape for name, shape in shapes.items() if shape != tuple(wanted[name].shape)}
+    on_rank0(lambda: refuse_overrides(misfits, recipe))
+    tied = {alias: name for alias, name in tied_keys(model).items() if {alias, name} <= saved.keys()}
     if tied:
         together(lambda: _compare(tied, directory))
     load_tensors(directory / "model", wanted, progress=runtime.watch.advance)
     extra_states.restore(model, extra_states.read(directory))
-    return unused(saved - wanted.keys() - tied.keys())
+    return unused(saved.keys() - wanted.keys() - tied.keys())
 
 
 def _is_checkpoint(directory: Path) -> bool:

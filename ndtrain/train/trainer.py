@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# What `origin_of` returns that a checkpoint records beside the recipe.
+_IDENTITIES = ("base", "tokenizer", "packages", "content", "files")
+
+
 class Trainer:
     """Train one run on one rank. `prepare` builds everything and resumes; `train` is the loop."""
 
@@ -70,6 +74,7 @@ class Trainer:
         self.requested = [0, 0]  # stop and save, as all ranks agreed after the last step
         self.watch = runtime.watch
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
+        self.watch.saved = lambda: self.saving.step
         self.step = 0
         self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
@@ -97,7 +102,7 @@ class Trainer:
         with self.watch.during(TOKENIZE):
             self.open_batches()
             if resumed is not None:
-                resumed.check_data(self.batches.fingerprint)
+                resumed.check_data(self.batches.fingerprint, self.batches.tokens)
             self._find_length(resumed)
         reporter.info(self._arithmetic())
         for note in (*self.plan.notes, *self._slow_dtype()):
@@ -282,7 +287,9 @@ class Trainer:
                 f"step {self.step} skipped: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no weight changed "
                 f"({self.skips.in_row} in a row, {self.skips.limit} in a row end the run; {self.skips.total} in total)"
             )
-        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm)
+        if self.skips.in_row >= self.skips.limit:
+            self.saving.settle(wait=True)
+        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
 
     def _close_loggers(self) -> None:
         try:
@@ -302,7 +309,8 @@ class Trainer:
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
         if last or any(self.requested) or (self.save_due and not self.skips.in_row):
             with self.watch.during(SAVE):
-                refuse_not_finite(model_tensors(self.engine.model), step=self.step)
+                self.saving.settle(wait=True)
+                refuse_not_finite(model_tensors(self.engine.model), step=self.step, way_on=self.watch.way_on())
                 self.save()
                 self.saving.settle(wait=last or any(self.requested))
             self.save_due = False
@@ -337,12 +345,13 @@ class Trainer:
                 "step": self.step,
                 "samples": self.cursor,
                 "data": self.batches.fingerprint,
+                "tokens": self.batches.tokens,
                 "seed": self.recipe.train.seed,
                 **self.skips.state(),
                 "mesh": asdict(self.sizes),
                 "versions": versions(),
                 "recipe": self.origin.get("recipe"),
-                "origin": {key: self.origin.get(key) for key in ("base", "tokenizer", "content", "files")},
+                "origin": {key: self.origin.get(key) for key in _IDENTITIES},
             },
             extra_files=lambda directory: save_extras(directory, self._extras, states),
         )
