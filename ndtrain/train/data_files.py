@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ndtrain.data.files import find_files, reading
+from ndtrain.data.files import find_files
+from ndtrain.data.formats import name_kind, reading
 from ndtrain.data.repository import is_repository, is_saved, names_below, saved_files, split_files
 from ndtrain.data.rows import find_shape
 from ndtrain.data.shapes import Shape
@@ -81,8 +82,9 @@ def data_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None) 
     """
     data, path = recipe.data, recipe.data.path
     if on_hub(data):
-        folder = hub.snapshot_directory(path, data.revision, "dataset")
-        return [folder / name for name in _of_hub(data)]
+        names = _of_hub(data)
+        _note_texts(path, names, note)
+        return [hub.snapshot_directory(path, data.revision, "dataset") / name for name in names]
     root = to_path(path) if "://" in path else Path(path).expanduser()
     given = [f'data.{key} = "{value}"' for key, value in (("subset", data.subset), ("split", data.split)) if value]
     if data.revision != hub.MAIN:
@@ -103,6 +105,7 @@ def data_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None) 
     files = split_files(path, names, root, subset=data.subset, split=data.split, memo_dir=_memo_dir())
     others = len(names) - len(files)
     note(f'data.path = "{path}" is a repository: files read, of split "{split}": {len(files):,}; left out: {others:,}')
+    _note_texts(path, files, note)
     return [root / name for name in files]
 
 
@@ -149,6 +152,13 @@ def _of_hub(data: DataSection) -> list[str]:
         split=data.split,
         memo_dir=_memo_dir(),
     )
+
+
+def _note_texts(path: str, names: list[str], note: Callable[[str], None]) -> None:
+    if texts := [name for name in names if name_kind(Path(name)) == "text"]:
+        note(
+            f'data.path = "{path}": each text file is one document, such as {texts[0]}; for datasets, each line is one'
+        )
 
 
 def _memo_dir() -> Path:
