@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,10 +169,6 @@ class HubTokenizer:
     def text_of(self, token: int) -> str:
         """Return the text of a token, for a message."""
         return str(self.inner.convert_ids_to_tokens(token))
-
-    def save_templates(self, sources: Mapping[str, str]) -> None:
-        """Let `save_pretrained` write these chat templates, "default" and maybe others, instead of the tokenizer's."""
-        self.inner.chat_template = sources["default"] if len(sources) == 1 else dict(sources)
 
     def save_pretrained(self, directory: Path) -> None:
         self.inner.save_pretrained(directory)

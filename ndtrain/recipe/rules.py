@@ -73,8 +73,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             "leave it out",
         )
     yield from _columns(data)
-    if data.format != "auto":
-        yield from of_format(data.of_format(data.format))
+    yield from _packing(data) if data.format == "auto" else of_format(data.of_format(data.format))
     if train.micro_batch_size > train.global_batch_size:
         yield (
             ("train", "micro_batch_size"),
@@ -151,13 +150,17 @@ def of_format(data: DataSection) -> Iterator[Problem]:
                 f"data.{name} = {show(value)} is for {' and '.join(formats)}, and the data's format is "
                 f"{show(data.format)}; leave it out",
             )
+    yield from _packing(data)
+
+
+def _packing(data: DataSection) -> Iterator[Problem]:
     if data.packing == "concat" and data.format == "chat":
         yield (
             ("data", "packing"),
-            'data.packing = "concat" cuts documents wherever a row ends, which the data\'s format, "chat", does not allow; '
-            'set it to "best_fit" or false',
+            'data.packing = "concat" cuts documents wherever a row ends, which is not for chat; set it to "best_fit" '
+            "or false",
         )
-    elif data.packing == "concat" and data.too_long != "cut":
+    elif data.packing == "concat" and data.too_long not in (None, "cut"):
         yield (
             ("data", "too_long"),
             f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '

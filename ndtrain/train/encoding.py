@@ -35,6 +35,13 @@ def template_of(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> Chat
     return chat_template(recipe.data.chat_template, _with_templates(tokenizer).inner.chat_template, date=DATE)
 
 
+def save_templates(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> None:
+    """Let the tokenizer that checkpoints hold have the chat template that rows are rendered with."""
+    if recipe.data.format == "chat":
+        sources = template_of(recipe, tokenizer).sources
+        _with_templates(tokenizer).inner.chat_template = sources["default"] if len(sources) == 1 else dict(sources)
+
+
 def _with_templates(tokenizer: ByteTokenizer | HubTokenizer) -> HubTokenizer:
     if isinstance(tokenizer, ByteTokenizer):
         raise RecipeError(

@@ -99,7 +99,7 @@ def open_batches(
             corpus,
             recipe.data.seq_len,
             packing=recipe.data.packing,
-            too_long=recipe.data.too_long,
+            too_long=recipe.data.too_long or "cut",
             pad_id=tokenizer.pad_id,
             folder=_cache_dir(),
             advance=runtime.watch.advance,
@@ -146,7 +146,7 @@ def _tokenized(
         raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
     contents = contents_of(files, encoder, cache_dir=_cache_dir())
     chat = data.format == "chat"
-    notes = cache_notes(corpus, contents, special_tokens=data.on_control_text if chat else data.special_tokens)
+    notes = cache_notes(corpus, contents, special_tokens="allow" if chat else data.special_tokens)
     return corpus, [*(template_of(recipe, tokenizer).notes() if chat else []), *notes]
 
 

@@ -28,8 +28,8 @@ def origin_of(
 
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
     part of, `content` the text of data.path, `files` each of its files by the name below that path (None for more than
-    `MOST_FILES`), and `data` all tokens. Reads the data files whose digests are not cached; `progress(done, total)` is called with their bytes where
-    they are prepared tokens.
+    `MOST_FILES`), and `data` all tokens. Reads the data files whose digests are not cached; `progress(done, total)` is
+    called with their bytes where they are prepared tokens.
     """
     files, contents = data_contents(recipe, tokenizer, progress)
     places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]

@@ -31,7 +31,7 @@ from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
 from ndtrain.train.data_files import fetch_data, with_format
-from ndtrain.train.encoding import template_of
+from ndtrain.train.encoding import save_templates
 from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
 from ndtrain.train.length import with_steps
 from ndtrain.train.measure import Measure, count_targets
@@ -126,8 +126,7 @@ class Trainer:
         self.recipe = self.engine.recipe = with_format(self.recipe)
 
         def prepare() -> None:
-            if self.recipe.data.format == "chat":
-                self.tokenizer.save_templates(template_of(self.recipe, self.tokenizer).sources)
+            save_templates(self.recipe, self.tokenizer)
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
             notes.extend(found)
             progress = data_progress(self.recipe, self.runtime, self.reporter)
