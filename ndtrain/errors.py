@@ -126,4 +126,4 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
     # Without its type, the text of a KeyError says nothing.
-    return text if text and type(error).__module__ != "builtins" else f"{type(error).__name__}: {text}"
+    return text if text and type(error).__module__ != "builtins" else f"{type(error).__name__}: {text or 'no message'}"

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ndtrain.data.chat import BUILT_IN, ChatEncoder, ChatTemplate, SkippedRow, chat_template
+from ndtrain.data.chat import BUILT_IN, ChatEncoder, ChatTemplate, chat_template
 from ndtrain.data.chat.conversation import Accepts, Conversation, conversation_of
-from ndtrain.data.row import RowError
+from ndtrain.data.row import RowError, SkippedRow
 from ndtrain.errors import RecipeError
 from tests.chat.conversations import ROWS, TOKENIZERS, Fields, call, said
 from tests.chat.odd import ODD

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
 from ndtrain.hf import hub
 from ndtrain.recipe import Recipe, load_recipe
-from ndtrain.train.data_files import data_files, data_format, fetch_data, token_files, with_data_commit
+from ndtrain.train.data_files import data_files, fetch_data, token_files, with_data_commit, with_format
 from tests import test_hub, test_repository, tiny
 from tests.fake_hub import FakeHub, fake_hub
 from tests.test_hub import asks, ran
@@ -150,11 +150,12 @@ def test_the_first_row_says_what_the_data_is(tmp_path: Path) -> None:
     for row, found in (({"text": "a", "id": 1}, "text"), ({"input_ids": [1, 2], "labels": [1, 2]}, "tokens")):
         pq.write_table(pa.Table.from_pylist([row]), file)
         recipe = recipe_of(tmp_path, path=str(file))
-        assert data_format(recipe) == found
-        assert data_format(recipe_of(tmp_path, path=str(file), format="text")) == "text"
+        assert with_format(recipe).data.format == found
+        assert with_format(recipe_of(tmp_path, path=str(file), format="text")).data.format == "text"
     assert token_files(recipe) == [file]
     parse = recipe.model_copy(update={"data": recipe.data.model_copy(update={"special_tokens": "parse"})})
-    asks(lambda: data_format(parse), 'data.special_tokens = "parse" is for text, but', "holds tokens")
+    asks(lambda: with_format(parse), 'data.special_tokens = "parse" is for text, and the data\'s format is "tokens"')
     pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": "a"}]}]), file)
-    asks(lambda: data_format(recipe), "its first row is chat", "not available in this version")
+    chat = with_format(recipe).data
+    assert (chat.format, chat.packing, chat.too_long) == ("chat", "best_fit", "error")
     asks(lambda: token_files(recipe_of(tmp_path, "data.path=memory://a")), "copy them to a disk")

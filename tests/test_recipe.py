@@ -58,8 +58,8 @@ def test_every_key_has_its_documented_default(recipe: Any) -> None:
         "float32",
         True,
     )
-    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("auto", "concat", True, None)
-    assert (r.data.too_long, r.train.epochs) == ("cut", None)
+    assert (r.load.mode, r.data.packing, r.data.shuffle, r.data.tokenizer) == ("auto", True, True, None)
+    assert (r.data.too_long, r.train.epochs) == (None, None)
     assert (r.train.global_batch_size, r.train.micro_batch_size, r.train.seed) == (32, 4, 0)
     assert (r.checkpoint.every, r.checkpoint.keep, r.checkpoint.async_) == (500, 2, True)
     assert (r.checkpoint.resume, r.schedule.kind, r.optim.max_grad_norm, r.log.every) == (
@@ -105,13 +105,21 @@ def test_epochs_leave_the_schedule_open_until_the_steps_are_known(recipe: Any) -
 
 
 @pytest.mark.parametrize(
-    ("line", "value"), [("true", "concat"), ('"concat"', "concat"), ('"best_fit"', "best_fit"), ("false", False)]
+    ("line", "text", "chat"),
+    [
+        ("true", ("concat", "cut"), ("best_fit", "error")),
+        ('"best_fit"', ("best_fit", "cut"), ("best_fit", "error")),
+        ("false", (False, "cut"), (False, "error")),
+        ('false\ntoo_long = "drop"', (False, "drop"), (False, "drop")),
+    ],
 )
-def test_packing_is_recorded_by_its_name(recipe: Any, line: str, value: Any) -> None:
-    r = recipe(with_line(f"packing = {line}", "data"))
-    assert r.data.packing is value or r.data.packing == value
-    assert tomli.loads(to_toml(r))["data"]["packing"] == value
-    assert recipe(to_toml(r)) == r
+def test_packing_is_recorded_by_its_name_once_the_format_is_known(recipe: Any, line: str, text: Any, chat: Any) -> None:
+    read = recipe(with_line(f"packing = {line}", "data"))
+    for format, (packing, too_long) in (("text", text), ("tokens", text), ("chat", chat)):
+        r = read.model_copy(update={"data": read.data.of_format(format)})
+        assert (r.data.packing, r.data.too_long, r.data.format) == (packing, too_long, format)
+        assert tomli.loads(to_toml(r))["data"]["packing"] == packing
+        assert recipe(to_toml(r)) == r
 
 
 # section, line, words that the message must contain
@@ -159,7 +167,22 @@ WRONG = [
     ("schedule", "kind = 'constant'\nmin_lr_ratio = 0.5", ["schedule.min_lr_ratio = 0.5", 'kind = "constant"']),
     ("schedule", "decay_steps = 3", ["schedule.decay_steps = 3", 'kind = "wsd"']),
     ("schedule", "kind = 'wsd'\ndecay_steps = 8\nwarmup_steps = 3", ["together more than train.steps = 10"]),
-    ("data", "too_long = 'error'", ['data.too_long = "error" does not apply to data.packing = "concat"']),
+    (
+        "data",
+        "format = 'text'\ntoo_long = 'error'",
+        ['data.too_long = "error" does not apply to data.packing = "concat"'],
+    ),
+    (
+        "data",
+        "packing = 'concat'\ntoo_long = 'drop'",
+        ['data.too_long = "drop" does not apply to data.packing = "concat"'],
+    ),
+    ("data", "format = 'chat'\npacking = 'concat'", ["which is not for chat"]),
+    ("data", "format = 'text'\ntrain_on = ['user']", ['data.train_on = ["user"] is for chat']),
+    ("data", "format = 'tokens'\non_bad_row = 'skip'", ['data.on_bad_row = "skip" is for text and chat']),
+    ("data", "format = 'chat'\nspecial_tokens = 'parse'", ['is for text, and the data\'s format is "chat"']),
+    ("data", "train_on = ['bot']", ["data.train_on"]),
+    ("data", "train_on = []", ["data.train_on"]),
     ("train", "epochs = 2", ["train.steps = 10 and train.epochs = 2 exclude each other", "line 9"]),
     ("train", "epochs = 1.5", ["train.epochs = 1.5 must be a whole number of at least 1"]),
     ("data", "packing = 1", ['data.packing = 1 must be one of "concat", "best_fit" or true or false']),
@@ -254,7 +277,6 @@ LATER = [
     ("fsdp", "reduce_dtype = 'float16'"),
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),
-    ("data", "format = 'chat'"),
     ("train", "compile = true"),
     ("train", "activation_checkpointing = 'selective'"),
 ]
@@ -365,9 +387,9 @@ def test_keys_of_prepared_tokens_are_refused_for_text(recipe: Any) -> None:
     tokens = recipe(MINIMAL, "data.format=tokens", "data.documents=eos", "data.token_dtype=int32").data
     assert (tokens.documents, tokens.token_dtype) == ("eos", "int32")
     for key, value in (("documents", "rows"), ("token_dtype", "uint16")):
-        with pytest.raises(RecipeError, match=rf'data\.{key} = "{value}" is for prepared tokens, and .* is "auto"'):
-            recipe(MINIMAL, f"data.{key}={value}")
-    with pytest.raises(RecipeError, match=r'special_tokens = "parse" is for text, and data\.format is "tokens"'):
+        with pytest.raises(RecipeError, match=rf'data\.{key} = "{value}" is for tokens, and .* is "text"'):
+            recipe(MINIMAL, "data.format=text", f"data.{key}={value}")
+    with pytest.raises(RecipeError, match=r'special_tokens = "parse" is for text, and the data.s format is "tokens"'):
         recipe(MINIMAL, "data.format=tokens", "data.special_tokens=parse")
 
 
@@ -408,10 +430,10 @@ def test_what_eval_takes_from_data_is_reported_once(recipe: Any) -> None:
         (
             HELD_OUT,
             ["data.packing=false", "eval.packing=true"],
-            r'eval\.packing = "concat" needs packing in',
+            r"eval\.packing = true needs packing in",
         ),
         (HELD_OUT, ["eval.shuffle=true"], r'\[eval\] has no key "shuffle"; it belongs to \[data\]'),
-        (HELD_OUT, ["data.packing=false", "eval.documents=eos"], r'eval\.documents = "eos" is for prepared tokens'),
+        (HELD_OUT, ["data.format=text", "eval.documents=eos"], r'eval\.documents = "eos" is for tokens'),
         (
             HELD_OUT,
             ["data.tokenizer=bytes", "eval.special_tokens=parse"],
@@ -427,7 +449,7 @@ def test_contradictions_about_held_out_data_are_refused(
 
 
 def test_what_data_does_not_support_eval_does_not_either(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NOT_YET, ("data", "packing"), (("concat",), "a reason"))
+    monkeypatch.setitem(NOT_YET, ("data", "packing"), ((True,), "a reason"))
     with pytest.raises(RecipeError, match=r"^eval\.packing = false is not available in this version: [^\n]*$"):
         recipe(HELD_OUT, "eval.packing=false")
     with pytest.raises(RecipeError, match=r"^data\.packing = false is not available in this version: [^\n]*$"):

@@ -114,11 +114,12 @@ def test_a_split_has_the_rows_that_datasets_gives(
 
 
 def test_a_directory_is_a_repository_by_its_card_or_its_splits(tmp_path: Path) -> None:
-    for layout, found in {"card": True, "shards": True, "names": False, "folders": False, "dates": False}.items():
+    for layout, found in {"card": True, "shards": True, "names": True, "folders": True, "dates": False}.items():
         assert is_repository(write(tmp_path / layout, LAYOUTS[layout])) == found, layout
-    plain = write(tmp_path / "plain", ["README.md", "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], "# hi")
+    shards = ["x/train-00000-of-00002.jsonl", "y/train-00001-of-00002.jsonl"]
+    plain = write(tmp_path / "plain", ["README.md", "code/test/test.py", *shards], "# hi")
     assert not is_repository(plain)
-    assert len(data_files(recipe_of(plain))) == 3, "without a sign of a repository all files are read"
+    assert len(data_files(recipe_of(plain))) == 4, "without a sign of a repository all files are read"
 
 
 NO_DEFAULT = CARD.replace("  default: true\n", "")
@@ -214,3 +215,12 @@ def test_keys_of_repositories_are_refused_elsewhere(tmp_path: Path, keys: dict[s
 def test_links_and_hidden_folders_are_no_names(tmp_path: Path) -> None:
     write(tmp_path, ["a/b.jsonl", ".git/c.jsonl"])
     assert names_below(tmp_path) == ["a/b.jsonl"]
+
+
+def test_a_note_says_that_text_files_are_whole_documents(tmp_path: Path) -> None:
+    root = write(tmp_path / "repository", ["a.txt"])
+    (root / "a.txt").write_text("one\ntwo\n")
+    notes: list[str] = []
+    files = data_files(recipe_of(root, split="train"), notes.append)
+    assert texts_of(files) == ["one\ntwo\n"]
+    assert "each text file is one document, such as a.txt; for datasets, each line is one" in notes[-1]

@@ -22,6 +22,7 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import load_recipe
 from ndtrain.recipe.resuming import NEVER
 from ndtrain.train.changes import find_changes
+from ndtrain.train.data_files import with_format
 from ndtrain.train.origin import origin_of
 from tests import proofs, tiny
 from tests.ranks import get_pool
@@ -280,7 +281,7 @@ def test_other_files_under_data_path_are_refused_with_their_number(with_data: di
 
 
 def test_files_too_many_to_list_are_compared_as_a_whole(finished: dict[str, Path]) -> None:
-    recipe = load_recipe(finished["recipe"])
+    recipe = with_format(load_recipe(finished["recipe"]))
     with mock.patch("ndtrain.train.origin.MOST_FILES", 3):
         origin = origin_of(meta_model(recipe), recipe, ByteTokenizer())
     assert origin["files"] is None

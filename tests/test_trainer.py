@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ndtrain.accelerators import emulates_bfloat16
 from ndtrain.data import micro_batches
 from ndtrain.mesh import MeshSizes
-from ndtrain.train import Trainer
+from ndtrain.train.length import arithmetic
 from tests.tiny import recipe_file, save_model
 from tests.trainers import Said, trainer_of
 
@@ -48,10 +48,10 @@ def test_the_global_batch_is_told_as_an_equation(sizes: MeshSizes, batch: int, m
             data=SimpleNamespace(seq_len=256),
         ),
         batches=SimpleNamespace(micro_steps=steps, micro_batch_size=rows, samples=range(1000)),
-        plan=SimpleNamespace(model_type="llama", numel=10),
+        plan=SimpleNamespace(model_type="llama", numel=10, sizes=sizes),
         runtime=SimpleNamespace(world_size=sizes.world_size, device=SimpleNamespace(type="cpu")),
     )
-    line = Trainer._arithmetic(run)
+    line = arithmetic(run.recipe, run.plan, run.runtime, run.batches, steps=1)
     assert words in line
     # An equation: the sequences on both sides are equal, but for those that are empty.
     assert sizes.batch * steps * rows - batch == (int(line.split(", ")[-1].split(" of")[0]) if "empty" in line else 0)

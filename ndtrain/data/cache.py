@@ -122,8 +122,15 @@ def build_cache(
     corpus = Corpus(parts, contents.key)
     if not corpus.n_docs:
         count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
-        raise RecipeError(f"data.path: {count} no text")
+        nothing = "no text" if encoder.shape == "text" else "no row to train on"
+        raise RecipeError(f"data.path: {count} {nothing}{_skipped(corpus)}")
     return corpus
+
+
+def _skipped(corpus: Corpus) -> str:
+    """Return why rows are left out, for a message; "" if none are."""
+    found = [part.odd["skipped"] for part in corpus.parts if "skipped" in part.odd]
+    return f": {sum(odd[0] for odd in found):,} rows are left out, first: {found[0][3]}" if found else ""
 
 
 def _remove_stale(cache_dir: Path) -> None:
@@ -191,13 +198,16 @@ def open_part(path: Path) -> Part:
         loss=mapped("loss.bin", np.bool_, tokens) if meta.get("masked") else None,
         odd=odd,
         digest=meta.get("digest"),
+        targets=meta.get("targets"),
     )
 
 
+# data.special_tokens, or data.on_control_text of chat -> what becomes of special tokens in documents.
 _SPELLED = {
     "text": "they are encoded as plain text; if they were rendered with a chat template, set "
     'data.special_tokens = "parse"',
     "parse": 'they are encoded to those tokens (data.special_tokens = "parse")',
+    "allow": 'they are encoded to those tokens (data.on_control_text = "allow")',
 }
 
 
@@ -216,15 +226,17 @@ def notes(corpus: Corpus, contents: Contents, *, special_tokens: str) -> Iterato
             "documents with half a character (a lone surrogate) in their JSON",
             'it was replaced by "?"',
         ),
+        "skipped": ("rows that are left out", "{token}"),
         "csv": (
             "documents that are the first row of a CSV file",
             "such a file is read by the names in its header; to read it as plain text, rename it to .txt",
         ),
     }
+    skipped = sum(part.odd["skipped"][0] for part in corpus.parts if "skipped" in part.odd)
     for kind, (what, then) in wording.items():
         parts = zip(corpus.parts, contents.groups, strict=True)
         found = [(part.odd[kind], group.files) for part, group in parts if kind in part.odd]
         if found:
             (_, number, where, token), files = found[0]
-            count = f"{sum(odd[0] for odd, _ in found):,} of {corpus.n_docs:,}"
-            yield f"{what.format(token=token)}: {count}, first {files[number]}, {where}; {then}"
+            count = f"{sum(odd[0] for odd, _ in found):,} of {corpus.n_docs + skipped:,}"
+            yield f"{what.format(token=token)}: {count}, first {files[number]}, {where}; {then.format(token=token)}"

@@ -19,6 +19,7 @@ class Part:
 
     `counts` has what was counted when it was made: {kind of odd documents: [count, index of the first one's file, where
     in it, the special token that it spells]}. `digest` identifies the tokens; parts of earlier versions have none.
+    `targets` is the number of tokens that `loss` lets carry loss.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Part:
     loss: BoolArray | None = None
     odd: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     digest: str | None = None
+    targets: int | None = None
 
 
 class Corpus:

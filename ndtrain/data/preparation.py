@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ndtrain.data.files import stamp_of
-from ndtrain.data.row import Encoded, Encoder, Piece, Row
+from ndtrain.data.row import Encoded, Encoder, Piece, Row, RowError, SkippedRow
 from ndtrain.data.rows import rows_of
 from ndtrain.data.workers import Result, Workers, encode_all
 from ndtrain.errors import DamagedError, RecipeError, Stopped
@@ -44,11 +44,14 @@ class Group(NamedTuple):
 
 @dataclass
 class _Counts:
-    """What was written: rows read, documents and tokens kept, the largest id, and the odd documents by kind."""
+    """What was written: rows read, documents and tokens kept, how many tokens a mask lets carry loss, the largest id,
+    and the odd documents by kind.
+    """
 
     rows: int = 0
     documents: int = 0
     tokens: int = 0
+    targets: int = 0
     largest: int = 0
     odd: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -148,6 +151,10 @@ def _write(
             docs.write(np.zeros(1, np.int64).tobytes())
         for (number, row, done), encoded in _encoded(files, encoder, skip=counts.rows, workers=workers):
             file = files[number]
+            if isinstance(encoded, SkippedRow) or (isinstance(encoded, RowError) and encoder.skips):
+                counts.odd.setdefault("skipped", [0, number, row.where, str(encoded)])[0] += 1
+                counts.rows += 1
+                continue
             if not isinstance(encoded, Encoded):
                 kind = RecipeError if isinstance(encoded, RecipeError) else DamagedError
                 raise kind(f"{file}, {row.where}: {encoded}") from encoded
@@ -165,6 +172,7 @@ def _write(
                     docs.write(np.int64(counts.tokens).tobytes())
                 if loss:
                     assert encoded.loss is not None and encoded.loss.shape == ids.shape
+                    counts.targets += int(encoded.loss.sum())
                     loss[0].write(encoded.loss.tobytes())
             for odd in filter(None, (row.odd, encoded.special and "special")):
                 counts.odd.setdefault(odd, [0, number, row.where, encoded.special])[0] += 1

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ndtrain.data.formats import name_kind
 from ndtrain.errors import DamagedError, RecipeError, first_line
 from ndtrain.hf.hub import CARDS
 from ndtrain.storage.paths import is_local, sizes_of
@@ -24,7 +25,12 @@ from ndtrain.storage.paths import is_local, sizes_of
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 # Settings of a builder that do not say how its files are read.
 _NAMES = {"name", "version", "data_dir", "data_files", "description", "features"}
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\..+")
+# A file's or a directory's name, without suffixes and the number of a shard -> whether it is of a held-out split.
+_SPLIT = re.compile(r"([a-z]+)(?:-\d{5}-of-\d{5})?(?:\..+)?")
+_HELD_OUT = {
+    **dict.fromkeys(("train", "training"), False),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"), True),
+}
 _SUBSETS = re.compile(r"^(configs|dataset_info):", re.MULTILINE)
 _SAVED, _SPLITS = "state.json", "dataset_dict.json"
 
@@ -35,7 +41,10 @@ def is_saved(root: Path) -> bool:
 
 
 def is_repository(root: Path) -> bool:
-    """Return whether a directory has the layout of a repository: a card names subsets, or files several splits."""
+    """Return whether a directory has the layout of a repository: a card names subsets, or rows are of several splits.
+
+    Those are files or directories named for a training and a held-out split.
+    """
     try:
         card = (root / CARDS[0]).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -43,8 +52,9 @@ def is_repository(root: Path) -> bool:
     head = card.split("\n---", 1)[0] if card.startswith("---") else ""
     if _SUBSETS.search(head) or any((root / name).is_file() for name in CARDS[1:]):
         return True
-    shards = (_SHARD.fullmatch(name) for name in names_below(root))
-    return len({match[1] for match in shards if match}) > 1
+    rows = (name for name in names_below(root) if name_kind(Path(name)) not in (None, "text"))
+    parts = (_SPLIT.fullmatch(part) for name in rows for part in PurePosixPath(name).parts)
+    return len({_HELD_OUT[match[1]] for match in parts if match and match[1] in _HELD_OUT}) > 1
 
 
 def names_below(root: Path) -> list[str]:

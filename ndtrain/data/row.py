@@ -50,17 +50,23 @@ class RowError(NdtrainError):
     """One row cannot be used, and why; the caller adds file and line."""
 
 
+class SkippedRow(RowError):
+    """A row that the recipe says to leave out, whatever is done with rows that cannot be used."""
+
+
 class Encoder(Protocol):
     """Turns the fields of a row into tokens. `key` identifies its behaviour: other behaviour needs another key.
 
-    It can be pickled. `tokenizer` is what it encodes with, `shape` what its rows are, and `columns` maps our names of
-    their fields to the files', as `data.columns` does.
+    It can be pickled. `tokenizer` is what it encodes with, `shape` what its rows are, `columns` maps our names of their
+    fields to the files', as `data.columns` does, and `skips` says that rows which cannot be used are left out.
     """
 
     @property
     def shape(self) -> Literal["text", "chat", "tokens"]: ...
     @property
     def columns(self) -> Mapping[str, str]: ...
+    @property
+    def skips(self) -> bool: ...
     @property
     def tokenizer(self) -> object: ...
     @property

@@ -74,8 +74,15 @@ class Samples(ABC):
         rows, tokens = len(self), self._tokens
         return (
             f"documents: {self.corpus.n_docs:,}; rows of {self.seq_len:,} tokens: {rows:,}, "
-            f"{tokens / (rows * self.seq_len):.1%} filled by {tokens:,} tokens"
+            f"{tokens / (rows * self.seq_len):.1%} filled by {tokens:,} tokens{self._share()}"
         )
+
+    def _share(self) -> str:
+        """Return how many of all tokens carry loss, where masks tell."""
+        targets = [part.targets for part in self.corpus.parts if part.loss is not None]
+        if not self.corpus.masked or None in targets or len(targets) < len(self.corpus.parts):
+            return ""
+        return f", of which {sum(filter(None, targets)) / max(1, self.corpus.n_tokens):.1%} carry loss"
 
     @property
     @abstractmethod

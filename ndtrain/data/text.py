@@ -38,16 +38,17 @@ class Tokenizer(Protocol):
 class TextEncoder:
     """Encodes a text as [bos?] + its tokens + [eos], each mark once; all of them carry loss.
 
-    Of a `Piece` the first has the one mark and the last the other.
+    Of a `Piece` the first has the one mark and the last the other. With `skips`, rows without a text are left out.
     """
 
     shape: Shape = "text"
     masked = False
 
-    def __init__(self, tokenizer: Tokenizer, columns: Mapping[str, str] | None = None):
+    def __init__(self, tokenizer: Tokenizer, columns: Mapping[str, str] | None = None, *, skips: bool = False):
         self.tokenizer, self.vocab_size, self.columns = tokenizer, tokenizer.vocab_size, dict(columns or {})
+        self.skips = skips
         own = (tokenizer.key, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
-        self.key = " ".join(map(str, (*own, *sorted(self.columns.items()))))
+        self.key = " ".join(map(str, (*own, *sorted(self.columns.items()), *(["skips"] if skips else []))))
 
     def encode(self, fields: Mapping[str, Any]) -> Encoded:
         text = text_of(fields_of(fields, "text", self.columns))

@@ -16,6 +16,7 @@ from torch import nn
 import ndtrain
 from ndtrain.data import micro_batches
 from ndtrain.engine import Engine
+from ndtrain.recipe.schema import DataSection
 from ndtrain.storage.paths import os_errors, replace_text
 
 FILE = "proof.json"
@@ -23,7 +24,7 @@ FILE = "proof.json"
 # the model's config and code.
 _LEFT_OUT: dict[str, set[str]] = {
     "model": {"name", "type", "init", "config", "revision", "trust_remote_code"},
-    "data": {"format", "path", "tokenizer", "shuffle", "too_long", "workers", "documents", "token_dtype"},
+    "data": {*DataSection.model_fields} - {"seq_len", "packing"},
     "train": {"steps", "epochs", "seed", "max_bad_steps", "global_batch_size", "micro_batch_size"},
 }
 _SECTIONS_LEFT_OUT = {"eval", "load", "optim", "schedule", "checkpoint", "log", "run"}

@@ -27,7 +27,6 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
     ),
-    ("data", "format"): (("auto", "text", "tokens"), 'use "text" or "tokens", the formats that ndtrain reads'),
     ("train", "compile"): ((False,), "ndtrain does not support torch.compile yet; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
@@ -148,13 +147,7 @@ def _data(data: DataSection) -> Iterator[Problem]:
             "leave it out",
         )
     yield from _columns(data)
-    yield from _tokens(data)
-    if data.packing == "concat" and data.too_long != "cut":
-        yield (
-            ("data", "too_long"),
-            f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '
-            'wherever a row ends; set data.packing = "best_fit" or false, or leave it out',
-        )
+    yield from _packing(data) if data.format == "auto" else of_format(data.of_format(data.format))
 
 
 def _columns(data: DataSection) -> Iterator[Problem]:
@@ -167,19 +160,44 @@ def _columns(data: DataSection) -> Iterator[Problem]:
         )
 
 
-def _tokens(data: DataSection) -> Iterator[Problem]:
-    if data.format == "tokens" and data.special_tokens != "text":
-        yield (
-            ("data", "special_tokens"),
-            f'data.special_tokens = {show(data.special_tokens)} is for text, and data.format is "tokens"; leave it out',
-        )
-    for name, value, default in (("documents", data.documents, "auto"), ("token_dtype", data.token_dtype, None)):
-        if data.format != "tokens" and value != default:
+# Keys of [data] that are for some formats only.
+_FOR: dict[str, tuple[str, ...]] = {
+    "special_tokens": ("text",),
+    "train_on": ("chat",),
+    "chat_template": ("chat",),
+    "on_control_text": ("chat",),
+    "on_bad_row": ("text", "chat"),
+    "documents": ("tokens",),
+    "token_dtype": ("tokens",),
+}
+
+
+def of_format(data: DataSection) -> Iterator[Problem]:
+    """Yield a problem for each key that contradicts the format of the data, which is known."""
+    for name, formats in _FOR.items():
+        value = getattr(data, name)
+        if data.format not in formats and value != type(data).model_fields[name].default:
             yield (
                 ("data", name),
-                f"data.{name} = {show(value)} is for prepared tokens, and data.format is {show(data.format)}; leave it "
-                'out, or set data.format = "tokens"',
+                f"data.{name} = {show(value)} is for {' and '.join(formats)}, and the data's format is "
+                f"{show(data.format)}; leave it out",
             )
+    yield from _packing(data)
+
+
+def _packing(data: DataSection) -> Iterator[Problem]:
+    if data.packing == "concat" and data.format == "chat":
+        yield (
+            ("data", "packing"),
+            'data.packing = "concat" cuts documents wherever a row ends, which is not for chat; set it to "best_fit" '
+            "or false",
+        )
+    elif data.packing == "concat" and data.too_long not in (None, "cut"):
+        yield (
+            ("data", "too_long"),
+            f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '
+            'wherever a row ends; set data.packing = "best_fit" or false, or leave it out',
+        )
 
 
 def _fsdp(recipe: Recipe) -> Iterator[Problem]:

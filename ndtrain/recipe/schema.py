@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from ndtrain.recipe.base import Dtype, Section, Size, Text
 from ndtrain.recipe.mesh import CpSection, EpSection, FsdpSection, LoadSection, MeshSection, TpSection
@@ -70,19 +70,36 @@ class DataKeys(Section):
     )
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
     packing: Literal["concat", "best_fit"] | bool = Field(
-        "concat",
+        True,
         description='How documents share sequences, without ever attending to each other: "concat" cuts the stream of '
-        'all documents, "best_fit" keeps each in one piece, false gives each its own; true means "concat".',
+        'all documents, "best_fit" keeps each in one piece, false gives each its own; true means "best_fit" for chat, '
+        'else "concat".',
     )
-    too_long: Literal["cut", "drop", "error"] = Field(
-        "cut",
+    too_long: Literal["cut", "drop", "error"] | None = Field(
+        None,
         description='What becomes of a document longer than seq_len where packing is "best_fit" or false: "cut" into '
-        'pieces of seq_len, "drop" it, or "error".',
+        'pieces of seq_len, "drop" it, or "error"; default "error" for chat, else "cut".',
     )
     special_tokens: Literal["text", "parse"] = Field(
         "text",
         description='What a document is encoded to that spells a special token, such as "<|im_start|>": "text" gives '
         'plain text, "parse" the special token, for documents that were rendered with a chat template.',
+    )
+    train_on: Annotated[list[Literal["system", "developer", "user", "assistant", "tool"]], Field(min_length=1)] = Field(
+        ["assistant"], description="chat only: roles whose messages carry loss."
+    )
+    chat_template: Text | None = Field(
+        None,
+        description="chat only: a file with a chat template, or chatml, gemma, llama3 or zephyr; by default the "
+        "tokenizer's own.",
+    )
+    on_control_text: Literal["error", "skip", "allow"] = Field(
+        "error",
+        description='chat only: what is done with a row whose text spells a special token: "error", "skip" it, or '
+        '"allow" it to become that token.',
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description='What is done with a row that cannot be used: "error", or "skip" it, with a count.'
     )
     documents: Literal["auto", "rows", "eos"] = Field(
         "auto",
@@ -95,10 +112,12 @@ class DataKeys(Section):
         "the tokenizer has more than 65,536 tokens.",
     )
 
-    @field_validator("packing", mode="before")
-    @classmethod
-    def _default_packing(cls, value: Any) -> Any:
-        return "concat" if value is True else value
+    def of_format(self, format: Literal["text", "chat", "tokens"]) -> Self:
+        """Return the section with the format that the data has, and the defaults that depend on it."""
+        chat = format == "chat"
+        packing = ("best_fit" if chat else "concat") if self.packing is True else self.packing
+        too_long = self.too_long or ("error" if chat else "cut")
+        return self.model_copy(update={"format": format, "packing": packing, "too_long": too_long})
 
 
 SHARED = tuple(DataKeys.model_fields)

@@ -21,7 +21,8 @@ _BASE = ("model.init", "model.name", "model.revision")
 _DATA = ("data.path", "data.tokenizer")
 # Keys that say how data is read: their change explains other samples of the same files.
 _READ = ("data.documents", "data.token_dtype")
-_ROWS = ("data.columns", "data.subset", "data.split", "data.revision")
+_MEANING = ("data.train_on", "data.chat_template", "data.on_control_text", "data.on_bad_row", "data.special_tokens")
+_ROWS = ("data.columns", "data.subset", "data.split", "data.revision", *_MEANING)
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
@@ -121,6 +122,7 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     before, now = _flat(state["recipe"]), _flat(origin["recipe"])
     if before.get("data.packing") is True:  # as earlier versions record "concat"
         before["data.packing"] = "concat"
+    before.setdefault("data.too_long", "cut")
     # A key that a later version has added had its default.
     before = {**{key: value for key, value in _defaults().items() if key in now}, **before}
     names = [key for key in {**now, **before} if not covers(_ELSEWHERE, key) and before.get(key) != now.get(key)]

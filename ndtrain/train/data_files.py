@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from ndtrain.data.files import find_files, reading
+from ndtrain.data.files import find_files
+from ndtrain.data.formats import name_kind, reading
 from ndtrain.data.repository import is_repository, is_saved, names_below, saved_files, split_files
 from ndtrain.data.rows import find_shape
 from ndtrain.data.shapes import Shape
@@ -16,6 +17,7 @@ from ndtrain.data.tokens import find_token_files
 from ndtrain.errors import RecipeError
 from ndtrain.hf import hub
 from ndtrain.recipe import Recipe
+from ndtrain.recipe.rules import of_format
 from ndtrain.recipe.schema import DataSection
 from ndtrain.runs.messages import of_rank0
 from ndtrain.storage.paths import to_path
@@ -84,8 +86,9 @@ def data_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None) 
     """
     data, path = recipe.data, recipe.data.path
     if on_hub(data):
-        folder = hub.snapshot_directory(path, data.revision, "dataset")
-        return [folder / name for name in _of_hub(data)]
+        names = _of_hub(data)
+        _note_texts(path, names, note)
+        return [hub.snapshot_directory(path, data.revision, "dataset") / name for name in names]
     root = to_path(path) if "://" in path else Path(path).expanduser()
     given = [f'data.{key} = "{value}"' for key, value in (("subset", data.subset), ("split", data.split)) if value]
     if data.revision != hub.MAIN:
@@ -106,6 +109,7 @@ def data_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None) 
     files = split_files(path, names, root, subset=data.subset, split=data.split, memo_dir=_memo_dir())
     others = len(names) - len(files)
     note(f'data.path = "{path}" is a repository: files read, of split "{split}": {len(files):,}; left out: {others:,}')
+    _note_texts(path, files, note)
     return [root / name for name in files]
 
 
@@ -119,26 +123,23 @@ def token_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None)
     return find_token_files(data.path, note)
 
 
-def data_format(recipe: Recipe) -> Shape:
-    """Return the format of the recipe's data: the one it names, or that of the first row. Reads that row.
+def with_format(recipe: Recipe, *, inherits: DataSection | None = None) -> Recipe:
+    """Return the recipe with the format that its data has, and the defaults that depend on it. Collective.
 
-    Raises `RecipeError` for a format that is not available, `DamagedError` for a row of none.
+    Reads the first row where the recipe names no format. Raises `RecipeError` for keys that contradict the format,
+    `DamagedError` for a row of none.
     """
     data = recipe.data
-    if data.format != "auto":
-        return data.format
-    shape = find_shape(data_files(recipe), columns=data.columns)
-    if shape == "chat":
-        raise RecipeError(
-            f'data.path = "{data.path}": its first row is chat, and data.format = "chat" is not available in this '
-            "version; give rows of text"
-        )
-    if shape == "tokens" and data.special_tokens != "text":
-        raise RecipeError(
-            f'data.special_tokens = "{data.special_tokens}" is for text, but data.path = "{data.path}" holds tokens; '
-            "leave it out"
-        )
-    return shape
+
+    def found() -> Shape:
+        return find_shape(data_files(recipe), columns=data.columns) if data.format == "auto" else data.format
+
+    known = data.of_format(of_rank0(found))
+    broken = [(key, sentence) for (_, key), sentence in of_format(known)]
+    # What [eval] has from [data] may be for another format, and does nothing.
+    if problems := [text for key, text in broken if inherits is None or getattr(data, key) != getattr(inherits, key)]:
+        raise RecipeError("\n".join(problems))
+    return recipe.model_copy(update={"data": known})
 
 
 def cache_root() -> Path:
@@ -157,6 +158,13 @@ def _of_hub(data: DataSection) -> list[str]:
         split=data.split,
         memo_dir=_memo_dir(),
     )
+
+
+def _note_texts(path: str, names: list[str], note: Callable[[str], None]) -> None:
+    if texts := [name for name in names if name_kind(Path(name)) == "text"]:
+        note(
+            f'data.path = "{path}": each text file is one document, such as {texts[0]}; for datasets, each line is one'
+        )
 
 
 def _memo_dir() -> Path:

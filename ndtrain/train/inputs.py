@@ -27,7 +27,8 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe, of_held_out
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
-from ndtrain.train.data_files import cache_root, data_files, data_format, fetch_data, token_files
+from ndtrain.train.data_files import cache_root, data_files, fetch_data, token_files, with_format
+from ndtrain.train.encoding import encoder_of, template_of
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.source import on_every_node
 
@@ -93,13 +94,13 @@ def open_batches(
         def note(line: str) -> None:
             reporter.info(f"note: {line}")
 
-        corpus_of = _prepared if data_format(recipe) == "tokens" else _tokenized
+        corpus_of = _prepared if recipe.data.format == "tokens" else _tokenized
         corpus, notes = corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
         samples = open_samples(
             corpus,
             recipe.data.seq_len,
             packing=recipe.data.packing,
-            too_long=recipe.data.too_long,
+            too_long=recipe.data.too_long or "cut",
             pad_id=tokenizer.pad_id,
             folder=_cache_dir(),
             advance=runtime.watch.advance,
@@ -138,11 +139,11 @@ def open_held_out(
     """
     assert recipe.eval is not None
     own = recipe.held_out()
-    apart = {key: getattr(recipe.data, key) for key in ("path", "seq_len", "packing", "shuffle")}
     try:
-        if own.data.model_copy(update=apart) != recipe.data:
+        if own.data.special_tokens != recipe.data.special_tokens:
             tokenizer, _ = open_tokenizer(own, runtime, vocabulary)
         fetch_data(own, lambda work: rank0_first(runtime, work))
+        own = with_format(own, inherits=recipe.data)
         batches = open_batches(own, runtime, sizes, tokenizer, _OfHeldOut(reporter), vocabulary=vocabulary)
     except NdtrainError as error:
         error.args = (of_held_out(str(error)),)
@@ -168,13 +169,10 @@ class _OfHeldOut(Silent):
 
 def data_progress(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> Callable[[int, int], None]:
     """Return what tells watch and user how many bytes of the data are done, of how many."""
-    verb: list[str] = []  # known once the data can be read
 
     def progress(done: int, total: int) -> None:
-        if not verb:
-            verb.append("reading tokens" if data_format(recipe) == "tokens" else "tokenizing")
         runtime.watch.advance()
-        reporter.progress(verb[0], done, total)
+        reporter.progress("reading tokens" if recipe.data.format == "tokens" else "tokenizing", done, total)
 
     return progress
 
@@ -182,8 +180,8 @@ def data_progress(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> Calla
 def _tokenized(
     recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, *, note: Note, progress: Progress, vocabulary: int
 ) -> tuple[Corpus, list[str]]:
-    """Return the tokens of text, and notes."""
-    encoder = TextEncoder(tokenizer, recipe.data.columns)
+    """Return the tokens of text or chat, and notes."""
+    data, encoder = recipe.data, encoder_of(recipe, tokenizer)
     files = data_files(recipe, note)
     workers = recipe.data.workers or len(os.sched_getaffinity(0))
     corpus = build_cache(files, encoder, cache_dir=_cache_dir(), progress=progress, workers=workers)
@@ -191,7 +189,9 @@ def _tokenized(
         where = f'is in data.path = "{recipe.data.path}"'
         raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
     contents = contents_of(files, encoder, cache_dir=_cache_dir())
-    return corpus, list(cache_notes(corpus, contents, special_tokens=recipe.data.special_tokens))
+    chat = data.format == "chat"
+    notes = cache_notes(corpus, contents, special_tokens="allow" if chat else data.special_tokens)
+    return corpus, [*(template_of(recipe, tokenizer).notes() if chat else []), *notes]
 
 
 def _prepared(
@@ -226,13 +226,13 @@ def data_contents(
     recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
 ) -> tuple[list[Path], Contents]:
     """Return the files of data.path and what identifies their tokens. Tokenizes nothing."""
-    if data_format(recipe) == "tokens":
+    if recipe.data.format == "tokens":
         reading, files = _reading(recipe, tokenizer), token_files(recipe)
         corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
         groups = [Group(file.key, [file.file]) for file in corpus.files]
         return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files])
-    files, encoder = data_files(recipe), TextEncoder(tokenizer, recipe.data.columns)
-    contents = contents_of(files, encoder, cache_dir=_cache_dir())
+    files = data_files(recipe)
+    contents = contents_of(files, encoder_of(recipe, tokenizer), cache_dir=_cache_dir())
     return files, contents._replace(encoder=TextEncoder(tokenizer).key)
 
 

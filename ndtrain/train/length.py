@@ -1,10 +1,13 @@
-"""How long a run is: `train.steps`, or as many steps as `train.epochs` passes over the data take."""
+"""How long a run is, `train.steps` or `train.epochs` passes over the data, and what its global batch is made of."""
 
 from __future__ import annotations
 
-from ndtrain.errors import RecipeError
+from ndtrain.data import GlobalBatches
+from ndtrain.errors import RecipeError, counted
+from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.recipe.rules import of_schedule
+from ndtrain.runs.process import Runtime
 
 
 def with_steps(recipe: Recipe, *, samples: int, step: int, cursor: int) -> Recipe:
@@ -22,3 +25,24 @@ def with_steps(recipe: Recipe, *, samples: int, step: int, cursor: int) -> Recip
     if left and (problems := [sentence for _, sentence in of_schedule(resolved)]):
         raise RecipeError("\n".join(f"with train.epochs = {epochs}: {sentence}" for sentence in problems))
     return resolved
+
+
+def arithmetic(recipe: Recipe, plan: Plan, runtime: Runtime, batches: GlobalBatches, *, steps: int) -> str:
+    """Describe the model, the mesh and how the global batch is made up."""
+    train, sizes = recipe.train, plan.sizes
+    ranks, micro, rows = sizes.batch, batches.micro_steps, batches.micro_batch_size
+    empty = ranks * micro * rows - train.global_batch_size
+    line = (
+        f"{plan.model_type}, {plan.numel:,} parameters on {sizes.describe()} "
+        f"({runtime.world_size} x {runtime.device.type}); global batch: "
+        f"{counted(train.global_batch_size, 'sequence')} x {recipe.data.seq_len:,} tokens = "
+        f"{counted(ranks, 'batch rank')} x {counted(micro, 'micro batch')} x {counted(rows, 'sequence')}"
+    )
+    if empty:
+        line += f", {empty} of them empty"
+    if rows < train.micro_batch_size:
+        line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
+    line += f"; {counted(len(batches.samples), 'sample')}"
+    if train.epochs is not None:
+        line += f"; {counted(train.epochs, 'epoch')}: {counted(steps, 'step')}"
+    return line

@@ -12,7 +12,6 @@ from ndtrain.hf.tokenizer_key import packages
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
 from ndtrain.storage.paths import is_local
-from ndtrain.train.data_files import data_format
 from ndtrain.train.inputs import data_contents
 
 if TYPE_CHECKING:
@@ -27,22 +26,18 @@ def origin_of(
 ) -> dict[str, Any]:
     """Return, as JSON, the `recipe` and the identities of its inputs, before anything is tokenized.
 
-    The recipe has all defaults, and the format that the data was found to have.
-
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
-    part of, `content` the text of
-    data.path, `files` each of its files by the name below that path (None for more than `MOST_FILES`), and `data` all
-    tokens. Reads the data files whose digests are not cached; `progress(done, total)` is called with their bytes where
-    they are prepared tokens.
+    part of, `content` the text of data.path, `files` each of its files by the name below that path (None for more than
+    `MOST_FILES`), and `data` all tokens. Reads the data files whose digests are not cached; `progress(done, total)` is
+    called with their bytes where they are prepared tokens.
     """
     files, contents = data_contents(recipe, tokenizer, progress)
     places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]
     root = os.path.expanduser(recipe.data.path)
     if not os.path.isdir(root):
         root = os.path.commonpath([os.path.dirname(place) for place in places])
-    resolved = recipe.data.model_copy(update={"format": data_format(recipe)})
     return {
-        "recipe": recipe.model_copy(update={"data": resolved}).model_dump(mode="json", by_alias=True),
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
         "tokenizer": contents.encoder,
         "packages": packages(),

@@ -16,7 +16,7 @@ from ndtrain.accelerators import peak_memory_bytes
 from ndtrain.data import GlobalBatches
 from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Batch, Engine
-from ndtrain.errors import NdtrainError, Stopped, counted
+from ndtrain.errors import NdtrainError, Stopped
 from ndtrain.hf import extra_states
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.hf.weight_names import model_tensors
@@ -30,10 +30,11 @@ from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
 from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
 from ndtrain.storage.paths import to_path
-from ndtrain.train.data_files import fetch_data
+from ndtrain.train.data_files import fetch_data, with_format
+from ndtrain.train.encoding import save_templates
 from ndtrain.train.evaluation import Evaluation, nothing_to_do, open_evaluation, restore_evaluations
 from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
-from ndtrain.train.length import with_steps
+from ndtrain.train.length import arithmetic, with_steps
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
@@ -109,7 +110,7 @@ class Trainer:
             self._find_length(resumed)
             if recipe.eval is not None:
                 self.evaluation = open_evaluation(self.engine, self.runtime, self.tokenizer, reporter, steps=self.steps)
-        reporter.info(self._arithmetic())
+        reporter.info(arithmetic(self.recipe, self.plan, self.runtime, self.batches, steps=self.steps))
         for note in (*self.plan.notes, *slow_dtype(recipe, self.runtime.device)):
             reporter.info(f"note: {note}")
         build(self.engine, resumed, runtime=self.runtime, reporter=reporter)
@@ -120,15 +121,17 @@ class Trainer:
         if self.runtime.is_main:
             written = self.run_dir / "recipe.toml"
             if self.step < self.steps or not written.exists():  # else nothing is trained with it
-                written.write_text(to_toml(recipe), encoding="utf-8")
-            self.loggers = open_loggers(recipe, self.run_dir)
+                written.write_text(to_toml(self.recipe), encoding="utf-8")
+            self.loggers = open_loggers(self.recipe, self.run_dir)
 
     def open_tokenizer(self) -> None:
         """Open the tokenizer, and identify what the run is made from; collective."""
         self.tokenizer, notes = open_tokenizer(self.recipe, self.runtime, self.engine.vocabulary)
         fetch_data(self.recipe, lambda work: rank0_first(self.runtime, work))
+        self.recipe = self.engine.recipe = with_format(self.recipe)
 
         def prepare() -> None:
+            save_templates(self.recipe, self.tokenizer)
             self._extras, found = extras(self.engine.model, self.tokenizer, self.recipe)
             notes.extend(found)
             progress = data_progress(self.recipe, self.runtime, self.reporter)
@@ -163,26 +166,6 @@ class Trainer:
             resumed.directory / "optim", updates=self.step - self.skips.total, progress=self.watch.advance
         )
         self.reporter.info(f"resumed from {resumed.directory} (step {self.step}, sample {self.cursor})")
-
-    def _arithmetic(self) -> str:
-        """Describe the model, the mesh and how the global batch is made up."""
-        train, batches = self.recipe.train, self.batches
-        ranks, micro, rows = self.sizes.batch, batches.micro_steps, batches.micro_batch_size
-        empty = ranks * micro * rows - train.global_batch_size
-        line = (
-            f"{self.plan.model_type}, {self.plan.numel:,} parameters on {self.sizes.describe()} "
-            f"({self.runtime.world_size} x {self.runtime.device.type}); global batch: "
-            f"{counted(train.global_batch_size, 'sequence')} x {self.recipe.data.seq_len:,} tokens = "
-            f"{counted(ranks, 'batch rank')} x {counted(micro, 'micro batch')} x {counted(rows, 'sequence')}"
-        )
-        if empty:
-            line += f", {empty} of them empty"
-        if rows < train.micro_batch_size:
-            line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
-        line += f"; {counted(len(batches.samples), 'sample')}"
-        if train.epochs is not None:
-            line += f"; {counted(train.epochs, 'epoch')}: {counted(self.steps, 'step')}"
-        return line
 
     # ---- the loop
 

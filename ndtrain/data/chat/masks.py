@@ -21,7 +21,8 @@ from ndtrain.data.chat.forms import Form, form_of
 from ndtrain.data.chat.spots import named, spotted
 from ndtrain.data.chat.template import OWN, ChatTemplate
 from ndtrain.data.chat.turns import Turns
-from ndtrain.data.row import BoolArray, Encoded, IntArray, RowError
+from ndtrain.data.row import BoolArray, Encoded, IntArray, RowError, SkippedRow
+from ndtrain.data.shapes import Shape
 from ndtrain.errors import RecipeError, first_line, keeps_its_name
 from ndtrain.hf.chat import Renderer, engine
 from ndtrain.hf.special_tokens import added_tokens, can_parse
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 
 # Of what rows become; a change of it makes the caches of earlier versions useless.
 _VERSION = 1
-
-
-class SkippedRow(RowError):
-    """A row that the recipe says to leave out."""
 
 
 class _Endless(RowError):
@@ -54,9 +51,11 @@ class ChatEncoder:
 
     `train_on` has the roles that carry loss. `on_control_text` says what is done with a row whose text spells a special
     token: "error" and "skip" raise `RowError` and `SkippedRow`; with "allow" the text becomes that token. `columns`
-    maps our names of fields to the rows'. Raises `RecipeError` if the template and the tokenizer do not fit.
+    maps our names of fields to the rows'. With `skips`, rows that cannot be used are left out. Raises `RecipeError` if
+    the template and the tokenizer do not fit.
     """
 
+    shape: Shape = "chat"
     masked = True
 
     def __init__(
@@ -67,6 +66,7 @@ class ChatEncoder:
         train_on: Sequence[str] = ("assistant",),
         on_control_text: str = "error",
         columns: Mapping[str, str] | None = None,
+        skips: bool = False,
     ):
         if not can_parse(tokenizer.inner):
             raise RecipeError(
@@ -77,7 +77,7 @@ class ChatEncoder:
             raise RecipeError(f"data.train_on = {list(train_on)}; it takes one or more of {', '.join(ROLES)}")
         self.tokenizer, self.template = tokenizer, template
         self.train_on, self.on_control_text, self.columns = frozenset(train_on), on_control_text, dict(columns or {})
-        self.vocab_size = tokenizer.vocab_size
+        self.vocab_size, self.skips = tokenizer.vocab_size, skips
         self._renderer = Renderer(tokenizer.inner)
         if self._renderer.overridden and template.name == OWN:
             raise RecipeError(
@@ -103,7 +103,7 @@ class ChatEncoder:
     def key(self) -> str:
         """Identify what rows become."""
         parts = [_VERSION, self.tokenizer.key, self.template.key, engine(), sorted(self.train_on)]
-        parts += [self.on_control_text, sorted(self.columns.items())]
+        parts += [self.on_control_text, sorted(self.columns.items()), self.skips]
         return "chat-" + blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def encode(self, fields: Mapping[str, Any]) -> Encoded:

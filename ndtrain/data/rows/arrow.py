@@ -78,9 +78,24 @@ def rows_of_batch(batch: Any, names: list[str], file: Path, before: int) -> Iter
     with damaged_by(file, f"cannot be read after row {before}"):
         if batch.schema.names != names:
             raise DamagedError(f"{file}: its columns {', '.join(names)} cannot be told from others; rename them")
-        columns = [batch.column(index).to_pylist() for index in range(len(names))]
+        columns = [_cells(batch.column(index)) for index in range(len(names))]
     for cells in zip(*columns, strict=True) if names else ():
         yield dict(zip(names, cells, strict=True))
+
+
+def _cells(column: Any) -> list[Any]:
+    """Return the values of a column. Structs have all fields of their type: those that a row leaves out are null."""
+    import pyarrow
+
+    cells: list[Any] = column.to_pylist()
+    return [_given(cell) for cell in cells] if pyarrow.types.is_nested(column.type) else cells
+
+
+def _given(value: Any) -> Any:
+    """Return a value without the fields of structs that are null."""
+    if isinstance(value, dict):
+        return {key: _given(own) for key, own in value.items() if own is not None}
+    return [_given(own) for own in value] if isinstance(value, list) else value
 
 
 def native(stored: BufferedReader[Any], file: Path, kind: str) -> Any:

@@ -123,7 +123,8 @@ class _Json:
             try:
                 value, end = self.parser.raw_decode(self.buffer, self.at)
                 # Only escapes give half of a pair of surrogates, which has no UTF-8 form.
-                whole = value if self.buffer.find("\\u", self.at, end) < 0 else _without_surrogates(value)
+                escaped = any(self.buffer.find(half, self.at, end) >= 0 for half in ("\\ud", "\\uD"))
+                whole = _without_surrogates(value) if escaped else value
                 self._to(end)
                 return _Value(whole, line, "" if whole is value else "surrogate")
             except json.JSONDecodeError as error:
