@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -183,7 +184,25 @@ def run(
         train.run(resolved, console.Reporter(), stop_signals)
 
 
-@app.command()
+class _OptionalNumber(typer.core.TyperCommand):
+    """A command whose `--data` may stand without its number."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for index, (name, value) in reversed(list(enumerate(pairwise([*args, ""])))):
+            if name == "--data" and not value.isdecimal():
+                args.insert(index + 1, "0")
+        return super().parse_args(ctx, args)
+
+
+def _print_data(recipe: "Recipe", rows: int, *, as_json: bool) -> None:
+    _print_notes(recipe)
+    _print_waiting()
+    with _without_gc():
+        from ndtrain.console.data import data_text
+    _print(data_text(recipe, rows=rows, as_json=as_json))
+
+
+@app.command(cls=_OptionalNumber)
 def inspect(
     recipe: RecipeArgument,
     world_size: Annotated[
@@ -220,10 +239,23 @@ def inspect(
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", parser=to_path, help="Write the mesh as an SVG picture.")
     ] = None,
+    data: Annotated[
+        int | None,
+        typer.Option(
+            metavar="[ROWS]",
+            min=0,
+            help="Show so many rows as the model gets them; without a number, what is in the data.",
+        ),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Print the mesh, the plan, the memory and the cost of a run, without starting it."""
+    """Print the mesh, the plan, the memory and the cost of a run, or its data, without starting it."""
     resolved = _load(recipe, set_)
+    if data is not None:
+        if dry_run or suggest or rank or any(one is not None for one in (world_size, layer, diff, device, html, svg)):
+            raise RecipeError("--data shows the data alone; it allows only --json and --set")
+        _print_data(resolved, data, as_json=as_json)
+        return
     other = _load(diff, set_) if diff is not None else None
     if other is not None and (dry_run or device is not None or html is not None or svg is not None):
         raise RecipeError("--diff compares plans; leave out --dry-run, --device, --html and --svg")

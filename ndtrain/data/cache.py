@@ -129,8 +129,8 @@ def build_cache(
 
 def _skipped(corpus: Corpus) -> str:
     """Return why rows are left out, for a message; "" if none are."""
-    found = [part.odd["skipped"] for part in corpus.parts if "skipped" in part.odd]
-    return f": {sum(odd[0] for odd in found):,} rows are left out, first: {found[0][3]}" if found else ""
+    first = next((part.odd["skipped"][3] for part in corpus.parts if "skipped" in part.odd), "")
+    return f": {corpus.skipped:,} rows are left out, first: {first}" if first else ""
 
 
 def _remove_stale(cache_dir: Path) -> None:
@@ -198,7 +198,7 @@ def open_part(path: Path) -> Part:
         loss=mapped("loss.bin", np.bool_, tokens) if meta.get("masked") else None,
         odd=odd,
         digest=meta.get("digest"),
-        targets=meta.get("targets"),
+        targets=meta.get("targets", 0),
     )
 
 
@@ -232,11 +232,10 @@ def notes(corpus: Corpus, contents: Contents, *, special_tokens: str) -> Iterato
             "such a file is read by the names in its header; to read it as plain text, rename it to .txt",
         ),
     }
-    skipped = sum(part.odd["skipped"][0] for part in corpus.parts if "skipped" in part.odd)
     for kind, (what, then) in wording.items():
         parts = zip(corpus.parts, contents.groups, strict=True)
         found = [(part.odd[kind], group.files) for part, group in parts if kind in part.odd]
         if found:
             (_, number, where, token), files = found[0]
-            count = f"{sum(odd[0] for odd, _ in found):,} of {corpus.n_docs + skipped:,}"
+            count = f"{sum(odd[0] for odd, _ in found):,} of {corpus.n_docs + corpus.skipped:,}"
             yield f"{what.format(token=token)}: {count}, first {files[number]}, {where}; {then.format(token=token)}"

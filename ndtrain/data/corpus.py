@@ -19,7 +19,7 @@ class Part:
 
     `counts` has what was counted when it was made: {kind of odd documents: [count, index of the first one's file, where
     in it, the special token that it spells]}. `digest` identifies the tokens; parts of earlier versions have none.
-    `targets` is the number of tokens that `loss` lets carry loss.
+    `targets` is the number of tokens that `loss` lets carry loss, if there is one.
     """
 
     key: str
@@ -29,7 +29,7 @@ class Part:
     loss: BoolArray | None = None
     odd: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     digest: str | None = None
-    targets: int | None = None
+    targets: int = 0
 
 
 class Corpus:
@@ -59,6 +59,16 @@ class Corpus:
         found = [part.digest for part in self.parts if part.digest]
         whole = hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest()
         return whole if len(found) == len(self.parts) else None
+
+    @property
+    def targets(self) -> int:
+        """How many tokens carry loss. The first of a document never does."""
+        return sum(len(p.tokens) - len(p.docs) + 1 if p.loss is None else p.targets for p in self.parts)
+
+    @property
+    def skipped(self) -> int:
+        """How many rows are left out."""
+        return sum(part.odd["skipped"][0] for part in self.parts if "skipped" in part.odd)
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Return the ids `[stop - start]` from `start` on, fewer at the end of the stream."""

@@ -71,18 +71,16 @@ class Samples(ABC):
 
     def describe(self) -> str:
         """Return how many documents and tokens are in how many rows, and how full these are."""
-        rows, tokens = len(self), self._tokens
+        share = f", of which {self.corpus.targets / self.corpus.n_tokens:.1%} carry loss" if self.corpus.masked else ""
         return (
-            f"documents: {self.corpus.n_docs:,}; rows of {self.seq_len:,} tokens: {rows:,}, "
-            f"{tokens / (rows * self.seq_len):.1%} filled by {tokens:,} tokens{self._share()}"
+            f"documents: {self.corpus.n_docs:,}; rows of {self.seq_len:,} tokens: {len(self):,}, "
+            f"{self.fill:.1%} filled by {self._tokens:,} tokens{share}"
         )
 
-    def _share(self) -> str:
-        """Return how many of all tokens carry loss, where masks tell."""
-        targets = [part.targets for part in self.corpus.parts if part.loss is not None]
-        if not self.corpus.masked or None in targets or len(targets) < len(self.corpus.parts):
-            return ""
-        return f", of which {sum(filter(None, targets)) / max(1, self.corpus.n_tokens):.1%} carry loss"
+    @property
+    def fill(self) -> float:
+        """The share of all positions that hold a token."""
+        return self._tokens / (len(self) * self.seq_len)
 
     @property
     @abstractmethod

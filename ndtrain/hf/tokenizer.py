@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ from ndtrain.storage.pointers import pointer_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_MARKS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
 class ByteTokenizer:
@@ -44,6 +48,14 @@ class ByteTokenizer:
         """Return the `[n]` uint16 ids of a document, without begin and end marks."""
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, to be looked at, with the marks."""
+        runs = groupby(ids, key=lambda id: id < 256)
+        return "".join(
+            bytes(run).decode(errors="replace") if text else "".join(_MARKS[id - 256] for id in run)
+            for text, run in ((text, list(run)) for text, run in runs)
+        )
+
     def spelled(self, text: str) -> str:
         """Return "": no text spells a token that is not a byte."""
         return ""
@@ -58,9 +70,10 @@ class ByteTokenizer:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|bos|>", "<|eos|>", "<|pad|>")])
+        tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in _MARKS])
+        bos, eos, pad = _MARKS
         transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
+            tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad
         ).save_pretrained(directory)
 
 
@@ -165,6 +178,10 @@ class HubTokenizer:
         """The token that pads and means nothing else; None if there is none."""
         others = (self.eos_id, self.inner.bos_token_id, self.inner.unk_token_id)
         return None if self.pad_id in others else self.pad_id
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, to be looked at, with all special ones."""
+        return str(self.inner.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def text_of(self, token: int) -> str:
         """Return the text of a token, for a message."""

@@ -1,0 +1,121 @@
+"""Open a recipe's data as a run would, on this process alone and without its model, to look at it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ndtrain.data import IGNORE, GlobalBatches
+from ndtrain.data.samples import open_samples
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.mesh import MeshSizes
+from ndtrain.runs.process import Runtime
+from ndtrain.train.data_files import fetch_data, with_data_commit, with_format
+from ndtrain.train.inputs import open_batches, open_tokenizer
+from ndtrain.train.report import Silent
+from ndtrain.train.source import with_checkpoint, with_commit
+
+if TYPE_CHECKING:
+    from ndtrain.recipe import Recipe
+
+# As many tokens as no model lacks: which ones it has is for the plan to say.
+_ANY = 1 << 62
+
+
+@dataclass
+class Notes(Silent):
+    """A reporter that keeps what a run would print about its data."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def info(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The data of `recipe`, whose format is known, and what a run would print about it."""
+
+    recipe: Recipe
+    tokenizer: ByteTokenizer | HubTokenizer
+    batches: GlobalBatches
+    notes: list[str]
+
+    def rows(self, count: int) -> Iterator[dict[str, Any]]:
+        """Yield the first rows of a run as JSON: `input_ids`, `labels` (of position t the token after it, -100 where
+        none carries loss), `documents` (their first positions, without padding's) and `source`.
+        """
+        samples = self.batches.samples
+        for index in self.batches.order.sample_ids(0, min(count, len(samples))).tolist():
+            row = {name: values.tolist() for name, values in samples[index].items()}
+            starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
+            last = starts[-1]
+            if last and set(row["input_ids"][last:]) == {samples.pad_id} and set(row["labels"][last:]) == {IGNORE}:
+                starts.pop()
+            yield {
+                "input_ids": row["input_ids"],
+                "labels": row["labels"],
+                "documents": starts,
+                "source": self.recipe.data.path,
+            }
+
+    def counts(self) -> dict[str, Any]:
+        """Return what is in the data and how it fills rows, as JSON."""
+        samples = self.batches.samples
+        corpus, data = samples.corpus, self.recipe.data
+        lengths: Counter[int] = Counter()
+        longest = 0
+        for bounds in corpus.bounds_in_blocks():
+            sizes = np.diff(bounds)
+            longest = max(longest, int(sizes.max(initial=0)))
+            found, many = np.unique(np.frexp(sizes - 1)[1], return_counts=True)
+            lengths.update(dict(zip((1 << found).tolist(), many.tolist(), strict=True)))
+        return {
+            "format": data.format,
+            "documents": corpus.n_docs,
+            "tokens": corpus.n_tokens,
+            "targets": corpus.targets,
+            "skipped": corpus.skipped,
+            "longest": longest,
+            "packing": samples.packing,
+            "seq_len": samples.seq_len,
+            "rows": len(samples),
+            "fill": samples.fill,
+            # Documents of at most so many tokens, and more than half of that.
+            "lengths": {str(size): lengths[size] for size in sorted(lengths)},
+            "fills": [self._filled(seq_len) for seq_len in self._lengths()],
+        }
+
+    def _lengths(self) -> list[int]:
+        own = self.recipe.data.seq_len
+        return sorted({max(2, own // 4), max(2, own // 2), own, 2 * own, 4 * own})
+
+    def _filled(self, seq_len: int) -> dict[str, Any]:
+        """Return the rows of another length, where documents that are longer are cut."""
+        samples = self.batches.samples
+        other = open_samples(samples.corpus, seq_len, packing=samples.packing, pad_id=samples.pad_id)
+        return {"seq_len": seq_len, "rows": len(other), "fill": other.fill}
+
+
+def open_preview(recipe: Recipe) -> Preview:
+    """Prepare the data of `recipe` and return it. Raises the errors that a run would."""
+    notes = Notes()
+    runtime = Runtime(0, 0, 1, torch.device("cpu"))
+
+    def once(work: Any) -> None:
+        work()
+
+    recipe, found = with_checkpoint(recipe)
+    for with_revision in (with_commit, with_data_commit):
+        recipe, more = with_revision(recipe, once)
+        found += more
+    tokenizer, more = open_tokenizer(recipe, runtime, _ANY)
+    fetch_data(recipe, once)
+    recipe = with_format(recipe)
+    batches = open_batches(recipe, runtime, MeshSizes(), tokenizer, notes, vocabulary=_ANY)
+    return Preview(recipe, tokenizer, batches, [*(f"note: {note}" for note in (*found, *more)), *notes.lines])
