@@ -13,6 +13,7 @@ import transformers
 from tests import tiny
 from tests.chat.tokenizers import inner_of
 from tests.ranks import RanksFailed, get_pool
+from tests.test_evaluation import evaluated_only
 from tests.test_source import notes_of_start
 from tests.test_train import trained
 
@@ -97,6 +98,11 @@ def test_the_loss_is_the_mean_over_the_replies(tmp_path: Path) -> None:
         one = ["train.global_batch_size=1", "train.micro_batch_size=1", "data.seq_len=2048"]
         loss, _ = losses(recipe, 1, *(one if packing else []))[0]
         assert loss == pytest.approx(total / count, rel=1e-5)
+        # The same rows held out.
+        said = get_pool(2).run(evaluated_only, str(recipe), [f"eval.path={tmp_path}/one-{packing}.jsonl"], timeout=150)[
+            0
+        ]
+        assert any(f"eval loss {total / count:.4f} " in line and f"({count} tokens)" in line for line in said)
 
 
 def test_rows_that_cannot_be_used_are_named_or_counted(tmp_path: Path) -> None:
