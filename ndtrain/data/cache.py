@@ -199,6 +199,7 @@ def open_part(path: Path) -> Part:
         odd=odd,
         digest=meta.get("digest"),
         targets=meta.get("targets", 0),
+        columns=meta.get("columns"),
     )
 
 
