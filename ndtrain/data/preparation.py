@@ -179,7 +179,9 @@ def _write(
                     assert encoded.loss is not None and encoded.loss.shape == ids.shape
                     counts.targets += int(encoded.loss.sum())
                     loss[0].write(encoded.loss.tobytes())
-            for odd in filter(None, (row.odd, encoded.special and "special")):
+            # A table of conversations cannot have been meant as a text.
+            how = row.odd if encoder.shape == "text" or row.odd != "csv" else ""
+            for odd in filter(None, (how, encoded.special and "special")):
                 counts.odd.setdefault(odd, [0, number, row.where, encoded.special])[0] += 1
             counts.rows += 1
             if done > told:
