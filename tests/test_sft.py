@@ -129,6 +129,12 @@ def test_a_checkpoint_has_the_template_and_a_resume_asks_what_carries_loss(tmp_p
         losses(recipe, 1, *own)
     assert "this version of ndtrain" not in str(refused.value)
     assert len(losses(recipe, 1, *own, 'checkpoint.allow=["data.chat_template"]')) == 4
+    template.write_text(TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))
+    own[1] = "train.steps=5"
+    with pytest.raises(RanksFailed, match=r"data\.chat_template differs \(the template has another text\)") as refused:
+        losses(recipe, 1, *own)
+    assert "data.path" not in str(refused.value)
+    assert len(losses(recipe, 1, *own, 'checkpoint.allow=["data.chat_template"]')) == 5
 
 
 def test_a_name_of_an_optional_field_that_no_row_has_is_refused(tmp_path: Path) -> None:
