@@ -157,3 +157,11 @@ def test_a_name_of_an_optional_field_that_no_row_has_is_refused(tmp_path: Path) 
             str(recipe),
             [named, f"eval.path={held_out}", 'eval.columns={system="instructions"}'],
         )
+
+
+def test_notes_of_a_table_give_no_advice_that_is_for_texts_or_was_taken(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, conversations(1))
+    (tmp_path / "table.csv").write_text("prompt,completion\nq,a\nq,<|im_end|>\n")
+    given = [f"data.path={tmp_path}/table.csv", "data.on_control_text=skip"]
+    notes = [note for note in get_pool(1).run(notes_of_start, str(recipe), given)[0] if "table.csv" in note]
+    assert [note.partition("line 3; ")[2] for note in notes] == ['the completion spells the special token "<|im_end|>"']

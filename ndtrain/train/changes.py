@@ -132,7 +132,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
     other_rows = any(covers(_ROWS, name) for name in names) and origin["content"] == saved["content"]
-    rendered = saved.get("template") not in (None, origin["template"]) and "data.chat_template" not in names
+    templates = {saved.get("template"), origin["template"]}
+    rendered = len(templates - {None}) == 2 and "data.chat_template" not in names
     same_text = origin["content"] == saved["content"] and origin["tokenizer"] == saved["tokenizer"]
     read_anew = other_rows or (rendered and same_text) or bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")

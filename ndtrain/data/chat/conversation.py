@@ -92,7 +92,7 @@ def conversation_of(
         what = "no conversation" if not shapes else f"more than one conversation ({' and '.join(shapes)})"
         raise RowError(
             f'{what}: a row has "messages", "conversations", or "prompt" and "completion"; its fields are {found}; '
-            "data.columns says which to take"
+            f"data.columns {'says which to take' if shapes else 'names those that have another name'}"
         )
     if shapes == ["prompt"]:
         prompt, completion = given["prompt"], given["completion"]
