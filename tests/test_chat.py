@@ -64,10 +64,29 @@ def test_rows_with_tools_get_the_template_for_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        (None, "has no chat template; set data.chat_template to a file or to one of chatml"),
+        ({"rag": "x"}, "has the chat templates rag, none of them the default"),
+    ],
+)
+def test_without_a_template_only_prompts_and_completions_of_text_can_be_used(own: Any, reason: str) -> None:
+    encoder = ChatEncoder(tokenizer_of("qwen"), chat_template(None, own, date=DAY))
+    pair = {"prompt": "What is", "completion": " the capital"}
+    with_template, found = (
+        ChatEncoder(tokenizer_of("qwen"), template_of(CHATML + PROMPT)).encode(pair),
+        encoder.encode(pair),
+    )
+    assert found.ids.tolist() == with_template.ids.tolist()
+    assert found.loss is not None and with_template.loss is not None
+    assert found.loss.tolist() == with_template.loss.tolist()
+    with pytest.raises(RecipeError, match=re.escape(reason)):
+        encoder.encode(ROW)
+
+
+@pytest.mark.parametrize(
     ("given", "own", "reason"),
     [
-        (None, None, "has no chat template; set data.chat_template to a file or to one of chatml"),
-        (None, {"rag": "x"}, "has the chat templates rag, none of them the default"),
         ("chatmi", None, "neither a file"),
         ("empty.jinja", None, "is empty"),
         ("latin.jinja", None, "cannot be read"),
@@ -356,6 +375,12 @@ def test_columns_name_the_fields() -> None:
     with pytest.raises(RowError, match=re.escape("more than one conversation (messages and prompt)")):
         encoder_of(CHATML + PROMPT).encode(both)
     assert trained(encoder_of(CHATML + PROMPT, columns={"prompt": "prompt"}).encode(both), "qwen") == ["c<|im_end|>"]
+
+
+@pytest.mark.parametrize("row", [{"chat": None}, {"prompt": "a", "completion": None}])
+def test_a_field_that_is_null_is_named(row: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match=f'^"{list(row)[-1]}" is null$'):
+        encoder_of(CHATML + PROMPT, columns={"messages": "chat"} if "chat" in row else {}).encode(row)
 
 
 def test_a_row_is_not_changed() -> None:

@@ -158,4 +158,8 @@ def test_the_first_row_says_what_the_data_is(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": "a"}]}]), file)
     chat = with_format(recipe).data
     assert (chat.format, chat.packing, chat.too_long) == ("chat", "best_fit", "error")
+    first = "(data.format is that of the first row, unless it is set)"
+    asks(lambda: with_format(recipe_of(tmp_path, path=str(file), packing="concat")), first)
+    (tmp_path / "empty.jsonl").touch()
+    asks(lambda: with_format(recipe_of(tmp_path, path=f"{tmp_path}/empty.jsonl")), 'empty.jsonl" has no rows')
     asks(lambda: token_files(recipe_of(tmp_path, "data.path=memory://a")), "copy them to a disk")

@@ -23,7 +23,7 @@ def schema_keys() -> list[tuple[str, str, dict[str, Any]]]:
     schema = json_schema()
     found = []
     for section, entry in schema["properties"].items():
-        name = entry["$ref"].rsplit("/", 1)[1]
+        name = entry.get("anyOf", [entry])[0]["$ref"].rsplit("/", 1)[1]
         for key, rule in schema["$defs"][name]["properties"].items():
             if rule.get("type") != "object":
                 found.append((section, key, rule))

@@ -413,8 +413,11 @@ def test_the_first_row_decides_and_rows_of_another_shape_are_refused_with_their_
     chat.write_text('{"messages": []}\n')
     text.write_text('{"text": "a"}\n{"messages": []}\n')
     assert find_shape([empty, chat, text]) == "chat" and find_shape([empty, text, chat]) == "text"
-    assert find_shape([empty]) == "text" and find_shape([chat], format="tokens") == "tokens"
-    with pytest.raises(DamagedError, match=r'c\.jsonl, line 2: a row has no "text": its fields are "messages"'):
+    assert find_shape([empty]) is None and find_shape([chat], format="tokens") == "tokens"
+    with pytest.raises(
+        DamagedError,
+        match=r'c\.jsonl, line 2: a row has no "text": its fields are "messages"; it is chat, and the data',
+    ):
         texts_of(text)
     (tmp_path / "d.txt").write_text("plain")
     assert find_shape([tmp_path / "d.txt", chat]) == "text"

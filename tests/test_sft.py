@@ -129,3 +129,39 @@ def test_a_checkpoint_has_the_template_and_a_resume_asks_what_carries_loss(tmp_p
         losses(recipe, 1, *own)
     assert "this version of ndtrain" not in str(refused.value)
     assert len(losses(recipe, 1, *own, 'checkpoint.allow=["data.chat_template"]')) == 4
+    template.write_text(TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))
+    own[1] = "train.steps=5"
+    with pytest.raises(RanksFailed, match=r"data\.chat_template differs \(the template has another text\)") as refused:
+        losses(recipe, 1, *own)
+    assert "data.path" not in str(refused.value)
+    assert len(losses(recipe, 1, *own, 'checkpoint.allow=["data.chat_template"]')) == 5
+
+
+def test_a_name_of_an_optional_field_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    rows = conversations(6)
+    recipe = recipe_of(tmp_path, [*rows[:5], {**rows[5], "instruction": "Be brief."}])
+    refused = r'data\.columns\.system = "instructions": no row has such a field'
+    with pytest.raises(RanksFailed, match=refused):
+        get_pool(2).run(notes_of_start, str(recipe), ['data.columns={system="instructions"}'])
+    named = 'data.columns={system="instruction"}'
+    for start in ("tokenizes", "maps what is cached"):
+        assert get_pool(2).run(notes_of_start, str(recipe), [named]), start
+    # Held-out rows need not have what the training data has, only what their own keys name.
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps(rows[0]) + "\n")
+    notes = get_pool(2).run(notes_of_start, str(recipe), [named, f"eval.path={held_out}"])[0]
+    assert any(note.startswith("held-out documents: 1;") for note in notes)
+    with pytest.raises(RanksFailed, match=refused.replace("data", "eval")):
+        get_pool(2).run(
+            notes_of_start,
+            str(recipe),
+            [named, f"eval.path={held_out}", 'eval.columns={system="instructions"}'],
+        )
+
+
+def test_notes_of_a_table_give_no_advice_that_is_for_texts_or_was_taken(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, conversations(1))
+    (tmp_path / "table.csv").write_text("prompt,completion\nq,a\nq,<|im_end|>\n")
+    given = [f"data.path={tmp_path}/table.csv", "data.on_control_text=skip"]
+    notes = [note for note in get_pool(1).run(notes_of_start, str(recipe), given)[0] if "table.csv" in note]
+    assert [note.partition("line 3; ")[2] for note in notes] == ['the completion spells the special token "<|im_end|>"']

@@ -26,7 +26,7 @@ from ndtrain.data.groups import groups_of
 from ndtrain.data.preparation import FORMAT_VERSION, Group, prepare
 from ndtrain.data.row import Encoder
 from ndtrain.data.workers import Workers
-from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError
+from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError, counted
 from ndtrain.storage.paths import is_local
 
 # Bytes from which more processes are worth their start of some seconds.
@@ -130,7 +130,7 @@ def build_cache(
 def _skipped(corpus: Corpus) -> str:
     """Return why rows are left out, for a message; "" if none are."""
     first = next((part.odd["skipped"][3] for part in corpus.parts if "skipped" in part.odd), "")
-    return f": {corpus.skipped:,} rows are left out, first: {first}" if first else ""
+    return f"; left out: {counted(corpus.skipped, 'row')}, first: {first}" if first else ""
 
 
 def _remove_stale(cache_dir: Path) -> None:
@@ -199,6 +199,7 @@ def open_part(path: Path) -> Part:
         odd=odd,
         digest=meta.get("digest"),
         targets=meta.get("targets", 0),
+        columns=meta.get("columns"),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ class Part:
 
     `counts` has what was counted when it was made: {kind of odd documents: [count, index of the first one's file, where
     in it, the special token that it spells]}. `digest` identifies the tokens; parts of earlier versions have none.
-    `targets` is the number of tokens that `loss` lets carry loss, if there is one.
+    `targets` is the number of tokens that `loss` lets carry loss, if there is one. `columns` has the names in
+    data.columns that some row has a field for, None where that is not known.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Part:
     odd: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     digest: str | None = None
     targets: int = 0
+    columns: Collection[str] | None = None
 
 
 class Corpus:
@@ -69,6 +71,11 @@ class Corpus:
     def skipped(self) -> int:
         """How many rows are left out."""
         return sum(part.odd["skipped"][0] for part in self.parts if "skipped" in part.odd)
+
+    def without_field(self, columns: Iterable[str]) -> list[str]:
+        """Return which of these names in data.columns no row has a field for; none of them where that is not known."""
+        found = [part.columns for part in self.parts if part.columns is not None]
+        return [name for name in columns if len(found) == len(self.parts) and not any(name in own for own in found)]
 
     def tokens(self, start: int, stop: int) -> IntArray:
         """Return the ids `[stop - start]` from `start` on, fewer at the end of the stream."""

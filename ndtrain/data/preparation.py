@@ -45,7 +45,7 @@ class Group(NamedTuple):
 @dataclass
 class _Counts:
     """What was written: rows read, documents and tokens kept, how many tokens a mask lets carry loss, the largest id,
-    and the odd documents by kind.
+    the odd documents by kind, and the names in data.columns that some row has a field for.
     """
 
     rows: int = 0
@@ -54,6 +54,7 @@ class _Counts:
     targets: int = 0
     largest: int = 0
     odd: dict[str, list[Any]] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -142,6 +143,7 @@ def _write(
 ) -> _Counts:
     dtype = _dtype(encoder)
     counts = _recorded(work, dtype.itemsize, masked=encoder.masked)
+    missing = {name: own for name, own in encoder.columns.items() if name not in counts.columns}
     saved, told = time.monotonic(), 0
     with ExitStack() as stack:
         tokens, docs, *loss = (
@@ -151,6 +153,9 @@ def _write(
             docs.write(np.zeros(1, np.int64).tobytes())
         for (number, row, done), encoded in _encoded(files, encoder, skip=counts.rows, workers=workers):
             file = files[number]
+            for name in [name for name, own in missing.items() if own in row.fields]:
+                counts.columns.append(name)
+                del missing[name]
             if isinstance(encoded, SkippedRow) or (isinstance(encoded, RowError) and encoder.skips):
                 counts.odd.setdefault("skipped", [0, number, row.where, str(encoded)])[0] += 1
                 counts.rows += 1
@@ -174,7 +179,9 @@ def _write(
                     assert encoded.loss is not None and encoded.loss.shape == ids.shape
                     counts.targets += int(encoded.loss.sum())
                     loss[0].write(encoded.loss.tobytes())
-            for odd in filter(None, (row.odd, encoded.special and "special")):
+            # A table of conversations cannot have been meant as a text.
+            how = row.odd if encoder.shape == "text" or row.odd != "csv" else ""
+            for odd in filter(None, (how, encoded.special and "special")):
                 counts.odd.setdefault(odd, [0, number, row.where, encoded.special])[0] += 1
             counts.rows += 1
             if done > told:

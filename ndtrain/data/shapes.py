@@ -132,11 +132,15 @@ def _group(given: Iterable[str], shape: Shape, columns: Mapping[str, str]) -> tu
 def _lacking(shapes: Collection[Shape], given: Iterable[str], columns: Mapping[str, str]) -> RowError:
     groups = [[_quoted(columns.get(n, n)) for n in group] for shape in shapes for group in _groups(shape, columns)]
     names = " or ".join(" and ".join(group) for group in groups)
+    lacking = f"a row has no {names}: {listed(given)}"
+    other = next((shape for shape in SHAPES if shape not in shapes and _group(given, shape, {})), None)
+    if other is not None:
+        return RowError(
+            f"{lacking}; it is {other}, and the data is {next(iter(shapes))}, as data.format, data.columns or the "
+            "first row says"
+        )
     example = REQUIRED[next(iter(shapes))][0][0]
-    return RowError(
-        f"a row has no {names}: {listed(given)}; if one of them is meant, name it, as in "
-        f'data.columns.{example} = "content"'
-    )
+    return RowError(f'{lacking}; if one of them is meant, name it, as in data.columns.{example} = "content"')
 
 
 def _quoted(name: str) -> str:

@@ -132,9 +132,13 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
     other_rows = any(covers(_ROWS, name) for name in names) and origin["content"] == saved["content"]
-    read_anew = other_rows or bool({*_READ} & {*names})
+    templates = {saved.get("template"), origin["template"]}
+    rendered = len(templates - {None}) == 2 and "data.chat_template" not in names
+    same_text = origin["content"] == saved["content"] and origin["tokenizer"] == saved["tokenizer"]
+    read_anew = other_rows or (rendered and same_text) or bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")
     implied = [*([] if same_base else [changed_base]), *([] if same_data or read_anew else _DATA)]
+    implied += ["data.chat_template"] if rendered else []
     for key in dict.fromkeys([*names, *implied]):
         values = _value(before.get(key)), _value(now.get(key))
         if key in _BASE:
@@ -147,6 +151,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
             yield Change(key, own, other, "allow", "another base")
         elif covers((*_DATA, *_ROWS), key) and same_data:
             yield Change(key, *values, "free", "the same content")
+        elif key == "data.chat_template" and rendered:
+            yield Change(key, *values, "allow", "the template has another text")
         elif key == "data.path":
             yield from _files(values, saved, origin, changed=key in names)
         elif key == "data.tokenizer":
@@ -182,7 +188,9 @@ def _files(
             )
         yield Change("data.path", *values, "allow", meaning)
     elif saved["tokenizer"] == origin["tokenizer"]:
-        yield Change("data.path", *values, "allow", "this version of ndtrain reads the same files in another way")
+        yield Change(
+            "data.path", *values, "allow", "this version of ndtrain, or of jinja2, reads the same files in another way"
+        )
     elif changed:
         yield Change("data.path", *values, "free", "the same content")
 

@@ -126,16 +126,24 @@ def token_files(recipe: Recipe, note: Callable[[str], None] = lambda line: None)
 def with_format(recipe: Recipe, *, inherits: DataSection | None = None) -> Recipe:
     """Return the recipe with the format that its data has, and the defaults that depend on it. Collective.
 
-    Reads the first row where the recipe names no format. Raises `RecipeError` for keys that contradict the format,
-    `DamagedError` for a row of none.
+    Reads the first row where the recipe names no format. Raises `RecipeError` for keys that contradict the format, and
+    without rows, `DamagedError` for a row of none.
     """
     data = recipe.data
 
     def found() -> Shape:
-        return find_shape(data_files(recipe), columns=data.columns) if data.format == "auto" else data.format
+        if data.format != "auto":
+            return data.format
+        if (shape := find_shape(data_files(recipe), columns=data.columns)) is None:
+            raise RecipeError(f'data.path = "{data.path}" has no rows')
+        return shape
 
     known = data.of_format(of_rank0(found))
     broken = [(key, sentence) for (_, key), sentence in of_format(known)]
+    if data.format == "auto":
+        broken = [
+            (key, f"{sentence} (data.format is that of the first row, unless it is set)") for key, sentence in broken
+        ]
     # What [eval] has from [data] may be for another format, and does nothing.
     if problems := [text for key, text in broken if inherits is None or getattr(data, key) != getattr(inherits, key)]:
         raise RecipeError("\n".join(problems))

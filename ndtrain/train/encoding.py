@@ -31,14 +31,13 @@ def encoder_of(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> Encod
 
 
 def template_of(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> ChatTemplate:
-    """Return the chat template that rows are rendered with. Raises `RecipeError` if there is none."""
+    """Return the chat template that rows are rendered with; it may be missing. Raises what `chat_template` raises."""
     return chat_template(recipe.data.chat_template, _with_templates(tokenizer).inner.chat_template, date=DATE)
 
 
 def save_templates(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer) -> None:
-    """Let the tokenizer that checkpoints hold have the chat template that rows are rendered with."""
-    if recipe.data.format == "chat":
-        sources = template_of(recipe, tokenizer).sources
+    """Let the tokenizer that checkpoints hold have the chat template that rows are rendered with, if there is one."""
+    if recipe.data.format == "chat" and (sources := template_of(recipe, tokenizer).sources):
         _with_templates(tokenizer).inner.chat_template = sources["default"] if len(sources) == 1 else dict(sources)
 
 

@@ -25,6 +25,7 @@ from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe, of_held_out
+from ndtrain.recipe.schema import DataSection
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
 from ndtrain.train.data_files import cache_root, data_files, fetch_data, token_files, with_format
@@ -81,10 +82,12 @@ def open_batches(
     reporter: Reporter,
     *,
     vocabulary: int,
+    inherits: DataSection | None = None,
 ) -> GlobalBatches:
     """Return this rank's share of the data, which one rank of each node prepares if it is not cached; collective.
 
-    Raises `RecipeError` for data with a token that a model of `vocabulary` tokens lacks.
+    Raises `RecipeError` for data with a token that a model of `vocabulary` tokens lacks, and for names in data.columns
+    that no row has, unless they are those of `inherits`.
     """
     opened: list[tuple[Samples, list[str]]] = []
 
@@ -111,6 +114,8 @@ def open_batches(
     # The other ranks compute its keys from the files' digests, which are cached beside it.
     together(None if opened else build)
     samples, notes = opened[0]
+    if inherits is None or inherits.columns != recipe.data.columns:
+        _refuse_unused(recipe.data, samples.corpus)
     for note in notes:
         reporter.info(f"note: {note}")
     reporter.info(samples.describe())
@@ -122,6 +127,14 @@ def open_batches(
         batch_rank=sizes.coordinate(runtime.rank)["batch"],
         batch_ranks=sizes.batch,
     )
+
+
+def _refuse_unused(data: DataSection, corpus: Corpus) -> None:
+    """Raise `RecipeError` for names in data.columns that say nothing."""
+    for name in corpus.without_field(data.columns):
+        raise RecipeError(
+            f'data.columns.{name} = "{data.columns[name]}": no row has such a field; correct the name or leave it out'
+        )
 
 
 def open_held_out(
@@ -144,7 +157,9 @@ def open_held_out(
             tokenizer, _ = open_tokenizer(own, runtime, vocabulary)
         fetch_data(own, lambda work: rank0_first(runtime, work))
         own = with_format(own, inherits=recipe.data)
-        batches = open_batches(own, runtime, sizes, tokenizer, _OfHeldOut(reporter), vocabulary=vocabulary)
+        batches = open_batches(
+            own, runtime, sizes, tokenizer, _OfHeldOut(reporter), vocabulary=vocabulary, inherits=recipe.data
+        )
     except NdtrainError as error:
         error.args = (of_held_out(str(error)),)
         raise

@@ -12,6 +12,7 @@ from ndtrain.hf.tokenizer_key import packages
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
 from ndtrain.storage.paths import is_local
+from ndtrain.train.encoding import template_of
 from ndtrain.train.inputs import data_contents
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def origin_of(
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
     part of, `content` the text of data.path, `files` each of its files by the name below that path (None for more than
     `MOST_FILES`), and `data` all tokens. Reads the data files whose digests are not cached; `progress(done, total)` is
-    called with their bytes where they are prepared tokens.
+    called with their bytes where they are prepared tokens. `template` is that of the chat template's text, None where
+    rows are not rendered.
     """
     files, contents = data_contents(recipe, tokenizer, progress)
     places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]
@@ -41,6 +43,7 @@ def origin_of(
         "base": base_identity(model, recipe),
         "tokenizer": contents.encoder,
         "packages": packages(),
+        "template": template_of(recipe, tokenizer).key if recipe.data.format == "chat" else None,
         "data": contents.key,
         "content": _digest(" ".join(contents.files)),
         "files": {os.path.relpath(place, root): _digest(own) for place, own in zip(places, contents.files, strict=True)}

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 # What `origin_of` returns that a checkpoint records beside the recipe.
-_IDENTITIES = ("base", "tokenizer", "packages", "content", "files")
+_IDENTITIES = ("base", "tokenizer", "packages", "template", "content", "files")
 
 
 class Trainer:

@@ -84,12 +84,15 @@ def conversation_of(
         shapes.append("prompt")
     if len(shapes) > 1 and names:  # what data.columns names goes before what a row has besides
         shapes = [name for name in shapes if name in names] or shapes
+    null = [own for name in FIELDS[:4] if (own := names.get(name, name)) in fields and given[name] is None]
+    if not shapes and null:
+        raise RowError(f'"{null[0]}" is null')
     if len(shapes) != 1:
         found = ", ".join(map(str, list(fields)[:20])) or "none"
         what = "no conversation" if not shapes else f"more than one conversation ({' and '.join(shapes)})"
         raise RowError(
             f'{what}: a row has "messages", "conversations", or "prompt" and "completion"; its fields are {found}; '
-            "data.columns says which to take"
+            f"data.columns {'says which to take' if shapes else 'names those that have another name'}"
         )
     if shapes == ["prompt"]:
         prompt, completion = given["prompt"], given["completion"]

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ndtrain.data.chat.control import control_text
-from ndtrain.data.chat.conversation import REASONING, ROLES, Conversation, Message, TextPair, conversation_of, has_tools
+from ndtrain.data.chat.conversation import (
+    ANY,
+    REASONING,
+    ROLES,
+    Conversation,
+    Message,
+    TextPair,
+    conversation_of,
+    has_tools,
+)
 from ndtrain.data.chat.forms import Form, form_of
 from ndtrain.data.chat.spots import named, spotted
 from ndtrain.data.chat.template import OWN, ChatTemplate
@@ -109,18 +118,20 @@ class ChatEncoder:
     def encode(self, fields: Mapping[str, Any]) -> Encoded:
         """Return the tokens of a row, with at least one that carries loss. Raises `RowError`."""
         tools = len(self._forms) > 1 and has_tools(fields, self.columns)
-        form = self._forms[self.template.text_for(tools=tools)]
-        given = conversation_of(fields, columns=self.columns, accepts=form.accepts)
+        form = self._forms[self.template.text_for(tools=tools)] if self._forms else None
+        given = conversation_of(fields, columns=self.columns, accepts=form.accepts if form else ANY)
+        if form is None and isinstance(given, Conversation):
+            raise RecipeError(self.template.missing)
         where, special = control_text(given, self.tokenizer.spelled)
         if special and self.on_control_text != "allow":
-            kind = SkippedRow if self.on_control_text == "skip" else RowError
-            raise kind(
-                f'{where} spells the special token "{special}"; remove it, or set data.on_control_text to "skip" or '
-                '"allow"'
-            )
+            spelled = f'{where} spells the special token "{special}"'
+            if self.on_control_text == "skip":
+                raise SkippedRow(spelled)
+            raise RowError(f'{spelled}; remove it, or set data.on_control_text to "skip" or "allow"')
         if isinstance(given, TextPair):
             ids, loss = self._pair(given)
         else:
+            assert form is not None
             ids, loss = self._masked(*self._rendered(given, form, self.train_on), given)
         loss[:1] = False  # the first token is predicted from none
         if not loss.any():

@@ -28,13 +28,15 @@ _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
 class ChatTemplate:
     """The templates that rows are rendered with: "default", and maybe "tool_use" for rows with tools.
 
-    `sources` are the texts to save with a checkpoint. `texts` are the same with the day fixed to `date`.
+    `sources` are the texts to save with a checkpoint. `texts` are the same with the day fixed to `date`. Where there is
+    no template, both are empty, and `missing` says so: then only prompts and completions of plain text can be used.
     """
 
     name: str
     sources: Mapping[str, str]
     texts: Mapping[str, str]
     date: datetime.date
+    missing: str = ""
 
     def text_for(self, *, tools: bool) -> str:
         """Return the template of a row, chosen as transformers does."""
@@ -58,7 +60,8 @@ class ChatTemplate:
 def chat_template(given: str | None, own: Any, *, date: datetime.date) -> ChatTemplate:
     """Return the template that `data.chat_template` names, or `own`, the tokenizer's `chat_template`, if it is None.
 
-    Raises `RecipeError` if there is none, it cannot be read, or its text is not a function of the row.
+    Raises `RecipeError` if the one that is named is not there or cannot be read, or its text is not a function of the
+    row.
     """
     if given is not None:
         name, sources = _named(given)
@@ -72,7 +75,8 @@ def chat_template(given: str | None, own: Any, *, date: datetime.date) -> ChatTe
             if own
             else "has no chat template"
         )
-        raise RecipeError(f"data.tokenizer {has}; set data.chat_template to a file or to one of {', '.join(BUILT_IN)}")
+        missing = f"data.tokenizer {has}; set data.chat_template to a file or to one of {', '.join(BUILT_IN)}"
+        return ChatTemplate(OWN, {}, {}, date, missing)
     return ChatTemplate(name, sources, {key: _fixed(text, name, date) for key, text in sources.items()}, date)
 
 

@@ -57,8 +57,10 @@ def rows_of(file: Path, *, shape: Shape = "text", columns: Mapping[str, str] = _
             yield row if source.table else row._replace(fields=used(row.fields, shape, columns))
 
 
-def find_shape(files: Iterable[Path], *, format: str = "auto", columns: Mapping[str, str] = _NO_COLUMNS) -> Shape:
-    """Return the shape of the first row in `files`, in their order; `format`, where it names one. Text without rows.
+def find_shape(
+    files: Iterable[Path], *, format: str = "auto", columns: Mapping[str, str] = _NO_COLUMNS
+) -> Shape | None:
+    """Return the shape of the first row in `files`, in their order; `format`, where it names one. None without rows.
 
     Raises what `rows_of` raises, and `DamagedError` for a row of no shape, or of more than one.
     """
@@ -69,7 +71,7 @@ def find_shape(files: Iterable[Path], *, format: str = "auto", columns: Mapping[
             if source.names:
                 with row_errors(file, source.where):
                     return shape_of(source.names, columns)
-    return "text"
+    return None
 
 
 @contextmanager
