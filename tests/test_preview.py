@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ndtrain.cli import app
+from ndtrain.data import build_cache
 from ndtrain.errors import RecipeError
 from ndtrain.recipe import load_recipe
+from ndtrain.train.encoding import encoder_of
 from ndtrain.train.preview import open_preview
 from tests import tiny
-from tests.test_sft import conversations, recipe_of
+from tests.test_sft import TEMPLATE, conversations, recipe_of
 
 
 def shown(recipe: Path, *arguments: str) -> str:
@@ -77,3 +80,30 @@ def test_without_a_number_the_data_is_counted(tmp_path: Path) -> None:
 def test_other_questions_are_not_asked_at_once(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--data shows the data alone"):
         shown(text_recipe(tmp_path), "--data", "--rank", "1")
+
+
+def test_the_recipe_says_how_many_processes_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def build(*args: Any, workers: int, **kwargs: Any) -> Any:
+        seen.append(workers)
+        return build_cache(*args, **kwargs)
+
+    monkeypatch.setattr("ndtrain.train.inputs.build_cache", build)
+    recipe = text_recipe(tmp_path)
+    for workers in (3, 0):
+        open_preview(load_recipe(recipe, [f"data.workers={workers}"]))
+    assert seen == [3, len(os.sched_getaffinity(0))]
+
+
+def test_the_keys_of_chat_reach_its_encoder(tmp_path: Path) -> None:
+    recipe, template = recipe_of(tmp_path, conversations(4)), tmp_path / "plain.jinja"
+    template.write_text(TEMPLATE)
+    keys = ['train_on=["user"]', f"chat_template={template}", "on_control_text=allow", "on_bad_row=skip"]
+    preview = open_preview(load_recipe(recipe, [f"data.{key}" for key in keys]))
+    encoder: Any = encoder_of(preview.recipe, preview.tokenizer)
+    assert (encoder.train_on, encoder.on_control_text, encoder.skips) == ({"user"}, "allow", True)
+    assert encoder.template.sources == {"default": TEMPLATE}
+    labels = [label for row in preview.rows(99) for label in row["labels"] if label != -100]
+    trained = preview.tokenizer.decode(labels)
+    assert "What is it?" in trained and "Answer" not in trained
