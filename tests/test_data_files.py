@@ -6,6 +6,7 @@ import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -140,6 +141,20 @@ def test_held_out_data_of_the_hub_has_a_commit_and_a_split_of_its_own(
     assert recipe.eval is not None and recipe.eval.revision == commit and recipe.data.revision == "main"
     fetch_data(recipe.held_out(), lambda work: work())
     assert texts_of(data_files(recipe.held_out())) == ["validation"]
+
+
+def test_files_without_rows_are_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.save(folder / "a.npy", np.arange(64, dtype=np.uint16))
+    np.arange(64, dtype=np.uint16).tofile(folder / "b.bin")  # also UTF-8, with zero bytes
+    (folder / "c.bin").write_text("Text whose name says nothing of it. " * 4)
+    for path, found in (("a.npy", "tokens"), ("b.bin", "tokens"), ("c.bin", "text"), ("*.npy", "tokens")):
+        assert with_format(recipe_of(tmp_path, path=f"{folder}/{path}")).data.format == found, path
+    (folder / "c.bin").unlink()
+    assert with_format(recipe_of(tmp_path, path=str(folder))).data.format == "tokens"
+    (folder / "d.txt").write_text("a row")
+    assert with_format(recipe_of(tmp_path, path=str(folder))).data.format == "text"
 
 
 def test_the_first_row_says_what_the_data_is(tmp_path: Path) -> None:

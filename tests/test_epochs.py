@@ -87,7 +87,7 @@ def test_an_epoch_is_the_steps_that_it_takes_and_more_epochs_go_on_from_it(tmp_p
 )
 def test_epochs_end_where_the_samples_do(tmp_path: Path, batch: int, step: int, cursor: int, steps: int) -> None:
     recipe = load_recipe(recipe_file(tmp_path, {"epochs": 2}), [f"train.global_batch_size={batch}"])
-    found = with_steps(recipe, samples=SAMPLES, step=step, cursor=cursor)
+    found = with_steps(recipe, order(), step=step, cursor=cursor)
     assert found.train.steps == steps and found.train.epochs == 2
     assert found.schedule.warmup_steps == (2 * steps + 50) // 100
 
@@ -104,6 +104,7 @@ def test_inspect_says_that_the_steps_follow_from_the_data(tmp_path: Path) -> Non
 def test_a_schedule_that_does_not_fit_is_refused_once_the_steps_are_known(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file(tmp_path, {"epochs": 2}), ["schedule.warmup_steps=18"])
     with pytest.raises(RecipeError, match=r"with train\.epochs = 2: schedule\.warmup_steps = 18 .* train\.steps = 18"):
-        with_steps(recipe, samples=SAMPLES, step=0, cursor=0)
-    assert with_steps(recipe, samples=SAMPLES, step=18, cursor=144).train.steps == 18  # nothing is left to train
-    assert with_steps(recipe, samples=SAMPLES + 8, step=0, cursor=0).train.steps == 20
+        with_steps(recipe, order(), step=0, cursor=0)
+    assert with_steps(recipe, order(), step=18, cursor=144).train.steps == 18  # nothing is left to train
+    more = Order(SAMPLES + 8, seed=3, shuffle=True)
+    assert with_steps(recipe, more, step=0, cursor=0).train.steps == 20

@@ -8,7 +8,7 @@ import pytest
 
 from ndtrain.data.row import RowError
 from ndtrain.data.shapes import REQUIRED, fields_of, names_of, shape_of, text_of
-from ndtrain.recipe.schema import COLUMNS, DataSection
+from ndtrain.recipe.data import COLUMNS, DataSection
 
 
 def test_the_fields_of_all_formats_can_be_named() -> None:

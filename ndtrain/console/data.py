@@ -46,7 +46,9 @@ def _show_row(console: Console, preview: Preview, number: int, row: dict[str, An
     trained = [False, *(label != IGNORE for label in labels[:-1])]
     carry = sum(label != IGNORE for label in labels)
     end = _filled(preview, row)
-    head = f"row {number}: {counted(len(starts), 'document')}, {end:,} of {len(ids):,} tokens, {carry:,} carry loss"
+    origin = f" of {row['source']}" if preview.recipe.data.sources else ""
+    filled = f"{end:,} of {len(ids):,} tokens, {carry:,} carry loss"
+    head = f"row {number}{origin}: {counted(len(starts), 'document')}, {filled}"
     console.print(Text(head, style="bold"))
     for index, (first, stop) in enumerate(pairwise([*starts, end])):
         if len(starts) > 1:
@@ -93,6 +95,12 @@ def _show_counts(console: Console, counts: dict[str, Any]) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
+    if "sources" in counts:
+        names = ("format", "documents", "tokens", "targets", "rows")
+        each = Table("source", *names, box=None, title="sources", title_justify="left")
+        for label, own in counts["sources"].items():
+            each.add_row(label, *(f"{own[name]:,}" if isinstance(own[name], int) else own[name] for name in names))
+        console.print(each)
     lengths = Table("tokens of a document", "documents", "", box=None, title="lengths", title_justify="left")
     most = max(counts["lengths"].values())
     for size, many in counts["lengths"].items():

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 import torch
 
+from ndtrain.data.mixture import Mixed, MixedOrder
 from ndtrain.data.order import Order
 from ndtrain.data.row import IntArray
 from ndtrain.data.samples import IGNORE, Samples
@@ -26,8 +27,8 @@ class GlobalBatches:
     equally shaped forwards. The global batch has the same rows in the same order for every R and m.
     """
 
-    samples: Samples
-    order: Order
+    samples: Samples | Mixed
+    order: Order | MixedOrder
     _: KW_ONLY
     global_batch_size: int
     micro_batch_size: int  # at most this; less where a rank's share of the global batch is smaller
@@ -50,11 +51,19 @@ class GlobalBatches:
     @property
     def tokens(self) -> str | None:
         """The identity of the tokens alone, whatever gave them (`Corpus.digest`)."""
-        return self.samples.corpus.digest
+        return self.samples.digest
 
     def sample_ids(self, cursor: int) -> IntArray:
         """Return the ids `[G]` of the whole global batch at the cursor; the next batch is at cursor + G."""
         return self.order.sample_ids(cursor, self.global_batch_size)
+
+    def sources_of(self, cursor: int) -> IntArray | None:
+        """Return the source of each of this rank's rows `[micro_steps, m]`; None without sources. Fillers have any."""
+        if not isinstance(self.samples, Mixed):
+            return None
+        ids = self.samples.sources_of(self.sample_ids(cursor))
+        padded = np.resize(ids, self.micro_steps * self.batch_ranks * self.micro_batch_size)
+        return padded.reshape(self.micro_steps, self.batch_ranks, self.micro_batch_size)[:, self.batch_rank]
 
     def load(self, cursor: int) -> list[dict[str, torch.Tensor]]:
         """Return this rank's micro batches in order: int64 `[m, S]` input_ids, labels and position_ids each."""

@@ -39,6 +39,14 @@ class Order:
             cursor, count = cursor + take, count - take
         return np.concatenate(parts)
 
+    def end(self, epochs: int) -> int:
+        """Return the cursor at which so many epochs end."""
+        return epochs * self.n_samples
+
+    def epoch(self, cursor: int) -> float:
+        """Return how many epochs have passed at the cursor: 1.5 is the middle of the second."""
+        return cursor / self.n_samples
+
     def _ids(self, epoch: int, start: int, count: int) -> IntArray:
         if not self.shuffle:
             return np.arange(start, start + count, dtype=np.int64)

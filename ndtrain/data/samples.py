@@ -65,6 +65,11 @@ class Samples(ABC):
         return end
 
     @property
+    def digest(self) -> str | None:
+        """The identity of the tokens alone, whatever gave them (`Corpus.digest`)."""
+        return self.corpus.digest
+
+    @property
     def fingerprint(self) -> str:
         """Text that identifies the rows."""
         return f"{self.corpus.key} seq_len={self.seq_len} packing={self.packing} samples={len(self)}"
@@ -74,17 +79,17 @@ class Samples(ABC):
         share = f", of which {self.corpus.targets / self.corpus.n_tokens:.1%} carry loss" if self.corpus.masked else ""
         return (
             f"documents: {self.corpus.n_docs:,}; rows of {self.seq_len:,} tokens: {len(self):,}, "
-            f"{self.fill:.1%} filled by {self._tokens:,} tokens{share}"
+            f"{self.fill:.1%} filled by {self.held_tokens:,} tokens{share}"
         )
 
     @property
     def fill(self) -> float:
         """The share of all positions that hold a token."""
-        return self._tokens / (len(self) * self.seq_len)
+        return self.held_tokens / (len(self) * self.seq_len)
 
     @property
     @abstractmethod
-    def _tokens(self) -> int:
+    def held_tokens(self) -> int:
         """The tokens in all rows."""
 
 
@@ -111,7 +116,7 @@ class Concatenated(Samples):
         row["position_ids"] -= np.maximum.accumulate(begins)
 
     @property
-    def _tokens(self) -> int:
+    def held_tokens(self) -> int:
         return min(self.corpus.n_tokens, len(self) * self.seq_len)
 
 
@@ -147,7 +152,7 @@ class Whole(Samples):
             row["position_ids"][at:] = np.arange(size - at)
 
     @property
-    def _tokens(self) -> int:
+    def held_tokens(self) -> int:
         return self.index.tokens
 
     def describe(self) -> str:

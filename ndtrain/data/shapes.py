@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from ndtrain.data.row import RowError
-from ndtrain.recipe.schema import COLUMNS
+from ndtrain.recipe.data import COLUMNS
 
 Shape = Literal["text", "chat", "tokens"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)

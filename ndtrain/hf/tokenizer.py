@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -98,9 +99,7 @@ class HubTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str, *, parse_special: bool = False):
-        self.inner = tokenizer
-        self.key = f"{key}-{'parse' if parse_special else 'text'}"
-        self.parse_special = parse_special
+        self.inner, self._key = tokenizer, key
         # Ids may have gaps, so the number of tokens says nothing of them.
         ids = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
         self.vocab_size = max(ids, default=-1) + 1
@@ -117,12 +116,30 @@ class HubTokenizer:
         self._control = control_tokens(tokenizer)
         # Any text may give the unknown token.
         self._refused = [id for id in self._control.values() if id != tokenizer.unk_token_id]
-        if parse_special and not can_parse(tokenizer):
+        self.parse_special = False
+        self._parse(parse_special)
+        self._spelled = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
+
+    @property
+    def key(self) -> str:
+        """The identity of what it does to text."""
+        return f"{self._key}-{'parse' if self.parse_special else 'text'}"
+
+    def parsing(self, parse_special: bool) -> HubTokenizer:
+        """Return the tokenizer that treats text which spells special tokens so. Raises what the constructor raises."""
+        if parse_special == self.parse_special:
+            return self
+        other = copy(self)
+        other._parse(parse_special)
+        return other
+
+    def _parse(self, parse_special: bool) -> None:
+        if parse_special and not can_parse(self.inner):
             raise RecipeError(
                 'data.special_tokens = "parse" is not available with this data.tokenizer, which encodes all text as '
                 'plain text; set it to "text"'
             )
-        self._spelled = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
+        self.parse_special = parse_special
 
     def encode_bytes(self, raw: bytes) -> np.ndarray:
         """Return the `[n]` int64 ids of a document, without begin and end marks.
@@ -163,10 +180,10 @@ class HubTokenizer:
     @cached_property
     def _strict(self) -> Callable[[str], np.ndarray] | None:
         """Encodes text with a copy of the tokenizer whose model has no special tokens; None without such a copy."""
-        copy = without_special(self.inner, self._control.keys() - {str(self.inner.unk_token)})
-        if copy is None:
+        plain_only = without_special(self.inner, self._control.keys() - {str(self.inner.unk_token)})
+        if plain_only is None:
             return None
-        strict = lambda text: np.asarray(copy.encode(text, add_special_tokens=False).ids, dtype=np.int64)  # noqa: E731
+        strict = lambda text: np.asarray(plain_only.encode(text, add_special_tokens=False).ids, np.int64)  # noqa: E731
         plain = self._spelled.sub(" ", PROBE)
         try:
             return strict if np.array_equal(strict(plain), self._encode(plain)) else None

@@ -16,7 +16,8 @@ class StepMetrics:
 
     `aux_loss` is the router's, the mean over the global batch's sequences without its coefficient; None, and left out
     of the line, without a router. A step that is not finite changes no weight: `skipped` counts those of the run up to
-    now, and is left out while it is 0.
+    now, and is left out while it is 0. `sources` has the targets of each source of a mixture, and is left out without
+    one.
     """
 
     step: int
@@ -32,6 +33,7 @@ class StepMetrics:
     time: str
     aux_loss: float | None = None
     skipped: int = 0
+    sources: dict[str, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields to write, with None for numbers that are not finite, which JSON does not have."""
@@ -40,22 +42,33 @@ class StepMetrics:
             del fields["aux_loss"]
         if not self.skipped:
             del fields["skipped"]
+        if self.sources is None:
+            del fields["sources"]
         return _without_infinities(fields)
 
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """The line of an evaluation in metrics.jsonl: the mean cross-entropy of all `eval_tokens` targets after `step`."""
+    """The line of an evaluation in metrics.jsonl: the mean cross-entropy of all `eval_tokens` targets after `step`.
+
+    `sources` has that of each source, and is left out where [eval] has none.
+    """
 
     step: int
     eval_loss: float
     perplexity: float
     eval_tokens: int
     time: str
+    sources: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields to write, as `StepMetrics.as_dict` does."""
-        return _without_infinities(asdict(self))
+        fields = asdict(self)
+        if self.sources is None:
+            del fields["sources"]
+        else:
+            fields["sources"] = _without_infinities(self.sources)
+        return _without_infinities(fields)
 
 
 Metrics = StepMetrics | EvalMetrics

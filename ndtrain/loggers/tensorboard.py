@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from ndtrain.errors import RecipeError
-from ndtrain.loggers.metrics import Metrics
+from ndtrain.loggers.metrics import EvalMetrics, Metrics
 from ndtrain.storage.paths import is_local
 
 
@@ -32,6 +32,9 @@ class TensorBoard:
         for name, value in metrics.as_dict().items():
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(name, value, metrics.step)
+        of_source = "eval_loss" if isinstance(metrics, EvalMetrics) else "tokens"
+        for label, value in (metrics.sources or {}).items():
+            self._writer.add_scalar(f"{of_source}/{label}", value, metrics.step)
         self._writer.flush()
 
     def close(self) -> None:

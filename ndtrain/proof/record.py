@@ -16,7 +16,7 @@ from torch import nn
 import ndtrain
 from ndtrain.data import micro_batches
 from ndtrain.engine import Engine
-from ndtrain.recipe.schema import DataSection
+from ndtrain.recipe.data import DataSection
 from ndtrain.storage.paths import os_errors, replace_text
 
 FILE = "proof.json"

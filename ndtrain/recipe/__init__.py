@@ -1,18 +1,16 @@
 """Read a TOML recipe into frozen, validated sections; everything wrong raises `RecipeError`. Imports no torch.
 
-`schema` declares the sections and their keys, `rules` refuses contradictions and what is not supported yet, `aliases`
-accepts other tools' spellings, and `reader` turns a file and `--set` arguments into a `Recipe`, or into an error that
-names the key, the value, the rule and the line.
+`schema`, with `data` and `mesh`, declares the sections and their keys, `rules` refuses contradictions and what is not
+supported yet, `aliases` accepts other tools' spellings, and `reader` turns a file and `--set` arguments into a
+`Recipe`, or into an error that names the key, the value, the rule and the line.
 """
 
+from ndtrain.recipe.data import OF_SOURCE, SHARED, DataSection, EvalSection, SourceSection
 from ndtrain.recipe.reader import json_schema, load_recipe, to_toml
 from ndtrain.recipe.schema import (
-    SHARED,
     CheckpointSection,
     CpSection,
-    DataSection,
     EpSection,
-    EvalSection,
     FsdpSection,
     LoadSection,
     LogSection,
@@ -25,9 +23,10 @@ from ndtrain.recipe.schema import (
     TpSection,
     TrainSection,
 )
-from ndtrain.recipe.sections import of_held_out, sections
+from ndtrain.recipe.sections import of_held_out, of_source, sections
 
 __all__ = [
+    "OF_SOURCE",
     "SHARED",
     "CheckpointSection",
     "CpSection",
@@ -43,11 +42,13 @@ __all__ = [
     "Recipe",
     "RunSection",
     "ScheduleSection",
+    "SourceSection",
     "TpSection",
     "TrainSection",
     "json_schema",
     "load_recipe",
     "of_held_out",
+    "of_source",
     "sections",
     "to_toml",
 ]

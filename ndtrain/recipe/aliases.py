@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ndtrain.recipe.data import SHARED
 from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
-from ndtrain.recipe.schema import SHARED
 
 # (section, alias) -> key of the same section.
 ALIASES: dict[tuple[str, str], str] = {

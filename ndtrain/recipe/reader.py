@@ -4,6 +4,7 @@ import datetime
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ from pydantic import ValidationError
 
 from ndtrain.errors import RecipeError
 from ndtrain.recipe.aliases import ALIASES, canonical
+from ndtrain.recipe.data import SHARED, SourceSection
 from ndtrain.recipe.paths import expand_paths
-from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, show
+from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, index, is_index, show
 from ndtrain.recipe.resuming import NEVER
 from ndtrain.recipe.rules import contradictions, not_yet
-from ndtrain.recipe.schema import SHARED, Recipe
+from ndtrain.recipe.schema import Recipe
 from ndtrain.recipe.sections import sections
 from ndtrain.storage.urls import without_secrets
 
 MAX_PROBLEMS = 5
 _KEY = r"""(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')"""
 _DOTTED = rf"{_KEY}(?:[ \t]*\.[ \t]*{_KEY})*"
-_HEADER = re.compile(rf"[ \t]*\[\[?[ \t]*({_DOTTED})[ \t]*\]")
+_HEADER = re.compile(rf"[ \t]*\[(\[)?[ \t]*({_DOTTED})[ \t]*\]")
 _ASSIGNMENT = re.compile(rf"[ \t]*({_DOTTED})[ \t]*=")
 
 
@@ -177,11 +179,15 @@ def _line_numbers(text: str) -> dict[Key, int]:
     """Return the first line of each key and table. `text` must be well-formed TOML."""
     lines: dict[Key, int] = {}
     table: Key = ()
+    entries: Counter[Key] = Counter()  # of arrays of tables
     inside: str | None = None  # the quotes that end the multi-line string around this line
     for number, line in enumerate(text.split("\n"), start=1):
         if inside is None:
             if header := _HEADER.match(line):
-                table = _parts(header[1])
+                table = _parts(header[2])
+                if header[1]:
+                    entries[table] += 1
+                    table = (*table, index(entries[table] - 1))
                 found = table
             elif assignment := _ASSIGNMENT.match(line):
                 found = table + _parts(assignment[1])
@@ -225,21 +231,38 @@ def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Prob
         if isinstance(broken, RulesBroken):
             yield from broken.problems
             continue
-        extra = item["type"] == "extra_forbidden"
-        at: Key = tuple(str(part) for part in item["loc"][:2])
+        at: Key = tuple(index(part) if isinstance(part, int) else part for part in item["loc"][: _depth(item["loc"])])
+        *outer, key = at
         if at in seen:  # a union reports each of its members
             continue
-        if at[0] == "eval" and at[1:] and at[1] in set(SHARED) - {"path"} - set(document["eval"]):
-            continue  # taken from [data], where it is reported
+        table = _at(document, outer)
+        inherits = at[0] in ("data", "eval") and at[1:] and at != ("data", key)
+        if inherits and key in SHARED and key not in table:
+            continue  # taken from the section around it, or from [data], where it is reported
         seen.add(at)
-        if extra:
+        if item["type"] == "extra_forbidden":
             yield at, _unknown(at)
+        elif is_index(key):
+            yield at, f"{dotted(at)} = {show(_at(document, at))} must be a table: [[{dotted(tuple(outer))}]]"
         elif len(at) == 1:
-            yield at, f"{at[0]} = {show(document[at[0]])} must be a table: [{at[0]}]"
-        elif item["type"] == "missing" and len(item["loc"]) == 2:
+            yield at, f"{key} = {show(table[key])} must be a table: [{key}]"
+        elif item["type"] == "missing" and len(item["loc"]) == len(at):
             yield at, f"{dotted(at)} is required: {_rule(at)}"
         else:
-            yield at, f"{dotted(at)} = {show(document[at[0]][at[1]])} must be {_rule(at)}"
+            yield at, f"{dotted(at)} = {show(table[key])} must be {_rule(at)}"
+
+
+def _depth(place: Sequence[str | int]) -> int:
+    """Return how many parts of pydantic's place name a key, or an entry of an array of tables."""
+    return 2 if place[1:2] != ("sources",) else 4
+
+
+def _at(document: dict[str, Any], at: Sequence[str]) -> Any:
+    """Return what the document has at the key `at`."""
+    found: Any = document
+    for part in at:
+        found = found[int(part[1:-1]) if is_index(part) else part]
+    return found
 
 
 def _unknown(at: Key) -> str:
@@ -251,10 +274,12 @@ def _unknown(at: Key) -> str:
             return f"the recipe has no section or top-level key {show(at[0])}; " + _home(homes)
         hint = f"did you mean [{close[0]}]?" if close else "its sections are " + ", ".join(keys_of)
         return f"the recipe has no section [{dotted(at)}]; {hint}"
-    section, key = at
+    section, key = at[0], at[-1]
     known = keys_of[section]
     aliases = {alias: name for (home, alias), name in ALIASES.items() if home == section}
     text = f"[{section}] has no key {show(key)}; "
+    if len(at) > 2:
+        text, known, aliases = f"{dotted(at[:-1])} has no key {show(key)}; ", list(SourceSection.model_fields), {}
     if close := difflib.get_close_matches(key, [*known, *aliases], n=1):
         return text + f'did you mean "{aliases.get(close[0], close[0])}"?'
     if homes := [name for name, keys in keys_of.items() if key in keys or (name, key) in ALIASES]:
@@ -303,8 +328,9 @@ def _rule(at: Key) -> str:
 
 
 def _schema(at: Key) -> dict[str, Any]:
-    properties: dict[str, dict[str, Any]] = sections()[at[0]].model_json_schema(by_alias=True)["properties"]
-    return properties[at[1]]
+    model = SourceSection if len(at) > 2 and is_index(at[2]) else sections()[at[0]]
+    properties: dict[str, dict[str, Any]] = model.model_json_schema(by_alias=True)["properties"]
+    return properties[at[3 if model is SourceSection else 1]]
 
 
 def _words(schema: dict[str, Any]) -> str:
@@ -319,6 +345,8 @@ def _words(schema: dict[str, Any]) -> str:
             return "true or false"
         case "string":
             return "a string that is not empty" if schema.get("minLength") else "a string"
+        case "array" if "$ref" in schema.get("items", {}):
+            return "an array of tables"
         case "array" if "items" in schema:
             return f"an array, each entry {_words(schema['items'])}"
         case "array":

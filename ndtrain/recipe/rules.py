@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ndtrain.recipe.problems import Key, Problem, dotted, show
-from ndtrain.recipe.schema import COLUMNS, DataSection, Recipe
-from ndtrain.recipe.sections import of_held_out
+from ndtrain.recipe.data import COLUMNS, DataSection
+from ndtrain.recipe.problems import Key, Problem, dotted, index, show
+from ndtrain.recipe.schema import Recipe
+from ndtrain.recipe.sections import of_held_out, of_source
 
 # Key -> (the supported values, why the others are refused).
 NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
@@ -68,7 +69,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"data.tokenizer is required with model.type = {show(model.type)}, which has no tokenizer of its own; "
             'set it to a directory, a hub id or "bytes"',
         )
-    yield from _data(data)
+    yield from _rows("data", recipe)
     if train.micro_batch_size > train.global_batch_size:
         yield (
             ("train", "micro_batch_size"),
@@ -81,6 +82,17 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield (
             ("train", "epochs"),
             f"train.steps = {train.steps} and train.epochs = {train.epochs} exclude each other; keep one",
+        )
+    if data.sources and data.stop == "never" and train.epochs is not None:
+        yield (
+            ("train", "epochs"),
+            f'train.epochs = {train.epochs} needs to know of which source: set data.stop to "first", so that the run '
+            'ends with the source that is read first, or to "all"; or set train.steps in place of epochs',
+        )
+    if data.stop != "never" and not data.sources:
+        yield (
+            ("data", "stop"),
+            f"data.stop = {show(data.stop)} is for [[data.sources]]; leave it out",
         )
     yield from of_schedule(recipe)
 
@@ -122,9 +134,9 @@ def _eval(recipe: Recipe) -> Iterator[Problem]:
                 "checkpoint.keep_best = true needs a held-out loss: give its data in [eval], or leave it out",
             )
         return
-    for (_, key), sentence in _data(recipe.held_out().data):
-        if getattr(held_out, key) != getattr(data, key):  # else it is [data]'s
-            yield ("eval", key), of_held_out(sentence)
+    for (_, *key), sentence in _rows("eval", recipe.held_out()):
+        if len(key) > 1 or key[0] in ("path", "sources") or getattr(held_out, key[0]) != getattr(data, key[0]):
+            yield ("eval", *key), of_held_out(sentence)  # else it is [data]'s
     if held_out.packing and not data.packing:
         yield (
             ("eval", "packing"),
@@ -138,8 +150,57 @@ def _eval(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _rows(section: str, recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem for each contradiction between the keys that [data] and [eval] have, of the [data] of `recipe`.
+
+    `section` is which of both that is.
+    """
+    data = recipe.data
+    if data.path is None and not data.sources:
+        yield ("data", "path"), "data.path is required: a file, a directory, a glob or a data set; or [[data.sources]]"
+    if data.path is not None and data.sources:
+        yield (
+            ("data", "path"),
+            f"data.path = {show(data.path)} and [[data.sources]] exclude each other; make the path one of the sources",
+        )
+    if not data.sources:
+        yield from _data(data)
+        return
+    yield from of_sources(recipe, [dict(_data(part.data)) for part in recipe.parts()])
+    labels = [source.label for source in data.sources]
+    for number, source in enumerate(data.sources):
+        at = ("data", "sources", index(number))
+        if source.path is None:
+            yield at, f"{dotted((*at, 'path'))} is required: a file, a directory, a glob or a data set"
+        elif labels.index(source.label) < number:
+            yield (
+                at,
+                f"{dotted(at)} has the name {show(source.label)}, as another source has; set its name to another one",
+            )
+        if source.packing and not data.packing:
+            yield (
+                (*at, "packing"),
+                f"{dotted((*at, 'packing'))} = {show(source.packing)} needs packing in [{section}] too: only then is "
+                "the model checked to keep packed documents apart; leave it out",
+            )
+
+
+def of_sources(recipe: Recipe, found: Sequence[Mapping[Key, str]]) -> Iterator[Problem]:
+    """Yield the problems found in each source of [data], each where it was written.
+
+    A key of [data] that a source takes may be for other sources: it is a problem only if it is one in all of them.
+    """
+    for number, problems in enumerate(found):
+        for at, sentence in problems.items():
+            key = at[-1]
+            if getattr(recipe.data.sources[number], key) != getattr(recipe.data, key):
+                yield ("data", "sources", index(number), key), of_source(sentence, number)
+            elif number == 0 and all(at in other for other in found):
+                yield at, sentence
+
+
 def _data(data: DataSection) -> Iterator[Problem]:
-    """Yield a problem for each contradiction between the keys that [data] and [eval] have."""
+    """Yield a problem for each contradiction between the keys of [data] that a source has too."""
     if data.tokenizer == "bytes" and data.special_tokens == "parse":
         yield (
             ("data", "special_tokens"),

@@ -1,11 +1,12 @@
 """The sections and keys of a recipe: one frozen pydantic model per section, with strict types."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from ndtrain.recipe.base import Dtype, Section, Size, Text
+from ndtrain.recipe.data import OF_SOURCE, SHARED, DataSection, EvalSection, with_shared
 from ndtrain.recipe.mesh import CpSection, EpSection, FsdpSection, LoadSection, MeshSection, TpSection
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -40,125 +41,6 @@ class ModelSection(Section):
         if isinstance(values, dict) and "type" in values and "init" not in values:
             return {**values, "init": "random"}
         return values
-
-
-# data.format -> our names of the fields of its rows, which are those of data.columns. Prepared tokens have fixed names.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "text": ("text",),
-    "chat": ("messages", "conversations", "prompt", "completion", "system", "tools", "chat_template_kwargs"),
-}
-
-
-class DataKeys(Section):
-    """The keys of [data] that [eval] has too."""
-
-    format: Literal["auto", "text", "chat", "tokens"] = Field(
-        "auto", description='What a row of the data is; "auto" takes it from the fields of the first one.'
-    )
-    path: Text = Field(description="File, directory, glob, or a repository of data sets on the hub.")
-    subset: Text | None = Field(
-        None, description="Which subset (configuration) of a repository's data sets; needed if there are several."
-    )
-    split: Text | None = Field(None, description='Which split of a repository\'s data set; default "train".')
-    revision: Text = Field(
-        "main",
-        description="Branch, tag or commit of a repository of the hub; a run records the commit, and later starts "
-        "use it.",
-    )
-    columns: dict[str, Text] = Field(
-        {}, description='The data\'s names of fields that have another, e.g. { text = "content" }.'
-    )
-    seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
-    packing: Literal["concat", "best_fit"] | bool = Field(
-        True,
-        description='How documents share sequences, without ever attending to each other: "concat" cuts the stream of '
-        'all documents, "best_fit" keeps each in one piece, false gives each its own; true means "best_fit" for chat, '
-        'else "concat".',
-    )
-    too_long: Literal["cut", "drop", "error"] | None = Field(
-        None,
-        description='What becomes of a document longer than seq_len where packing is "best_fit" or false: "cut" into '
-        'pieces of seq_len, "drop" it, or "error"; default "error" for chat, else "cut".',
-    )
-    special_tokens: Literal["text", "parse"] = Field(
-        "text",
-        description='What a document is encoded to that spells a special token, such as "<|im_start|>": "text" gives '
-        'plain text, "parse" the special token, for documents that were rendered with a chat template.',
-    )
-    train_on: Annotated[list[Literal["system", "developer", "user", "assistant", "tool"]], Field(min_length=1)] = Field(
-        ["assistant"], description="chat only: roles whose messages carry loss."
-    )
-    chat_template: Text | None = Field(
-        None,
-        description="chat only: a file with a chat template, or chatml, gemma, llama3 or zephyr; by default the "
-        "tokenizer's own.",
-    )
-    on_control_text: Literal["error", "skip", "allow"] = Field(
-        "error",
-        description='chat only: what is done with a row whose text spells a special token: "error", "skip" it, or '
-        '"allow" it to become that token.',
-    )
-    on_bad_row: Literal["error", "skip"] = Field(
-        "error", description='What is done with a row that cannot be used: "error", or "skip" it, with a count.'
-    )
-    documents: Literal["auto", "rows", "eos"] = Field(
-        "auto",
-        description='tokens only: what a document is: "rows" of the layout, or what an end token ends ("eos"), also '
-        'inside rows; "auto": rows, where the layout has them.',
-    )
-    token_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = Field(
-        None,
-        description="tokens only: dtype of files that are tokens and nothing else; by default uint16, and uint32 if "
-        "the tokenizer has more than 65,536 tokens.",
-    )
-
-    def of_format(self, format: Literal["text", "chat", "tokens"]) -> Self:
-        """Return the section with the format that the data has, and the defaults that depend on it."""
-        chat = format == "chat"
-        packing = ("best_fit" if chat else "concat") if self.packing is True else self.packing
-        too_long = self.too_long or ("error" if chat else "cut")
-        return self.model_copy(update={"format": format, "packing": packing, "too_long": too_long})
-
-
-SHARED = tuple(DataKeys.model_fields)
-# Of them, those that say what of data.path is meant; another path has its own.
-OF_PATH = ("subset", "split", "revision")
-
-
-class DataSection(DataKeys):
-    """The training data."""
-
-    tokenizer: Text | None = Field(
-        None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
-    )
-    shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
-    workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="Processes that tokenize, on one rank of each node; 0: one per core."
-    )
-
-
-def _data_defaults(schema: dict[str, Any]) -> None:
-    """Tell editors that the keys of [data] are optional in [eval], and that their defaults are not constants."""
-    for key in set(SHARED) - {"path"}:
-        schema["properties"][key].pop("default", None)
-        schema["properties"][key]["description"] += " Default: as in [data]."
-    schema["required"] = ["path"]
-
-
-class EvalSection(DataKeys):
-    """Held-out data, on which the loss is measured during the run. A key of [data] that is left out is as there."""
-
-    model_config = ConfigDict(json_schema_extra=_data_defaults)
-
-    every: Annotated[int, Field(ge=0)] = Field(
-        default_factory=int,  # `Recipe` sets the default
-        description="Steps between evaluations; 0 = only at the end. Default: checkpoint.every.",
-    )
-    rows: Size | None = Field(None, description="Evaluate on the first rows alone, at most so many.")
-    at_start: bool = Field(False, description="Evaluate before the first step of a new run too.")
-    patience: Size | None = Field(
-        None, description="So many evaluations in a row without a new lowest loss end the run."
-    )
 
 
 class OptimSection(Section):
@@ -317,20 +199,49 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _held_out(cls, values: Any) -> Any:
-        """Fill in the keys that [eval] takes from [data], and `eval.every`."""
-        own, data, checkpoint = (values.get(name) for name in ("eval", "data", "checkpoint"))
-        if not isinstance(own, dict) or not isinstance(data, dict):
+    def _inherited(cls, values: Any) -> Any:
+        """Fill in the keys that [eval] takes from [data], `eval.every`, and what sources take from their section."""
+        filled, data = dict(values), values.get("data")
+        if not isinstance(data, dict):
             return values
-        alone = ("path",) if own.get("path") == data.get("path") else ("path", *OF_PATH)
-        shared = {key: data[key] for key in SHARED if key in data and key not in alone}
-        every = checkpoint.get("every", CheckpointSection().every) if isinstance(checkpoint, dict) else 0
-        return {**values, "eval": {**shared, "every": every, **own}}
+        if isinstance(held_out := values.get("eval"), dict):
+            checkpoint = values.get("checkpoint")
+            every = checkpoint.get("every", CheckpointSection().every) if isinstance(checkpoint, dict) else 0
+            filled["eval"] = {"every": every, **with_shared(held_out, data, SHARED)}
+        for name in filled.keys() & {"data", "eval"}:
+            section = filled[name]
+            if isinstance(section, dict) and isinstance(sources := section.get("sources"), list):
+                own = [with_shared(one, section, OF_SOURCE) if isinstance(one, dict) else one for one in sources]
+                filled[name] = {**section, "sources": own}
+        return filled
 
-    def held_out(self) -> "Recipe":
+    def held_out(self) -> Self:
         """Return the recipe with the data of [eval], which it must have, in file order as its [data]."""
         shared = {key: getattr(self.eval, key) for key in SHARED}
         return self.model_copy(update={"data": self.data.model_copy(update={**shared, "shuffle": False})})
+
+    def parts(self) -> list[Self]:
+        """Return a recipe for each source of [data], with its keys as its [data], or this one where [data] has none."""
+        return [
+            self.model_copy(
+                update={
+                    "data": self.data.model_copy(
+                        update={**{key: getattr(source, key) for key in OF_SOURCE}, "sources": []}
+                    )
+                }
+            )
+            for source in self.data.sources
+        ] or [self]
+
+    def with_parts(self, parts: "Sequence[Recipe]") -> Self:
+        """Return the recipe whose [data], or each of its sources, has the keys of one of these, as `parts` returns."""
+        if not self.data.sources:
+            return self.model_copy(update={"data": parts[0].data})
+        sources = [
+            source.model_copy(update={key: getattr(part.data, key) for key in OF_SOURCE})
+            for source, part in zip(self.data.sources, parts, strict=True)
+        ]
+        return self.model_copy(update={"data": self.data.model_copy(update={"sources": sources})})
 
     @property
     def notes(self) -> tuple[str, ...]:

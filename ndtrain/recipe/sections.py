@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from types import NoneType
 from typing import get_args
 
-from ndtrain.recipe.schema import SHARED, Recipe, Section
+from ndtrain.recipe.data import OF_SOURCE, SHARED
+from ndtrain.recipe.schema import Recipe, Section
 
 
 def sections() -> dict[str, type[Section]]:
@@ -17,4 +19,13 @@ def sections() -> dict[str, type[Section]]:
 
 def of_held_out(message: str) -> str:
     """Return a message about [data] in which the keys that [eval] has too are [eval]'s."""
-    return re.sub(rf"(?<![\w./-])data\.(?=({'|'.join(SHARED)})\b)", "eval.", message)
+    return _moved(message, SHARED, "eval")
+
+
+def of_source(message: str, number: int) -> str:
+    """Return a message about [data] in which the keys that a source has too are those of source `number`, from 0 on."""
+    return _moved(message, OF_SOURCE, f"data.sources[{number}]")
+
+
+def _moved(message: str, keys: Sequence[str], table: str) -> str:
+    return re.sub(rf"(?<![\w./-])data\.(?=({'|'.join(keys)})\b)", f"{table}.", message)

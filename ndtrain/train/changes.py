@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
-from ndtrain.recipe import Recipe, sections
+from ndtrain.recipe import OF_SOURCE, Recipe, sections
 from ndtrain.recipe.problems import dotted, show
 from ndtrain.recipe.resuming import NEVER, covers, rule_of
 
@@ -26,7 +26,7 @@ _ROWS = ("data.columns", "data.subset", "data.split", "data.revision", *_MEANING
 # Keys that are compared elsewhere, or are about this resume alone.
 _ELSEWHERE = ("mesh", "model.config", "checkpoint.resume", "checkpoint.allow")
 # Keys after whose change the cursor counts samples of another order or other text.
-_ORDER = (*_DATA, *_ROWS, "data.shuffle", "train.seed")
+_ORDER = (*_DATA, *_ROWS, "data.sources", "data.shuffle", "train.seed")
 
 
 class Change(NamedTuple):
@@ -120,14 +120,18 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     """Yield the changes of recipe and inputs against a checkpoint that records them."""
     saved = state["origin"]
     before, now = _flat(state["recipe"]), _flat(origin["recipe"])
-    if before.get("data.packing") is True:  # as earlier versions record "concat"
+    mixed = bool(before.get("data.sources") and now.get("data.sources"))
+    if before.get("data.packing") is True and not mixed:  # as earlier versions record "concat"
         before["data.packing"] = "concat"
     before.setdefault("data.too_long", "cut")
     # A key that a later version has added had its default.
     before = {**{key: value for key, value in _defaults().items() if key in now}, **before}
     names = [key for key in {**now, **before} if not covers(_ELSEWHERE, key) and before.get(key) != now.get(key)]
-    if ("eval.path" in before) != ("eval.path" in now):  # then that one line tells
-        names = [key for key in names if key == "eval.path" or not covers(("eval",), key)]
+    if ("eval.seq_len" in before) != ("eval.seq_len" in now):  # then one line tells
+        told = next(key for key in ("eval.path", "eval.sources") if before.get(key) != now.get(key))
+        names = [key for key in names if key == told or not covers(("eval",), key)]
+    if mixed:  # their tables have all keys
+        names = [key for key in names if not covers([f"data.{own}" for own in OF_SOURCE], key)]
     same_place = not set(names) & set(_BASE)
     same_base = origin["base"] == saved["base"] or (same_place and None in (origin["base"], saved["base"]))
     same_data = origin["data"] == state["data"].split()[0]
@@ -137,7 +141,9 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
     same_text = origin["content"] == saved["content"] and origin["tokenizer"] == saved["tokenizer"]
     read_anew = other_rows or (rendered and same_text) or bool({*_READ} & {*names})
     changed_base = next((key for key in _BASE if key in names), "model.name")
-    implied = [*([] if same_base else [changed_base]), *([] if same_data or read_anew else _DATA)]
+    of_sources = bool(before.get("data.sources") or now.get("data.sources"))
+    data = ("data.sources", "data.tokenizer") if of_sources else _DATA
+    implied = [*([] if same_base else [changed_base]), *([] if same_data or (read_anew and not of_sources) else data)]
     implied += ["data.chat_template"] if rendered else []
     for key in dict.fromkeys([*names, *implied]):
         values = _value(before.get(key)), _value(now.get(key))
@@ -151,6 +157,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
             yield Change(key, own, other, "allow", "another base")
         elif covers((*_DATA, *_ROWS), key) and same_data:
             yield Change(key, *values, "free", "the same content")
+        elif key == "data.sources":
+            yield _sources(before.get(key) or [], now.get(key) or [], state, origin, same_data=same_data)
         elif key == "data.chat_template" and rendered:
             yield Change(key, *values, "allow", "the template has another text")
         elif key == "data.path":
@@ -178,21 +186,53 @@ def _files(
     values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool
 ) -> Iterator[Change]:
     """Yield the change of data.path, where tokens differ."""
-    old, new = saved["files"], origin["files"]
     if saved["content"] != origin["content"]:
-        meaning = "the files of data.path changed"
-        if old is not None and new is not None:
-            other = sum(old[name] != new[name] for name in old.keys() & new.keys())
-            meaning += (
-                f": {len(new.keys() - old.keys())} added, {len(old.keys() - new.keys())} removed, {other} changed"
-            )
-        yield Change("data.path", *values, "allow", meaning)
+        yield Change("data.path", *values, "allow", f"the files of data.path changed{_counted(saved, origin)}")
     elif saved["tokenizer"] == origin["tokenizer"]:
         yield Change(
             "data.path", *values, "allow", "this version of ndtrain, or of jinja2, reads the same files in another way"
         )
     elif changed:
         yield Change("data.path", *values, "free", "the same content")
+
+
+def _counted(saved: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    """Return how many files differ, for a message; "" if that is not known."""
+    old, new = saved["files"], origin["files"]
+    if old is None or new is None:
+        return ""
+    other = sum(old[name] != new[name] for name in old.keys() & new.keys())
+    return f": {len(new.keys() - old.keys())} added, {len(old.keys() - new.keys())} removed, {other} changed"
+
+
+def _sources(
+    before: list[dict[str, Any]],
+    now: list[dict[str, Any]],
+    state: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    *,
+    same_data: bool,
+) -> Change:
+    """Return the change of data.sources, where they or their tokens differ."""
+    key, values = "data.sources", (f"{len(before)} sources", f"{len(now)} sources")
+    if len(before) == len(now):
+        differ = [
+            (f"[{number}].{name}", old.get(name), new.get(name))
+            for number, (old, new) in enumerate(zip(before, now, strict=True))
+            for name in {**new, **old}
+            if old.get(name) != new.get(name)
+        ]
+        told = [", ".join(f"{name} {_value(own[side])}" for name, *own in differ) for side in (0, 1)]
+        values = (told[0], told[1])
+    if not same_data:
+        saved = state["origin"]
+        meaning = f"the files changed{_counted(saved, origin)}" if before == now else "other data"
+        if before == now and saved["content"] == origin["content"]:
+            meaning = "the same files give other tokens"
+        return Change(key, *values, "allow", meaning)
+    if [source["weight"] for source in before] == [source["weight"] for source in now]:
+        return Change(key, *values, "free", "the same content")
+    return Change(key, *values, "allow", _meaning(key, state))
 
 
 def _unrecorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any]) -> Iterator[Change]:

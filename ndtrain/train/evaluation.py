@@ -28,17 +28,18 @@ from ndtrain.train.setup import Resumed, build, find_evaluated, open_run_dir
 
 
 class Evaluation:
-    """The evaluations of a run of `steps` steps (0: not known); `batches` holds all rows of [eval] as one global batch.
+    """The evaluations of a run of `steps` steps (0: not known) on the rows of [eval].
 
-    `step` is that of the last one, -1 before the first. `lowest` is the lowest loss of those after the first step, and
-    `worse` how many in a row since then were not lower.
+    `batches` holds all rows of each source as one global batch, by the source's label. `step` is that of the last
+    one, -1 before the first. `lowest` is the lowest loss of those after the first step, and `worse` how many in a row
+    since then were not lower.
     """
 
-    def __init__(self, engine: Engine, batches: GlobalBatches, *, steps: int):
+    def __init__(self, engine: Engine, batches: Mapping[str, GlobalBatches], *, steps: int):
         section = engine.recipe.eval
         assert section is not None
         self.section, self.engine, self.batches, self.steps = section, engine, batches, steps
-        self.rows = batches.global_batch_size
+        self.rows = sum(own.global_batch_size for own in batches.values())
         self.step, self.lowest, self.worse = -1, math.inf, 0
 
     def due(self, step: int) -> bool:
@@ -55,29 +56,37 @@ class Evaluation:
         return self.section.patience is not None and self.worse >= self.section.patience
 
     def measure(self, step: int, *, goes_on: Callable[[int, int], bool]) -> EvalMetrics | None:
-        """Return the mean loss of all targets of all rows. Collective.
+        """Return the mean loss of all targets of all rows, and that of each source. Collective.
 
         `goes_on(rows done, rows)` is called after each micro batch; None is returned if it returns False, as it must on
         all ranks alike. Raises `RecipeError` if no token of the rows is a target.
         """
-        engine, batches = self.engine, self.batches
+        engine, before = self.engine, 0
         # Sums of many losses; a float64 also counts targets exactly, up to 2^53.
-        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        per_round = batches.batch_ranks * batches.micro_batch_size
+        sums = torch.zeros(len(self.batches), 2, dtype=torch.float64, device=engine.device)
         with engine.evaluating():
-            for number, batch in enumerate(batches.each(0), start=1):
-                on_device = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-                sums[0] += engine.loss_sum(on_device)
-                sums[1] += labels_count([batch])
-                if not goes_on(min(number * per_round, self.rows), self.rows):
-                    return None
+            for own, batches in zip(sums, self.batches.values(), strict=True):
+                rows, per_round = batches.global_batch_size, batches.batch_ranks * batches.micro_batch_size
+                for number, batch in enumerate(batches.each(0), start=1):
+                    on_device = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+                    own[0] += engine.loss_sum(on_device)
+                    own[1] += labels_count([batch])
+                    if not goes_on(before + min(number * per_round, rows), self.rows):
+                        return None
+                before += rows
         # tp ranks have the same loss; cp ranks have parts of it, and all targets of their rows.
         dist.all_reduce(sums, group=engine.meshes.loss.get_group())
-        loss_sum, targets = float(sums[0]), int(sums[1]) // engine.sizes.cp
-        if not targets:
-            raise RecipeError(f'eval.path = "{self.section.path}": none of its {self.rows:,} rows has a target')
-        loss = loss_sum / targets
-        return EvalMetrics(step=step, eval_loss=loss, perplexity=_exp(loss), eval_tokens=targets, time=now())
+        losses, counts = sums[:, 0].tolist(), [int(count) // engine.sizes.cp for count in sums[:, 1].tolist()]
+        for label, count, batches in zip(self.batches, counts, self.batches.values(), strict=True):
+            if not count:
+                what = f'eval.path = "{self.section.path}"' if self.section.path else f'eval.sources: "{label}"'
+                raise RecipeError(f"{what}: none of its {batches.global_batch_size:,} rows has a target")
+        loss = sum(losses) / sum(counts)
+        means = (own / count for own, count in zip(losses, counts, strict=True))
+        sources = dict(zip(self.batches, means, strict=True)) if self.section.sources else None
+        return EvalMetrics(
+            step=step, eval_loss=loss, perplexity=_exp(loss), eval_tokens=sum(counts), time=now(), sources=sources
+        )
 
     def count(self, metrics: EvalMetrics) -> None:
         """Take note of an evaluation. One before the first step is no bar for those after it."""
@@ -93,6 +102,7 @@ class Evaluation:
         yield (
             f"step {metrics.step}{of}  eval loss {metrics.eval_loss:.4f}  "
             f"perplexity {metrics.perplexity:.4g}  ({metrics.eval_tokens:,} tokens)"
+            + "".join(f"  {label} {loss:.4f}" for label, loss in (metrics.sources or {}).items())
         )
         if self.ends_run:
             count = f"{self.worse} evaluation{'s in a row' if self.worse > 1 else ''}"
@@ -106,7 +116,7 @@ class Evaluation:
     @property
     def fingerprint(self) -> str:
         """Text that identifies the rows; losses can be compared only where it is equal."""
-        return f"{self.batches.fingerprint} rows={self.rows}"
+        return " ".join(f"{own.fingerprint} rows={own.global_batch_size}" for own in self.batches.values())
 
     def state(self) -> dict[str, Any]:
         """Return the counts for a checkpoint, as JSON."""
@@ -167,8 +177,10 @@ def nothing_to_do(step: int, steps: int, recipe: Recipe, evaluation: Evaluation 
             f"nothing to do: eval.patience = {evaluation.section.patience} ended the run at step {step} of {steps}; "
             "raise it to train further"
         )
-    key = "train.steps" if recipe.train.epochs is None else "train.epochs"
-    line = f"nothing to do: step {step} of {steps} is already trained; raise {key} to train further"
+    way = f"raise {'train.steps' if recipe.train.epochs is None else 'train.epochs'}"
+    if recipe.train.epochs is None and recipe.train.steps != steps:
+        way = f'set data.stop, now "{recipe.data.stop}", to another value'
+    line = f"nothing to do: step {step} of {steps} is already trained; {way} to train further"
     missing = evaluation is not None and evaluation.due(step)
     return f"{line} (it has not been evaluated; --eval-only does so)" if missing else line
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ndtrain.data.cache import Contents, Progress, build_cache, contents_of
 from ndtrain.data.cache import notes as cache_notes
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import Note
+from ndtrain.data.mixture import Mixed, MixedOrder
 from ndtrain.data.order import Order
 from ndtrain.data.preparation import Group
 from ndtrain.data.samples import Samples, open_samples
@@ -24,11 +25,11 @@ from ndtrain.errors import NdtrainError, RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
 from ndtrain.mesh import MeshSizes
-from ndtrain.recipe import Recipe, of_held_out
-from ndtrain.recipe.schema import DataSection
+from ndtrain.recipe import Recipe, of_held_out, of_source
+from ndtrain.recipe.data import DataSection
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
-from ndtrain.train.data_files import cache_root, data_files, fetch_data, token_files, with_format
+from ndtrain.train.data_files import cache_root, data_files, fetch_data, naming, token_files, with_format
 from ndtrain.train.encoding import encoder_of, template_of
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.source import on_every_node
@@ -89,44 +90,88 @@ def open_batches(
     Raises `RecipeError` for data with a token that a model of `vocabulary` tokens lacks, and for names in data.columns
     that no row has, unless they are those of `inherits`.
     """
-    opened: list[tuple[Samples, list[str]]] = []
-
-    progress = data_progress(recipe, runtime, reporter)
+    opened: list[list[Samples]] = []
+    reports: list[str] = []
 
     def build() -> None:
-        def note(line: str) -> None:
-            reporter.info(f"note: {line}")
-
-        corpus_of = _prepared if recipe.data.format == "tokens" else _tokenized
-        corpus, notes = corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
-        samples = open_samples(
-            corpus,
-            recipe.data.seq_len,
-            packing=recipe.data.packing,
-            too_long=recipe.data.too_long or "cut",
-            pad_id=tokenizer.pad_id,
-            folder=_cache_dir(),
-            advance=runtime.watch.advance,
-        )
-        opened.append((samples, notes))
+        reports.clear()
+        found = []
+        for number, part in enumerate(recipe.parts()):
+            own = _OfSource(reporter, number) if recipe.data.sources else reporter
+            with naming(recipe, number):
+                samples, lines = _open_source(
+                    part, runtime, tokenizer, own, vocabulary=vocabulary, checks=_names_columns(part, recipe, inherits)
+                )
+            found.append(samples)
+            reports.extend(own.named(line) if isinstance(own, _OfSource) else line for line in lines)
+        opened.append(found)
 
     rank0_first(runtime, build)
     # The other ranks compute its keys from the files' digests, which are cached beside it.
     together(None if opened else build)
-    samples, notes = opened[0]
-    if inherits is None or inherits.columns != recipe.data.columns:
-        _refuse_unused(recipe.data, samples.corpus)
-    for note in notes:
-        reporter.info(f"note: {note}")
-    reporter.info(samples.describe())
+    for line in reports:
+        reporter.info(line)
+    samples, order = _joined(recipe, opened[0])
+    if isinstance(samples, Mixed):
+        reporter.info(samples.describe())
     return GlobalBatches(
         samples,
-        Order(len(samples), seed=recipe.train.seed, shuffle=recipe.data.shuffle),
+        order,
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size,
         batch_rank=sizes.coordinate(runtime.rank)["batch"],
         batch_ranks=sizes.batch,
     )
+
+
+def _open_source(
+    recipe: Recipe,
+    runtime: Runtime,
+    tokenizer: ByteTokenizer | HubTokenizer,
+    reporter: Reporter,
+    *,
+    vocabulary: int,
+    checks: bool,
+) -> tuple[Samples, list[str]]:
+    """Return the samples of a [data] with a path, and lines about them; prepares what is not cached.
+
+    `checks` says that names in data.columns which no row has are refused.
+    """
+
+    def note(line: str) -> None:
+        reporter.info(f"note: {line}")
+
+    corpus_of = _prepared if recipe.data.format == "tokens" else _tokenized
+    progress = data_progress(recipe, runtime, reporter)
+    corpus, notes = corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
+    if checks:
+        _refuse_unused(recipe.data, corpus)
+    samples = open_samples(
+        corpus,
+        recipe.data.seq_len,
+        packing=recipe.data.packing,
+        too_long=recipe.data.too_long or "cut",
+        pad_id=tokenizer.pad_id,
+        folder=_cache_dir(),
+        advance=runtime.watch.advance,
+    )
+    return samples, [*(f"note: {note}" for note in notes), samples.describe()]
+
+
+def _joined(recipe: Recipe, found: Sequence[Samples]) -> tuple[Samples | Mixed, Order | MixedOrder]:
+    """Return the samples of all sources of [data], and their order."""
+    seed, data = recipe.train.seed, recipe.data
+    if not data.sources:
+        return found[0], Order(len(found[0]), seed=seed, shuffle=data.shuffle)
+    labels, weights = [source.label for source in data.sources], [source.weight for source in data.sources]
+    mixed = Mixed(dict(zip(labels, found, strict=True)), weights)
+    return mixed, MixedOrder(mixed, seed=seed, shuffle=data.shuffle, stop=data.stop)
+
+
+def _names_columns(part: Recipe, recipe: Recipe, inherits: DataSection | None) -> bool:
+    """Return whether the names in data.columns of a source are its own, not those of another section."""
+    around = recipe.data if recipe.data.sources else inherits
+    return around is None or around.columns != part.data.columns
 
 
 def _refuse_unused(data: DataSection, corpus: Corpus) -> None:
@@ -145,16 +190,15 @@ def open_held_out(
     reporter: Reporter,
     *,
     vocabulary: int,
-) -> GlobalBatches:
-    """Return this rank's share of the rows of [eval], all of them in one global batch, in file order; collective.
+) -> dict[str, GlobalBatches]:
+    """Return this rank's share of the rows of [eval], those of each source in one global batch, in file order.
 
-    Raises what `open_batches` raises; messages name its keys as those of [eval].
+    The keys are the sources' labels, "" for a path. Collective. Raises what `open_batches` raises; messages name its
+    keys as those of [eval].
     """
     assert recipe.eval is not None
-    own = recipe.held_out()
+    own, most = recipe.held_out(), recipe.eval.rows
     try:
-        if own.data.special_tokens != recipe.data.special_tokens:
-            tokenizer, _ = open_tokenizer(own, runtime, vocabulary)
         fetch_data(own, lambda work: rank0_first(runtime, work))
         own = with_format(own, inherits=recipe.data)
         batches = open_batches(
@@ -163,9 +207,33 @@ def open_held_out(
     except NdtrainError as error:
         error.args = (of_held_out(str(error)),)
         raise
-    rows = len(batches.samples)
-    in_file_order = Order(rows, seed=0, shuffle=False)
-    return replace(batches, order=in_file_order, global_batch_size=min(rows, recipe.eval.rows or rows))
+    samples = batches.samples
+
+    def in_file_order(own: Samples) -> GlobalBatches:
+        order, rows = Order(len(own), seed=0, shuffle=False), min(len(own), most or len(own))
+        micro = recipe.train.micro_batch_size
+        return replace(batches, samples=own, order=order, global_batch_size=rows, micro_batch_size=micro)
+
+    sources = samples.sources if isinstance(samples, Mixed) else {"": samples}
+    return {label: in_file_order(own) for label, own in sources.items()}
+
+
+class _OfSource(Silent):
+    """Reports what is done to the data of source `number` as such."""
+
+    def __init__(self, reporter: Reporter, number: int):
+        self._reporter, self._number = reporter, number
+
+    def named(self, line: str) -> str:
+        """Return the line, with the source's name if no key in it tells that."""
+        moved = of_source(line, self._number)
+        return moved if moved != line else f"data.sources[{self._number}]: {line}"
+
+    def info(self, line: str) -> None:
+        self._reporter.info(self.named(line))
+
+    def progress(self, what: str, done: int, total: int, *, unit: str = "bytes") -> None:
+        self._reporter.progress(f"{what} data.sources[{self._number}]", done, total, unit=unit)
 
 
 class _OfHeldOut(Silent):
@@ -239,8 +307,18 @@ def encoder_key(recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, shape: 
 
 def data_contents(
     recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress = None
+) -> list[tuple[list[Path], Contents]]:
+    """Return the files of each source and what identifies their tokens. Tokenizes nothing."""
+    found = []
+    for number, part in enumerate(recipe.parts()):
+        with naming(recipe, number):
+            found.append(_contents(part, tokenizer, progress))
+    return found
+
+
+def _contents(
+    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, progress: Progress
 ) -> tuple[list[Path], Contents]:
-    """Return the files of data.path and what identifies their tokens. Tokenizes nothing."""
     if recipe.data.format == "tokens":
         reading, files = _reading(recipe, tokenizer), token_files(recipe)
         corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)

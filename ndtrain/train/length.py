@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ndtrain.data import GlobalBatches
+from ndtrain.data import GlobalBatches, MixedOrder, Order
 from ndtrain.errors import RecipeError, counted
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
@@ -10,20 +10,23 @@ from ndtrain.recipe.rules import of_schedule
 from ndtrain.runs.process import Runtime
 
 
-def with_steps(recipe: Recipe, *, samples: int, step: int, cursor: int) -> Recipe:
-    """Return the recipe with the number of steps, for a run on `samples` samples that is at `step` and `cursor`.
+def with_steps(recipe: Recipe, order: Order | MixedOrder, *, step: int, cursor: int) -> Recipe:
+    """Return the recipe with the number of steps, for a run on samples in `order` that is at `step` and `cursor`.
 
-    Epochs end where the cursor has passed so many samples, also if the size of the global batch changed on the way.
+    Epochs end where the cursor has passed their samples, also if the size of the global batch changed on the way.
     Raises `RecipeError` if the schedule does not fit into the steps.
     """
-    epochs = recipe.train.epochs
-    if epochs is None:
+    epochs, most = recipe.train.epochs, recipe.train.steps
+    if epochs is None and recipe.data.stop == "never":
         return recipe
-    left = max(0, epochs * samples - cursor)
+    left = max(0, order.end(epochs or 1) - cursor)
     steps = step + -(-left // recipe.train.global_batch_size)
+    if most is not None and steps >= most:
+        return recipe
     resolved = recipe.with_steps(max(1, steps))
     if left and (problems := [sentence for _, sentence in of_schedule(resolved)]):
-        raise RecipeError("\n".join(f"with train.epochs = {epochs}: {sentence}" for sentence in problems))
+        why = f"train.epochs = {epochs}" if epochs else f'data.stop = "{recipe.data.stop}"'
+        raise RecipeError("\n".join(f"with {why}: {sentence}" for sentence in problems))
     return resolved
 
 
@@ -45,4 +48,6 @@ def arithmetic(recipe: Recipe, plan: Plan, runtime: Runtime, batches: GlobalBatc
     line += f"; {counted(len(batches.samples), 'sample')}"
     if train.epochs is not None:
         line += f"; {counted(train.epochs, 'epoch')}: {counted(steps, 'step')}"
+    elif train.steps != steps:
+        line += f'; data.stop = "{recipe.data.stop}": {counted(steps, "step")}'
     return line

@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ndtrain.accelerators import peak_flops
-from ndtrain.data import labels_count
+from ndtrain.data import IGNORE, labels_count
 from ndtrain.engine import Batch, Engine
 from ndtrain.engine.flops import flops_per_token
 from ndtrain.hf.routers import sequence_count
@@ -23,6 +25,7 @@ class Targets(NamedTuple):
 
     tokens: int
     rows: int
+    by_source: tuple[int, ...] = ()  # target tokens
 
 
 class Losses(NamedTuple):
@@ -34,14 +37,22 @@ class Losses(NamedTuple):
     finite: bool
 
 
-def count_targets(batches: Sequence[Batch], engine: Engine) -> Targets:
-    """Return the counts of the global batch; `batches` are this rank's micro batches. Collective."""
+def count_targets(batches: Sequence[Batch], engine: Engine, sources: npt.NDArray[np.int64] | None = None) -> Targets:
+    """Return the counts of the global batch; `batches` are this rank's micro batches. Collective.
+
+    `sources` has the source of each of their rows `[micro batches, m]`, where there are sources.
+    """
     routed = engine.loss_model.router is not None
     own = [labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
+    if sources is not None:
+        targets = [(batch["labels"] != IGNORE).sum(-1) for batch in batches]
+        count = len(engine.recipe.data.sources)
+        counted = np.bincount(sources.ravel(), torch.cat(targets).cpu().numpy(), minlength=count)
+        own += counted.astype(np.int64).tolist()
     counts = torch.tensor(own, dtype=torch.int64, device=engine.device)
     dist.all_reduce(counts, group=engine.meshes.loss.get_group())
-    tokens, rows = (n // engine.sizes.cp for n in counts.tolist())  # cp ranks have the same rows
-    return Targets(tokens, rows)
+    tokens, rows, *by_source = (n // engine.sizes.cp for n in counts.tolist())  # cp ranks have the same rows
+    return Targets(tokens, rows, tuple(by_source))
 
 
 class Measure:
@@ -52,6 +63,7 @@ class Measure:
         config = engine.model.config.get_text_config()
         self._flops_per_token = flops_per_token(engine.plan, config, engine.recipe.data.seq_len)
         self._peak_flops = peak_flops(engine.device)
+        self._labels = [source.label for source in engine.recipe.data.sources]
 
     def reduce(self, sums: Tensor, norm: Tensor, targets: Targets) -> Losses:
         """Return the means over the global batch from each rank's `Engine.gradients` and `Engine.clip`; collective."""
@@ -91,4 +103,5 @@ class Measure:
             time=now(),
             aux_loss=losses.aux_loss if self.engine.loss_model.router is not None else None,
             skipped=skipped,
+            sources=dict(zip(self._labels, targets.by_source, strict=True)) if self._labels else None,
         )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ndtrain.data import IGNORE, GlobalBatches
-from ndtrain.data.samples import open_samples
+from ndtrain.data import IGNORE, GlobalBatches, Mixed, Samples, open_samples
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.mesh import MeshSizes
+from ndtrain.recipe.data import DataSection
 from ndtrain.runs.process import Runtime
-from ndtrain.train.data_files import fetch_data, with_data_commit, with_format
+from ndtrain.train.data_files import fetch_data, path_of, with_data_commit, with_format
 from ndtrain.train.inputs import open_batches, open_tokenizer
 from ndtrain.train.report import Silent
 from ndtrain.train.source import with_checkpoint, with_commit
@@ -61,13 +61,28 @@ class Preview:
                 "input_ids": row["input_ids"],
                 "labels": row["labels"],
                 "documents": starts,
-                "source": self.recipe.data.path,
+                "source": self._source(index),
             }
 
-    def counts(self) -> dict[str, Any]:
-        """Return what is in the data and how it fills rows, as JSON."""
+    def _source(self, index: int) -> str:
         samples = self.batches.samples
-        corpus, data = samples.corpus, self.recipe.data
+        if not isinstance(samples, Mixed):
+            return path_of(self.recipe.data)
+        return list(samples.sources)[int(samples.sources_of(np.asarray(index)))]
+
+    def counts(self) -> dict[str, Any]:
+        """Return what is in the data and how it fills rows, as JSON; of several sources of each and of all."""
+        samples = self.batches.samples
+        if not isinstance(samples, Mixed):
+            return self._counts(samples, self.recipe.data)
+        each = {
+            label: self._counts(own, part.data)
+            for (label, own), part in zip(samples.sources.items(), self.recipe.parts(), strict=True)
+        }
+        return {**_together(list(each.values())), "sources": each}
+
+    def _counts(self, samples: Samples, data: DataSection) -> dict[str, Any]:
+        corpus = samples.corpus
         lengths: Counter[int] = Counter()
         longest = 0
         for bounds in corpus.bounds_in_blocks():
@@ -88,18 +103,48 @@ class Preview:
             "fill": samples.fill,
             # Documents of at most so many tokens, and more than half of that.
             "lengths": {str(size): lengths[size] for size in sorted(lengths)},
-            "fills": [self._filled(seq_len) for seq_len in self._lengths()],
+            "fills": [_filled(samples, seq_len) for seq_len in self._lengths()],
         }
 
     def _lengths(self) -> list[int]:
         own = self.recipe.data.seq_len
         return sorted({max(2, own // 4), max(2, own // 2), own, 2 * own, 4 * own})
 
-    def _filled(self, seq_len: int) -> dict[str, Any]:
-        """Return the rows of another length, where documents that are longer are cut."""
-        samples = self.batches.samples
-        other = open_samples(samples.corpus, seq_len, packing=samples.packing, pad_id=samples.pad_id)
-        return {"seq_len": seq_len, "rows": len(other), "fill": other.fill}
+
+def _filled(samples: Samples, seq_len: int) -> dict[str, Any]:
+    """Return the rows of another length, where documents that are longer are cut."""
+    other = open_samples(samples.corpus, seq_len, packing=samples.packing, pad_id=samples.pad_id)
+    return {"seq_len": seq_len, "rows": len(other), "fill": other.fill}
+
+
+def _together(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the counts of several sources as those of one."""
+    lengths: Counter[str] = Counter()
+    for counts in each:
+        lengths.update(counts["lengths"])
+    fills = [
+        {"seq_len": same[0]["seq_len"], **_filled_together(same)}
+        for same in zip(*(counts["fills"] for counts in each), strict=True)
+    ]
+    names = ("documents", "tokens", "targets", "skipped")
+    return {
+        **{key: _common([counts[key] for counts in each]) for key in ("format", "packing", "seq_len")},
+        **{key: sum(counts[key] for counts in each) for key in names},
+        "longest": max(counts["longest"] for counts in each),
+        **_filled_together(each),
+        "lengths": {size: lengths[size] for size in sorted(lengths, key=int)},
+        "fills": fills,
+    }
+
+
+def _filled_together(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    rows = sum(counts["rows"] for counts in each)
+    return {"rows": rows, "fill": sum(counts["rows"] * counts["fill"] for counts in each) / rows}
+
+
+def _common(values: list[Any]) -> Any:
+    """Return the value that all are, or all of them in one text."""
+    return values[0] if len(set(values)) == 1 else ", ".join(map(str, dict.fromkeys(values)))
 
 
 def open_preview(recipe: Recipe) -> Preview:

@@ -106,13 +106,19 @@ def on_every_node(
     return found
 
 
-def recorded_commit(recipe: Recipe, section: Literal["model", "data", "eval"], key: str) -> str | None:
+def recorded_commit(
+    recipe: Recipe, section: Literal["model", "data", "eval"], key: str, *, source: int | None = None
+) -> str | None:
     """Return the commit that the run which is to be resumed has used of section.key; None without one. For rank 0.
 
-    Raises `RecipeError` if the recipe names another commit.
+    With `source` it is that of a source in the section, which is known by the same key. Raises `RecipeError` if the
+    recipe names another commit.
     """
     own, run_dir = getattr(recipe, section), to_path(recipe.run.dir)
-    name, asked, revision = getattr(own, key), own.revision, f"{section}.revision"
+    revision = allowed = f"{section}.revision"
+    if source is not None:
+        own, revision, allowed = own.sources[source], f"{section}.sources[{source}].revision", f"{section}.sources"
+    name, asked = getattr(own, key), own.revision
     try:
         newest = CheckpointStore(run_dir, keep=1).newest_step()
         resume = Restarts.of_process(run_dir).resume_from(recipe.checkpoint.resume, newest)
@@ -120,17 +126,18 @@ def recorded_commit(recipe: Recipe, section: Literal["model", "data", "eval"], k
             return None
         of = run_dir if resume == "auto" else to_path(resume).parent.parent
         written = tomli.loads((of / "recipe.toml").read_text(encoding="utf-8"))[section]
-        commit = written["revision"] if written[key] == name else ""
+        tables = [written] if source is None else written["sources"]
+        commit = next((table["revision"] for table in tables if table[key] == name), "")
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not hub.is_commit(commit):
         return None
     if hub.is_commit(asked) and asked != commit:
-        if section == "eval" or revision in recipe.checkpoint.allow:
+        if section == "eval" or allowed in recipe.checkpoint.allow:
             return None
         raise RecipeError(
             f'{revision} = "{asked}": the run in {of} uses commit {commit} of {name}; leave {revision} out, choose '
-            f'another run.dir to train anew, or let it pass with checkpoint.allow = ["{revision}"]'
+            f'another run.dir to train anew, or let it pass with checkpoint.allow = ["{allowed}"]'
         )
     return str(commit)
 

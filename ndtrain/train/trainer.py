@@ -150,7 +150,7 @@ class Trainer:
     def _find_length(self, resumed: Resumed | None) -> None:
         """Set the number of steps, which may follow from the number of samples."""
         step, cursor = (0, 0) if resumed is None else (resumed.state["step"], resumed.state["samples"])
-        recipe = with_steps(self.recipe, samples=len(self.batches.samples), step=step, cursor=cursor)
+        recipe = with_steps(self.recipe, self.batches.order, step=step, cursor=cursor)
         self.engine.recipe, self.steps = recipe, recipe.train.steps or 0
 
     def _restore(self, resumed: Resumed) -> None:
@@ -224,7 +224,7 @@ class Trainer:
         self.watch.beat(self.step + 1)
         self._asks_at = self.step + 1
         batches = self._load()
-        targets = count_targets(batches, engine)
+        targets = count_targets(batches, engine, self.batches.sources_of(self.cursor))
         self._seed()
         sums = engine.gradients(batches, count=targets.tokens, rows=targets.rows, done=self.watch.beat)
         norm = engine.clip()
@@ -236,7 +236,7 @@ class Trainer:
         self.step += 1
         self.cursor += self.recipe.train.global_batch_size
         seconds = time.perf_counter() - started
-        epoch = self.cursor / len(self.batches.samples)
+        epoch = self.batches.order.epoch(self.cursor)
         return measure.metrics(
             losses, targets, step=self.step, epoch=epoch, lr=lr, seconds=seconds, peak=peak, skipped=self.skips.total
         )

@@ -16,12 +16,12 @@ from ndtrain.data.cache import Progress, key_of, not_written
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import stamp_of
 from ndtrain.data.tokens.block import CHUNK, Reading
-from ndtrain.data.tokens.find import find_token_files
+from ndtrain.data.tokens.find import find_token_files, holds_tokens
 from ndtrain.data.tokens.layouts import LAYOUTS, layout_of
 from ndtrain.data.tokens.token_file import TokenFile, open_file
 from ndtrain.errors import RecipeError
 
-__all__ = ["LAYOUTS", "Reading", "TokenCorpus", "check_ids", "find_token_files", "notes", "open_tokens"]
+__all__ = ["LAYOUTS", "Reading", "TokenCorpus", "check_ids", "find_token_files", "holds_tokens", "notes", "open_tokens"]
 
 
 class TokenCorpus(Corpus):

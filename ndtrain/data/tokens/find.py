@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ndtrain.data.files import Note, find_files
 from ndtrain.data.formats import reading
-from ndtrain.data.tokens.layouts import SUFFIXES
+from ndtrain.data.tokens.layouts import RAW_SUFFIXES, SUFFIXES, is_text
 from ndtrain.data.tokens.megatron import index_of
 from ndtrain.errors import DamagedError, RecipeError
 
@@ -46,6 +47,19 @@ def find_token_files(path: str, note: Note = lambda line: None) -> list[Path]:
     if root.is_dir():
         _refuse_splits(root, files)
     return files
+
+
+def holds_tokens(path: str) -> bool:
+    """Return whether `data.path` is of files that are tokens and have no rows with fields: .npy, .bin, Megatron's pair.
+
+    A directory or glob is, if it has no file of rows.
+    """
+    if "://" in path:
+        return False
+    for find in (find_files, find_token_files):
+        with suppress(RecipeError):
+            return all(file.suffix.lower() in RAW_SUFFIXES and not is_text(file) for file in find(path))
+    return False
 
 
 def _as_listed(files: list[Path], note: Note) -> list[Path]:

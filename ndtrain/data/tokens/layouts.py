@@ -35,6 +35,13 @@ _OTHERS = {
 _PRINTABLE = bytes(range(32, 127)) + b"\t\r\n"
 
 
+def is_text(file: Path) -> bool:
+    """Return whether a file begins as no file of tokens does, but text."""
+    with reading(file), file.open("rb") as content:
+        start = content.read(512)
+    return len(start) >= 32 and not start.translate(None, _PRINTABLE)
+
+
 def layout_of(file: Path) -> str:
     """Return the key of `LAYOUTS` that a file has.
 
@@ -69,7 +76,7 @@ def layout_of(file: Path) -> str:
     if file.name.startswith("chunk-") and (file.parent / "index.json").is_file():
         raise RecipeError(f"{file} is a chunk of litdata (index.json is beside it), whose layout is not read")
     if suffix in RAW_SUFFIXES:
-        if len(start) >= 32 and not start.translate(None, _PRINTABLE):
+        if is_text(file):
             raise RecipeError(f'{file} is text, not tokens; set data.format = "text"')
         return "raw"
     raise RecipeError(
