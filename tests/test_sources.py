@@ -119,6 +119,9 @@ def test_a_source_that_ends_ends_the_run(tmp_path: Path, sources: list[dict[str,
         assert with_steps(recipe, batches.order, step=steps, cursor=8 * steps).train.steps == steps
         short = load_recipe(recipe_of(tmp_path, sources), [f"data.stop={stop}", "train.steps=2"])
         assert with_steps(short, batches.order, step=0, cursor=0).train.steps == 2
+        no_warm_up = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"warmup_steps": None})})
+        found = with_steps(no_warm_up, batches.order, step=0, cursor=0)
+        assert found.schedule.warmup_steps == (2 * steps + 50) // 100, "not of train.steps"
 
 
 def test_epochs_of_a_mixture_are_those_of_the_source_that_stop_names(

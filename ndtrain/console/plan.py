@@ -81,6 +81,11 @@ def _open(recipe: Recipe) -> Iterator[str]:
             f"train.epochs = {recipe.train.epochs}: how many steps that is, and with it the schedule, follows from the "
             "number of samples, which a run prints once it has tokenized the data"
         )
+    elif recipe.data.stop != "never":
+        yield (
+            f'data.stop = "{recipe.data.stop}": the run may end before train.steps, which the number of samples decides, '
+            "and with it the schedule"
+        )
 
 
 def _group_report(sizes: MeshSizes, axis: str, rank: int, ranks_per_node: int) -> dict[str, Any]:

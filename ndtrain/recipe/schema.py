@@ -183,13 +183,15 @@ class Recipe(Section):
         if not isinstance(schedule, dict) or not isinstance(train, dict) or "warmup_steps" in schedule:
             return values
         steps, decay = train.get("steps"), schedule.get("decay_steps")
-        if type(steps) is not int:
+        data = values.get("data")
+        ends_before = isinstance(data, dict) and data.get("stop", "never") != "never"
+        if type(steps) is not int or ends_before:
             return values
         warmup = _warmup_steps(steps, decay if type(decay) is int else 0)
         return {**values, "schedule": {**schedule, "warmup_steps": warmup}}
 
     def with_steps(self, steps: int) -> Self:
-        """Return the recipe of a run of `steps` steps, where `train.epochs` leaves open how many they are."""
+        """Return the recipe of a run of `steps` steps, where it leaves open how many they are."""
         schedule = self.schedule
         if schedule.warmup_steps is None:
             warmup = _warmup_steps(steps, schedule.decay_steps or 0)

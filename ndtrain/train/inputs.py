@@ -112,7 +112,7 @@ def open_batches(
     for line in reports:
         reporter.info(line)
     samples, order = _joined(recipe, opened[0])
-    if isinstance(samples, Mixed):
+    if isinstance(samples, Mixed) and inherits is None:  # of [eval] all is read once
         reporter.info(samples.describe())
     return GlobalBatches(
         samples,

@@ -22,7 +22,7 @@ def with_steps(recipe: Recipe, order: Order | MixedOrder, *, step: int, cursor: 
     left = max(0, order.end(epochs or 1) - cursor)
     steps = step + -(-left // recipe.train.global_batch_size)
     if most is not None and steps >= most:
-        return recipe
+        return recipe.with_steps(most)
     resolved = recipe.with_steps(max(1, steps))
     if left and (problems := [sentence for _, sentence in of_schedule(resolved)]):
         why = f"train.epochs = {epochs}" if epochs else f'data.stop = "{recipe.data.stop}"'
