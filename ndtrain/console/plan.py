@@ -83,8 +83,8 @@ def _open(recipe: Recipe) -> Iterator[str]:
         )
     elif recipe.data.stop != "never":
         yield (
-            f'data.stop = "{recipe.data.stop}": the run may end before train.steps, which the number of samples decides, '
-            "and with it the schedule"
+            f'data.stop = "{recipe.data.stop}": the run may end before train.steps: the number of samples says, and '
+            "with it the schedule is known"
         )
 
 
