@@ -10,6 +10,7 @@ from ndtrain.data.mixture import Mixed, MixedOrder
 from ndtrain.data.order import Order
 from ndtrain.data.row import IntArray
 from ndtrain.data.samples import IGNORE, Samples
+from ndtrain.data.windows import WindowOrder, Windows
 
 
 def micro_batches(global_batch_size: int, batch_ranks: int, most: int) -> tuple[int, int]:
@@ -27,8 +28,8 @@ class GlobalBatches:
     equally shaped forwards. The global batch has the same rows in the same order for every R and m.
     """
 
-    samples: Samples | Mixed
-    order: Order | MixedOrder
+    samples: Samples | Mixed | Windows
+    order: Order | MixedOrder | WindowOrder
     _: KW_ONLY
     global_batch_size: int
     micro_batch_size: int  # at most this; less where a rank's share of the global batch is smaller

@@ -127,6 +127,13 @@ class DataKeys(RowKeys):
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens in a sequence.")
 
 
+def window_bytes(window: str) -> int:
+    """Return how many bytes `data.window` stands for, at least 1."""
+    number, unit = window.rstrip("B").rstrip("KMGTi"), window.lstrip("0123456789. ")
+    base = 1024 if "i" in unit else 1000
+    return max(1, int(float(number) * base ** " KMGT".index(unit[:1] if unit[:1] in tuple("KMGT") else " ")))
+
+
 SHARED = tuple(DataKeys.model_fields)
 OF_SOURCE = tuple(RowKeys.model_fields)
 
@@ -144,6 +151,11 @@ class DataSection(DataKeys):
         None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
     )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
+    window: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?([KMGT]i?)?B)?$")] = Field(
+        "",
+        description='Prepare and shuffle the data in windows of files of this size, e.g. "2GB"; "" takes all of it at '
+        "once.",
+    )
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Processes that tokenize, on one rank of each node; 0: one per core."
     )

@@ -343,6 +343,8 @@ def _words(schema: dict[str, Any]) -> str:
     match schema["type"]:
         case "boolean":
             return "true or false"
+        case "string" if "pattern" in schema:
+            return 'a size, such as "500MB" or "2GB"'
         case "string":
             return "a string that is not empty" if schema.get("minLength") else "a string"
         case "array" if "$ref" in schema.get("items", {}):

@@ -14,6 +14,7 @@ NEVER: dict[str, str] = {
     "data.format": _SAMPLES,
     "data.documents": _SAMPLES,
     "data.token_dtype": _SAMPLES,
+    "data.window": _SAMPLES,
     "model.type": "another model type has other weights",
     "optim.name": "the saved state is that of another optimizer",
 }

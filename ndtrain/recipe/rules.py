@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ndtrain.recipe.data import COLUMNS, DataSection
+from ndtrain.recipe.data import COLUMNS, OF_SOURCE, DataSection
 from ndtrain.recipe.problems import Key, Problem, dotted, index, show
 from ndtrain.recipe.schema import Recipe
 from ndtrain.recipe.sections import of_held_out, of_source
@@ -87,6 +87,13 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             ("train", "epochs"),
             f'train.epochs = {train.epochs} needs to know of which source: set data.stop to "first", so that the run '
             'ends with the source that is read first, or to "all"; or set train.steps in place of epochs',
+        )
+    if data.window and (data.sources or train.epochs is not None):
+        other, way = ("[[data.sources]]", "") if data.sources else ("train.epochs", ", or set train.steps in its place")
+        yield (
+            ("data", "window"),
+            f"data.window = {show(data.window)} does not go with {other}: how many samples there are is not known "
+            f"before all windows are prepared; leave it out{way}",
         )
     if data.stop != "never" and not data.sources:
         yield (
@@ -192,7 +199,7 @@ def of_sources(recipe: Recipe, found: Sequence[Mapping[Key, str]]) -> Iterator[P
     for number, problems in enumerate(found):
         for at, sentence in problems.items():
             key = at[-1]
-            if getattr(recipe.data.sources[number], key) != getattr(recipe.data, key):
+            if key in OF_SOURCE and getattr(recipe.data.sources[number], key) != getattr(recipe.data, key):
                 yield ("data", "sources", index(number), key), of_source(sentence, number)
             elif number == 0 and all(at in other for other in found):
                 yield at, sentence
@@ -227,6 +234,7 @@ _FOR: dict[str, tuple[str, ...]] = {
     "chat_template": ("chat",),
     "on_control_text": ("chat",),
     "on_bad_row": ("text", "chat"),
+    "window": ("text", "chat"),
     "documents": ("tokens",),
     "token_dtype": ("tokens",),
 }

@@ -220,7 +220,7 @@ class Recipe(Section):
     def held_out(self) -> Self:
         """Return the recipe with the data of [eval], which it must have, in file order as its [data]."""
         shared = {key: getattr(self.eval, key) for key in SHARED}
-        return self.model_copy(update={"data": self.data.model_copy(update={**shared, "shuffle": False})})
+        return self.model_copy(update={"data": self.data.model_copy(update={**shared, "shuffle": False, "window": ""})})
 
     def parts(self) -> list[Self]:
         """Return a recipe for each source of [data], with its keys as its [data], or this one where [data] has none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from ndtrain.recipe.data import DataSection
 from ndtrain.recipe.problems import Key
 from ndtrain.recipe.rules import of_format, of_sources
 from ndtrain.runs.messages import of_rank0
-from ndtrain.storage.paths import to_path
+from ndtrain.storage.paths import is_local, to_path
 from ndtrain.train.source import OnNodes, recorded_commit
 
 _KEY = "data.path"
@@ -204,6 +204,15 @@ def _with_format(recipe: Recipe) -> tuple[DataSection, dict[Key, str]]:
     known = data.of_format(of_rank0(found))
     why = " (data.format is that of the first row, unless it is set)" if data.format == "auto" else ""
     return known, {at: f"{sentence}{why}" for at, sentence in of_format(known)}
+
+
+def names_of(path: str, files: Sequence[Path]) -> list[str]:
+    """Return the names of the files below `path`, or below the directory that all of them are in."""
+    places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]
+    root = os.path.expanduser(path)
+    if not os.path.isdir(root):
+        root = os.path.commonpath([os.path.dirname(place) for place in places])
+    return [os.path.relpath(place, root) for place in places]
 
 
 def cache_root() -> Path:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ndtrain.data.batches import GlobalBatches
-from ndtrain.data.cache import Contents, Progress, build_cache, contents_of
+from ndtrain.data.cache import Contents, Progress, build_cache, contents_of, key_of
 from ndtrain.data.cache import notes as cache_notes
 from ndtrain.data.corpus import Corpus
-from ndtrain.data.files import Note
+from ndtrain.data.files import Note, stamp_of
 from ndtrain.data.mixture import Mixed, MixedOrder
 from ndtrain.data.order import Order
 from ndtrain.data.preparation import Group
@@ -21,6 +21,7 @@ from ndtrain.data.samples import Samples, open_samples
 from ndtrain.data.text import TextEncoder
 from ndtrain.data.tokens import Reading, check_ids, open_tokens
 from ndtrain.data.tokens import notes as token_notes
+from ndtrain.data.windows import WindowOrder, Windows
 from ndtrain.errors import NdtrainError, RecipeError
 from ndtrain.hf.hub import snapshot_directory
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_source
@@ -29,7 +30,16 @@ from ndtrain.recipe import Recipe, of_held_out, of_source
 from ndtrain.recipe.data import DataSection
 from ndtrain.runs.messages import rank0_first, together
 from ndtrain.runs.process import Runtime
-from ndtrain.train.data_files import cache_root, data_files, fetch_data, naming, token_files, with_format
+from ndtrain.train.data_files import (
+    cache_root,
+    data_files,
+    fetch_data,
+    names_of,
+    naming,
+    path_of,
+    token_files,
+    with_format,
+)
 from ndtrain.train.encoding import encoder_of, template_of
 from ndtrain.train.report import Reporter, Silent
 from ndtrain.train.source import on_every_node
@@ -99,7 +109,7 @@ def open_batches(
         for number, part in enumerate(recipe.parts()):
             own = _OfSource(reporter, number) if recipe.data.sources else reporter
             with naming(recipe, number):
-                samples, lines = _open_source(
+                samples, lines = open_source(
                     part, runtime, tokenizer, own, vocabulary=vocabulary, checks=_names_columns(part, recipe, inherits)
                 )
             found.append(samples)
@@ -114,6 +124,17 @@ def open_batches(
     samples, order = _joined(recipe, opened[0])
     if isinstance(samples, Mixed) and inherits is None:  # of [eval] all is read once
         reporter.info(samples.describe())
+    return share_of(recipe, samples, order, runtime, sizes)
+
+
+def share_of(
+    recipe: Recipe,
+    samples: Samples | Mixed | Windows,
+    order: Order | MixedOrder | WindowOrder,
+    runtime: Runtime,
+    sizes: MeshSizes,
+) -> GlobalBatches:
+    """Return this rank's share of the samples."""
     return GlobalBatches(
         samples,
         order,
@@ -124,7 +145,7 @@ def open_batches(
     )
 
 
-def _open_source(
+def open_source(
     recipe: Recipe,
     runtime: Runtime,
     tokenizer: ByteTokenizer | HubTokenizer,
@@ -132,18 +153,26 @@ def _open_source(
     *,
     vocabulary: int,
     checks: bool,
+    files: Sequence[Path] | None = None,
+    cache_dir: Path | None = None,
 ) -> tuple[Samples, list[str]]:
     """Return the samples of a [data] with a path, and lines about them; prepares what is not cached.
 
-    `checks` says that names in data.columns which no row has are refused.
+    `checks` says that names in data.columns which no row has are refused. Where `files` are given, of text or chat, the
+    samples are of these alone.
     """
 
     def note(line: str) -> None:
         reporter.info(f"note: {line}")
 
-    corpus_of = _prepared if recipe.data.format == "tokens" else _tokenized
-    progress = data_progress(recipe, runtime, reporter)
-    corpus, notes = corpus_of(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
+    progress, cache_dir = data_progress(recipe, runtime, reporter), cache_dir or _cache_dir()
+    if recipe.data.format == "tokens":
+        corpus, notes = _prepared(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
+    else:
+        files = data_files(recipe, note) if files is None else files
+        corpus, notes = _tokenized(
+            recipe, tokenizer, files, cache_dir=cache_dir, progress=progress, vocabulary=vocabulary
+        )
     if checks:
         _refuse_unused(recipe.data, corpus)
     samples = open_samples(
@@ -152,7 +181,7 @@ def _open_source(
         packing=recipe.data.packing,
         too_long=recipe.data.too_long or "cut",
         pad_id=tokenizer.pad_id,
-        folder=_cache_dir(),
+        folder=cache_dir,
         advance=runtime.watch.advance,
     )
     return samples, [*(f"note: {note}" for note in notes), samples.describe()]
@@ -208,6 +237,7 @@ def open_held_out(
         error.args = (of_held_out(str(error)),)
         raise
     samples = batches.samples
+    assert not isinstance(samples, Windows)  # of held-out data, all of which is read
 
     def in_file_order(own: Samples) -> GlobalBatches:
         order, rows = Order(len(own), seed=0, shuffle=False), min(len(own), most or len(own))
@@ -261,14 +291,19 @@ def data_progress(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> Calla
 
 
 def _tokenized(
-    recipe: Recipe, tokenizer: ByteTokenizer | HubTokenizer, *, note: Note, progress: Progress, vocabulary: int
+    recipe: Recipe,
+    tokenizer: ByteTokenizer | HubTokenizer,
+    files: Sequence[Path],
+    *,
+    cache_dir: Path,
+    progress: Progress,
+    vocabulary: int,
 ) -> tuple[Corpus, list[str]]:
-    """Return the tokens of text or chat, and notes."""
+    """Return the tokens of text or chat in these files, and notes."""
     data, encoder = recipe.data, encoder_of(recipe, tokenizer)
-    files = data_files(recipe, note)
     workers = recipe.data.workers or len(os.sched_getaffinity(0))
-    contents = contents_of(files, encoder, cache_dir=_cache_dir())
-    corpus = build_cache(files, encoder, cache_dir=_cache_dir(), progress=progress, workers=workers, contents=contents)
+    contents = contents_of(files, encoder, cache_dir=cache_dir)
+    corpus = build_cache(files, encoder, cache_dir=cache_dir, progress=progress, workers=workers, contents=contents)
     if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
         where = f'is in data.path = "{recipe.data.path}"'
         raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
@@ -324,8 +359,13 @@ def _contents(
         corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
         groups = [Group(file.key, [file.file]) for file in corpus.files]
         return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files], [])
-    files = data_files(recipe)
-    contents = contents_of(files, encoder_of(recipe, tokenizer), cache_dir=_cache_dir())
+    files, encoder = data_files(recipe), encoder_of(recipe, tokenizer)
+    if recipe.data.window:
+        # Their bytes are not read before their window is: names and sizes have to do.
+        sizes = [stamp_of(file)[0] for file in files]
+        known = [f"{name} {size}" for name, size in zip(names_of(path_of(recipe.data), files), sizes, strict=True)]
+        return files, Contents(key_of(["window", encoder.key, known]), [], TextEncoder(tokenizer).key, known, sizes)
+    contents = contents_of(files, encoder, cache_dir=_cache_dir())
     return files, contents._replace(encoder=TextEncoder(tokenizer).key)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ndtrain.data import GlobalBatches, MixedOrder, Order
+from ndtrain.data.windows import WindowOrder, Windows
 from ndtrain.errors import RecipeError, counted
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
@@ -10,7 +11,7 @@ from ndtrain.recipe.rules import of_schedule
 from ndtrain.runs.process import Runtime
 
 
-def with_steps(recipe: Recipe, order: Order | MixedOrder, *, step: int, cursor: int) -> Recipe:
+def with_steps(recipe: Recipe, order: Order | MixedOrder | WindowOrder, *, step: int, cursor: int) -> Recipe:
     """Return the recipe with the number of steps, for a run on samples in `order` that is at `step` and `cursor`.
 
     Epochs end where the cursor has passed their samples, also if the size of the global batch changed on the way.
@@ -45,7 +46,8 @@ def arithmetic(recipe: Recipe, plan: Plan, runtime: Runtime, batches: GlobalBatc
         line += f", {empty} of them empty"
     if rows < train.micro_batch_size:
         line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
-    line += f"; {counted(len(batches.samples), 'sample')}"
+    known = " in the first window" if isinstance(batches.samples, Windows) else ""
+    line += f"; {counted(len(batches.samples), 'sample')}{known}"
     if train.epochs is not None:
         line += f"; {counted(train.epochs, 'epoch')}: {counted(steps, 'step')}"
     elif train.steps != steps:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndtrain.data.cache import Progress
@@ -16,8 +14,7 @@ from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.hf.tokenizer_key import packages
 from ndtrain.load import base_identity
 from ndtrain.recipe import Recipe
-from ndtrain.storage.paths import is_local
-from ndtrain.train.data_files import path_of
+from ndtrain.train.data_files import names_of, path_of
 from ndtrain.train.encoding import template_key
 from ndtrain.train.inputs import data_contents
 
@@ -44,7 +41,7 @@ def origin_of(
     names = [
         os.path.join(str(number), name) if mixed else name
         for number, (part, (files, _)) in enumerate(zip(parts, found, strict=True))
-        for name in _names(path_of(part.data), files)
+        for name in names_of(path_of(part.data), files)
     ]
     template = template_key(recipe, tokenizer)
     own = [name for _, contents in found for name in contents.files]
@@ -58,15 +55,6 @@ def origin_of(
         "content": _digest(" ".join(own)),
         "files": dict(zip(names, map(_digest, own), strict=True)) if len(own) <= MOST_FILES else None,
     }
-
-
-def _names(path: str, files: Sequence[Path]) -> list[str]:
-    """Return the names of the files below `path`, or below the directory that all of them are in."""
-    places = [os.path.abspath(file) if is_local(file) else str(file) for file in files]
-    root = os.path.expanduser(path)
-    if not os.path.isdir(root):
-        root = os.path.commonpath([os.path.dirname(place) for place in places])
-    return [os.path.relpath(place, root) for place in places]
 
 
 def _digest(text: str) -> str:

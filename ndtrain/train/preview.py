@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ndtrain.data import IGNORE, GlobalBatches, Mixed, Samples, open_samples
+from ndtrain.data import IGNORE, GlobalBatches, Mixed, Samples, Windows, open_samples
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe.data import DataSection
 from ndtrain.runs.process import Runtime
 from ndtrain.train.data_files import fetch_data, path_of, with_data_commit, with_format
-from ndtrain.train.inputs import open_batches, open_tokenizer
+from ndtrain.train.inputs import open_tokenizer
 from ndtrain.train.report import Silent
 from ndtrain.train.source import with_checkpoint, with_commit
+from ndtrain.train.windows import open_data
 
 if TYPE_CHECKING:
     from ndtrain.recipe import Recipe
@@ -46,11 +47,17 @@ class Preview:
     batches: GlobalBatches
     notes: list[str]
 
+    @property
+    def samples(self) -> Samples | Mixed:
+        """The samples that are shown: all, or those of the first window."""
+        samples = self.batches.samples
+        return samples.current if isinstance(samples, Windows) else samples
+
     def rows(self, count: int) -> Iterator[dict[str, Any]]:
         """Yield the first rows of a run as JSON: `input_ids`, `labels` (of position t the token after it, -100 where
         none carries loss), `documents` (their first positions, without padding's) and `source`.
         """
-        samples = self.batches.samples
+        samples = self.samples
         for index in self.batches.order.sample_ids(0, min(count, len(samples))).tolist():
             row = {name: values.tolist() for name, values in samples[index].items()}
             starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
@@ -65,14 +72,14 @@ class Preview:
             }
 
     def _source(self, index: int) -> str:
-        samples = self.batches.samples
+        samples = self.samples
         if not isinstance(samples, Mixed):
             return path_of(self.recipe.data)
         return list(samples.sources)[int(samples.sources_of(np.asarray(index)))]
 
     def counts(self) -> dict[str, Any]:
         """Return what is in the data and how it fills rows, as JSON; of several sources of each and of all."""
-        samples = self.batches.samples
+        samples = self.samples
         if not isinstance(samples, Mixed):
             return self._counts(samples, self.recipe.data)
         each = {
@@ -162,5 +169,8 @@ def open_preview(recipe: Recipe) -> Preview:
     tokenizer, more = open_tokenizer(recipe, runtime, _ANY)
     fetch_data(recipe, once)
     recipe = with_format(recipe)
-    batches = open_batches(recipe, runtime, MeshSizes(), tokenizer, notes, vocabulary=_ANY)
+    batches = open_data(recipe, runtime, MeshSizes(), tokenizer, notes, vocabulary=_ANY, trains=False)
+    if isinstance(windows := batches.samples, Windows):
+        windows.close()  # what is open stays readable
+        notes.info("note: data.window: shown is the first window")
     return Preview(recipe, tokenizer, batches, [*(f"note: {note}" for note in (*found, *more)), *notes.lines])

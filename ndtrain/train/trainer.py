@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ndtrain.accelerators import peak_memory_bytes
-from ndtrain.data import GlobalBatches
+from ndtrain.data import GlobalBatches, Windows
 from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Batch, Engine
 from ndtrain.errors import NdtrainError, Stopped
@@ -33,7 +33,7 @@ from ndtrain.storage.paths import to_path
 from ndtrain.train.data_files import fetch_data, with_format
 from ndtrain.train.encoding import save_templates
 from ndtrain.train.evaluation import Evaluation, nothing_to_do, open_evaluation, restore_evaluations
-from ndtrain.train.inputs import data_progress, open_batches, open_tokenizer
+from ndtrain.train.inputs import data_progress, open_tokenizer
 from ndtrain.train.length import arithmetic, with_steps
 from ndtrain.train.measure import Measure, count_targets
 from ndtrain.train.origin import origin_of
@@ -42,6 +42,7 @@ from ndtrain.train.saving import Saving
 from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, slow_dtype
 from ndtrain.train.skips import Skips, refuse_not_finite
 from ndtrain.train.state import extras, save_extras, versions
+from ndtrain.train.windows import close_data, open_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,7 @@ class Trainer:
         with self.watch.during(FIND):
             resumed = find_resumed(self.saving.store, self.run_dir, self.engine, reporter, origin=self.origin)
         with self.watch.during(TOKENIZE):
-            self.open_batches()
+            self.open_batches(resumed)
             if resumed is not None:
                 resumed.check_data(self.batches.fingerprint, self.batches.tokens)
             self._find_length(resumed)
@@ -141,10 +142,19 @@ class Trainer:
         for note in notes:
             self.reporter.info(f"note: {note}")
 
-    def open_batches(self) -> None:
+    def open_batches(self, resumed: Resumed | None) -> None:
         """Open this rank's batches, tokenizing what is not cached; collective."""
-        self.batches = open_batches(
-            self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
+        where: dict[str, Any] = {}
+        if resumed is not None and self.recipe.data.window:
+            where = {"cursor": resumed.state["samples"], "at": tuple(resumed.state["window"])}
+        self.batches = open_data(
+            self.recipe,
+            self.runtime,
+            self.sizes,
+            self.tokenizer,
+            self.reporter,
+            vocabulary=self.engine.vocabulary,
+            **where,
         )
 
     def _find_length(self, resumed: Resumed | None) -> None:
@@ -351,7 +361,7 @@ class Trainer:
         self.saving.settle(wait=True)
         if self.saving.step == self.step:
             return
-        engine = self.engine
+        engine, samples = self.engine, self.batches.samples
         states, left_out = extra_states.shared_states(engine.model)
         if left_out and not self._noted_left_out:
             self._noted_left_out = True
@@ -366,6 +376,7 @@ class Trainer:
                 "data": self.batches.fingerprint,
                 "tokens": self.batches.tokens,
                 "seed": self.recipe.train.seed,
+                **({"window": samples.at(self.cursor)} if isinstance(samples, Windows) else {}),
                 **self.skips.state(),
                 **({"eval": {**self.evaluation.state(), "best": self.saving.candidate}} if self.evaluation else {}),
                 "mesh": asdict(self.sizes),

@@ -1,0 +1,197 @@
+"""Open the data of a run, in windows of files where the recipe says so (`data.window`).
+
+A window is prepared by one rank of each node, as all data is, into a directory of the run's own, so that it can be
+removed once it is passed. While it is trained on, the next one is prepared by a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+
+from ndtrain.data.batches import GlobalBatches
+from ndtrain.data.cache import build_cache
+from ndtrain.data.files import stamp_of
+from ndtrain.data.samples import Samples
+from ndtrain.data.windows import FilePlan, WindowOrder, Windows
+from ndtrain.errors import Stopped
+from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.mesh import MeshSizes
+from ndtrain.recipe import Recipe
+from ndtrain.recipe.data import window_bytes
+from ndtrain.runs.messages import rank0_first, together
+from ndtrain.runs.process import Runtime
+from ndtrain.train.data_files import cache_root
+from ndtrain.train.encoding import encoder_of
+from ndtrain.train.inputs import data_contents, open_batches, open_source, share_of
+from ndtrain.train.report import Reporter
+
+# What a run that was killed leaves is removed after so long.
+_STALE_SECONDS = 7 * 24 * 3600
+
+
+def open_data(
+    recipe: Recipe,
+    runtime: Runtime,
+    sizes: MeshSizes,
+    tokenizer: ByteTokenizer | HubTokenizer,
+    reporter: Reporter,
+    *,
+    vocabulary: int,
+    cursor: int = 0,
+    at: tuple[int, int] = (0, 0),
+    trains: bool = True,
+) -> GlobalBatches:
+    """Return this rank's share of the data, as `open_batches` does; collective.
+
+    With `data.window` only the windows of the global batch at `cursor` are prepared; `at` is the window that the cursor
+    is in and where that begins, as `Windows.at` says. Who only looks at the data and does not train disturbs no run.
+    """
+    if not recipe.data.window:
+        return open_batches(recipe, runtime, sizes, tokenizer, reporter, vocabulary=vocabulary)
+    opener = _Opener(recipe, runtime, tokenizer, reporter, vocabulary=vocabulary, trains=trains)
+    number, first = at
+    windows = Windows(opener.plan, opener.open, opener.drop, opener.close, key=opener.key, number=number, first=first)
+    reporter.info(windows.describe())
+    windows.reach(cursor, cursor + recipe.train.global_batch_size)
+    return share_of(recipe, windows, WindowOrder(windows), runtime, sizes)
+
+
+def close_data(batches: GlobalBatches) -> None:
+    """End what prepares the next window, and remove the windows of a run that has ended."""
+    if isinstance(batches.samples, Windows):
+        batches.samples.close()
+
+
+class _Opener:
+    """Opens the windows of one recipe. All ranks call `open` alike."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        runtime: Runtime,
+        tokenizer: ByteTokenizer | HubTokenizer,
+        reporter: Reporter,
+        *,
+        vocabulary: int,
+        trains: bool,
+    ) -> None:
+        self.recipe, self.runtime, self.tokenizer, self.reporter = recipe, runtime, tokenizer, reporter
+        self.vocabulary, self.trains = vocabulary, trains
+        ((self.files, contents),) = data_contents(recipe, tokenizer)
+        self.key = contents.key
+        self.plan = FilePlan(
+            [stamp_of(file)[0] for file in self.files],
+            window=window_bytes(recipe.data.window),
+            seed=recipe.train.seed,
+            shuffle=recipe.data.shuffle,
+        )
+        run = hashlib.blake2b(os.path.abspath(recipe.run.dir).encode(), digest_size=8).hexdigest()
+        # Of its own: what a run has passed can be removed only where no other needs it.
+        self.folder = cache_root() / "windows" / (f"{run}-{self.key}" if trains else f"{run}-{self.key}-{os.getpid()}")
+        self._ahead: _Ahead | None = None
+        _remove_stale(self.folder.parent, self.folder)
+
+    def open(self, number: int) -> Samples:
+        """Return the samples of a window, and begin to prepare the one after it; collective."""
+        found: list[tuple[Samples, list[str]]] = []
+
+        def build() -> None:
+            if self._ahead is not None:
+                self._ahead.wait(self.runtime.watch.advance)
+            found.append(
+                open_source(
+                    self.recipe,
+                    self.runtime,
+                    self.tokenizer,
+                    self.reporter,
+                    vocabulary=self.vocabulary,
+                    checks=False,
+                    files=self._files(number),
+                    cache_dir=self._folder(number),
+                )
+            )
+
+        rank0_first(self.runtime, build)
+        together(None if found else build)
+        samples, lines = found[0]
+        for line in lines:
+            self.reporter.info(f"window {number}: {line}")
+        if self.trains and self.runtime.local_rank == 0:
+            self._ahead = _Ahead(lambda check: self._prepare(number + 1, check))
+        return samples
+
+    def _prepare(self, number: int, check: Callable[[], None]) -> None:
+        """Tokenize a window, so that `open` finds it done. Ends where `check` raises."""
+        workers = self.recipe.data.workers or len(os.sched_getaffinity(0))
+        build_cache(
+            self._files(number),
+            encoder_of(self.recipe, self.tokenizer),
+            cache_dir=self._folder(number),
+            progress=lambda done, total: check(),
+            workers=workers,
+        )
+
+    def drop(self, number: int) -> None:
+        """Remove a window that is passed."""
+        if self.runtime.local_rank == 0:
+            shutil.rmtree(self._folder(number), ignore_errors=True)
+
+    def close(self) -> None:
+        """End the preparation ahead and remove all windows."""
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+        if self.runtime.local_rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self, number: int) -> list[Path]:
+        return [self.files[index] for index in self.plan.files(number)]
+
+    def _folder(self, number: int) -> Path:
+        return self.folder / str(number)
+
+
+class _Ahead:
+    """A thread that prepares a window. What it raises is met again by who opens the window."""
+
+    def __init__(self, work: Callable[[Callable[[], None]], None]) -> None:
+        self._stopped, self._beats = Event(), 0
+        self._thread = Thread(target=self._run, args=(work,), name="window", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[Callable[[], None]], None]) -> None:
+        with suppress(Exception):
+            work(self._check)
+
+    def _check(self) -> None:
+        self._beats += 1
+        if self._stopped.is_set():
+            raise Stopped("the run has ended")
+
+    def wait(self, advance: Callable[[], None]) -> None:
+        """Wait until it has ended; `advance` is called where it has gone on."""
+        seen = self._beats
+        while self._thread.is_alive():
+            self._thread.join(0.5)
+            if seen != self._beats:
+                seen = self._beats
+                advance()
+
+    def stop(self) -> None:
+        """End it, at the next document."""
+        self._stopped.set()
+        self._thread.join()
+
+
+def _remove_stale(folder: Path, own: Path) -> None:
+    for left in folder.glob("*"):
+        with suppress(OSError):
+            if left != own and time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left)
