@@ -120,10 +120,10 @@ class LossModel:
     With `pass_positions` the model gets each document's own positions, which packed rows need; without, it counts them
     itself, which is right for rows of one document.
 
-    The gradient is that of sum of cross-entropy / `count`, where `count` is the number of target tokens of the global
+    The gradient is that of the summed cross-entropy times `scales[0]`, 1 / the number of target tokens of the global
     batch, so that gradients summed over ranks and micro batches are those of the mean loss. Where the model's config
-    asks for a router's auxiliary loss, its mean over the sequences of the global batch, times the config's coefficient,
-    is added; `cp_group` holds the ranks that have parts of the same sequences.
+    asks for a router's auxiliary loss, its sum times `scales[1]`, 1 / the number of sequences of the global batch, and
+    times the config's coefficient, is added; `cp_group` holds the ranks that have parts of the same sequences.
     """
 
     def __init__(
@@ -168,23 +168,21 @@ class LossModel:
 
             head.forward = loss_in_head  # type: ignore[method-assign]
 
-    def backward(self, batch: dict[str, Tensor], *, count: int, sequences: Sequences | None = None) -> Tensor:
+    def backward(self, batch: dict[str, Tensor], *, scales: Tensor, sequences: Sequences | None = None) -> Tensor:
         """Run forward and backward on one micro batch of int64 `[B, S]` input_ids, shifted labels, and position_ids.
 
-        `sequences` is needed where there is an auxiliary loss. Returns two detached sums in float32: of the
-        cross-entropy of this micro batch's targets, and of the auxiliary loss (without its coefficient) of its
-        sequences, 0 where there is none.
+        `scales` is float32 `[2]` on the device. `sequences` is needed where there is an auxiliary loss. Returns two
+        detached sums in float32: of the cross-entropy of this micro batch's targets, and of the auxiliary loss (without
+        its coefficient) of its sequences, 0 where there is none.
         """
-        device = batch["input_ids"].device
-        scale = torch.tensor(1.0 / max(1, count), dtype=torch.float32, device=device)
-        loss = self._loss(batch, scale)
-        target = loss if self._inside_head else loss * scale
+        loss = self._loss(batch, scales[0])
+        target = loss if self._inside_head else loss * scales[0]
         auxiliary = torch.zeros_like(loss)
         if self.router is not None:
             assert sequences is not None
             auxiliary = self.router(sequences)
             # One backward pass for both losses, because recomputed blocks contribute to both.
-            target = target + auxiliary * (self.router.coefficient / max(1, sequences.total))
+            target = target + auxiliary * (self.router.coefficient * scales[1])
         target.backward()
         return torch.stack([loss.detach(), auxiliary.detach()])
 

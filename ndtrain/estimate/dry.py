@@ -118,10 +118,11 @@ def run_step(engine: Engine, recorder: Recorder, loaded: list[dict[str, Tensor]]
     def done() -> None:
         recorder.times = next(ahead)
 
-    engine.gradients(loaded[:3], count=rows * engine.recipe.data.seq_len, rows=rows, done=done)
+    counts = torch.tensor([rows * engine.recipe.data.seq_len, rows])
+    engine.gradients(loaded[:3], counts=counts, done=done)
     recorder.stage = ("update", "")
     engine.clip()
-    engine.update(0)
+    engine.update(0, skip=torch.zeros(()))
 
 
 def batches(recipe: Recipe, plan: Plan) -> list[dict[str, Tensor]]:
