@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ndtrain.engine import engine
+from ndtrain.data import Order
 from ndtrain.engine.loss import IGNORE
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.hf.model import meta_model
@@ -58,6 +59,10 @@ class Batches:
         self.micro_steps = ROWS // (micro * ranks)
         self.fingerprint = "matrix"
         self.samples = range(1000)
+        self.order = Order(len(self.samples), seed=0, shuffle=False)
+
+    def sources_of(self, cursor: int) -> None:
+        return None
 
     def load(self, cursor: int) -> list[dict[str, Tensor]]:
         batch = rows(self.vocab, cursor // ROWS)
