@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ndtrain.engine import engine
 from ndtrain.data import Order
+from ndtrain.engine import engine
 from ndtrain.engine.loss import IGNORE
 from ndtrain.errors import NdtrainError, PlanError
 from ndtrain.hf.model import meta_model
