@@ -221,7 +221,12 @@ class Trainer:
         decided on the device. So a request takes effect one step late, and a run that `max_bad_steps` ends has made one
         more step, of which nothing is kept. Raises `Stopped` after saving if any rank was asked to stop.
         """
-        self._made.append(self.optimize())
+        try:
+            self._made.append(self.optimize())
+        except NdtrainError:  # of the data: the step before is made
+            with suppress(NdtrainError):
+                self._finish_all()
+            raise
         while len(self._made) > 1:
             self._finish()
         if wait or self.requests or self._reads_at_once(self.step):
@@ -283,19 +288,16 @@ class Trainer:
         # No save begins before the numbers of all steps are read, so this is about the one in flight.
         if not found.answers.is_saving:
             self.saving.settle()
-        self.last = self._measure.metrics(made, found, skipped=self.skips.total)
-        self.first = self.first or self.last
-        self._log(self.last)
-
-    def _log(self, metrics: StepMetrics) -> None:
+        self.last = metrics = self._measure.metrics(made, found, skipped=self.skips.total)
+        self.first = self.first or metrics
         self._write(metrics)
-        step, steps, skips = metrics.step, self.steps, self.skips
+        step, steps = metrics.step, self.steps
         self.reporter.step(metrics, steps=steps, show=step == steps or step % self.recipe.log.every == 0)
-        if line := skips.line(metrics):
+        if line := self.skips.line(metrics):
             self.reporter.info(line)
-        if skips.in_row >= skips.limit:
+        if self.skips.in_row >= self.skips.limit:
             self.saving.settle()
-        skips.check_limit(step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
+        self.skips.check_limit(step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
 
     def _write(self, metrics: Metrics) -> None:
         with self._logging(metrics.step):

@@ -105,7 +105,7 @@ def ndtrain_step(folder: Path, name: str, case: Case, runtime: Runtime) -> Calla
     plan = make_plan(model, sizes_for(recipe, runtime.world_size), recipe)
     trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Silent())
     trainer.prepare()
-    return trainer.optimize
+    return trainer.advance
 
 
 def transformers_step(folder: Path, case: Case, *, sizes: dict[str, int] | None) -> Callable[[], Any]:
