@@ -83,15 +83,18 @@ class Engine:
         """Run forward and backward of every micro batch (as `LossModel.backward` takes them, before `shape`).
 
         `counts` has the target tokens and the sequences of the global batch, int64 `[2]` on the device, so that the
-        host need not know them yet; `done` is called after each micro batch. Returns this rank's sums of the
-        cross-entropy and of the auxiliary loss, in float64.
+        host need not know them yet. The head leaves out what is not among the `targets` of a batch (`with_targets`).
+        `done` is called after each micro batch. Returns this rank's sums of the cross-entropy and of the auxiliary
+        loss, in float64.
         """
         scales = counts.clamp(min=1).double().reciprocal().float()
         total = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            total += self.loss_model.backward(self.shape(batch), scales=scales, sequences=self._sequences(batch))
+            rows = {key: value for key, value in batch.items() if key != "targets"}
+            shaped = self.shape(rows) | {key: value for key, value in batch.items() if key == "targets"}
+            total += self.loss_model.backward(shaped, scales=scales, sequences=self._sequences(rows))
             done()
         return total
 

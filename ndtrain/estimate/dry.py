@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ndtrain.data.batches import micro_batches
-from ndtrain.engine import loss
+from ndtrain.engine import head
 from ndtrain.engine.engine import Engine
 from ndtrain.errors import NdtrainError, PlanError, one_line
 from ndtrain.estimate import record
@@ -205,17 +205,17 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
         return propagated
 
-    head = loss.ChunkedHead.forward
+    forward = head.ChunkedLinear.forward
 
     def in_head(*args: Any) -> Any:
         recorder.stage = ("loss", "")
         with recorder.making(record.LOGITS):
-            return head(*args)
+            return forward(*args)
 
     with (
         fsdp_stages_wrapped(during),
         shape_propagation_wrapped(unseen),
-        mock.patch.object(loss.ChunkedHead, "forward", staticmethod(in_head)),
+        mock.patch.object(head.ChunkedLinear, "forward", staticmethod(in_head)),
     ):
         yield
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ndtrain.data import GlobalBatches
+from ndtrain.data import GlobalBatches, with_targets
 from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Engine
 from ndtrain.engine.transfers import Moment, Readback
@@ -81,7 +81,9 @@ class Trainer:
         self.step = 0
         self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
-        self._prefetch = Prefetch(lambda cursor: self.batches.load(cursor), device=runtime.device)
+        self._prefetch = Prefetch(
+            lambda cursor: with_targets(self.batches.load(cursor), cp=self.sizes.cp), device=runtime.device
+        )
         self.first: StepMetrics | None = None  # of this process's steps that are logged
         self.last: StepMetrics | None = None
         self._made: deque[Made] = deque()  # steps of which the host has not read the numbers
@@ -216,10 +218,9 @@ class Trainer:
     def advance(self, *, wait: bool = False) -> None:
         """Make one optimizer step, log the one before it, and evaluate and save where that is due or requested.
 
-        The host reads a step's numbers only once it has enqueued the next step, so that the device never waits for it,
-        but at once before anything that depends on them: an evaluation, a save, the end. Whether a step is skipped is
-        decided on the device. So a request takes effect one step late, and a run that `max_bad_steps` ends has made one
-        more step, of which nothing is kept. Raises `Stopped` after saving if any rank was asked to stop.
+        The host reads a step's numbers once it has enqueued the next step, so that the device never waits for it, or
+        at once where an evaluation, a save or the end depends on them. So a request takes effect one step late, and a
+        run that `max_bad_steps` ends has made one step more, of which nothing is kept. Raises `Stopped` after saving.
         """
         try:
             self._made.append(self.optimize())
