@@ -104,7 +104,7 @@ class ChunkedLinear(torch.autograd.Function):
             gradient = logits.to(of.dtype)
             torch.mm(gradient, weight, out=grad)
             if of.dtype == torch.float32:
-                weight_grad.addmm_(gradient.T, of)
+                torch.addmm(weight_grad, gradient.T, of, out=weight_grad)
             else:
                 weight_grad += gradient.T @ of
         if part.group is not None:
