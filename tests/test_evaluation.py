@@ -88,14 +88,14 @@ def trained(path: str, overrides: list[str], stop_at: int | None = None) -> dict
     trainer = trainer_of(path, overrides, said=said)
     with proofs.remembered():
         trainer.prepare()
-    step = trainer.train_step
+    step = trainer.advance
 
-    def train_step() -> Any:
+    def advance() -> Any:
         if trainer.step == stop_at:
             raise Killed
         return step()
 
-    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.advance = advance  # type: ignore[method-assign]
     with suppress(Killed):
         trainer.train()
     trainer.saving.store.settle()

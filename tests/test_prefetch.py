@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from threading import Event
@@ -72,7 +73,10 @@ def test_no_thread_is_left_after_the_last_step() -> None:
 
 
 def ended(recipe: str, stop_at: int, error_at: int) -> tuple[str, int, list[str]]:
-    """How a run of 8 samples a step ends that is asked to stop after a step, or whose data cannot be read for one."""
+    """How a run of 8 samples a step ends that is asked to stop in a step, or whose data cannot be read for one.
+
+    Either way every step that it made is in metrics.jsonl.
+    """
     trainer = trainer_of(recipe)
     with proofs.remembered():
         trainer.prepare()
@@ -94,12 +98,14 @@ def ended(recipe: str, stop_at: int, error_at: int) -> tuple[str, int, list[str]
     for thread in threading.enumerate():
         if thread.name == "prefetch":
             thread.join(20)  # which is loading a batch that is not needed any more
+    lines = (trainer.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, trainer.step + 1))
     return how, trainer.step, [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 @pytest.mark.parametrize(
     ("stop_at", "error_at", "how", "steps"),
-    [(0, 0, "done", 4), (0, 3, "DamagedError: cannot read tokens.bin", 2), (1, 0, "Stopped: stopped by", 1)],
+    [(0, 0, "done", 4), (0, 3, "DamagedError: cannot read tokens.bin", 2), (1, 0, "Stopped: stopped by", 2)],
 )
 def test_a_run_ends_as_without_a_thread(tmp_path: Path, stop_at: int, error_at: int, how: str, steps: int) -> None:
     recipe = tiny.recipe_file(

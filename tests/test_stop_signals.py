@@ -332,7 +332,10 @@ def prepared(path: str) -> Any:
 
 
 def stop_message(path: str, how: str) -> str:
-    """Return the message with which this rank ends after it was asked to stop during its second step."""
+    """Return the message with which this rank ends after it was asked to stop during its second step.
+
+    The ranks know of it one step later.
+    """
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
     trainer = prepared(path)
 
@@ -373,15 +376,15 @@ def stop_message(path: str, how: str) -> str:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("file", "stopped by the file `stop` after step 2 of 5, which is saved; start again to continue"),
-        ("signal on one rank", "stopped by SIGUSR1 after step 2 of 5, which is saved; start again to continue"),
+        ("file", "stopped by the file `stop` after step 3 of 5, which is saved; start again to continue"),
+        ("signal on one rank", "stopped by SIGUSR1 after step 3 of 5, which is saved; start again to continue"),
         ("tokenizing", "stopped by SIGTERM before the first step, so there is nothing to save"),
     ],
 )
 def test_every_rank_stops_at_the_same_step(tmp_path: Path, how: str, message: str) -> None:
     messages = get_pool(2).run(stop_message, str(make_recipe(tmp_path, steps=5)), how)
     assert all(line.removeprefix("rank 0: ") == message for line in messages), messages
-    assert checkpoints(tmp_path / "run") == ([] if how == "tokenizing" else ["step-00000002"])
+    assert checkpoints(tmp_path / "run") == ([] if how == "tokenizing" else ["step-00000003"])
     assert not (tmp_path / "run" / "stop").exists()
 
 

@@ -12,6 +12,8 @@ from ndtrain.data.row import IntArray
 from ndtrain.data.samples import IGNORE, Samples
 from ndtrain.data.windows import WindowOrder, Windows
 
+_ALIGN = 128
+
 
 def micro_batches(global_batch_size: int, batch_ranks: int, most: int) -> tuple[int, int]:
     """Return (rows of a micro batch, at most `most`; forwards per optimizer step), the same on every rank."""
@@ -79,6 +81,21 @@ class GlobalBatches:
             for filler in rows[max(0, len(ids) - first) :]:
                 filler["labels"].fill(IGNORE)
             yield {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def with_targets(batches: list[dict[str, torch.Tensor]], *, cp: int) -> list[dict[str, torch.Tensor]]:
+    """Return micro batches with `targets`, int64 `[n]`: which of the flattened labels are targets, in order.
+
+    The model's head can leave out the others. Labels that are none fill `n` up to a multiple of `_ALIGN`, so that it
+    takes few values. Left out where hardly any label is none, and where cp ranks split the rows.
+    """
+    for batch in batches if cp == 1 else ():
+        is_target = (batch["labels"] != IGNORE).flatten().numpy()
+        count = max(1, -(-int(is_target.sum()) // _ALIGN)) * _ALIGN
+        if count < len(is_target):
+            targets, others = np.flatnonzero(is_target), np.flatnonzero(~is_target)
+            batch["targets"] = torch.from_numpy(np.sort(np.concatenate([targets, others[: count - len(targets)]])))
+    return batches
 
 
 def labels_count(batches: Iterable[dict[str, torch.Tensor]]) -> int:

@@ -78,19 +78,23 @@ class Engine:
         return self.plan.tp_summed + (along.norms if along is not None else ())
 
     def gradients(
-        self, batches: Sequence[Batch], *, count: int, rows: int, done: Callable[[], None] = lambda: None
+        self, batches: Sequence[Batch], *, counts: torch.Tensor, done: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
         """Run forward and backward of every micro batch (as `LossModel.backward` takes them, before `shape`).
 
-        `count` and `rows` are the target tokens and sequences of the global batch; `done` is called after each micro
-        batch. Returns this rank's sums of the cross-entropy and of the auxiliary loss, in float64.
+        `counts` has the target tokens and the sequences of the global batch, int64 `[2]` on the device, so that the
+        host need not know them yet. The head leaves out what is not among the `targets` of a batch (`with_targets`).
+        `done` is called after each micro batch. Returns this rank's sums of the cross-entropy and of the auxiliary
+        loss, in float64.
         """
+        scales = counts.clamp(min=1).double().reciprocal().float()
         total = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            sequences = self._sequences(batch, rows)
-            total += self.loss_model.backward(self.shape(batch), count=count, sequences=sequences)
+            rows = {key: value for key, value in batch.items() if key != "targets"}
+            shaped = self.shape(rows) | {key: value for key, value in batch.items() if key == "targets"}
+            total += self.loss_model.backward(shaped, scales=scales, sequences=self._sequences(rows))
             done()
         return total
 
@@ -119,23 +123,30 @@ class Engine:
             sum_over_tp(self.model, summed, self.meshes.tp.get_group())
         return clip_grad_norm(self.model.parameters(), self.recipe.optim.max_grad_norm)
 
-    def update(self, step: int, *, skip: bool = False) -> float:
-        """Update the parameters for `step` (from 0) unless `skip`, drop the gradients, and return the learning rate."""
+    def update(self, step: int, *, skip: torch.Tensor) -> float:
+        """Update the parameters for `step` (from 0), drop the gradients, and return the learning rate.
+
+        Where `skip`, a float32 scalar on the device, is 1 and not 0, no parameter and no state changes.
+        """
         lr = learning_rate(self.recipe, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if not skip:
+        if OPTIMIZERS[self.recipe.optim.name].heeds_found_inf:
+            # A kernel on the host reads it at once, so it has to be there.
+            self.optimizer.found_inf = skip.cpu() if self.plan.on_host else skip  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skip.item():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return lr
 
-    def _sequences(self, batch: Batch, total: int) -> Sequences | None:
+    def _sequences(self, batch: Batch) -> Sequences | None:
         """Return what a router's auxiliary loss needs of the micro batch; None where there is no such loss."""
         if self.loss_model.router is None:
             return None
         # Split like labels, so that padding belongs to no sequence.
         ids = self.shape({**batch, "labels": sequence_ids(batch["labels"])})["labels"]
-        return Sequences(ids, rows=len(batch["labels"]), total=total)
+        return Sequences(ids, rows=len(batch["labels"]))
 
     # ---- the optimizer's state
 

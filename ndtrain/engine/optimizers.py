@@ -27,11 +27,14 @@ class Kind:
     """Describes an optimizer: how it is built from parameter groups, and the tensors that it keeps for each parameter.
 
     `state` maps the name of each tensor to a function that makes it, correctly sharded, for a parameter that has none
-    yet. The count of updates, `step`, belongs to the run and is not among these tensors.
+    yet. The count of updates, `step`, belongs to the run and is not among these tensors. `heeds_found_inf` says that
+    its `step` changes nothing where its attribute `found_inf` is 1, as torch's fused kernels do for `GradScaler`; for
+    others the host has to read it.
     """
 
     build: Callable[[Groups, Recipe], torch.optim.Optimizer]
     state: Mapping[str, Callable[[Tensor], Tensor]]
+    heeds_found_inf: bool
 
 
 def _as_parameter(param: Tensor) -> Tensor:
@@ -50,7 +53,9 @@ def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 # Names of `optim.name`
-OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, {"exp_avg": _as_parameter, "exp_avg_sq": _as_parameter})}
+OPTIMIZERS: dict[str, Kind] = {
+    "adamw": Kind(_adamw, {"exp_avg": _as_parameter, "exp_avg_sq": _as_parameter}, heeds_found_inf=True)
+}
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

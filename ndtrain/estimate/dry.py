@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ndtrain.data.batches import micro_batches
-from ndtrain.engine import loss
+from ndtrain.engine import head
 from ndtrain.engine.engine import Engine
 from ndtrain.errors import NdtrainError, PlanError, one_line
 from ndtrain.estimate import record
@@ -118,10 +118,11 @@ def run_step(engine: Engine, recorder: Recorder, loaded: list[dict[str, Tensor]]
     def done() -> None:
         recorder.times = next(ahead)
 
-    engine.gradients(loaded[:3], count=rows * engine.recipe.data.seq_len, rows=rows, done=done)
+    counts = torch.tensor([rows * engine.recipe.data.seq_len, rows])
+    engine.gradients(loaded[:3], counts=counts, done=done)
     recorder.stage = ("update", "")
     engine.clip()
-    engine.update(0)
+    engine.update(0, skip=torch.zeros(()))
 
 
 def batches(recipe: Recipe, plan: Plan) -> list[dict[str, Tensor]]:
@@ -204,17 +205,17 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
         return propagated
 
-    head = loss.ChunkedHead.forward
+    forward = head.ChunkedLinear.forward
 
     def in_head(*args: Any) -> Any:
         recorder.stage = ("loss", "")
         with recorder.making(record.LOGITS):
-            return head(*args)
+            return forward(*args)
 
     with (
         fsdp_stages_wrapped(during),
         shape_propagation_wrapped(unseen),
-        mock.patch.object(loss.ChunkedHead, "forward", staticmethod(in_head)),
+        mock.patch.object(head.ChunkedLinear, "forward", staticmethod(in_head)),
     ):
         yield
 

@@ -15,9 +15,9 @@ class StepMetrics:
     `epoch` is how many times the data was read after the step: 1.5 is the middle of the second pass.
 
     `aux_loss` is the router's, the mean over the global batch's sequences without its coefficient; None, and left out
-    of the line, without a router. A step that is not finite changes no weight: `skipped` counts those of the run up to
-    now, and is left out while it is 0. `sources` has the targets of each source of a mixture, and is left out without
-    one.
+    of the line, without a router. A step that is not finite, or has no target, changes no weight: `skipped` counts
+    those of the run up to now, and is left out while it is 0. `sources` has the targets of each source of a mixture,
+    and is left out without one.
     """
 
     step: int

@@ -68,7 +68,7 @@ def run(recipe: Recipe, reporter: Reporter, stop_signals: StopSignals) -> None:
             trainer.train()
         except Stopped:
             # torchrun also sends SIGTERM to workers that it will restart, so only other requests stop the launch.
-            if runtime.is_main and (trainer.requested[0] or stop_signals.signal) != signal.SIGTERM:
+            if runtime.is_main and (trainer.requests.stop or stop_signals.signal) != signal.SIGTERM:
                 restarts.record_stop()
             raise
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,43 +15,51 @@ from ndtrain.accelerators import peak_flops
 from ndtrain.data import IGNORE, labels_count
 from ndtrain.engine import Batch, Engine
 from ndtrain.engine.flops import flops_per_token
+from ndtrain.engine.transfers import Moment, Readback, to_device
 from ndtrain.hf.routers import sequence_count
-from ndtrain.loggers import StepMetrics, now
+from ndtrain.loggers import StepMetrics
+from ndtrain.train.requests import Answers
 
 
-class Targets(NamedTuple):
-    """Counts of the global batch: target tokens, and sequences (`rows`; 0 without a router's auxiliary loss)."""
+class Made(NamedTuple):
+    """A step that the host has enqueued, and its numbers on their way: `Measure.reduce`'s, then `Answers`."""
 
-    tokens: int
-    rows: int
-    by_source: tuple[int, ...] = ()  # target tokens
+    step: int
+    epoch: float
+    lr: float
+    time: str
+    begun: Moment
+    numbers: Readback
 
 
-class Losses(NamedTuple):
-    """Means over the global batch, equal on all ranks. `finite`: whether they and all ranks' gradients are."""
+class Found(NamedTuple):
+    """The numbers of a step: means over the global batch, and counts of it. `finite`: all losses and gradients."""
 
     loss: float
     aux_loss: float
     grad_norm: float
     finite: bool
+    tokens: int
+    by_source: tuple[int, ...]
+    answers: Answers
 
 
-def count_targets(batches: Sequence[Batch], engine: Engine, sources: npt.NDArray[np.int64] | None = None) -> Targets:
-    """Return the counts of the global batch; `batches` are this rank's micro batches. Collective.
+def count_targets(batches: Sequence[Batch], engine: Engine, sources: npt.NDArray[np.int64] | None = None) -> Tensor:
+    """Return counts of the global batch, int64 on the device: targets, sequences, and targets of each source.
 
-    `sources` has the source of each of their rows `[micro batches, m]`, where there are sources.
+    `batches` are this rank's micro batches, in host memory, and `sources` has the source of each of their rows
+    `[micro batches, m]`, where there are sources. Sequences are 0 without a router's auxiliary loss. Collective: to
+    count alone, each rank would have to read the rows of all.
     """
     routed = engine.loss_model.router is not None
     own = [labels_count(batches), sum(sequence_count(b["labels"]) for b in batches) if routed else 0]
     if sources is not None:
-        targets = [(batch["labels"] != IGNORE).sum(-1) for batch in batches]
-        count = len(engine.recipe.data.sources)
-        counted = np.bincount(sources.ravel(), torch.cat(targets).cpu().numpy(), minlength=count)
+        targets = np.concatenate([(batch["labels"] != IGNORE).sum(-1).numpy() for batch in batches])
+        counted = np.bincount(sources.ravel(), targets, minlength=len(engine.recipe.data.sources))
         own += counted.astype(np.int64).tolist()
-    counts = torch.tensor(own, dtype=torch.int64, device=engine.device)
+    counts = to_device(own, dtype=torch.int64, device=engine.device)
     dist.all_reduce(counts, group=engine.meshes.loss.get_group())
-    tokens, rows, *by_source = (n // engine.sizes.cp for n in counts.tolist())  # cp ranks have the same rows
-    return Targets(tokens, rows, tuple(by_source))
+    return counts // engine.sizes.cp  # cp ranks have the same rows
 
 
 class Measure:
@@ -65,43 +72,46 @@ class Measure:
         self._peak_flops = peak_flops(engine.device)
         self._labels = [source.label for source in engine.recipe.data.sources]
 
-    def reduce(self, sums: Tensor, norm: Tensor, targets: Targets) -> Losses:
-        """Return the means over the global batch from each rank's `Engine.gradients` and `Engine.clip`; collective."""
+    def reduce(self, sums: Tensor, norm: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a step's numbers over all ranks, float64, and whether it is to be skipped, a float32 0 or 1.
+
+        Both stay on the device. Takes each rank's `Engine.gradients` and `Engine.clip`, and `count_targets`.
+        Collective.
+        """
         # tp ranks have the same loss.
         shared = torch.cat([sums / self.engine.sizes.tp, norm.isfinite().logical_not().to(sums)[None]])
         dist.all_reduce(shared)
-        loss_sum, aux_sum, ranks_not_finite = shared.tolist()
-        loss, aux_loss = loss_sum / max(1, targets.tokens), aux_sum / max(1, targets.rows)
-        return Losses(loss, aux_loss, float(norm), not ranks_not_finite and math.isfinite(loss + aux_loss))
+        means = shared[:2] / counts[:2].clamp(min=1)
+        finite = (shared[2] == 0) & means.sum().isfinite()
+        skip = (finite & (counts[0] > 0)).logical_not().float()
+        return torch.cat([means, torch.stack([norm.to(sums), finite.to(sums)]), counts.to(sums)]), skip
 
-    def metrics(
-        self,
-        losses: Losses,
-        targets: Targets,
-        *,
-        step: int,
-        epoch: float,
-        lr: float,
-        seconds: float,
-        peak: int,
-        skipped: int,
-    ) -> StepMetrics:
-        """Return the metrics of a step that took `seconds`; `peak` is in bytes."""
-        speed = targets.tokens / seconds
+    def read(self, made: Made) -> Found:
+        """Wait for the numbers of a step."""
+        numbers = made.numbers.wait()
+        first, last = numbers[: -len(Answers._fields)], numbers[-len(Answers._fields) :]
+        loss, aux_loss, norm, finite, tokens, _, *by_source = first
+        counts = tuple(int(count) for count in by_source)
+        return Found(loss, aux_loss, norm, bool(finite), int(tokens), counts, Answers(*map(int, last)))
+
+    def metrics(self, made: Made, found: Found, *, skipped: int) -> StepMetrics:
+        """Return the metrics of a step; `skipped` as in `StepMetrics`."""
+        seconds = made.numbers.moment.seconds_since(made.begun)
+        speed = found.tokens / seconds
         mfu = speed / self.ranks * self._flops_per_token / self._peak_flops if self._peak_flops else None
         return StepMetrics(
-            step=step,
-            epoch=epoch,
-            loss=losses.loss,
-            grad_norm=losses.grad_norm,
-            lr=lr,
-            tokens=targets.tokens,
+            step=made.step,
+            epoch=made.epoch,
+            loss=found.loss,
+            grad_norm=found.grad_norm,
+            lr=made.lr,
+            tokens=found.tokens,
             tokens_per_second=speed,
             step_seconds=seconds,
             mfu=mfu,
-            peak_memory_bytes=peak,
-            time=now(),
-            aux_loss=losses.aux_loss if self.engine.loss_model.router is not None else None,
+            peak_memory_bytes=found.answers.peak_bytes,
+            time=made.time,
+            aux_loss=found.aux_loss if self.engine.loss_model.router is not None else None,
             skipped=skipped,
-            sources=dict(zip(self._labels, targets.by_source, strict=True)) if self._labels else None,
+            sources=dict(zip(self._labels, found.by_source, strict=True)) if self._labels else None,
         )

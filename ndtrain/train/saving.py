@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ndtrain.checkpoint import CheckpointStore
@@ -46,7 +44,7 @@ class Saving:
         """Return whether the checkpoint of `step`, with this held-out loss, is to be saved as the best. Collective."""
         if not self._keeps_best:
             return False
-        self.settle(wait=True)  # a better one in flight may fail
+        self.settle()  # a better one in flight may fail
         if not math.isfinite(loss) or (self.best is not None and loss >= self.best.loss):
             return False
         if self.step == step:  # it is saved already
@@ -85,13 +83,9 @@ class Saving:
                 )
             )
 
-    def settle(self, *, wait: bool) -> None:
-        """Report how the save in flight ended, if it has; with `wait`, wait for its end. Collective."""
-        if not self.store.in_flight:
-            return
-        written = torch.tensor(int(wait or self.store.written))
-        dist.all_reduce(written, op=dist.ReduceOp.MIN)
-        if written:
+    def settle(self) -> None:
+        """Wait for the end of the save in flight, if there is one, and report how it ended. Collective."""
+        if self.store.in_flight:
             with self._on_error():
                 self._saved(self.store.settle())
 

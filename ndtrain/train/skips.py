@@ -1,4 +1,4 @@
-"""Count steps that are skipped because their loss or gradient is not finite, and check weights before a save."""
+"""Count steps that are skipped, and check weights before a save."""
 
 from __future__ import annotations
 
@@ -13,21 +13,40 @@ from torch import Tensor
 
 from ndtrain.errors import DamagedError, NdtrainError
 from ndtrain.layout import local_part
+from ndtrain.loggers import StepMetrics
 from ndtrain.runs.messages import together
 from ndtrain.torch_compat import foreach_norm
 
 
 @dataclass
 class Skips:
-    """Count skipped steps, in the whole run and in a row up to now. `limit` in a row end the run."""
+    """Count skipped steps in the whole run, and those that were not finite in a row up to now.
+
+    A step whose loss or gradient is not finite is skipped, and `limit` of them in a row end the run. One without any
+    target is skipped too, since it has nothing to learn from, and says nothing of the weights.
+    """
 
     limit: int
     total: int = 0
     in_row: int = 0
 
-    def count(self, *, skipped: bool) -> None:
-        self.total += skipped
-        self.in_row = self.in_row + 1 if skipped else 0
+    def count(self, *, finite: bool, targets: int) -> None:
+        self.total += not (finite and targets)
+        self.in_row = 0 if finite else self.in_row + 1
+
+    def line(self, metrics: StepMetrics) -> str | None:
+        """Return what a person is to know of the step that was counted last; None if it was not skipped."""
+        if self.in_row:
+            return (
+                f"step {metrics.step} skipped: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no weight "
+                f"changed ({self.in_row} in a row, {self.limit} in a row end the run; {self.total} in total)"
+            )
+        if not metrics.tokens:
+            return (
+                f"step {metrics.step} skipped: no token of its global batch is a target; no weight changed "
+                f"({self.total} in total)"
+            )
+        return None
 
     def state(self) -> dict[str, int]:
         """Return the counts for a checkpoint: the optimizer has made `skipped` updates fewer than the run has steps."""

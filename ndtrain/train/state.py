@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,14 @@ from ndtrain.hf import extra_states
 from ndtrain.hf.beside import copied, save_config, take_generation_config
 from ndtrain.hf.hub import directory_of
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
+from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What `origin_of` returns that a checkpoint records beside the recipe.
+_IDENTITIES = ("base", "tokenizer", "packages", "template", "content", "files")
 
 
 def extras(
@@ -49,6 +54,16 @@ def extras(
     except Exception as error:
         line = " ".join(str(error).split())
         raise RecipeError(f"the model's config or tokenizer cannot be saved: {line}") from error
+
+
+def state_of_run(sizes: MeshSizes, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what train_state.json says of a run whatever step it is at; `origin` as `origin_of` returns it."""
+    return {
+        "mesh": asdict(sizes),
+        "versions": versions(),
+        "recipe": origin.get("recipe"),
+        "origin": {key: origin.get(key) for key in _IDENTITIES},
+    }
 
 
 def save_extras(directory: Path, files: Mapping[str, bytes], states: Mapping[str, Any]) -> None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from ndtrain.accelerators import peak_memory_bytes
-from ndtrain.data import GlobalBatches, Windows
+from ndtrain.data import GlobalBatches, with_targets
 from ndtrain.data.prefetch import Prefetch
-from ndtrain.engine import Batch, Engine
+from ndtrain.engine import Engine
+from ndtrain.engine.transfers import Moment, Readback
 from ndtrain.errors import NdtrainError, Stopped
 from ndtrain.hf import extra_states
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.hf.weight_names import model_tensors
-from ndtrain.loggers import Logger, Metrics, StepMetrics, check_loggers, open_loggers
+from ndtrain.loggers import Logger, Metrics, StepMetrics, check_loggers, now, open_loggers
 from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
@@ -28,28 +27,25 @@ from ndtrain.runs.messages import on_rank0, rank0_first
 from ndtrain.runs.phases import EVALUATE, FIND, RESUME, SAVE, TOKENIZE
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.seeds import random_seed
-from ndtrain.runs.stop_signals import Steps, StopSignals, nothing_to_save, request_name
+from ndtrain.runs.stop_signals import Steps, StopSignals, request_name
 from ndtrain.storage.paths import to_path
 from ndtrain.train.data_files import fetch_data, with_format
 from ndtrain.train.encoding import save_templates
 from ndtrain.train.evaluation import Evaluation, nothing_to_do, open_evaluation, restore_evaluations
 from ndtrain.train.inputs import data_progress, open_tokenizer
 from ndtrain.train.length import arithmetic, with_steps
-from ndtrain.train.measure import Measure, count_targets
+from ndtrain.train.measure import Made, Measure, count_targets
 from ndtrain.train.origin import origin_of
 from ndtrain.train.report import Reporter
+from ndtrain.train.requests import Requests
 from ndtrain.train.saving import Saving
 from ndtrain.train.setup import Resumed, build, find_resumed, open_run_dir, slow_dtype
 from ndtrain.train.skips import Skips, refuse_not_finite
-from ndtrain.train.state import extras, save_extras, versions
-from ndtrain.train.windows import close_data, open_data
+from ndtrain.train.state import extras, save_extras, state_of_run
+from ndtrain.train.windows import close_data, data_state, open_data, reach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# What `origin_of` returns that a checkpoint records beside the recipe.
-_IDENTITIES = ("base", "tokenizer", "packages", "template", "content", "files")
 
 
 class Trainer:
@@ -74,21 +70,26 @@ class Trainer:
         self.runtime, self.reporter = runtime, reporter
         self.run_dir = to_path(recipe.run.dir)
         self.stop_signals = stop_signals or StopSignals(self.run_dir)
-        self.requested = [0, 0]  # stop and save, as all ranks agreed after the last step
+        self.requests = Requests(self.stop_signals, device=runtime.device, is_main=runtime.is_main)
         self.watch = runtime.watch
         self.saving = Saving(recipe.checkpoint, self.run_dir, reporter, progress=self.watch.advance)
         self.watch.saved = lambda: self.saving.step
         self.step = 0
         self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
-        self._prefetch = Prefetch(lambda cursor: self.batches.load(cursor), device=runtime.device)
+        self._prefetch = Prefetch(
+            lambda cursor: with_targets(self.batches.load(cursor), cp=self.sizes.cp), device=runtime.device
+        )
+        self.first: StepMetrics | None = None  # of this process's steps that are logged
+        self.last: StepMetrics | None = None
+        self._made: deque[Made] = deque()  # steps of which the host has not read the numbers
         self.save_due = False  # stays True while steps are skipped
         self.skips = Skips(recipe.train.max_bad_steps)
         self.evaluation: Evaluation | None = None
         self._is_best = False  # whether the step's held-out loss is the lowest, so that it is saved
         self.loggers: list[Logger] = []
         self.origin: dict[str, Any] = {}  # on rank 0
-        self._asks_at = 0  # the step at whose end the ranks next ask each other
+        self._stops_after = 0  # the step after which a request that comes now stops the run
         self._same_batch = False  # whether tp and cp ranks were checked to read the same samples
         self._extras: dict[str, bytes] = {}  # on rank 0, the files beside the tensors of every checkpoint
         self._noted_left_out = False  # whether the user knows of extra states that are not saved
@@ -144,17 +145,9 @@ class Trainer:
 
     def open_batches(self, resumed: Resumed | None) -> None:
         """Open this rank's batches, tokenizing what is not cached; collective."""
-        where: dict[str, Any] = {}
-        if resumed is not None and self.recipe.data.window:
-            where = {"cursor": resumed.state["samples"], "at": tuple(resumed.state["window"])}
+        state, vocabulary = resumed.state if resumed is not None else None, self.engine.vocabulary
         self.batches = open_data(
-            self.recipe,
-            self.runtime,
-            self.sizes,
-            self.tokenizer,
-            self.reporter,
-            vocabulary=self.engine.vocabulary,
-            **where,
+            self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=vocabulary, state=state
         )
 
     def _find_length(self, resumed: Resumed | None) -> None:
@@ -188,16 +181,15 @@ class Trainer:
             return
         gc.collect()
         gc.freeze()
-        first = last = None
         try:
             self._listen()
             self._evaluate_where_due()
-            self._refuse_stopped()
+            self.requests.refuse_stop(self.reporter)
             started = time.perf_counter()
             while not self._ends():
-                last = self.train_step()
-                first = first or last
+                self.advance()
             self._close_loggers()
+            close_data(self.batches)
         except NdtrainError:
             with suppress(NdtrainError):
                 self._close_loggers()
@@ -205,9 +197,9 @@ class Trainer:
             with suppress(NdtrainError):
                 self.saving.store.settle()
             raise
-        if first is not None and last is not None:
+        if self.first is not None and self.last is not None:
             self.reporter.info(
-                f"steps {first.step} to {last.step}: loss {first.loss:.4f} -> {last.loss:.4f} "
+                f"steps {self.first.step} to {self.last.step}: loss {self.first.loss:.4f} -> {self.last.loss:.4f} "
                 f"in {time.perf_counter() - started:.0f} s"
             )
 
@@ -216,51 +208,67 @@ class Trainer:
         return self.step >= self.steps or (self.evaluation is not None and self.evaluation.ends_run)
 
     def train_step(self) -> StepMetrics:
-        """Make one optimizer step, log it, evaluate if that is due, and save if a checkpoint is due or requested.
+        """Make one step as `advance` does, wait for its numbers and return its metrics."""
+        self.advance(wait=True)
+        assert self.last is not None
+        return self.last
 
-        Raises `Stopped` after saving if any rank was asked to stop.
+    def advance(self, *, wait: bool = False) -> None:
+        """Make one optimizer step, log the one before it, and evaluate and save where that is due or requested.
+
+        The host reads a step's numbers once it has enqueued the next step, so that the device never waits for it, or
+        at once where an evaluation, a save or the end depends on them. So a request takes effect one step late, and a
+        run that `max_bad_steps` ends has made one step more, of which nothing is kept. Raises `Stopped` after saving.
         """
-        self.saving.settle(wait=False)
-        metrics = self.optimize()
-        self._log(metrics)
-        self._evaluate_where_due()
-        self._save_where_due()
-        return metrics
+        try:
+            self._made.append(self.optimize())
+        except NdtrainError:  # of the data: the step before is made
+            with suppress(NdtrainError):
+                self._finish_all()
+            raise
+        while len(self._made) > 1:
+            self._finish()
+        if wait or self.requests or self._reads_at_once(self.step):
+            self._finish_all()
+            self._evaluate_where_due()
+            self._save_where_due()
 
-    def optimize(self) -> StepMetrics:
-        """Make one optimizer step: data, forward and backward, clip, update. Collective."""
-        engine, measure = self.engine, self._measure
-        started = time.perf_counter()
-        self.watch.beat(self.step + 1)
-        self._asks_at = self.step + 1
-        batches = self._load()
-        targets = count_targets(batches, engine, self.batches.sources_of(self.cursor))
-        self._seed()
-        sums = engine.gradients(batches, count=targets.tokens, rows=targets.rows, done=self.watch.beat)
-        norm = engine.clip()
-        losses = measure.reduce(sums, norm, targets)
-        # These sums are equal on all ranks, so all decide alike.
-        self.skips.count(skipped=not losses.finite)
-        lr = engine.update(self.step, skip=bool(self.skips.in_row))
-        peak, *self.requested = self._agree(peak_memory_bytes(engine.device), then=self.step + 2)
-        self.step += 1
-        self.cursor += self.recipe.train.global_batch_size
-        seconds = time.perf_counter() - started
-        epoch = self.batches.order.epoch(self.cursor)
-        return measure.metrics(
-            losses, targets, step=self.step, epoch=epoch, lr=lr, seconds=seconds, peak=peak, skipped=self.skips.total
+    def _reads_at_once(self, step: int) -> bool:
+        """Return whether an evaluation, a save or the end is due after `step`; the same on every rank."""
+        every, evaluation = self.recipe.checkpoint.every, self.evaluation
+        return (
+            step >= self.steps
+            or self.save_due
+            or bool(every and step % every == 0)
+            or (evaluation is not None and evaluation.due(step))
         )
 
-    def _load(self) -> list[Batch]:
+    def optimize(self) -> Made:
+        """Enqueue one optimizer step: data, forward and backward, clip, update. Collective."""
+        engine, measure = self.engine, self._measure
+        begun = Moment(engine.device)
+        self.watch.beat(self.step + 1)
+        self._set_stops_after(self.step + 1)
         after = self.cursor + self.recipe.train.global_batch_size
-        loaded = self._prefetch.take(self.cursor, then=after if self.step + 1 < self.steps else None)
-        batches = [
-            {key: value.to(self.engine.device, non_blocking=True) for key, value in batch.items()} for batch in loaded
-        ]
+        goes_on = self.step + 1 < self.steps
+        size = self.recipe.train.global_batch_size
+        reach(self.batches, self.watch, since=self.cursor, until=after + size if goes_on else after)
+        loaded = self._prefetch.take(self.cursor, then=after if goes_on else None)
+        counts = count_targets(loaded, engine, self.batches.sources_of(self.cursor))
+        batches = [{key: value.to(engine.device, non_blocking=True) for key, value in b.items()} for b in loaded]
         if not self._same_batch:
-            check_same_batch(batches[0], self.engine.meshes)
+            check_same_batch(batches[0], engine.meshes)
             self._same_batch = True
-        return batches
+        self._seed()
+        sums = engine.gradients(batches, counts=counts[:2], done=self.watch.beat)
+        numbers, skip = measure.reduce(sums, engine.clip(), counts)
+        lr = engine.update(self.step, skip=skip)
+        numbers = torch.cat([numbers, self.requests.ask(is_saving=not self.saving.store.written).to(numbers)])
+        self.step += 1
+        self._set_stops_after(self.step + 1)
+        self.cursor = after
+        epoch = self.batches.order.epoch(after)
+        return Made(self.step, epoch, lr, now(), begun, Readback(numbers))
 
     def _seed(self) -> None:
         """Seed by step, batch and cp coordinate: a resumed run draws the same dropout on any mesh with these axes."""
@@ -269,35 +277,46 @@ class Trainer:
 
     # ---- after a step
 
-    def _log(self, metrics: StepMetrics) -> None:
+    def _finish_all(self) -> None:
+        while self._made:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Read the numbers of the oldest step that is not logged, and log it; the same on every rank."""
+        made = self._made.popleft()
+        found = self._measure.read(made)
+        self.skips.count(finite=found.finite, targets=found.tokens)
+        self.requests.take(found.answers)
+        # No save begins before the numbers of all steps are read, so this is about the one in flight.
+        if not found.answers.is_saving:
+            self.saving.settle()
+        self.last = metrics = self._measure.metrics(made, found, skipped=self.skips.total)
+        self.first = self.first or metrics
         self._write(metrics)
-        steps, every = self.steps, self.recipe.log.every
-        self.reporter.step(metrics, steps=steps, show=self.step == steps or self.step % every == 0)
-        if self.skips.in_row:
-            self.reporter.info(
-                f"step {self.step} skipped: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no weight changed "
-                f"({self.skips.in_row} in a row, {self.skips.limit} in a row end the run; {self.skips.total} in total)"
-            )
+        step, steps = metrics.step, self.steps
+        self.reporter.step(metrics, steps=steps, show=step == steps or step % self.recipe.log.every == 0)
+        if line := self.skips.line(metrics):
+            self.reporter.info(line)
         if self.skips.in_row >= self.skips.limit:
-            self.saving.settle(wait=True)
-        self.skips.check_limit(self.step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
+            self.saving.settle()
+        self.skips.check_limit(step, metrics.loss, metrics.grad_norm, way_on=self.watch.way_on())
 
     def _write(self, metrics: Metrics) -> None:
-        with self._logging():
+        with self._logging(metrics.step):
             for logger in self.loggers:
                 logger.write(metrics)
 
     def _close_loggers(self) -> None:
-        with self._logging():
+        with self._logging(self.step):
             for logger in self.loggers:
                 logger.close()
 
     @contextmanager
-    def _logging(self) -> Iterator[None]:
+    def _logging(self, step: int) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise NdtrainError(f"step {self.step} was trained but not logged: {error}") from error
+            raise NdtrainError(f"step {step} was trained but not logged: {error}") from error
 
     def _evaluate_where_due(self) -> None:
         """Evaluate if it is due and no stop is requested: before the save, so that a checkpoint knows its own loss."""
@@ -305,8 +324,8 @@ class Trainer:
         if evaluation is None or not evaluation.due(self.step):
             return
         metrics = None
-        if not self.requested[0]:
-            self._asks_at = self.step
+        if not self.requests.stop:
+            self._stops_after = self.step
             with self.watch.during(EVALUATE):
                 metrics = evaluation.measure(self.step, goes_on=self._goes_on)
         if metrics is None:
@@ -326,9 +345,10 @@ class Trainer:
         self.watch.beat()
         if done < rows:
             self.reporter.progress("evaluating", done, rows, unit="rows")
-        asked = self._agree(0, then=self.step + (done == rows))[1:]
-        self.requested = [max(pair) for pair in zip(asked, self.requested, strict=True)]
-        return done == rows or not self.requested[0]
+        self.requests.agree()
+        if done == rows:
+            self._set_stops_after(self.step + 1)
+        return done == rows or not self.requests.stop
 
     def _save_where_due(self) -> None:
         """Save if a checkpoint is due, requested or the best; raise `Stopped` afterwards if a stop was requested."""
@@ -336,16 +356,16 @@ class Trainer:
         last = self._ends()
         self.save_due = self.save_due or bool(every and self.step % every == 0)
         # While steps are skipped the weights may be at fault, so a due save waits for the next good step.
-        if last or any(self.requested) or self._is_best or (self.save_due and not self.skips.in_row):
+        if last or self.requests or self._is_best or (self.save_due and not self.skips.in_row):
             with self.watch.during(SAVE):
-                self.saving.settle(wait=True)
+                self.saving.settle()
                 refuse_not_finite(model_tensors(self.engine.model), step=self.step, way_on=self.watch.way_on())
                 self.save()
-                self.saving.settle(wait=last or any(self.requested))
+                if last or self.requests:
+                    self.saving.settle()
             self.save_due = False
-        if any(self.requested):
-            self._remove_request_files()
-        stop = request_name(self.requested[0]) if self.requested[0] and not last else None
+        stop = request_name(self.requests.stop) if self.requests.stop and not last else None
+        self.requests.meet(self.reporter)
         if (last or stop) and self.saving.step != self.step:
             which = f"stopped by {stop}" if stop else "the last"
             raise NdtrainError(
@@ -358,10 +378,11 @@ class Trainer:
 
     def save(self) -> None:
         """Save the current step, or start to in the background, unless its checkpoint exists. Collective."""
-        self.saving.settle(wait=True)
+        self._finish_all()
+        self.saving.settle()
         if self.saving.step == self.step:
             return
-        engine, samples = self.engine, self.batches.samples
+        engine = self.engine
         states, left_out = extra_states.shared_states(engine.model)
         if left_out and not self._noted_left_out:
             self._noted_left_out = True
@@ -373,16 +394,11 @@ class Trainer:
             state={
                 "step": self.step,
                 "samples": self.cursor,
-                "data": self.batches.fingerprint,
-                "tokens": self.batches.tokens,
+                **data_state(self.batches, self.cursor),
                 "seed": self.recipe.train.seed,
-                **({"window": samples.at(self.cursor)} if isinstance(samples, Windows) else {}),
                 **self.skips.state(),
                 **({"eval": {**self.evaluation.state(), "best": self.saving.candidate}} if self.evaluation else {}),
-                "mesh": asdict(self.sizes),
-                "versions": versions(),
-                "recipe": self.origin.get("recipe"),
-                "origin": {key: self.origin.get(key) for key in _IDENTITIES},
+                **state_of_run(self.sizes, self.origin),
             },
             extra_files=lambda directory: save_extras(directory, self._extras, states),
         )
@@ -391,24 +407,11 @@ class Trainer:
 
     def _listen(self) -> None:
         """Let later requests wait for the end of a step. Raises `Stopped` if any rank was asked to stop before."""
-        self.stop_signals.begin(lambda: Steps(self.step, min(self._asks_at, self.steps), self.saving.step))
-        self.requested = self._agree(0, then=self.step + 1)[1:]
-        self._refuse_stopped()
+        self.stop_signals.begin(lambda: Steps(self.step, self._stops_after, self.saving.step))
+        self.requests.agree()
+        self._set_stops_after(self.step + 1)
+        self.requests.refuse_stop(self.reporter)
 
-    def _refuse_stopped(self) -> None:
-        if self.requested[0]:
-            self._remove_request_files()
-            raise nothing_to_save(self.requested[0])
-
-    def _agree(self, number: int, *, then: int) -> list[int]:
-        """Return [the largest `number`, stop, save] over all ranks, which next ask after step `then`; collective."""
-        own = [number, *self.stop_signals.seen(files=self.runtime.is_main)]
-        self._asks_at = then
-        shared = torch.tensor(own, dtype=torch.int64, device=self.engine.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return cast("list[int]", shared.tolist())
-
-    def _remove_request_files(self) -> None:
-        if self.runtime.is_main:
-            for path in self.stop_signals.remove_files():
-                self.reporter.info(f"note: {path} cannot be removed and is ignored from now on")
+    def _set_stops_after(self, step: int) -> None:
+        """Note that the ranks next ask each other in `step`, and know the answer after it or after the next one."""
+        self._stops_after = min(step if self._reads_at_once(step) else step + 1, self.steps)

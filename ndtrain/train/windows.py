@@ -10,10 +10,11 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.cache import build_cache
@@ -26,7 +27,9 @@ from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
 from ndtrain.recipe.data import window_bytes
 from ndtrain.runs.messages import rank0_first, together
+from ndtrain.runs.phases import TOKENIZE
 from ndtrain.runs.process import Runtime
+from ndtrain.runs.watch import Watch
 from ndtrain.train.data_files import cache_root
 from ndtrain.train.encoding import encoder_of
 from ndtrain.train.inputs import data_contents, open_batches, open_source, share_of
@@ -44,23 +47,40 @@ def open_data(
     reporter: Reporter,
     *,
     vocabulary: int,
-    cursor: int = 0,
-    at: tuple[int, int] = (0, 0),
+    state: Mapping[str, Any] | None = None,
     trains: bool = True,
 ) -> GlobalBatches:
     """Return this rank's share of the data, as `open_batches` does; collective.
 
-    With `data.window` only the windows of the global batch at `cursor` are prepared; `at` is the window that the cursor
-    is in and where that begins, as `Windows.at` says. Who only looks at the data and does not train disturbs no run.
+    With `data.window` only the windows of the next global batch are prepared, of a run that resumes with the `state`
+    in train_state.json. Who only looks at the data and does not train disturbs no run.
     """
     if not recipe.data.window:
         return open_batches(recipe, runtime, sizes, tokenizer, reporter, vocabulary=vocabulary)
     opener = _Opener(recipe, runtime, tokenizer, reporter, vocabulary=vocabulary, trains=trains)
-    number, first = at
+    cursor, (number, first) = (state["samples"], state["window"]) if state is not None else (0, (0, 0))
     windows = Windows(opener.plan, opener.open, opener.drop, opener.close, key=opener.key, number=number, first=first)
     reporter.info(windows.describe())
     windows.reach(cursor, cursor + recipe.train.global_batch_size)
     return share_of(recipe, windows, WindowOrder(windows), runtime, sizes)
+
+
+def reach(batches: GlobalBatches, watch: Watch, *, since: int, until: int) -> None:
+    """Open the windows of the samples before `until`, if the data is taken in windows, and drop those before `since`.
+
+    Collective where a window is to be opened, which follows from `until`.
+    """
+    windows = batches.samples
+    if isinstance(windows, Windows):
+        with watch.during(TOKENIZE) if windows.misses(until) else nullcontext():
+            windows.reach(since, until)
+
+
+def data_state(batches: GlobalBatches, cursor: int) -> dict[str, Any]:
+    """Return what train_state.json says of the data at `cursor`."""
+    samples = batches.samples
+    window = {"window": samples.at(cursor)} if isinstance(samples, Windows) else {}
+    return {"data": batches.fingerprint, "tokens": batches.tokens, **window}
 
 
 def close_data(batches: GlobalBatches) -> None:

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ndtrain.data import Order
 from ndtrain.engine import engine
 from ndtrain.engine.loss import IGNORE
 from ndtrain.errors import NdtrainError, PlanError
@@ -58,6 +59,10 @@ class Batches:
         self.micro_steps = ROWS // (micro * ranks)
         self.fingerprint = "matrix"
         self.samples = range(1000)
+        self.order = Order(len(self.samples), seed=0, shuffle=False)
+
+    def sources_of(self, cursor: int) -> None:
+        return None
 
     def load(self, cursor: int) -> list[dict[str, Tensor]]:
         batch = rows(self.vocab, cursor // ROWS)
