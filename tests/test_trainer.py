@@ -44,7 +44,7 @@ def test_the_global_batch_is_told_as_an_equation(sizes: MeshSizes, batch: int, m
     run: Any = SimpleNamespace(
         sizes=sizes,
         recipe=SimpleNamespace(
-            train=SimpleNamespace(global_batch_size=batch, micro_batch_size=micro, epochs=None),
+            train=SimpleNamespace(global_batch_size=batch, micro_batch_size=micro, epochs=None, steps=1),
             data=SimpleNamespace(seq_len=256),
         ),
         batches=SimpleNamespace(micro_steps=steps, micro_batch_size=rows, samples=range(1000)),

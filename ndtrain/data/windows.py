@@ -96,14 +96,14 @@ class Windows:
     # ---- windows
 
     def reach(self, since: int, until: int) -> None:
-        """Open the windows of the cursors before `until`, and drop those that end before `since`."""
+        """Drop the windows that end before `since`, and open those of the cursors before `until`."""
+        for number in [number for number in self._opened if self._firsts[number - self._number + 1] <= since]:
+            del self._opened[number]
+            self._drop(number)
         while self._firsts[-1] < until:
             number = self._number + len(self._firsts) - 1
             samples = self._opened[number] = self._open(number)
             self._firsts.append(self._firsts[-1] + len(samples))
-        for number in [number for number in self._opened if self._firsts[number - self._number + 1] <= since]:
-            del self._opened[number]
-            self._drop(number)
 
     def misses(self, until: int) -> bool:
         """Return whether `reach` has a window to open."""
