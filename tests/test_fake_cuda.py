@@ -44,6 +44,9 @@ def test_what_mixes_devices_or_waits_for_one_is_found() -> None:
         "backward": [],
         "fill by a mask": [],
         "full": [],
+        "a copy that casts": ["cast on the host", "copy to the device"],
+        "a cast after the copy": ["copy to the device"],
+        "weights of a file": ["copy to the device"],
         "pinned copy": [],
         "index": [],
     }

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ndtrain.storage import pieces
+
 
 def _fill_by_mask(x: Tensor) -> None:
     x[x > 0] = 0.0
+
+
+def _read_weights(x: Tensor) -> None:
+    file = Path("model.safetensors")
+    part = pieces._Part("w", x, file, 0, torch.bfloat16, (4, 2), (slice(0, 4), slice(0, 2)))
+    pieces._fill(part, torch.zeros(16, dtype=torch.uint8), file, refuse_nan=False)
 
 
 # name -> code, on a tensor [4, 2] on the device
@@ -30,6 +39,9 @@ FAULTS: dict[str, Callable[[Tensor], object]] = {
     "backward": lambda x: x.requires_grad_().sum().backward(),
     "fill by a mask": _fill_by_mask,
     "full": lambda x: torch.full((), 2.0, device="cuda"),
+    "a copy that casts": lambda x: x.copy_(torch.zeros(4, 2, dtype=torch.bfloat16)),
+    "a cast after the copy": lambda x: x.copy_(torch.zeros(4, 2, dtype=torch.bfloat16).to("cuda")),
+    "weights of a file": _read_weights,
     "pinned copy": lambda x: torch.zeros(2).pin_memory().to("cuda", non_blocking=True),
     "index": lambda x: x[torch.zeros(3, dtype=torch.int64, device="cuda")],
 }

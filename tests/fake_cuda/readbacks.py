@@ -100,19 +100,19 @@ class ReadBacks(TorchDispatchMode):
         return out
 
     def _copied(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a copy between host and device that is waited for, or casts on the host, as torch then does."""
         if packet is aten.copy_:
-            to, source = args[0], args[1]
-            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-            target = to.device
+            target, source, *more = args
+            device, dtype, non_blocking = target.device, target.dtype, more[:1] == [True]
         else:
-            source, target = args[0], kwargs.get("device") or args[0].device
-            waits = not kwargs.get("non_blocking", False)
-        if source.device.type == target.type or not waits:
+            (source,), non_blocking = args, False
+            device, dtype = kwargs.get("device") or source.device, kwargs.get("dtype") or source.dtype
+        if source.device.type == device.type:
             return
-        if target.type == "cuda":
-            self.waits("copy to the device")
-        elif source.device.type == "cuda":
-            self.waits("copy to the host")
+        if source.dtype != dtype:
+            self.waits("cast on the host")
+        if not (non_blocking or kwargs.get("non_blocking")):
+            self.waits("copy to the device" if device.type == "cuda" else "copy to the host")
 
     def _value(self, tensor: Tensor) -> bool | int | float:
         if tensor.dtype == torch.bool:
