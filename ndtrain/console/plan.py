@@ -75,7 +75,9 @@ def plan_report(
 
 
 def _open(recipe: Recipe) -> Iterator[str]:
-    """Yield a note on what only the data decides."""
+    """Yield a note on what only a run shows."""
+    if recipe.train.compile:
+        yield "train.compile = true: memory and times are those of uncompiled blocks"
     if recipe.train.epochs is not None:
         yield (
             f"train.epochs = {recipe.train.epochs}: how many steps that is, and with it the schedule, follows from the "

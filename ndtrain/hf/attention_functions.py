@@ -41,8 +41,9 @@ def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: 
     base = str(attention_name(model.config))
     name = _Name(f"{base}_ndtrain_{next(_names)}")  # keeps `base`: models search it for "flash"
     name.instead_of = base
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
+    # As plain text: torch.compile traces no dict with keys of a class of ours.
+    AttentionInterface.register(str(name), attention)
+    AttentionMaskInterface.register(str(name), mask)
     for module in model.modules():
         config = getattr(module, "config", None)
         if attention_name(config) == base:

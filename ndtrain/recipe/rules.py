@@ -28,7 +28,6 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
     ),
-    ("train", "compile"): ((False,), "ndtrain does not support torch.compile yet; leave it false"),
     ("train", "activation_checkpointing"): (
         ("none", "full"),
         'ndtrain does not support selective activation checkpointing yet; use "full" or "none"',

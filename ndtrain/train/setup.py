@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -18,12 +19,13 @@ from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.hf.tokenizer_key import packages
 from ndtrain.hf.weight_names import model_tensors
 from ndtrain.load import fill_with_noise, materialize, unset
+from ndtrain.parallel.compiled import compile_blocks
 from ndtrain.recipe import Recipe
 from ndtrain.runs.messages import gather_json, of_rank0, on_rank0
 from ndtrain.runs.phases import MESHES, NOISE, PROOF, READ, RESUME
 from ndtrain.runs.process import Runtime
 from ndtrain.runs.restarts import Restarts
-from ndtrain.storage.paths import open_to_write, os_errors, read_object, to_path
+from ndtrain.storage.paths import is_local, open_to_write, os_errors, read_object, to_path
 from ndtrain.train.changes import (
     Change,
     changes_data,
@@ -217,6 +219,11 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
             "rounding alone; check the weights"
         )
     engine.finish()
+    if recipe.train.compile:
+        # Graphs that an earlier start has compiled are taken from there.
+        if is_local(run_dir := to_path(recipe.run.dir)):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.absolute() / "compiled"))
+        reporter.info(compile_blocks(model, engine.plan, engine.context).describe())
 
 
 def _recalled(recipe: Recipe, identity: str) -> proof.Record | None:

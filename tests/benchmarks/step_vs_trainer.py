@@ -74,6 +74,7 @@ def ndtrain_trainer(folder: Path, runtime: Runtime, *, dtype: str, options: argp
             "steps": 10**6,
             "global_batch_size": options.batch * runtime.world_size,
             "micro_batch_size": options.batch,
+            "compile": options.compile,
         },
         checkpoint={"every": 0, "resume": "never"},
         run={"dir": str(folder / f"run-{dtype}")},
@@ -184,6 +185,7 @@ def main() -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="ndtrain with train.compile = true.")
     parser.add_argument("--profile", action="store_true", help="Also print a profile of ndtrain's step.")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
