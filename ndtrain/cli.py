@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -80,10 +80,10 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _NOT_WRITTEN:
             raise
+        if isinstance(error, BrokenPipeError):
+            _leave_pipe()
         # The flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # its reader has gone
-            sys.exit(141)
         print_error(NdtrainError(f"the output cannot be written: {error.strerror or error}"))
         sys.exit(NdtrainError.exit_code)
     except Exception as error:
@@ -396,4 +396,13 @@ def _print_waiting() -> None:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)  # flush now, so that main() handles a broken pipe
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # its reader has gone; click would exit with 1
+        _leave_pipe()
+
+
+def _leave_pipe() -> NoReturn:
+    """Exit as a program that SIGPIPE ends, so that the flush at exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)

@@ -151,9 +151,18 @@ def test_marks_that_leave_out_the_end_of_a_turn_are_refused() -> None:
         encoder_of(text)
 
 
-def test_marks_take_no_other_roles() -> None:
-    with pytest.raises(RecipeError, match="marks say what is trained on"):
-        ChatEncoder(tokenizer_of("qwen"), chat_template("chatml", None, date=DAY), train_on=("user", "assistant"))
+def test_other_roles_are_found_by_turns_in_a_template_with_marks() -> None:
+    template, roles = chat_template("chatml", None, date=DAY), ("user", "assistant")
+    made = ChatEncoder(tokenizer_of("qwen"), template, train_on=roles).encode(ROW)
+    assert trained(made, "qwen") == trained(encoder_of(CHATML + PROMPT, train_on=roles).encode(ROW), "qwen")
+    np.testing.assert_array_equal(made.ids, ChatEncoder(tokenizer_of("qwen"), template).encode(ROW).ids)
+
+
+def test_a_message_without_content_is_named_where_the_template_needs_one() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = {"messages": [*said(("user", "q")), {"role": "assistant", "tool_calls": [call]}, *said(("assistant", "a"))]}
+    with pytest.raises(RowError, match=r"message 2 \(assistant\) has tool calls and no content; set data\.chat_"):
+        ChatEncoder(tokenizer_of("qwen"), chat_template("chatml", None, date=DAY)).encode(row)
 
 
 @pytest.mark.parametrize("roles", [(), ("human",)])

@@ -307,8 +307,9 @@ def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 
 
 def test_a_closed_pipe_prints_no_traceback() -> None:
-    command = f"{sys.executable} -m ndtrain --version | true"
+    command = f"set -o pipefail; {sys.executable} -m ndtrain --version | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 141  # as a program that SIGPIPE ends
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
 

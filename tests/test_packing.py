@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import tracemalloc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -141,6 +143,37 @@ def test_long_documents_are_cut_left_out_or_refused(tmp_path: Path) -> None:
     assert len({opened(how).fingerprint for how in ("cut", "drop")}) == 2
     with pytest.raises(RecipeError, match=r"leaves no document: all 2 have more than data\.seq_len = 3"):
         open_samples(corpus_of([4, 5]), 3, packing=False, too_long="drop", pad_id=0, folder=tmp_path / "none")
+
+
+@pytest.mark.parametrize("packing", ["best_fit", False])
+@pytest.mark.parametrize("at_once", [7, 1 << 24])
+def test_a_piece_without_a_target_is_in_no_row(packing: Any, at_once: int) -> None:
+    lengths, random = [4, 31, 5, 30, 10, 3], np.random.default_rng(0)
+    corpus = corpus_of(lengths, parts=2)
+    masked, begins = [], bounds_of(lengths)
+    for part in corpus.parts:
+        loss = random.random(len(part.tokens)) < 0.1
+        loss[part.docs[:-1]] = False
+        masked.append(replace(part, loss=loss, targets=int(loss.sum())))
+    corpus = Corpus(masked, "k")
+    carry = set(np.flatnonzero(corpus.loss(0, corpus.n_tokens)).tolist())
+    with mock.patch("ndtrain.data.index._MOST", at_once):
+        samples = open_samples(corpus, 10, packing=packing, pad_id=0)
+    rows = [samples[i] for i in range(len(samples))]
+    assert sorted(itertools.chain(*(row["labels"][row["labels"] >= 0].tolist() for row in rows))) == sorted(carry)
+    pieces = [(s, min(s + 10, e)) for b, e in itertools.pairwise(begins) for s in range(b, e - 1, 10)]
+    empty = [piece for piece in pieces if not carry & set(range(piece[0] + 1, piece[1] + 1))]
+    if packing is False:
+        assert len(rows) == len(pieces) - len(empty) and all((row["labels"] >= 0).any() for row in rows)
+    assert samples.describe().endswith(f"; without a target, left out: {len(empty)}") and empty
+
+
+def test_a_document_is_named_by_its_file() -> None:
+    files = [[Path("a.jsonl")], [Path("d/b.txt"), Path("d/c.txt")]]
+    parts = [replace(part, files=own) for part, own in zip(corpus_of([2] * 6, parts=2).parts, files, strict=True)]
+    corpus = Corpus(parts, "k")
+    assert corpus.place(2) == "document 3 of a.jsonl"
+    assert corpus.place(4) == "document 2 of those in d from b.txt to c.txt"
 
 
 def test_nothing_that_concat_needs_grows_with_the_documents(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_files_too_many_to_list_are_compared_as_a_whole(finished: dict[str, Path
     (change,) = find_changes(state, recipe, {**origin, "data": "other", "content": "other"}, **args)
     assert (change.key, change.rule, change.meaning) == ("data.path", "allow", "the files of data.path changed")
     (change,) = find_changes(state, recipe, {**origin, "data": "other"}, **args)
-    assert change.meaning == "this version of ndtrain, or of jinja2, reads the same files in another way"
+    assert change.meaning == "this version of ndtrain reads the same files in another way"
 
 
 def resumed_after_an_upgrade(recipe: str, overrides: list[str], gives_others: bool) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,58 +69,69 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
 
 
 class Contents(NamedTuple):
-    """What a token cache is made of: its key, its groups, and the identities of the encoder and each file, in order."""
+    """What a token cache is made of: its key, its groups, the identity of the encoder, and of each file, in order, its
+    identity and its size in bytes.
+    """
 
     key: str
     groups: list[Group]
     encoder: str
     files: list[str]
+    sizes: list[int]
 
 
 def contents_of(files: Sequence[Path], encoder: Encoder, *, cache_dir: Path) -> Contents:
     """Return what `build_cache` makes a cache of, without tokenizing. Raises what it raises."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        digests = _digests(files, cache_dir)
+        digests, sizes = _digests(files, cache_dir), list(map(_size, files))
         kinds = [[name_kind(file), digest] for file, digest in zip(files, digests, strict=True)]
         groups = [
             Group(key_of([FORMAT_VERSION, encoder.key, kinds[first:last]]), list(files[first:last]))
-            for first, last in groups_of(list(map(_size, files)), digests)
+            for first, last in groups_of(sizes, digests)
         ]
     except OSError as error:
         raise not_written(cache_dir, error) from error
     key = key_of([group.key for group in groups])
-    return Contents(key, groups, encoder.key, [" ".join(map(str, kind)) for kind in kinds])
+    return Contents(key, groups, encoder.key, [" ".join(map(str, kind)) for kind in kinds], sizes)
 
 
 def build_cache(
-    files: Sequence[Path], encoder: Encoder, *, cache_dir: Path, progress: Progress = None, workers: int = 1
+    files: Sequence[Path],
+    encoder: Encoder,
+    *,
+    cache_dir: Path,
+    progress: Progress = None,
+    workers: int = 1,
+    contents: Contents | None = None,
 ) -> Corpus:
     """Return the tokens of these files; tokenizes what is not in `cache_dir`, in so many processes if it is much.
 
-    Documents of fewer than two tokens are skipped. A few documents at a time are in memory. Ranks and runs may race.
-    `progress(done, total)` is called after each document with bytes of the input. Raises `RecipeError` or
-    `NdtrainError` if the cache cannot be written, `DamagedError` for a file that cannot be read or changes meanwhile,
-    or a cache that is truncated or altered.
+    `contents` is what `contents_of` returns for them, if that is known. Documents of fewer than two tokens are skipped.
+    A few documents at a time are in memory. Ranks and runs may race. `progress(done, total)` is called after each
+    document with bytes of the input. Raises `RecipeError` or `NdtrainError` if the cache cannot be written,
+    `DamagedError` for a file that cannot be read or changes meanwhile, or a cache that is truncated or altered.
     """
-    contents = contents_of(files, encoder, cache_dir=cache_dir)
-    total, before, parts = sum(map(_size, files)), 0, []
+    contents = contents or contents_of(files, encoder, cache_dir=cache_dir)
+    total, before, parts = sum(contents.sizes), 0, []
 
     def report(done: int) -> None:
         if progress:
             progress(before + done, total)
 
     _remove_stale(cache_dir)
-    missing = sum(sum(map(_size, group.files)) for group in contents.groups if not (cache_dir / group.key).exists())
+    sizes = iter(contents.sizes)
+    groups = [(group, sum(islice(sizes, len(group.files)))) for group in contents.groups]
+    missing = sum(size for group, size in groups if not (cache_dir / group.key).exists())
     with ExitStack() as stack:
         pool = stack.enter_context(Workers(encoder, workers)) if workers > 1 and missing >= PARALLEL else None
-        for group in contents.groups:
+        for group, size in groups:
             try:
                 directory = prepare(group, encoder, cache_dir=cache_dir, progress=report, workers=pool)
             except OSError as error:
                 raise not_written(cache_dir, error) from error
-            parts.append(open_part(directory))
-            before += sum(map(_size, group.files))
+            parts.append(replace(open_part(directory), files=group.files))
+            before += size
     corpus = Corpus(parts, contents.key)
     if not corpus.n_docs:
         count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"

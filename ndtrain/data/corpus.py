@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ class Part:
     `counts` has what was counted when it was made: {kind of odd documents: [count, index of the first one's file, where
     in it, the special token that it spells]}. `digest` identifies the tokens; parts of earlier versions have none.
     `targets` is the number of tokens that `loss` lets carry loss, if there is one. `columns` has the names in
-    data.columns that some row has a field for, None where that is not known.
+    data.columns that some row has a field for, None where that is not known. `files` are those that it was made of.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Part:
     digest: str | None = None
     targets: int = 0
     columns: Collection[str] | None = None
+    files: Sequence[Path] = ()
 
 
 class Corpus:
@@ -109,6 +111,16 @@ class Corpus:
         number = int(np.searchsorted(self._docs, index, side="right")) - 1
         docs, own = self.parts[number].docs, index - int(self._docs[number])
         return int(self._tokens[number] + docs[own]), int(self._tokens[number] + docs[own + 1])
+
+    def place(self, index: int) -> str:
+        """Return in words which document that is: its number in its file, or among those of a group of files."""
+        number = int(np.searchsorted(self._docs, index, side="right")) - 1
+        files, own = self.parts[number].files, index - int(self._docs[number]) + 1
+        if not files:
+            return f"document {index + 1:,}"
+        if len(files) == 1:
+            return f"document {own:,} of {files[0]}"
+        return f"document {own:,} of those in {files[0].parent} from {files[0].name} to {files[-1].name}"
 
     def around(self, positions: IntArray) -> tuple[IntArray, IntArray]:
         """Return where the documents that hold these positions begin and end."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ndtrain.data.preparation import work_directory, write_json
 from ndtrain.data.row import IntArray
@@ -20,16 +21,20 @@ from ndtrain.errors import DamagedError
 
 # Yields the bounds `[d + 1]` of some documents at a time, which together are all of them.
 Bounds = Callable[[], Iterable[IntArray]]
+# Returns which of the tokens from the first to before the second position carry loss.
+Carries = Callable[[int, int], npt.NDArray[np.bool_]]
 # Returns a new array of int64 of that name and length.
 New = Callable[[str, int], IntArray]
 
-_VERSION = 1
+VERSION = 2
+_MOST = 1 << 24
 
 
 class RowIndex(NamedTuple):
     """Pieces in rows. `starts` `[n_pieces]`: the first token of each, row by row; `rows` `[n_rows + 1]`: the first
     piece of each row, None where each row holds one. `tokens` counts those in the rows, `too_long` the documents longer
-    than a row, of which `first_too_long` (-1: none) is the first; with `drop` they are left out.
+    than a row, of which `first_too_long` (-1: none) is the first; with `drop` they are left out. `empty` counts the
+    pieces that are left out since none of their tokens is a target.
     """
 
     starts: IntArray
@@ -38,6 +43,7 @@ class RowIndex(NamedTuple):
     too_long: int
     first_too_long: int
     drop: bool
+    empty: int = 0
     folder: Path | None = None  # that it is mapped from
 
     def __len__(self) -> int:
@@ -63,6 +69,7 @@ class _Block(NamedTuple):
     starts: IntArray
     sizes: IntArray
     too_long: IntArray
+    empty: int
 
 
 def build_index(
@@ -71,6 +78,7 @@ def build_index(
     *,
     best_fit: bool,
     drop: bool = False,
+    carries: Carries | None = None,
     new: New = lambda name, length: np.empty(length, np.int64),
     advance: Callable[[], object] = lambda: None,
 ) -> RowIndex:
@@ -79,20 +87,22 @@ def build_index(
     With `best_fit`, pieces share rows: by falling length, each goes to the fullest row that has room (best-fit
     decreasing). The rows come in the order of their first tokens. Otherwise each piece is a row, in the order of the
     data. A document longer than `seq_len` is cut into pieces of `seq_len`, or left out (`drop`). The last token of a
-    document is no piece of its own, since it has no target. `advance` is called after each block of documents.
+    document is no piece of its own, since it has no target; nor is, where a mask says which tokens carry loss
+    (`carries`), a piece without a target. `advance` is called after each block of documents.
     """
 
     def blocks() -> Iterator[_Block]:
         first = 0
         for some in bounds():
-            yield _pieces(some, seq_len, first=first, drop=drop)
+            yield _pieces(some, seq_len, first=first, drop=drop, carries=carries)
             first += len(some) - 1
             advance()
 
     counts = np.zeros(seq_len + 1, np.int64)  # of pieces, by their size
-    too_long, first_too_long = 0, -1
+    too_long, first_too_long, empty = 0, -1, 0
     for block in blocks():
         counts += np.bincount(block.sizes, minlength=seq_len + 1)
+        empty += block.empty
         if len(block.too_long):
             first_too_long = int(block.too_long[0]) if not too_long else first_too_long
             too_long += len(block.too_long)
@@ -117,10 +127,10 @@ def build_index(
             starts[done : done + len(block.starts)] = block.starts
             done += len(block.starts)
     tokens = int((counts * np.arange(seq_len + 1)).sum())
-    return RowIndex(starts, rows, tokens, too_long, first_too_long, drop)
+    return RowIndex(starts, rows, tokens, too_long, first_too_long, drop, empty)
 
 
-def _pieces(bounds: IntArray, seq_len: int, *, first: int, drop: bool) -> _Block:
+def _pieces(bounds: IntArray, seq_len: int, *, first: int, drop: bool, carries: Carries | None) -> _Block:
     """Return the pieces of the documents with these bounds, the first of which has the number `first`."""
     lengths = np.diff(bounds)
     long = np.flatnonzero(lengths > seq_len)
@@ -129,8 +139,25 @@ def _pieces(bounds: IntArray, seq_len: int, *, first: int, drop: bool) -> _Block
         count[long] = 0
     begins = np.cumsum(count) - count
     nth = np.arange(int(count.sum())) - np.repeat(begins, count)
-    starts = np.repeat(bounds[:-1], count) + nth * seq_len
-    return _Block(starts, np.minimum(np.repeat(bounds[1:], count) - starts, seq_len), long + first)
+    starts, ends = np.repeat(bounds[:-1], count) + nth * seq_len, np.repeat(bounds[1:], count)
+    found = len(starts)
+    if carries is not None:
+        kept = _with_target(starts + 1, np.minimum(starts + seq_len + 1, ends), carries)
+        starts, ends = starts[kept], ends[kept]
+    return _Block(starts, np.minimum(ends - starts, seq_len), long + first, found - len(starts))
+
+
+def _with_target(firsts: IntArray, stops: IntArray, carries: Carries) -> npt.NDArray[np.bool_]:
+    """Return in which of these ranges of tokens, in rising order and none of them empty, a token carries loss."""
+    found, at = np.empty(len(firsts), np.bool_), 0
+    while at < len(firsts):
+        # Some millions of tokens at a time, at least one range.
+        until = max(at + 1, int(np.searchsorted(stops, firsts[at] + _MOST, side="right")))
+        loss = np.append(carries(int(firsts[at]), int(stops[until - 1])), False)
+        edges = np.stack([firsts[at:until], stops[at:until]], axis=1).ravel() - firsts[at]
+        found[at:until] = np.logical_or.reduceat(loss, edges)[::2]
+        at = until
+    return found
 
 
 class _Placed(NamedTuple):
@@ -227,7 +254,14 @@ class _Placement:
 
 
 def open_index(
-    bounds: Bounds, seq_len: int, *, best_fit: bool, drop: bool, folder: Path, advance: Callable[[], object]
+    bounds: Bounds,
+    seq_len: int,
+    *,
+    best_fit: bool,
+    drop: bool,
+    carries: Carries | None = None,
+    folder: Path,
+    advance: Callable[[], object],
 ) -> RowIndex:
     """Return the rows that `build_index` computes, mapped from `folder`, where they are written if it does not exist.
 
@@ -237,7 +271,8 @@ def open_index(
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with work_directory(folder.parent, folder.name) as work:
-            _write(work, build_index(bounds, seq_len, best_fit=best_fit, drop=drop, new=_new_in(work), advance=advance))
+            how: dict[str, Any] = {"best_fit": best_fit, "drop": drop, "carries": carries}
+            _write(work, build_index(bounds, seq_len, **how, new=_new_in(work), advance=advance))
             try:
                 os.rename(work, folder)
             except OSError:
@@ -265,9 +300,9 @@ def _write(folder: Path, index: RowIndex) -> None:
     for array in arrays.values():
         if isinstance(array, np.memmap):
             array.flush()
-    meta = {key: getattr(index, key) for key in ("tokens", "too_long", "first_too_long", "drop")}
+    meta = {key: getattr(index, key) for key in ("tokens", "too_long", "first_too_long", "drop", "empty")}
     lengths = {name: len(array) for name, array in arrays.items()}
-    write_json(folder / "meta.json", {"version": _VERSION, "lengths": lengths} | meta)
+    write_json(folder / "meta.json", {"version": VERSION, "lengths": lengths} | meta)
 
 
 def _read(folder: Path) -> RowIndex:
@@ -282,7 +317,7 @@ def _read(folder: Path) -> RowIndex:
 
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        if meta["version"] != _VERSION:
+        if meta["version"] != VERSION:
             raise ValueError(f"its format version {meta['version']} is not supported")
         arrays = {name: mapped(name, length) for name, length in meta["lengths"].items()}
         return RowIndex(
@@ -292,6 +327,7 @@ def _read(folder: Path) -> RowIndex:
             too_long=int(meta["too_long"]),
             first_too_long=int(meta["first_too_long"]),
             drop=bool(meta["drop"]),
+            empty=int(meta["empty"]),
             folder=folder,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

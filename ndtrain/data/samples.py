@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ndtrain.data.cache import not_written
 from ndtrain.data.corpus import Corpus
-from ndtrain.data.index import RowIndex, build_index, open_index
+from ndtrain.data.index import VERSION, RowIndex, build_index, open_index
 from ndtrain.data.row import IntArray
 from ndtrain.errors import RecipeError
 
@@ -157,7 +157,8 @@ class Whole(Samples):
 
     def describe(self) -> str:
         count, done = self.index.too_long, "left out" if self.index.drop else "cut"
-        return super().describe() + (f"; longer than a row and {done}: {count:,}" if count else "")
+        line = super().describe() + (f"; longer than a row and {done}: {count:,}" if count else "")
+        return line + (f"; without a target, left out: {self.index.empty:,}" if self.index.empty else "")
 
 
 def open_samples(
@@ -180,20 +181,19 @@ def open_samples(
     if packing is True or packing == "concat":
         return Concatenated(corpus, seq_len, pad_id=pad_id)
     best_fit, drop = bool(packing), too_long == "drop"
+    how: dict[str, Any] = {"best_fit": best_fit, "drop": drop, "carries": corpus.loss if corpus.masked else None}
     if folder is None:
-        index = build_index(corpus.bounds_in_blocks, seq_len, best_fit=best_fit, drop=drop, advance=advance)
+        index = build_index(corpus.bounds_in_blocks, seq_len, **how, advance=advance)
     else:
-        name = f"{corpus.key}-{packing or 'single'}-{seq_len}{'-drop' if drop else ''}"
+        name = f"{corpus.key}-{packing or 'single'}-{seq_len}{'-drop' if drop else ''}-{VERSION}"
         try:
-            index = open_index(
-                corpus.bounds_in_blocks, seq_len, best_fit=best_fit, drop=drop, folder=folder / name, advance=advance
-            )
+            index = open_index(corpus.bounds_in_blocks, seq_len, **how, folder=folder / name, advance=advance)
         except OSError as error:
             raise not_written(folder, error) from error
     if too_long == "error" and index.too_long:
         raise RecipeError(
             f"data.seq_len = {seq_len}: {index.too_long:,} of the {corpus.n_docs:,} documents of data.path are longer, "
-            f"the first is document {index.first_too_long + 1:,}; raise data.seq_len, or set data.too_long to "
+            f"the first is {corpus.place(index.first_too_long)}; raise data.seq_len, or set data.too_long to "
             '"cut" or "drop"'
         )
     if not len(index):

@@ -16,11 +16,17 @@ IntArray = npt.NDArray[np.int64]
 Span = tuple[int, int]
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_MARK = re.compile(r"(\{%[-+]?)\s*(end)?generation\s*([-+]?%\})")
 
 
 def is_marked(template: str) -> bool:
     """Return whether a template marks what the model generates, by {% generation %}."""
     return _GENERATION.search(_COMMENT.sub("", template)) is not None
+
+
+def unmarked(template: str) -> str:
+    """Return a template that writes the same and marks nothing."""
+    return _MARK.sub(lambda tag: f"{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}", template)
 
 
 def engine() -> str:

@@ -162,7 +162,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
         elif key == "data.chat_template" and rendered:
             yield Change(key, *values, "allow", "the template has another text")
         elif key == "data.path":
-            yield from _files(values, saved, origin, changed=key in names)
+            upgrade = _upgrade(saved, origin) if state.get("tokens") else ""
+            yield from _files(values, saved, origin, changed=key in names, upgrade=upgrade)
         elif key == "data.tokenizer":
             if saved["tokenizer"] != origin["tokenizer"]:
                 upgrade = _upgrade(saved, origin) if key not in names and state.get("tokens") else ""
@@ -183,15 +184,14 @@ def _upgrade(saved: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
 
 
 def _files(
-    values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool
+    values: tuple[str, str], saved: Mapping[str, Any], origin: Mapping[str, Any], *, changed: bool, upgrade: str
 ) -> Iterator[Change]:
     """Yield the change of data.path, where tokens differ."""
     if saved["content"] != origin["content"]:
         yield Change("data.path", *values, "allow", f"the files of data.path changed{_counted(saved, origin)}")
     elif saved["tokenizer"] == origin["tokenizer"]:
-        yield Change(
-            "data.path", *values, "allow", "this version of ndtrain, or of jinja2, reads the same files in another way"
-        )
+        meaning = upgrade or "this version of ndtrain reads the same files in another way"
+        yield Change("data.path", *values, "tokens" if upgrade else "allow", meaning)
     elif changed:
         yield Change("data.path", *values, "free", "the same content")
 

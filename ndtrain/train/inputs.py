@@ -267,11 +267,11 @@ def _tokenized(
     data, encoder = recipe.data, encoder_of(recipe, tokenizer)
     files = data_files(recipe, note)
     workers = recipe.data.workers or len(os.sched_getaffinity(0))
-    corpus = build_cache(files, encoder, cache_dir=_cache_dir(), progress=progress, workers=workers)
+    contents = contents_of(files, encoder, cache_dir=_cache_dir())
+    corpus = build_cache(files, encoder, cache_dir=_cache_dir(), progress=progress, workers=workers, contents=contents)
     if tokenizer.vocab_size > vocabulary and corpus.largest_id >= vocabulary:
         where = f'is in data.path = "{recipe.data.path}"'
         raise RecipeError(_lacking(recipe, tokenizer, corpus.largest_id, vocabulary, where))
-    contents = contents_of(files, encoder, cache_dir=_cache_dir())
     chat = data.format == "chat"
     notes = cache_notes(corpus, contents, special_tokens="allow" if chat else data.special_tokens)
     return corpus, [*(template_of(recipe, tokenizer).notes() if chat else []), *notes]
@@ -323,7 +323,7 @@ def _contents(
         reading, files = _reading(recipe, tokenizer), token_files(recipe)
         corpus = open_tokens(files, reading, cache_dir=_cache_dir(), progress=progress)
         groups = [Group(file.key, [file.file]) for file in corpus.files]
-        return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files])
+        return files, Contents(corpus.key, groups, reading.key, [file.key for file in corpus.files], [])
     files = data_files(recipe)
     contents = contents_of(files, encoder_of(recipe, tokenizer), cache_dir=_cache_dir())
     return files, contents._replace(encoder=TextEncoder(tokenizer).key)

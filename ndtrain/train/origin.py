@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,10 @@ def origin_of(
     """Return, as JSON, the `recipe` and the identities of its inputs, before anything is tokenized.
 
     `base` identifies the base weights (None if they cannot be read), `tokenizer` the tokenizer, which `packages` are
-    part of, `content` the text of the data, and `data` all tokens. `files` has each file by the name below data.path,
-    or by its source's number and that name (None for more than `MOST_FILES`). `template` is that of the chat template's
-    text, None where rows are not rendered. Reads the data files whose digests are not cached; `progress(done, total)`
-    is called with their bytes where they are prepared tokens.
+    part of (jinja2 renders rows), `content` the text of the data, and `data` all tokens. `files` has each file by the
+    name below data.path, or by its source's number and that name (None for more than `MOST_FILES`). `template` is that
+    of the chat template's text, None where rows are not rendered. Reads the data files whose digests are not cached;
+    `progress(done, total)` is called with their bytes where they are prepared tokens.
     """
     found = data_contents(recipe, tokenizer, progress)
     parts, mixed = recipe.parts(), bool(recipe.data.sources)
@@ -45,13 +46,14 @@ def origin_of(
         for number, (part, (files, _)) in enumerate(zip(parts, found, strict=True))
         for name in _names(path_of(part.data), files)
     ]
+    template = template_key(recipe, tokenizer)
     own = [name for _, contents in found for name in contents.files]
     return {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "base": base_identity(model, recipe),
         "tokenizer": TextEncoder(tokenizer).key if mixed else found[0][1].encoder,
-        "packages": packages(),
-        "template": template_key(recipe, tokenizer),
+        "packages": {**packages(), "jinja2": version("jinja2")} if template else packages(),
+        "template": template,
         "data": mixed_key([contents.key for _, contents in found]) if mixed else found[0][1].key,
         "content": _digest(" ".join(own)),
         "files": dict(zip(names, map(_digest, own), strict=True)) if len(own) <= MOST_FILES else None,

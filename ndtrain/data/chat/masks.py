@@ -33,7 +33,7 @@ from ndtrain.data.chat.turns import Turns
 from ndtrain.data.row import BoolArray, Encoded, IntArray, RowError, SkippedRow
 from ndtrain.data.shapes import Shape
 from ndtrain.errors import RecipeError, first_line, keeps_its_name
-from ndtrain.hf.chat import Renderer, engine
+from ndtrain.hf.chat import Renderer, engine, unmarked
 from ndtrain.hf.special_tokens import added_tokens, can_parse
 
 if TYPE_CHECKING:
@@ -100,12 +100,9 @@ class ChatEncoder:
         self._special = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))))
         self._forms: dict[str, Form] = {}
         for text in template.texts.values():
-            form = self._forms[text] = form_of(self._renderer, text, template.name)
-            if form.marked and self.train_on != {"assistant"}:
-                raise RecipeError(
-                    f"data.train_on = {list(train_on)} does not go with the chat template ({template.name}), whose "
-                    '{% generation %} marks say what is trained on; set it to ["assistant"]'
-                )
+            # Marks tell of the assistant alone: for other roles turns are found as in a template without them.
+            own = text if self.train_on == {"assistant"} else unmarked(text)
+            form = self._forms[text] = form_of(self._renderer, own, template.name)
             self._check(form)
 
     @property
@@ -295,10 +292,17 @@ class ChatEncoder:
         return f"no token carries loss: the chat template writes nothing for the role {roles}"
 
 
-def _rendering(render: Any, *args: Any, **given: Any) -> Any:
+def _rendering(render: Any, text: str, messages: list[Message], **given: Any) -> Any:
     try:
-        return render(*args, **given)
+        return render(text, messages, **given)
     except Exception as error:  # a template is code of the model's author
         if keeps_its_name(error):
             raise
-        raise RowError(f"the chat template cannot render it: {first_line(error)}") from error
+        empty = next((i for i, message in enumerate(messages) if message.get("content") is None), None)
+        if empty is None or type(error).__name__ not in ("TypeError", "UndefinedError"):
+            raise RowError(f"the chat template cannot render it: {first_line(error)}") from error
+        what = "has tool calls and no content" if messages[empty].get("tool_calls") else "has no content"
+        raise RowError(
+            f"the chat template cannot render it: message {empty + 1} ({messages[empty]['role']}) {what}; set "
+            'data.chat_template to one that takes such messages, or give it "content": ""'
+        ) from error

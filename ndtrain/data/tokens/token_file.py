@@ -146,4 +146,4 @@ def _opened(folder: Path, file: Path) -> TokenFile:
             else:
                 ids = Pieces(mapped(file, np.dtype(np.uint8), at=0, count=stamp_of(file)[0]), dtype, places, tokens)
     loss = part("loss.bin", np.bool_, tokens) if masked else None
-    return TokenFile(file=file, tokens=ids, docs=docs, loss=loss, **known)
+    return TokenFile(file=file, files=[file], tokens=ids, docs=docs, loss=loss, **known)
