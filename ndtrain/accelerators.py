@@ -5,6 +5,7 @@ Bandwidths are in one direction. torch is imported inside the functions.
 
 from __future__ import annotations
 
+import re
 import resource
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ class Device:
     pcie: float  # to its host's memory, and as much back
     host_bandwidth: float  # of the memory of a node's host, all sockets together
     source: str
+    torch_name: str = ""  # a regular expression for the name that torch gives
 
     @property
     def figures(self) -> dict[str, float]:
@@ -42,33 +44,107 @@ class Device:
 
 FIGURES = tuple(field.name for field in fields(Device) if field.type == "float")
 
+# Of a server with such cards, where the maker of the card says nothing: a 100 Gb/s network card each. Ranks of a node
+# reach one another over PCIe, since bridges join only some of them.
+_SERVER = "a 100 Gb/s network card per device and this host are assumed"
+_DDR4, _DDR5 = "16 channels of DDR4-3200", "16 channels of DDR5-4800"
+_DESKTOP = "2 channels of DDR5-5600"
+
+# Dense peaks: datasheets give many with sparsity, which doubles them. Names are those of `torch.cuda.get_device_name`.
 DEVICES = {
     device.name: device
     for device in (
         Device(
             "a100", 312e12, 19.5e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, 32 * GB, 409.6 * GB,
             "NVIDIA A100 80GB SXM datasheet (NVLink 600 GB/s, PCIe 4.0 64 GB/s both ways); DGX A100: one 200 Gb/s card "
-            "per GPU, 16 channels of DDR4-3200",
+            f"per GPU, {_DDR4}",
+            r"A100-SXM\d?-80GB",
+        ),
+        Device(
+            "a100-40gb", 312e12, 19.5e12, 40 * GB, 1555 * GB, 300 * GB, 25 * GB, 32 * GB, 409.6 * GB,
+            "NVIDIA A100 40GB SXM datasheet (NVLink 600 GB/s, PCIe 4.0 64 GB/s both ways); DGX A100: one 200 Gb/s card "
+            f"per GPU, {_DDR4}",
+            r"A100-SXM\d?-40GB",
+        ),
+        Device(
+            "a100-pcie", 312e12, 19.5e12, 80 * GB, 1935 * GB, 32 * GB, 12.5 * GB, 32 * GB, 409.6 * GB,
+            f"NVIDIA A100 80GB PCIe datasheet (PCIe 4.0 64 GB/s both ways); {_SERVER}, {_DDR4}",
+            r"A100 80GB PCIe",
+        ),
+        Device(
+            "a100-pcie-40gb", 312e12, 19.5e12, 40 * GB, 1555 * GB, 32 * GB, 12.5 * GB, 32 * GB, 409.6 * GB,
+            f"NVIDIA A100 40GB PCIe datasheet (PCIe 4.0 64 GB/s both ways); {_SERVER}, {_DDR4}",
+            r"A100-PCIE-40GB",
         ),
         Device(
             "h100", 989e12, 66.9e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, 64 * GB, 614.4 * GB,
             "NVIDIA H100 SXM datasheet (NVLink 900 GB/s, PCIe 5.0 128 GB/s both ways); DGX H100: one 400 Gb/s card per "
-            "GPU, 16 channels of DDR5-4800",
+            f"GPU, {_DDR5}",
+            r"\bH100 (80GB HBM3|SXM)",
+        ),
+        Device(
+            "h100-pcie", 756e12, 51e12, 80 * GB, 2000 * GB, 64 * GB, 12.5 * GB, 64 * GB, 614.4 * GB,
+            "NVIDIA H100 PCIe datasheet (1,513 TFLOPS with sparsity, PCIe 5.0 128 GB/s both ways); "
+            f"{_SERVER}, {_DDR5}",
+            r"\bH100 PCIe",
+        ),
+        Device(
+            "h100-nvl", 835.5e12, 60e12, 94 * GB, 3900 * GB, 64 * GB, 12.5 * GB, 64 * GB, 614.4 * GB,
+            "NVIDIA H100 NVL datasheet (1,671 TFLOPS with sparsity, PCIe 5.0 128 GB/s both ways); "
+            f"{_SERVER}, {_DDR5}",
+            r"\bH100 NVL",
         ),
         Device(
             "h200", 989e12, 66.9e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 64 * GB, 614.4 * GB,
             "NVIDIA H200 SXM datasheet (NVLink 900 GB/s, PCIe 5.0 128 GB/s both ways); DGX H200: one 400 Gb/s card per "
-            "GPU, 16 channels of DDR5-4800",
+            f"GPU, {_DDR5}",
+            r"\bH200$",
+        ),
+        Device(
+            "h200-nvl", 835.5e12, 60e12, 141 * GB, 4800 * GB, 64 * GB, 12.5 * GB, 64 * GB, 614.4 * GB,
+            "NVIDIA H200 NVL datasheet (1,671 TFLOPS with sparsity, PCIe 5.0 128 GB/s both ways); "
+            f"{_SERVER}, {_DDR5}",
+            r"\bH200 NVL",
         ),
         Device(
             "b200", 2250e12, 75e12, 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 64 * GB, 716.8 * GB,
             "NVIDIA DGX B200 datasheet (NVLink 1.8 TB/s, PCIe 5.0 128 GB/s both ways, one 400 Gb/s card per GPU); 16 "
             "channels of DDR5-5600",
+            r"\bB200$",
         ),
         Device(
             "mi300x", 1307.4e12, 163.4e12, 192 * GB, 5300 * GB, 448 * GB, 50 * GB, 64 * GB, 921.6 * GB,
             "AMD Instinct MI300X datasheet (Infinity Fabric 128 GB/s both ways to each of 7, PCIe 5.0 128 GB/s both "
             "ways); a 400 Gb/s card each, 24 channels of DDR5-4800",
+            r"\bMI300X\b",
+        ),
+        Device(
+            "l40s", 362.05e12, 91.6e12, 48 * GB, 864 * GB, 32 * GB, 12.5 * GB, 32 * GB, 614.4 * GB,
+            f"NVIDIA L40S datasheet (PCIe 4.0 64 GB/s both ways); {_SERVER}, {_DDR5}",
+            r"\bL40S$",
+        ),
+        Device(
+            "a10", 125e12, 31.2e12, 24 * GB, 600 * GB, 32 * GB, 12.5 * GB, 32 * GB, 409.6 * GB,
+            f"NVIDIA A10 datasheet (PCIe 4.0 64 GB/s both ways); {_SERVER}, {_DDR4}",
+            r"\bA10$",
+        ),
+        Device(
+            "rtx6000ada", 364.25e12, 91.1e12, 48 * GB, 960 * GB, 32 * GB, 12.5 * GB, 32 * GB, 614.4 * GB,
+            "NVIDIA RTX 6000 Ada datasheet (1,457 TFLOPS in FP8 with sparsity, a quarter of it in bfloat16; PCIe 4.0 "
+            f"64 GB/s both ways); {_SERVER}, {_DDR5}",
+            r"RTX 6000 Ada",
+        ),
+        Device(
+            "rtx4090", 165.2e12, 82.6e12, 24 * GB, 1008 * GB, 32 * GB, 12.5 * GB, 32 * GB, 89.6 * GB,
+            "NVIDIA Ada GPU architecture, appendix A (with float32 sums; PCIe 4.0 64 GB/s both ways); "
+            f"{_SERVER}, {_DESKTOP}",
+            r"RTX 4090$",
+        ),
+        Device(
+            "rtx5090", 209.5e12, 104.8e12, 32 * GB, 1792 * GB, 64 * GB, 12.5 * GB, 64 * GB, 89.6 * GB,
+            "NVIDIA RTX Blackwell GPU architecture, appendix A (with float32 sums; PCIe 5.0 128 GB/s both ways); "
+            f"{_SERVER}, {_DESKTOP}",
+            r"RTX 5090$",
         ),
     )
 }  # fmt: skip
@@ -114,17 +190,19 @@ def find_device(text: str) -> Device:
             f"--device {text} lacks {', '.join(missing)}; add them, or begin with a device's name to use its figures"
         )
     source = f"{source}; {', '.join(given)} given" if given and base is not None else source
-    return Device(name=name, source=source, **values)
+    return Device(name=name, source=source, torch_name="", **values)
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bfloat16 peak of `device` in FLOP/s, or None if it is not known."""
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Return the dense peak of `device` for products in `dtype`, in FLOP/s, or None if the device is not known."""
     import torch
 
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((known.bfloat16 for key, known in DEVICES.items() if key.upper() in name), None)
+    # A part of a device (MIG) has a part of its peak.
+    found = None if " MIG " in name else next((d for d in DEVICES.values() if re.search(d.torch_name, name)), None)
+    return None if found is None else found.peak(dtype)
 
 
 # Instructions for bfloat16 products, as torch names them, of x86 and of ARM.

@@ -139,6 +139,7 @@ NAMES: dict[str, Private] = {
     "reshape_alias": Private("torch:ops.aten._reshape_alias", _FREE),
     # ---- process groups
     "world": Private(f"{_GROUPS}:_world", "every process group of this rank"),
+    "abort_process_group": Private(f"{_GROUPS}:_abort_process_group", "to leave without waiting for other ranks", ""),
     "set_pg_timeout": Private(f"{_GROUPS}:_set_pg_timeout", "limits that differ by phase", "timeout group"),
     "resolve_process_group": Private(f"{_GROUPS}:_resolve_process_group", "the group of a functional collective"),
     # ---- the inside of FSDP and DTensor, watched during a dry step
@@ -181,6 +182,12 @@ def __getattr__(name: str) -> Any:
 def process_groups() -> list[torch.distributed.ProcessGroup]:
     """Return every process group that this rank is in."""
     return list(NAMES["world"].find().pg_map)
+
+
+def abort_process_groups() -> None:
+    """Leave every process group at once, with its collectives unfinished: for NCCL, after an error."""
+    with suppress(RuntimeError):  # the error before it is the one to tell
+        NAMES["abort_process_group"].find()()
 
 
 def collectives_begun() -> int:

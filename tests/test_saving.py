@@ -53,6 +53,18 @@ def run_failing(path: str, failing: list[int], free: int | None = None) -> tuple
     return said.said, trainer.step, error
 
 
+def buffers_of_a_run(path: str) -> list[tuple[int, int]]:
+    """Return address and bytes of the buffer for saves: before the first step, and after a run with saves."""
+    from tests.trainers import trainer_of
+
+    trainer = trainer_of(path)
+    with proofs.remembered():
+        trainer.prepare()
+    found = [trainer.saving.store.staging.buffer]
+    trainer.train()
+    return [(buffer.data_ptr(), buffer.nbytes) for buffer in (*found, trainer.saving.store.staging.buffer)]
+
+
 def six_steps(folder: Path, checkpoint: dict[str, Any], *, model: dict[str, Any] | None = None) -> Path:
     """Return a recipe of six steps for two ranks, to run in `folder`."""
     return tiny.recipe_file(
@@ -78,6 +90,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
+
+
+def test_memory_for_saves_is_taken_before_the_first_step(tmp_path: Path) -> None:
+    recipe = six_steps(tmp_path, {"every": 2})
+    for before, after in get_pool(2).run(buffers_of_a_run, str(recipe)):
+        assert before == after and before[1] > 0
 
 
 @pytest.mark.parametrize(("free", "reason"), [(None, " are free"), (10**9, "No space left on device")])

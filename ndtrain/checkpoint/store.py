@@ -161,7 +161,7 @@ class CheckpointStore:
         self.root = run_dir / "checkpoints"
         self.keep, self.background, self.progress = keep, background, progress
         self.local = is_local(run_dir)
-        self._staging = Staging()
+        self.staging = Staging()
         self._group: dist.ProcessGroup | None = None
         self._flight: _Background | None = None
 
@@ -230,7 +230,7 @@ class CheckpointStore:
         if self._group is None and world_size() > 1:
             # A group of its own, since training's collectives go on meanwhile, and without a deadline for slow disks.
             self._group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-        job = replace(job, files=self._staging.copy(job.files))
+        job = replace(job, files=self.staging.copy(job.files))
         self._flight = _Background(lambda: self._write(job, self._group))
         return None
 

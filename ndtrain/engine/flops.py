@@ -6,10 +6,11 @@ from ndtrain.plan import Plan
 
 
 def flops_per_token(plan: Plan, config: object, seq_len: int) -> float:
-    """Return the FLOPs per token of forward and backward: 6 N, and 6 L H S for causal attention.
+    """Return the FLOPs per token of forward and backward: 6 N, and 6 L H Q S for causal attention.
 
-    The formula is PaLM's (arXiv:2204.02311, appendix B). N counts the weights that a token is multiplied by: all but
-    input embeddings that are not tied to the head, and of the experts only the share that is active for a token.
+    The formula is PaLM's (arXiv:2204.02311, appendix B), for L layers of H heads of width Q. N counts the weights that
+    a token is multiplied by: all but input embeddings that are not tied to the head, and of the experts only the share
+    that is active for a token.
     """
     tied = set(plan.tied.values())
     active = _active_experts(config)
@@ -19,8 +20,25 @@ def flops_per_token(plan: Plan, config: object, seq_len: int) -> float:
         if not ("embed" in p.fqn or "wte" in p.fqn or "wpe" in p.fqn) or p.fqn in tied
     )
     layers = getattr(config, "num_hidden_layers", 0) or 0
-    hidden = getattr(config, "hidden_size", 0) or 0
-    return 6.0 * multiplied + 6.0 * layers * hidden * seq_len
+    # Where layers differ, transformers refuses what the config says of all of them.
+    each = getattr(config, "per_layer_config", None) or [config] * layers
+    return 6.0 * multiplied + 6.0 * seq_len * sum(_attention_width(each[i]) for i in range(layers))
+
+
+def _attention_width(config: object) -> float:
+    """Return the width of all heads of a layer together, the mean of that of keys and that of values; 0 without heads.
+
+    It is not that of the hidden states: Qwen3's and Gemma's heads are wider, and latent attention (DeepSeek's) has
+    values narrower than keys.
+    """
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if not isinstance(heads, int):
+        return float(getattr(config, "hidden_size", 0) or 0)
+    if (unrotated := getattr(config, "qk_nope_head_dim", None)) is not None:
+        key = unrotated + getattr(config, "qk_rope_head_dim", 0)
+        return heads * (key + (getattr(config, "v_head_dim", None) or key)) / 2
+    width = getattr(config, "head_dim", None)
+    return float(heads * width if isinstance(width, int) else (getattr(config, "hidden_size", 0) if heads else 0))
 
 
 def expert_count(config: object) -> int:

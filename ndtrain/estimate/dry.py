@@ -72,7 +72,7 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
                 FakeTensorMode(allow_non_fake_inputs=True),
                 recorder,
                 watched(recorder),
-                _without_data(plan, packing=bool(recipe.data.packing)),
+                without_data(plan, packing=bool(recipe.data.packing)),
             ):
                 run_step(engine, recorder, batches(recipe, plan))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -221,7 +221,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
+def without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
     """Replace the code that reads tensors' values.
 
     Tokens go to every ep rank in equal parts. Packed rows get a mask, but ring attention takes each as one document;

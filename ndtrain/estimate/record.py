@@ -139,7 +139,7 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
 
 
 # Operations that neither read nor write memory.
-_FREE = {
+FREE = {
     aten.empty,
     aten.empty_like,
     aten.new_empty,
@@ -153,7 +153,7 @@ _FREE = {
 # Operations that write their first argument without reading it.
 _OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 
-_NAMES = {
+COLLECTIVES = {
     "allreduce_": "all_reduce",
     "all_reduce": "all_reduce",
     "all_reduce_": "all_reduce",
@@ -304,7 +304,7 @@ class Recorder(TorchDispatchMode):
             self._see(tensor.untyped_storage())
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"):
             self._count_collective(func, args, out)
-        elif not (func.namespace == "prim" or func.is_view or packet_of(func) in _FREE):
+        elif not (func.namespace == "prim" or func.is_view or packet_of(func) in FREE):
             self._count_work(func, args, kwargs, out, tensors)
         return out
 
@@ -355,7 +355,7 @@ class Recorder(TorchDispatchMode):
         return {}
 
     def _count_collective(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        op = _NAMES.get(packet_of(func).__name__)
+        op = COLLECTIVES.get(packet_of(func).__name__)
         if op is None:
             return
         group = _group(args)

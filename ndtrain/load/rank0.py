@@ -59,7 +59,7 @@ def _send(full: Tensor | None, target: Tensor, *, received: Tensor, runtime: Run
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         if full is not None:
-            chunk = (full[start:stop] if shape else full).to(runtime.device, target.dtype).contiguous()
+            chunk = (full[start:stop] if shape else full).to(runtime.device).to(target.dtype).contiguous()
         else:
             size = (stop - start) * row_bytes
             fits = size <= received.numel()

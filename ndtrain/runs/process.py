@@ -10,11 +10,13 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ndtrain.errors import RecipeError
 from ndtrain.runs.environment import under_torchrun
 from ndtrain.runs.limits import MARGIN
 from ndtrain.runs.phases import RENDEZVOUS
 from ndtrain.runs.rendezvous import launcher_store
 from ndtrain.runs.watch import Watch
+from ndtrain.torch_compat import abort_process_groups
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +61,7 @@ def start(section: RunSection | None = None) -> Iterator[Runtime]:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _visible_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         # Collectives on host tensors use gloo: checkpoints, barriers, the recipe's checks.
         backend = "cpu:gloo,cuda:nccl"
@@ -67,6 +69,7 @@ def start(section: RunSection | None = None) -> Iterator[Runtime]:
         device = torch.device("cpu")
         backend = "gloo"
     watch = Watch(section) if section is not None else _idle()
+    failed = False
     limit = timedelta(seconds=RENDEZVOUS.limit_s(watch.section))
     try:
         with watch.during(RENDEZVOUS):
@@ -74,16 +77,41 @@ def start(section: RunSection | None = None) -> Iterator[Runtime]:
             if under_torchrun():
                 store = launcher_store(rank, world_size, limit, partial(watch.start, rank=rank, world_size=world_size))
             timeout = limit + MARGIN  # the watch, which knows the rank at fault, comes first
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+            # With its device NCCL connects here, within this phase's limit, and no collective has to guess it.
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                device_id=device if device.type == "cuda" else None,
+            )
         yield Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=device, watch=watch)
     except BaseException as error:
+        failed = True
         if (ends := watch.failed(error)) is error:
             raise
         raise ends from error
     finally:
         watch.stop()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            if failed and device.type == "cuda":
+                # Not destroyed: NCCL would first wait for collectives that the other ranks may never join.
+                abort_process_groups()
+            else:
+                dist.destroy_process_group()
+
+
+def _visible_device(local_rank: int, visible: int) -> int:
+    """Return the index, among the `visible` CUDA devices, of the one for this process. Raises `RecipeError`."""
+    if local_rank < visible:
+        return local_rank
+    if visible == 1:  # a launcher such as SLURM may show each process its own device alone
+        return 0
+    raise RecipeError(
+        f"this process has LOCAL_RANK {local_rank}, but sees {visible} CUDA devices; start at most {visible} processes "
+        "on this node, or let each see its own device alone (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def rank() -> int:

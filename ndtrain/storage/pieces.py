@@ -317,7 +317,8 @@ def _read_remote(
 def _fill(block: _Part, values: Tensor, where: object, *, refuse_nan: bool) -> None:
     """Copy `values`, the file's bytes, to the block's target unless they were read into it. Raises `DamagedError`."""
     if values is not block.target:
-        values = values.view(block.dtype).view(block.sizes)[block.source]
+        # Moved first: a copy between devices and dtypes would be cast on the host.
+        values = values.view(block.dtype).view(block.sizes)[block.source].to(block.target.device)
         block.target.copy_(values)
     if refuse_nan and has_nan(values if block.target.device.type != "cpu" else block.target):
         raise DamagedError(f"{where}: {block.key} has NaN")

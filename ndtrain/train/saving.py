@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ndtrain.checkpoint import CheckpointStore
+from ndtrain.checkpoint.tensors import files_of
 from ndtrain.errors import NdtrainError
 from ndtrain.recipe import CheckpointSection
 from ndtrain.runs.messages import of_rank0
@@ -39,6 +40,11 @@ class Saving:
         self._keeps_best = section.keep_best
         self._stops, self._reporter = section.on_error == "stop", reporter
         self._begun: tuple[int | None, Best | None] = None, None
+
+    def reserve(self, *, model: Mapping[str, Tensor], optim: Mapping[str, Tensor]) -> None:
+        """Take the host memory that background saves of these tensors need, so that no step waits for it."""
+        if self.store.background:
+            self.store.staging.reserve({"model": files_of(model), "optim": files_of(optim)})
 
     def offer(self, step: int, loss: float) -> bool:
         """Return whether the checkpoint of `step`, with this held-out loss, is to be saved as the best. Collective."""

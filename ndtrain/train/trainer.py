@@ -120,6 +120,8 @@ class Trainer:
             with self.watch.during(RESUME):
                 self._restore(resumed)
         self._measure = Measure(self.engine, ranks=self.runtime.world_size)
+        if self.step < self.steps:
+            self.saving.reserve(model=model_tensors(self.engine.model), optim=self.engine.optimizer_tensors())
         if self.runtime.is_main:
             written = self.run_dir / "recipe.toml"
             if self.step < self.steps or not written.exists():  # else nothing is trained with it
