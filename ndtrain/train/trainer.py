@@ -145,7 +145,7 @@ class Trainer:
         for note in notes:
             self.reporter.info(f"note: {note}")
 
-    def open_batches(self, resumed: Resumed | None) -> None:
+    def open_batches(self, resumed: Resumed | None = None) -> None:
         """Open this rank's batches, tokenizing what is not cached; collective."""
         state, vocabulary = resumed.state if resumed is not None else None, self.engine.vocabulary
         self.batches = open_data(
