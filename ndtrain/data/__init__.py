@@ -6,7 +6,7 @@ in the data is one number, the cursor: how many samples the whole run has consum
 stays valid on another mesh.
 """
 
-from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches, with_targets
+from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches
 from ndtrain.data.cache import build_cache, contents_of
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import find_files
@@ -31,5 +31,4 @@ __all__ = [
     "labels_count",
     "micro_batches",
     "open_samples",
-    "with_targets",
 ]

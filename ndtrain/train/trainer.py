@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ndtrain.data import GlobalBatches, with_targets
+from ndtrain.data import GlobalBatches
 from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Engine
 from ndtrain.engine.transfers import Moment, Readback
@@ -81,9 +81,7 @@ class Trainer:
         self.step = 0
         self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
-        self._prefetch = Prefetch(
-            lambda cursor: with_targets(self.batches.load(cursor), cp=self.sizes.cp), device=runtime.device
-        )
+        self._prefetch = Prefetch(lambda cursor: self.batches.load(cursor), device=runtime.device)
         self.first: StepMetrics | None = None  # of this process's steps that are logged
         self.last: StepMetrics | None = None
         self._made: deque[Made] = deque()  # steps of which the host has not read the numbers
@@ -152,6 +150,7 @@ class Trainer:
         self.batches = open_batches(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=self.engine.vocabulary
         )
+        self.batches.marks_targets = self.sizes.cp == 1  # cp ranks have parts of the rows
 
     def _find_length(self, resumed: Resumed | None) -> None:
         """Set the number of steps, which may follow from the number of samples."""
