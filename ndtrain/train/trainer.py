@@ -209,7 +209,7 @@ class Trainer:
         return self.step >= self.steps or (self.evaluation is not None and self.evaluation.ends_run)
 
     def train_step(self) -> StepMetrics:
-        """Make one step as `advance` does, wait for its numbers and return its metrics."""
+        """Make one step as `advance` does, and return its metrics."""
         self.advance(wait=True)
         assert self.last is not None
         return self.last
@@ -237,12 +237,8 @@ class Trainer:
     def _reads_at_once(self, step: int) -> bool:
         """Return whether an evaluation, a save or the end is due after `step`; the same on every rank."""
         every, evaluation = self.recipe.checkpoint.every, self.evaluation
-        return (
-            step >= self.steps
-            or self.save_due
-            or bool(every and step % every == 0)
-            or (evaluation is not None and evaluation.due(step))
-        )
+        due = step >= self.steps or self.save_due or bool(every and step % every == 0)
+        return due or (evaluation is not None and evaluation.due(step))
 
     def optimize(self) -> Made:
         """Enqueue one optimizer step: data, forward and backward, clip, update. Collective."""
