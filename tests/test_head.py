@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from ndtrain.data import IGNORE, with_targets
+from ndtrain.data import IGNORE
+from ndtrain.data.batches import target_rows
 from ndtrain.engine import head
 from tests.ranks import get_pool
 
@@ -91,13 +93,11 @@ def test_a_chunk_has_at_most_its_bytes_and_one_row_at_least() -> None:
 
 
 def test_rows_that_are_no_targets_are_named_before_the_device_sees_them() -> None:
-    labels = torch.full((4, 256), IGNORE)
+    labels = np.full((4, 256), IGNORE)
     labels[1, 3:140] = 5
-    (batch,) = with_targets([{"labels": labels}], cp=1)
-    targets = batch["targets"]
-    assert len(targets) == 256 and targets.tolist() == sorted(set(targets.tolist()))
-    assert set((labels.flatten() != IGNORE).nonzero()[:, 0].tolist()) <= set(targets.tolist())
-    assert "targets" not in with_targets([{"labels": labels}], cp=2)[0]
-    assert "targets" not in with_targets([{"labels": torch.zeros(4, 256, dtype=torch.int64)}], cp=1)[0]
-    (filler,) = with_targets([{"labels": torch.full((4, 256), IGNORE)}], cp=1)
-    assert len(filler["targets"]) == 128
+    targets = target_rows(labels)
+    assert targets is not None and len(targets) == 256 and targets.tolist() == sorted(set(targets.tolist()))
+    assert set(np.flatnonzero(labels.ravel() != IGNORE)) <= set(targets.tolist())
+    assert target_rows(np.zeros((4, 256), dtype=np.int64)) is None
+    filler = target_rows(np.full((4, 256), IGNORE))
+    assert filler is not None and len(filler) == 128

@@ -6,7 +6,7 @@ corpus in windows, Windows has the samples of one or two. Progress in the data i
 samples the whole run has consumed. It does not depend on ranks, so it stays valid on another mesh.
 """
 
-from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches, with_targets
+from ndtrain.data.batches import GlobalBatches, labels_count, micro_batches
 from ndtrain.data.cache import build_cache, contents_of
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.files import find_files
@@ -34,5 +34,4 @@ __all__ = [
     "labels_count",
     "micro_batches",
     "open_samples",
-    "with_targets",
 ]

@@ -38,6 +38,7 @@ class GlobalBatches:
     batch_rank: int
     batch_ranks: int
     micro_steps: int = field(init=False)
+    marks_targets: bool = False  # whether micro batches say which rows a model's head can leave out
 
     def __post_init__(self) -> None:
         if self.order.n_samples != len(self.samples) or not 0 <= self.batch_rank < self.batch_ranks:
@@ -69,7 +70,10 @@ class GlobalBatches:
         return padded.reshape(self.micro_steps, self.batch_ranks, self.micro_batch_size)[:, self.batch_rank]
 
     def load(self, cursor: int) -> list[dict[str, torch.Tensor]]:
-        """Return this rank's micro batches in order: int64 `[m, S]` input_ids, labels and position_ids each."""
+        """Return this rank's micro batches in order: int64 `[m, S]` input_ids, labels and position_ids each.
+
+        With `marks_targets` also `target_rows` of the labels as `targets`, where it is not None.
+        """
         return list(self.each(cursor))
 
     def each(self, cursor: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -80,22 +84,23 @@ class GlobalBatches:
             rows = [self.samples[int(ids[k if k < len(ids) else 0])] for k in range(first, first + micro)]
             for filler in rows[max(0, len(ids) - first) :]:
                 filler["labels"].fill(IGNORE)
-            yield {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            if self.marks_targets and (targets := target_rows(batch["labels"])) is not None:
+                batch["targets"] = targets
+            yield {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def with_targets(batches: list[dict[str, torch.Tensor]], *, cp: int) -> list[dict[str, torch.Tensor]]:
-    """Return micro batches with `targets`, int64 `[n]`: which of the flattened labels are targets, in order.
+def target_rows(labels: IntArray) -> IntArray | None:
+    """Return which of the flattened labels are targets, `[n]` in order; None where hardly any is not.
 
-    The model's head can leave out the others. Labels that are none fill `n` up to a multiple of `_ALIGN`, so that it
-    takes few values. Left out where hardly any label is none, and where cp ranks split the rows.
+    Labels that are none fill `n` up to a multiple of `_ALIGN`, so that it takes few values.
     """
-    for batch in batches if cp == 1 else ():
-        is_target = (batch["labels"] != IGNORE).flatten().numpy()
-        count = max(1, -(-int(is_target.sum()) // _ALIGN)) * _ALIGN
-        if count < len(is_target):
-            targets, others = np.flatnonzero(is_target), np.flatnonzero(~is_target)
-            batch["targets"] = torch.from_numpy(np.sort(np.concatenate([targets, others[: count - len(targets)]])))
-    return batches
+    is_target = (labels != IGNORE).ravel()
+    count = max(1, -(-int(is_target.sum()) // _ALIGN)) * _ALIGN
+    if count >= len(is_target):
+        return None
+    targets, others = np.flatnonzero(is_target), np.flatnonzero(~is_target)
+    return np.sort(np.concatenate([targets, others[: count - len(targets)]]))
 
 
 def labels_count(batches: Iterable[dict[str, torch.Tensor]]) -> int:

@@ -83,7 +83,7 @@ class Engine:
         """Run forward and backward of every micro batch (as `LossModel.backward` takes them, before `shape`).
 
         `counts` has the target tokens and the sequences of the global batch, int64 `[2]` on the device, so that the
-        host need not know them yet. The head leaves out what is not among the `targets` of a batch (`with_targets`).
+        host need not know them yet. The head leaves out what is not among the `targets` of a batch (`GlobalBatches`).
         `done` is called after each micro batch. Returns this rank's sums of the cross-entropy and of the auxiliary
         loss, in float64.
         """

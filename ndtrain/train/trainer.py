@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ndtrain.data import GlobalBatches, with_targets
+from ndtrain.data import GlobalBatches
 from ndtrain.data.prefetch import Prefetch
 from ndtrain.engine import Engine
 from ndtrain.engine.transfers import Moment, Readback
@@ -77,9 +77,7 @@ class Trainer:
         self.step = 0
         self.steps = recipe.train.steps or 0  # known once the data is, where the recipe says epochs
         self.cursor = 0
-        self._prefetch = Prefetch(
-            lambda cursor: with_targets(self.batches.load(cursor), cp=self.sizes.cp), device=runtime.device
-        )
+        self._prefetch = Prefetch(lambda cursor: self.batches.load(cursor), device=runtime.device)
         self.first: StepMetrics | None = None  # of this process's steps that are logged
         self.last: StepMetrics | None = None
         self._made: deque[Made] = deque()  # steps of which the host has not read the numbers
@@ -151,6 +149,7 @@ class Trainer:
         self.batches = open_data(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=vocabulary, state=state
         )
+        self.batches.marks_targets = self.sizes.cp == 1  # cp ranks have parts of the rows
 
     def _find_length(self, resumed: Resumed | None) -> None:
         """Set the number of steps, which may follow from the number of samples."""
@@ -210,7 +209,7 @@ class Trainer:
         return self.step >= self.steps or (self.evaluation is not None and self.evaluation.ends_run)
 
     def train_step(self) -> StepMetrics:
-        """Make one step as `advance` does, wait for its numbers and return its metrics."""
+        """Make one step as `advance` does, and return its metrics."""
         self.advance(wait=True)
         assert self.last is not None
         return self.last
@@ -238,12 +237,8 @@ class Trainer:
     def _reads_at_once(self, step: int) -> bool:
         """Return whether an evaluation, a save or the end is due after `step`; the same on every rank."""
         every, evaluation = self.recipe.checkpoint.every, self.evaluation
-        return (
-            step >= self.steps
-            or self.save_due
-            or bool(every and step % every == 0)
-            or (evaluation is not None and evaluation.due(step))
-        )
+        due = step >= self.steps or self.save_due or bool(every and step % every == 0)
+        return due or (evaluation is not None and evaluation.due(step))
 
     def optimize(self) -> Made:
         """Enqueue one optimizer step: data, forward and backward, clip, update. Collective."""
