@@ -39,6 +39,7 @@ class GlobalBatches:
     batch_ranks: int
     micro_steps: int = field(init=False)
     marks_targets: bool = False  # whether micro batches say which rows a model's head can leave out
+    marks_documents: bool = False  # whether they say of which document each token is
 
     def __post_init__(self) -> None:
         if self.order.n_samples != len(self.samples) or not 0 <= self.batch_rank < self.batch_ranks:
@@ -72,7 +73,8 @@ class GlobalBatches:
     def load(self, cursor: int) -> list[dict[str, torch.Tensor]]:
         """Return this rank's micro batches in order: int64 `[m, S]` input_ids, labels and position_ids each.
 
-        With `marks_targets` also `target_rows` of the labels as `targets`, where it is not None.
+        With `marks_targets` also `target_rows` of the labels as `targets`, where it is not None, and with
+        `marks_documents` the `documents_of` its tokens.
         """
         return list(self.each(cursor))
 
@@ -87,6 +89,8 @@ class GlobalBatches:
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             if self.marks_targets and (targets := target_rows(batch["labels"])) is not None:
                 batch["targets"] = targets
+            if self.marks_documents:
+                batch["documents"] = documents_of(batch["position_ids"])
             yield {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
@@ -101,6 +105,12 @@ def target_rows(labels: IntArray) -> IntArray | None:
         return None
     targets, others = np.flatnonzero(is_target), np.flatnonzero(~is_target)
     return np.sort(np.concatenate([targets, others[: count - len(targets)]]))
+
+
+def documents_of(position_ids: IntArray) -> IntArray:
+    """Return the document `[B, S]` of each token, counted from 0 in each row; `[B, 0]` if each row is one."""
+    found = np.cumsum(np.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1, axis=1)
+    return found if found[:, -1].any() else found[:, :0]
 
 
 def labels_count(batches: Iterable[dict[str, torch.Tensor]]) -> int:

@@ -83,7 +83,8 @@ class Engine:
         """Run forward and backward of every micro batch (as `LossModel.backward` takes them, before `shape`).
 
         `counts` has the target tokens and the sequences of the global batch, int64 `[2]` on the device, so that the
-        host need not know them yet. The head leaves out what is not among the `targets` of a batch (`GlobalBatches`).
+        host need not know them yet. The head leaves out what is not among the `targets` of a batch, and masks keep its
+        `documents` apart, where it has them (`GlobalBatches`).
         `done` is called after each micro batch. Returns this rank's sums of the cross-entropy and of the auxiliary
         loss, in float64.
         """
@@ -92,8 +93,8 @@ class Engine:
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
-            rows = {key: value for key, value in batch.items() if key != "targets"}
-            shaped = self.shape(rows) | {key: value for key, value in batch.items() if key == "targets"}
+            rows = {key: value for key, value in batch.items() if key not in ("targets", "documents")}
+            shaped = self.shape(rows) | {key: value for key, value in batch.items() if key not in rows}
             total += self.loss_model.backward(shaped, scales=scales, sequences=self._sequences(rows))
             done()
         return total

@@ -6,6 +6,7 @@ Where the model returns its head's output unchanged (`Plan.head`), the loss is c
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ndtrain.engine.head import IGNORE, ChunkedLinear, Part, chunk_rows, summed_loss
+from ndtrain.hf.compat import documents_given
 from ndtrain.hf.routers import RouterLoss, Sequences, wanted
 from ndtrain.plan import Plan
 
@@ -111,14 +113,15 @@ class LossModel:
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
         if self.pass_positions:
             inputs["position_ids"] = batch["position_ids"]
-        if not self._inside_head:
-            return self.loss_of(self.model(**inputs).logits, labels)
-        self._labels, self._scale, self._targets = labels, scale, batch.get("targets")
+        if self._inside_head:
+            self._labels, self._scale, self._targets = labels, scale, batch.get("targets")
+        documents = batch.get("documents")
         try:
-            loss: Tensor = self.model(**inputs).logits
-            return loss
+            with documents_given(self.model, documents) if documents is not None else nullcontext():
+                found: Tensor = self.model(**inputs).logits
         finally:
             self._labels = self._scale = self._targets = None
+        return found if self._inside_head else self.loss_of(found, labels)
 
     @staticmethod
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

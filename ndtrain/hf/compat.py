@@ -245,6 +245,26 @@ def masks_made_by(
 
 
 @contextmanager
+def documents_given(model: PreTrainedModel, documents: Tensor) -> Iterator[None]:
+    """Inside, masks keep these documents `[B, S]` apart, counted from 0 in each row; none if `documents` is empty.
+
+    transformers' own function waits for the device to see whether there are several.
+    """
+    own = NAMES["find_packed_sequence_indices"].find()
+    found = documents if documents.numel() else None
+    modules = [
+        m for m in (sys.modules[_MASKS], sys.modules[type(model).__module__]) if getattr(m, own.__name__, 0) is own
+    ]
+    for module in modules:
+        setattr(module, own.__name__, lambda position_ids: found)
+    try:
+        yield
+    finally:
+        for module in modules:
+            setattr(module, own.__name__, own)
+
+
+@contextmanager
 def documents_found_by(find: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Inside, masks see the documents that `find` tells of position ids."""
     with mock.patch(f"{_MASKS}.find_packed_sequence_indices", find):

@@ -149,7 +149,10 @@ class Trainer:
         self.batches = open_data(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=vocabulary, state=state
         )
-        self.batches.marks_targets = self.sizes.cp == 1  # cp ranks have parts of the rows
+        # cp ranks have parts of the rows, and flash attention finds documents itself.
+        self.batches.marks_targets = self.sizes.cp == 1
+        flash = "flash" in self.recipe.model.attn
+        self.batches.marks_documents = self.sizes.cp == 1 and bool(self.recipe.data.packing) and not flash
 
     def _find_length(self, resumed: Resumed | None) -> None:
         """Set the number of steps, which may follow from the number of samples."""
