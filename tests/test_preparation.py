@@ -4,8 +4,9 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from ndtrain.data import preparation
 from ndtrain.data.cache import build_cache
 from ndtrain.data.corpus import Corpus
-from ndtrain.data.row import Encoded, RowError
+from ndtrain.data.row import Encoded, Encoder, RowError
 from ndtrain.data.text import TextEncoder
 from ndtrain.data.workers import Workers
 from ndtrain.errors import DamagedError, NdtrainError, Stopped
@@ -38,6 +39,25 @@ class Masked(TextEncoder):
             time.sleep(0.002)
         encoded = super().encode(fields)
         return encoded._replace(loss=encoded.ids % 2 == 0)
+
+
+class Place(TextEncoder):
+    """A row becomes the number of the process that encodes it."""
+
+    def encode(self, fields: Mapping[str, Any]) -> Encoded:
+        return Encoded(np.array([os.getpid()]))
+
+
+@pytest.fixture
+def all_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the processes do all the work: otherwise few rows are encoded before they have started."""
+    make = Workers.__init__
+
+    def waited(workers: Workers, encoder: Encoder, count: int) -> None:
+        make(workers, encoder, count)
+        workers._started.result()
+
+    monkeypatch.setattr(Workers, "__init__", waited)
 
 
 def write(file: Path, texts: list[str]) -> list[Path]:
@@ -64,6 +84,7 @@ def assert_equal(ours: Corpus, other: Corpus) -> None:
         assert mine.odd == theirs.odd and mine.largest == theirs.largest
 
 
+@pytest.mark.usefixtures("all_started")
 def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = write(tmp_path / "a.jsonl", ["", "a lone \ud800", *texts(900)])
     alone = build(files, tmp_path / "one")
@@ -75,6 +96,7 @@ def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: py
     assert set(multiprocessing.active_children()) == before, "the processes have ended"
 
 
+@pytest.mark.usefixtures("all_started")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     monkeypatch.setattr("ndtrain.data.cache.PARALLEL", 0)
@@ -84,9 +106,35 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in (tmp_path / "cache").iterdir()] in ([".digests.json"], [])
 
 
+@pytest.mark.usefixtures("all_started")
 def test_a_process_that_ends_by_itself_is_reported(tmp_path: Path) -> None:
     with Workers(Masked(ByteTokenizer()), 2) as workers, pytest.raises(NdtrainError, match=r"set data\.workers"):
         list(workers.map([[{"text": "fine"}], [{"text": "end"}], [{"text": "fine"}]]))
+
+
+def test_this_process_encodes_until_others_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_start, start = threading.Event(), Workers._start
+    monkeypatch.setattr(Workers, "_start", lambda workers: may_start.wait() and start(workers))
+    with Workers(Place(ByteTokenizer()), 2) as workers:
+
+        def batches() -> Iterator[list[dict[str, str]]]:
+            yield from ([{"text": "a"}] for _ in range(9))
+            may_start.set()
+            workers._started.result()
+            yield from ([{"text": "a"}] for _ in range(9))
+
+        places = [result.ids[0] for (result,) in workers.map(batches()) if isinstance(result, Encoded)]
+    assert places[:9] == [os.getpid()] * 9
+    assert len(places) == 18 and os.getpid() not in places[9:]
+
+
+def test_processes_that_cannot_start_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(workers: Workers) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(Workers, "_start", fails)
+    with pytest.raises(OSError, match="no more processes"), Workers(Place(ByteTokenizer()), 2) as workers:
+        list(workers.map([{"text": "a"}] for _ in range(10**9)))
 
 
 def _killed(file: Path, cache_dir: Path, parent: Connection) -> None:

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from ndtrain.data.cache import build_cache, contents_of, notes
 from ndtrain.data.text import TextEncoder
 from ndtrain.errors import DamagedError, RecipeError
+from ndtrain.hf.compat import rust_tokenizer
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer, load_tokenizer
 from ndtrain.hf.tokenizer_key import tokenizer_key
 from ndtrain.recipe import load_recipe
@@ -117,6 +118,40 @@ def test_slow_tokenizers_encode_special_tokens_as_text() -> None:
     inner = transformers.ByT5Tokenizer()
     ids = HubTokenizer(inner, key="").encode_bytes("a</s> <extra_id_3>é".encode()).tolist()
     assert ids == [byte + 3 for byte in "a</s> <extra_id_3>é".encode()]
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_ids_are_those_of_transformers_own_encode(tmp_path: Path, parse: bool) -> None:
+    """Whatever tokenizer.json says of padding and cutting, and another caller has set before."""
+    directory = bytes_on_disk(tmp_path)
+    rules = json.loads((directory / "tokenizer.json").read_text())
+    padding = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_id": 258, "pad_type_id": 0, "pad_token": "<|pad|>"}
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    rules |= {"padding": {**padding, "pad_to_multiple_of": None}, "truncation": truncation}
+    (directory / "tokenizer.json").write_text(json.dumps(rules))
+    inner = transformers.AutoTokenizer.from_pretrained(directory)
+    assert rust_tokenizer(inner) is inner.backend_tokenizer, "the short way is taken"
+    ours = HubTokenizer(inner, key="", parse_special=parse)
+    for text in [*QUOTES, "plain", ""]:
+        inner("other", max_length=2, truncation=True, padding="max_length", split_special_tokens=parse)
+        ids = ours.encode_bytes(text.encode()).tolist()
+        assert ids == inner.encode(text, add_special_tokens=False, split_special_tokens=not parse)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_asked_itself() -> None:
+    fast, _ = pieces("bpe")
+
+    class Own(transformers.PreTrainedTokenizerFast):
+        def _encode_plus(self, text: str, **kwargs: Any) -> Any:
+            return super()._encode_plus(text.replace("a", "b"), **kwargs)
+
+    own = Own(tokenizer_object=fast.backend_tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    assert rust_tokenizer(own) is None
+    given = [HubTokenizer(inner, key="").encode_bytes(b"aab").tolist() for inner in (fast, own)]
+    assert given[0] != given[1] == fast.encode("bbb", add_special_tokens=False)
+    fast.encode = own.encode  # of the object alone
+    assert rust_tokenizer(fast) is None
+    assert HubTokenizer(fast, key="").encode_bytes(b"aab").tolist() == given[1]
 
 
 def test_what_cannot_be_encoded_as_text_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -61,4 +61,5 @@ class TextEncoder:
         # Text that was rendered with its marks, and is read with them, keeps its own.
         head = [bos] if begins and bos is not None and not (ids.size and ids[0] == bos) else []
         tail = [eos] if ends and not (ids.size and ids[-1] == eos) else []
-        return Encoded(np.concatenate([head, ids, tail]).astype(np.int64), special=special)
+        marked = [np.array(head, np.int64), ids, np.array(tail, np.int64)]
+        return Encoded(np.concatenate(marked, dtype=np.int64), special=special)

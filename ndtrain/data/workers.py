@@ -7,9 +7,10 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -40,31 +41,40 @@ class Workers:
     """Processes that encode batches of rows; a context manager, at whose end they have ended.
 
     They are forked from a server without threads or locks held, which has imported what the encoder needs, and end by
-    themselves if this process is killed.
+    themselves if this process is killed. That import takes seconds, in which this process encodes.
     """
 
     def __init__(self, encoder: Encoder, count: int):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([type(encoder.tokenizer).__module__, type(encoder).__module__])
+        self._encoder, self._count = encoder, count
         self._idle: SimpleQueue[Connection] = SimpleQueue()
-        self._processes = []
-        for _ in range(count):
+        self._processes: list[BaseProcess] = []
+        # One thread waits for each process; it holds no lock meanwhile.
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenizing")
+        self._started = self._threads.submit(self._start)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        kinds = (type(self._encoder.tokenizer), type(self._encoder))
+        context.set_forkserver_preload([kind.__module__ for kind in kinds])
+        for _ in range(self._count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(encoder, theirs), daemon=True)
+            process = context.Process(target=_work, args=(self._encoder, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._idle.put(ours)
-        # One thread waits for each process; it holds no lock meanwhile.
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenizing")
-        self._ahead = 2 * count
 
     def map(self, batches: Iterable[Sequence[Fields]]) -> Iterator[list[Result]]:
         """Yield the results of each batch in order; few batches are in memory at a time."""
         waiting: deque[Future[list[Result]]] = deque()
         for batch in batches:
+            if self._started.done():
+                self._started.result()
+            elif not self._processes:
+                yield encode_all(self._encoder, batch)
+                continue
             waiting.append(self._threads.submit(self._ask, batch))
-            if len(waiting) > self._ahead:
+            if len(waiting) > 2 * self._count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -90,6 +100,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        wait([self._started])
         for process in self._processes:
             process.terminate()
         self._threads.shutdown(cancel_futures=True)

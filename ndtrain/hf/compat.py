@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from ndtrain.torch_compat import Private
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Read in transformers 5.23 (the lowest that pyproject.toml allows) and 5.24.
 _T, _MASKS, _WEIGHTS = "transformers", "transformers.masking_utils", "transformers.core_model_loading"
 _TP, _EP = "transformers.distributed.tensor_parallel", "transformers.distributed.expert_parallel"
+_TOKENS = f"{_T}:TokenizersBackend"
 _MODEL, _STYLE, _CONVERT, _DRY = f"{_T}:PreTrainedModel", "a style of tensor parallelism", "saved names", "a dry step"
 NAMES: dict[str, Private] = {
     "ACT2FN": Private(f"{_T}.activations:ACT2FN", "the names that `hidden_act` may have"),
@@ -118,6 +120,12 @@ NAMES: dict[str, Private] = {
         "chat rows",
         "conversations tools chat_template return_assistant_tokens_mask add_generation_prompt",
     ),
+    # ---- text to tokens
+    "encode_plus": Private(
+        f"{_TOKENS}._encode_plus", "texts", "text add_special_tokens padding_strategy truncation_strategy"
+    ),
+    "convert_encoding": Private(f"{_TOKENS}._convert_encoding", "texts", "encoding"),
+    "padding_truncation_strategies": Private(f"{_TOKENS}._get_padding_truncation_strategies", "texts"),
     # ---- building a model
     "model_mapping": Private(f"{_T}:AutoModelForCausalLM._model_mapping", "which configs are causal models'"),
     "get_dtype_plan": Private(f"{_MODEL}._get_dtype_plan", "modules kept in float32", "dtype"),
@@ -213,6 +221,24 @@ def changes_loaded_weights(model: PreTrainedModel) -> bool:
 def mark_initialized(tensor: Tensor, done: bool) -> None:
     """Say whether `initialize_weights` shall leave a tensor alone."""
     tensor._is_hf_initialized = done  # type: ignore[attr-defined]
+
+
+# What leads from a tokenizer's `encode` to its Rust tokenizer, and sets that up.
+_TO_RUST = (
+    *("encode", "_get_padding_truncation_strategies", "_encode_plus", "set_truncation_and_padding"),
+    *("_convert_encoding", "backend_tokenizer"),
+)
+
+
+def rust_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """Return the Rust tokenizer whose ids `tokenizer.encode` returns as they are; None if it has code of its own."""
+    from transformers import TokenizersBackend as base
+
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, base) or not vars(tokenizer).keys().isdisjoint(_TO_RUST):
+        return None
+    plain = all(getattr(kind, name) is getattr(base, name) for name in _TO_RUST)
+    return tokenizer.backend_tokenizer if plain else None  # type: ignore[no-any-return]
 
 
 # ---- functions put in the place of transformers' own

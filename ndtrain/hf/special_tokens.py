@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ndtrain.hf.compat import rust_tokenizer
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
@@ -42,9 +44,25 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, parse_special: bool) -> np.ndarray:
     """Return the int64 ids `[n]` of `text` without begin and end marks."""
     split = can_parse(tokenizer) and not parse_special
-    # Quietly: documents longer than model_max_length are cut into rows.
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False)
-    return np.asarray(list(ids), dtype=np.int64)
+    rust = rust_tokenizer(tokenizer)
+    if rust is None:
+        # Quietly: documents longer than model_max_length are cut into rows.
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False)
+        return np.asarray(list(ids), dtype=np.int64)
+    # As transformers sets it up, whatever tokenizer.json or another caller has set.
+    if rust.truncation is not None:
+        rust.no_truncation()
+    if rust.padding is not None:
+        rust.no_padding()
+    if rust.encode_special_tokens != split:
+        rust.encode_special_tokens = split
+    return fast_ids(rust, text)
+
+
+def fast_ids(rust: Tokenizer, text: str) -> np.ndarray:
+    """Return the int64 ids `[n]` of `text`; which characters each has is not worked out, a fifth of the time."""
+    (encoding,) = rust.encode_batch_fast([text], add_special_tokens=False)
+    return np.array(encoding.ids, dtype=np.int64)
 
 
 def without_special(tokenizer: PreTrainedTokenizerBase, special: Collection[str]) -> Tokenizer | None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ import transformers
 from ndtrain.errors import DamagedError, RecipeError, first_line, keeps_its_name
 from ndtrain.hf.config import untrusted
 from ndtrain.hf.hub import MAIN, directory_of
-from ndtrain.hf.special_tokens import can_parse, control_tokens, encode, without_special
+from ndtrain.hf.special_tokens import can_parse, control_tokens, encode, fast_ids, without_special
 from ndtrain.hf.tokenizer_key import PROBE, tokenizer_key
 from ndtrain.recipe import Recipe
 from ndtrain.storage.pointers import pointer_at
@@ -183,7 +183,7 @@ class HubTokenizer:
         plain_only = without_special(self.inner, self._control.keys() - {str(self.inner.unk_token)})
         if plain_only is None:
             return None
-        strict = lambda text: np.asarray(plain_only.encode(text, add_special_tokens=False).ids, np.int64)  # noqa: E731
+        strict = partial(fast_ids, plain_only)
         plain = self._spelled.sub(" ", PROBE)
         try:
             return strict if np.array_equal(strict(plain), self._encode(plain)) else None

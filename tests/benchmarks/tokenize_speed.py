@@ -18,9 +18,19 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+
+class Result(NamedTuple):
+    """Seconds and CPU seconds from after the imports to tokens on disk, and the most memory of all processes."""
+
+    seconds: float
+    tokens: int
+    cpu_seconds: float
+    memory_mb: int
 
 
 def write_text(file: Path, megabytes: int) -> None:
@@ -51,7 +61,8 @@ def train_tokenizer(file: Path, directory: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
 
 
-def ours(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float, int]:
+def ours(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float, int, float]:
+    """Return seconds, tokens, and the CPU seconds of the imports, which neither side counts."""
     import transformers
 
     from ndtrain.data.cache import build_cache
@@ -60,18 +71,19 @@ def ours(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float, 
     from ndtrain.hf.tokenizer_key import tokenizer_key
 
     inner = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    started = time.perf_counter()
+    started, imports = time.perf_counter(), time.process_time()
     encoder = TextEncoder(HubTokenizer(inner, key=tokenizer_key(inner)))
     corpus = build_cache([file], encoder, cache_dir=out, workers=processes)
-    return time.perf_counter() - started, corpus.n_tokens
+    return time.perf_counter() - started, corpus.n_tokens, imports
 
 
-def theirs(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float, int]:
+def theirs(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float, int, float]:
     import datasets
+    import pyarrow.compute
     import transformers
 
     inner = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    started = time.perf_counter()
+    started, imports = time.perf_counter(), time.process_time()
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         found = inner(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -80,38 +92,44 @@ def theirs(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float
     rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(out))
     done = rows.map(encode, batched=True, num_proc=processes, remove_columns=rows.column_names)
     seconds = time.perf_counter() - started
-    return seconds, sum(len(row) for row in done.with_format("numpy")["input_ids"])
+    lengths = pyarrow.compute.list_value_length(done.data.column("input_ids"))
+    return seconds, pyarrow.compute.sum(lengths).as_py(), imports
 
 
 def one(side: str, file: Path, tokenizer: str, processes: int) -> None:
-    """Run one side and print its seconds and tokens."""
+    """Run one side and print what it returns."""
     with tempfile.TemporaryDirectory() as out:
         print(json.dumps({"ours": ours, "theirs": theirs}[side](file, tokenizer, Path(out), processes)))
 
 
-def memory_of(session: int) -> int:
-    """Return the anonymous memory of all processes of a session, in MB."""
-    total = 0
+def use_of(session: int) -> tuple[int, dict[int, float]]:
+    """Return the memory that all processes of a session have for themselves, in MB, and the CPU seconds of each.
+
+    Pages that forked processes share are counted once.
+    """
+    total, seconds = 0, {}
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, IndexError):
             if os.getsid(int(process.name)) == session:
-                status = (process / "status").read_text()
-                total += int(status.split("RssAnon:")[1].split()[0]) >> 10 if "RssAnon:" in status else 0
-    return total
+                times = (process / "stat").read_text().rpartition(")")[2].split()
+                seconds[int(process.name)] = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+                total += int((process / "smaps_rollup").read_text().split("Pss_Anon:")[1].split()[0])
+    return total >> 10, seconds
 
 
-def measured(command: list[str]) -> tuple[float, int, int]:
-    """Run a side and return its seconds, tokens, and the largest memory of all its processes together in MB."""
-    peak = 0
+def measured(command: list[str]) -> Result:
+    """Run a side and watch its processes."""
+    peak, used = 0, {}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     ) as run:
         while run.poll() is None:
-            peak = max(peak, memory_of(run.pid))
+            memory, seconds = use_of(run.pid)
+            peak, used = max(peak, memory), used | seconds
             time.sleep(0.1)
         output = run.communicate()[0]
-    seconds, tokens = json.loads(output.splitlines()[-1])
-    return seconds, tokens, peak
+    wall, tokens, imports = json.loads(output.splitlines()[-1])
+    return Result(wall, tokens, sum(used.values()) - imports, peak)
 
 
 def main() -> None:
@@ -129,19 +147,25 @@ def main() -> None:
         file, tokenizer = Path(folder, "text.jsonl"), Path(folder, "tokenizer")
         write_text(file, options.megabytes)
         train_tokenizer(file, tokenizer)
-        found: dict[str, list[tuple[float, int, int]]] = {"ours": [], "theirs": []}
+        found: dict[str, list[Result]] = {"ours": [], "theirs": []}
         for _ in range(options.rounds):
             for side, results in found.items():
                 command = [sys.executable, __file__, "--processes", str(options.processes), "--one", side]
                 results.append(measured([*command, str(file), str(tokenizer)]))
         size = file.stat().st_size / (1 << 20)
-    (our_tokens,), (their_tokens,) = ({result[1] for result in results} for results in found.values())
+    (our_tokens,), (their_tokens,) = ({result.tokens for result in results} for results in found.values())
     assert our_tokens == their_tokens, f"{our_tokens:,} tokens, theirs {their_tokens:,}"
-    speeds = {side: size / statistics.median(result[0] for result in results) for side, results in found.items()}
-    print("| side | MB/s | peak anonymous memory of all processes, MB |\n| --- | --- | --- |")
-    for side, name in (("ours", "ndtrain"), ("theirs", f"datasets.map, num_proc={options.processes}")):
-        print(f"| {name} | {speeds[side]:.2f} | {max(result[2] for result in found[side]):,} |")
-    print(f"\n{size:.0f} MB, {our_tokens:,} tokens on both sides; ratio {speeds['ours'] / speeds['theirs']:.2f}")
+    print("| side | MB/s | CPU s | most memory, MB |\n| --- | --- | --- | --- |")
+    speeds, cpu = [], []
+    for results, name in zip(found.values(), ("ndtrain", f"datasets.map, num_proc={options.processes}"), strict=True):
+        speeds.append(size / statistics.median(result.seconds for result in results))
+        cpu.append(statistics.median(result.cpu_seconds for result in results))
+        print(f"| {name} | {speeds[-1]:.2f} | {cpu[-1]:.1f} | {max(result.memory_mb for result in results):,} |")
+    ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(*found.values(), strict=True)]
+    print(
+        f"\n{size:.0f} MB, {our_tokens:,} tokens on both sides; ratio of the medians {speeds[0] / speeds[1]:.2f}, "
+        f"by CPU seconds {cpu[1] / cpu[0]:.2f}; of each round {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+    )
 
 
 if __name__ == "__main__":
