@@ -127,7 +127,7 @@ class Alternate(transformers.TrainerCallback):
             return
         self._lap(self.theirs_s, self.theirs_cpu)
         for _ in range(self.steps):
-            self.ours.optimize()
+            self.ours.advance()
         self._lap(self.ours_s, self.ours_cpu)
 
 
@@ -174,7 +174,7 @@ def profile(ours: Trainer) -> None:
     """Where ndtrain's step spends its time, on rank 0's stderr."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         for _ in range(3):
-            ours.optimize()
+            ours.advance()
     if dist.get_rank() == 0:
         print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
 
