@@ -257,6 +257,20 @@ def keep_in_float32(module: nn.Module, params: list[nn.Parameter]) -> None:
             held.__class__ = kept if id(held.sharded_param) in chosen else beside
 
 
+def gather_as_local(module: nn.Module, owners: Callable[[nn.Module], bool]) -> None:
+    """Let `fully_shard` gather, as plain tensors, parameters of the unit of `module` that were DTensors before it.
+
+    These are this rank's part over the axes that FSDP does not shard; their gradients are plain tensors too. `owners`
+    says of which modules. Shards stay DTensors. Each operation on a DTensor costs several times the host time of a
+    plain one (torch <= 2.14).
+    """
+    for group in _param_groups(module._get_fsdp_state()):  # type: ignore[operator]
+        for held in group.fsdp_params:
+            if owners(held._module_info.module):
+                held.is_dtensor = False
+                held._unsharded_dtensor_spec = None
+
+
 @cache
 def _float32_classes() -> tuple[type, type]:
     """Return the classes of FSDP's parameters beside those that stay in float32, and of these."""

@@ -11,7 +11,7 @@ from torch.distributed.tensor.placement_types import Placement, Shard
 
 from ndtrain.mesh import Meshes
 from ndtrain.plan import ParamPlan, Plan, Unit
-from ndtrain.torch_compat import forget_forwards, in_backward, keep_in_float32
+from ndtrain.torch_compat import forget_forwards, gather_as_local, in_backward, keep_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,8 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
             # Only memory that a device copies from needs to be pinned.
             offload_policy=CPUOffloadPolicy(mesh.device_type != "cpu") if unit.cpu_offload else OffloadPolicy(),
         )
+        # A module that cuts its own weights expects them as it has cut them.
+        gather_as_local(modules[0], lambda owner: not hasattr(owner, "set_device_mesh"))
         if unit.in_float32:
             keep_in_float32(modules[0], [model.get_parameter(fqn) for fqn in unit.in_float32])
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Gather sequences that are split over the ranks of a group, and split whole ones, with their gradients.
+"""Gather sequences that are split over the ranks of a group, with their gradients.
 
 Where the ranks do not divide a sequence, it is padded with zeros at its end.
 """
@@ -17,46 +17,23 @@ _all_gather, _reduce_scatter = all_gather_single(), reduce_scatter_single()
 
 
 class Gather(torch.autograd.Function):
-    """Gathers `[B, L, ...]` of every rank into `[B, S, ...]`; the ranks' gradients are equal, or `partial` sums."""
+    """Gathers `[B, L, ...]` of every rank into `[B, S, ...]`; the ranks' gradients are partial sums."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
-        ctx.group, ctx.partial = group, partial
+    def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
         return _gathered(x, length, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        part = _summed_part(grad, ctx.group) if ctx.partial else _part(grad, ctx.group)
-        return part, None, None, None
-
-
-class Scatter(torch.autograd.Function):
-    """Takes this rank's `[B, L, ...]` of `[B, S, ...]`, which is equal on every rank or a `partial` sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
-        ctx.group, ctx.length = group, x.shape[1]
-        return _summed_part(x, group) if partial else _part(x, group)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _gathered(grad, ctx.length, ctx.group), None, None
-
-
-def _parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return `[B, S, ...]` as `[ranks, B, L, ...]`, padded with zeros."""
-    ranks = group.size()
-    padding = -x.shape[1] % ranks
-    padded = nn.functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, padding)) if padding else x
-    return padded.unflatten(1, (ranks, -1)).movedim(1, 0)
-
-
-def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _parts(x, group)[group.rank()].clone(memory_format=torch.contiguous_format)
+        return _summed_part(grad, ctx.group), None, None
 
 
 def _summed_part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = _parts(x, group).contiguous()
+    ranks = group.size()
+    padding = -x.shape[1] % ranks
+    padded = nn.functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, padding)) if padding else x
+    parts = padded.unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()
     out = torch.empty_like(parts[0])
     _reduce_scatter(out, parts.flatten(0, 1), group=group)
     return out

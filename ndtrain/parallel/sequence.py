@@ -1,8 +1,9 @@
 """Sequence parallelism: splits the residual stream of the blocks along the sequence over the tp ranks.
 
-Norms and residuals work on `[B, S/tp, H]`; a region gets `[B, S, H]`, gathered, and its output is scattered. An
-all-gather and a reduce-scatter replace the all-reduce after each split layer and send the same number of bytes. Where
-tp does not divide a sequence, it is padded at its end inside the blocks.
+Norms and residuals work on a rank's share of all tokens, `[1, B S/tp, H]`; a region gets `[B, S, H]`, gathered, and its
+output is scattered. An all-gather and a reduce-scatter replace the all-reduce after each split layer and send the same
+number of bytes; as tokens of all rows are cut as one row, both begin and end in place. Where tp does not divide the
+tokens, they are padded at their end inside the blocks.
 """
 
 from __future__ import annotations
@@ -11,46 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.mesh import Meshes
-from ndtrain.parallel.gather import Gather, Scatter
+from ndtrain.parallel.exchange import GatherRows, ScatterRows, Sum, SumOfGradients
 from ndtrain.plan import Plan
 from ndtrain.plan.sequence import Region, SequencePlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class _Sum(torch.autograd.Function):
-    """Adds up the ranks' partial sums `[...]` on every rank; the gradients of the ranks are equal."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
-class _SumOfGradients(torch.autograd.Function):
-    """Passes on `[...]`, the same on every rank, and adds up its gradients, which are partial sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 class SequenceParallel:
@@ -59,7 +30,7 @@ class SequenceParallel:
     def __init__(self, model: PreTrainedModel, plan: SequencePlan, group: dist.ProcessGroup):
         self.group = group
         self.enabled = True
-        self._length = 0
+        self._rows, self._length = 0, 0
         first, last = model.get_submodule(plan.blocks[0]), model.get_submodule(plan.blocks[-1])
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         last.register_forward_hook(self._leave)
@@ -82,31 +53,34 @@ class SequenceParallel:
             return None
 
         def split(x: Tensor) -> Tensor:
-            self._length = x.shape[1]
-            part: Tensor = Scatter.apply(x, self.group, False)
+            self._rows, self._length = x.shape[:2]
+            part: Tensor = ScatterRows.apply(x, self.group, False)
             return part
 
-        return _replace(split, args, kwargs, "hidden_states")
+        return replaced(split, args, kwargs, "hidden_states")
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
-        return _first_of(output, lambda x: Gather.apply(x, self._length, self.group, False)) if self.enabled else None
+        return _first_of(output, lambda x: self._gathered(x, partial=False)) if self.enabled else None
+
+    def _gathered(self, x: Tensor, *, partial: bool) -> Tensor:
+        return GatherRows.apply(x, self._rows, self._length, self.group, partial)  # type: ignore[no-any-return]
 
     def _before(self, region: Region) -> Any:
         def gather(x: Tensor) -> Tensor:
             if self.enabled:
-                return Gather.apply(x, self._length, self.group, region.row is not None)  # type: ignore[no-any-return]
-            return _SumOfGradients.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
+                return self._gathered(x, partial=region.row is not None)
+            return SumOfGradients.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return _replace(gather, args, kwargs, region.takes)
+            return replaced(gather, args, kwargs, region.takes)
 
         return hook
 
     def _after(self, region: Region) -> Any:
         def scatter(x: Tensor) -> Tensor:
             if self.enabled:
-                return Scatter.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
-            return _Sum.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
+                return ScatterRows.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
+            return Sum.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
 
         return lambda module, args, output: _first_of(output, scatter)
 
@@ -117,7 +91,7 @@ def apply_sequence_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshe
     return SequenceParallel(model, plan.sequence, meshes.tp.get_group())
 
 
-def _replace(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+def replaced(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """Return the arguments with `change` applied to the first positional one, or else to the keyword `name`."""
     if args:
         return (change(args[0]), *args[1:]), kwargs

@@ -93,10 +93,11 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         _param_plan(fqn, param, sizes, tp_rules=tp_rules, ep_rules=ep_rules, unit=_unit_of(fqn, owner))
         for fqn, param in model.named_parameters()
     )
+    regions = along_sequence.regions if along_sequence else ()
     summed = tuple(fqn for fqn, _ in model.named_parameters() if tensor.rule_of(fqn, tp_rules) == tensor.SUMMED)
     if along_sequence:
         # One tp rank alone adds the bias of a region's last layer.
-        biases = {f"{region.row}.bias" for region in along_sequence.regions if region.row}
+        biases = {f"{region.row}.bias" for region in regions if region.row}
         summed += tuple(fqn for fqn, _ in model.named_parameters() if fqn in biases)
     refuse.check_router(model, summed)
     return Plan(
@@ -110,6 +111,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         tp_rules={name: style for name, style in tp_rules.items() if style != tensor.SUMMED},
         ep_rules=ep_rules,
         tp_summed=summed,
+        tp_shared=sequence.shared_inputs(model, tp_rules, but={region.name for region in regions if region.row}),
         sequence=along_sequence,
         cp=cp,
         drops_by_rank=sizes.tp > 1 and bool(refuse.dropouts(model)),

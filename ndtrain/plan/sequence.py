@@ -71,6 +71,27 @@ def decide(model: PreTrainedModel, blocks: tuple[str, ...], rules: dict[str, str
     return SequencePlan(blocks, tuple(regions), tuple(norms))
 
 
+def shared_inputs(model: PreTrainedModel, rules: dict[str, str], *, but: set[str]) -> tuple[Region, ...]:
+    """Return the modules, except those in `but`, that pass their input to several layers cut by outputs and no further.
+
+    The gradients of these layers for it can be summed over the ranks at once.
+    """
+    beside: dict[str, set[str]] = {}
+    for name, style in rules.items():
+        if style in ("colwise", "conv1d_colwise", "packed_colwise"):
+            parent, _, leaf = name.rpartition(".")
+            beside.setdefault(parent, set()).add(leaf)
+    found = []
+    for parent, columns in beside.items():
+        module = model.get_submodule(parent)
+        takes = _first(module)
+        if len(columns) == 1 or parent in but or parent in rules or takes is None or "forward" in vars(module):
+            continue
+        if _passes(type(module).forward, takes, frozenset(columns)):
+            found.append(Region(parent, takes, tuple(f"{parent}.{leaf}" for leaf in sorted(columns))))
+    return tuple(found)
+
+
 def _first(module: nn.Module) -> str | None:
     """Return the name of the first argument of the module's forward."""
     names = list(inspect.signature(type(module).forward).parameters)
@@ -84,26 +105,43 @@ def _region(fqn: str, module: nn.Module, rules: dict[str, str], takes: str) -> R
     columns = {n for n, style in styles.items() if style == "colwise"}
     if len(rows) != 1 or not columns or fqn in rules:
         return whole
-    if not _passes(type(module).forward, takes, frozenset(columns), rows[0]):
+    forward = type(module).forward
+    if not _passes(forward, takes, frozenset(columns)) or not _is_returned(forward, rows[0]):
         return whole
     return Region(fqn, takes, tuple(f"{fqn}.{n}" for n in sorted(columns)), f"{fqn}.{rows[0]}")
 
 
 @cache
-def _passes(forward: Callable[..., Any], takes: str, columns: frozenset[str], row: str) -> bool:
-    """Return whether `forward` passes its argument `takes` only to `columns` and returns the output of `row`."""
+def _parsed(forward: Callable[..., Any]) -> tuple[ast.AST, dict[ast.AST, ast.AST]] | None:
+    """Return the source of a method as a tree, and the parent of each of its nodes; None where there is none."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
+        return None
+    return tree, {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+@cache
+def _passes(forward: Callable[..., Any], takes: str, columns: frozenset[str]) -> bool:
+    """Return whether `forward` passes its argument `takes` to all of the layers `columns`, and these get nothing else.
+
+    It may look at its shape, dtype and device.
+    """
+    if (parsed := _parsed(forward)) is None:
         return False
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    tree, parents = parsed
+    called: set[str] = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _calls(node, columns):
+            if len(node.args) != 1 or not isinstance(node.args[0], ast.Name) or node.args[0].id != takes:
+                return False
+            called.add(ast.unparse(node.func))
         if isinstance(node, ast.Name) and node.id == takes:
             user = parents[node]
             looks = isinstance(user, ast.Attribute) and user.attr in ("shape", "dtype", "device")
             if not looks and not (_calls(user, columns) and isinstance(user, ast.Call) and user.args == [node]):
                 return False
-    return _is_returned(tree, parents, row)
+    return len(called) == len(columns)
 
 
 def _calls(node: ast.AST, names: frozenset[str]) -> bool:
@@ -111,8 +149,12 @@ def _calls(node: ast.AST, names: frozenset[str]) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) in {f"self.{name}" for name in names}
 
 
-def _is_returned(tree: ast.AST, parents: dict[ast.AST, ast.AST], name: str) -> bool:
+@cache
+def _is_returned(forward: Callable[..., Any], name: str) -> bool:
     """Return whether the output of `self.NAME(...)` is returned unchanged, alone or in a tuple."""
+    if (parsed := _parsed(forward)) is None:
+        return False
+    tree, parents = parsed
     calls = [node for node in ast.walk(tree) if _calls(node, frozenset([name]))]
     if len(calls) != 1:
         return False

@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate
 
 from ndtrain.layout import Box, local_boxes, local_shape
 from ndtrain.mesh import MeshSizes
-from ndtrain.plan.sequence import SequencePlan
+from ndtrain.plan.sequence import Region, SequencePlan
 
 # A plan explains its imbalance if the fullest rank holds more than this many times the mean.
 EVEN = 1.15
@@ -112,6 +112,7 @@ class Plan:
     tp_rules: dict[str, str]
     ep_rules: dict[str, str]
     tp_summed: tuple[str, ...]
+    tp_shared: tuple[Region, ...]  # modules whose cut layers share an input, whose gradient is summed once for all
     sequence: SequencePlan | None
     cp: str | None  # "ulysses" or "ring" if cp > 1
     drops_by_rank: bool  # whether each tp rank draws its own numbers for attention dropout

@@ -86,7 +86,7 @@ class Ulysses(ContextParallel):
 
             def gathered(x: Any) -> Any:
                 along = isinstance(x, Tensor) and x.ndim in (2, 3) and x.shape[1] == part
-                return Gather.apply(x, whole, self.group, True) if along else x
+                return Gather.apply(x, whole, self.group) if along else x
 
             def own_part(x: Any) -> Any:
                 along = isinstance(x, Tensor) and x.ndim in (2, 3) and x.shape[1] == whole

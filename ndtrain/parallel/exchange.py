@@ -1,0 +1,157 @@
+"""What the ranks of a tp group exchange inside a block, on plain tensors, with gradients.
+
+Nothing here returns a view of a buffer: FSDP and later modules may hook a result, or change it in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ndtrain.layout import chunk
+from ndtrain.torch_compat import all_gather_single, reduce_scatter_single
+
+_all_gather, _reduce_scatter = all_gather_single(), reduce_scatter_single()
+
+
+class Sum(torch.autograd.Function):
+    """Adds up the ranks' partial sums `[...]` on every rank; the gradients of the ranks are equal."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class SumOfGradients(torch.autograd.Function):
+    """Passes on `[...]`, the same on every rank, and adds up its gradients, which are partial sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # Autograd may have handed the same tensor to others.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class SumOfLastGradients(torch.autograd.Function):
+    """Passes on `[..., H]`, the same on every rank, and adds up the gradients of its last `width` features."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.width, ctx.group = width, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        last = grad[..., -ctx.width :].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(last, group=ctx.group)
+        return torch.cat([grad[..., : -ctx.width], last], dim=-1), None, None
+
+
+class GatherFeatures(torch.autograd.Function):
+    """Gathers `[..., part]` of every rank into `[..., width]`; the gradients of the ranks are equal."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _gathered_features(x, width, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _own_features(grad, ctx.group), None, None
+
+
+class SplitFeatures(torch.autograd.Function):
+    """Takes this rank's `[..., part]` of `[..., width]`, which is the same on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.width, ctx.group = x.shape[-1], group
+        return _own_features(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _gathered_features(grad, ctx.width, ctx.group), None
+
+
+class GatherRows(torch.autograd.Function):
+    """Gathers `[1, L, ...]` of every rank into the tokens `[B, S, ...]`; gradients are equal, or `partial` sums."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, rows: int, length: int, group: dist.ProcessGroup, partial: bool
+    ) -> Tensor:
+        ctx.group, ctx.partial = group, partial
+        return _gathered_rows(x, rows, length, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return _own_rows(grad, ctx.group, partial=ctx.partial), None, None, None, None
+
+
+class ScatterRows(torch.autograd.Function):
+    """Takes this rank's `[1, L, ...]` of the tokens `[B, S, ...]`, equal on every rank or a `partial` sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, partial: bool) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.rows, ctx.length = group, x.shape[0], x.shape[1]
+        return _own_rows(x, group, partial=partial)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _gathered_rows(grad, ctx.rows, ctx.length, ctx.group), None, None
+
+
+def _own_features(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    start, end = chunk(x.shape[-1], group.size(), group.rank())
+    return x[..., start:end].clone(memory_format=torch.contiguous_format)
+
+
+def _gathered_features(x: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
+    ranks = group.size()
+    most = -(-width // ranks)
+    if x.shape[-1] < most:  # the last parts may be short
+        x = nn.functional.pad(x, (0, most - x.shape[-1]))
+    parts = x.new_empty((ranks, *x.shape))
+    _all_gather(parts.flatten(0, 1) if x.ndim > 1 else parts.flatten(), x.contiguous(), group=group)
+    whole = torch.cat(parts.unbind(), dim=-1)
+    return whole if whole.shape[-1] == width else whole[..., :width].clone(memory_format=torch.contiguous_format)
+
+
+def _own_rows(x: Tensor, group: dist.ProcessGroup, *, partial: bool) -> Tensor:
+    """Return the rank's part of all tokens in a row, padded with zeros at their end where the ranks do not divide."""
+    ranks, tokens = group.size(), x.shape[0] * x.shape[1]
+    flat = x.reshape(1, tokens, *x.shape[2:])
+    if padding := -tokens % ranks:
+        flat = nn.functional.pad(flat, (*(0, 0) * (x.ndim - 2), 0, padding))
+    own = flat.shape[1] // ranks
+    if not partial:
+        return flat[:, group.rank() * own : (group.rank() + 1) * own].clone(memory_format=torch.contiguous_format)
+    out = x.new_empty((1, own, *x.shape[2:]))
+    _reduce_scatter(out[0], flat[0].contiguous(), group=group)
+    return out
+
+
+def _gathered_rows(x: Tensor, rows: int, length: int, group: dist.ProcessGroup) -> Tensor:
+    tokens = rows * length
+    if tokens == group.size() * x.shape[1]:
+        whole = x.new_empty((rows, length, *x.shape[2:]))
+        _all_gather(whole.flatten(0, 1), x[0].contiguous(), group=group)
+        return whole
+    padded = x.new_empty((group.size() * x.shape[1], *x.shape[2:]))
+    _all_gather(padded, x[0].contiguous(), group=group)
+    return padded[:tokens].unflatten(0, (rows, length)).clone()
