@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ndtrain.mesh import Meshes
 from ndtrain.parallel.cp import ContextParallel, apply_context_parallelism
+from ndtrain.parallel.documents import AttentionByDocuments, apply_attention_by_documents
 from ndtrain.parallel.dropout import apply_dropout_by_rank
 from ndtrain.parallel.ep import apply_expert_parallelism
 from ndtrain.parallel.fsdp import apply_fsdp
@@ -22,7 +23,16 @@ from ndtrain.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["TRANSFORMS", "ContextParallel", "SequenceParallel", "Splits", "Transform", "parallelize", "transforms_of"]
+__all__ = [
+    "TRANSFORMS",
+    "AttentionByDocuments",
+    "ContextParallel",
+    "SequenceParallel",
+    "Splits",
+    "Transform",
+    "parallelize",
+    "transforms_of",
+]
 
 
 class Transform(NamedTuple):
@@ -34,10 +44,11 @@ class Transform(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Holds the objects that split batches along the sequence over cp, and activations over tp."""
+    """Holds the objects that split batches along the sequence over cp, activations over tp, attention by documents."""
 
     context: ContextParallel | None
     sequence: SequenceParallel | None
+    documents: AttentionByDocuments | None
 
 
 TRANSFORMS = (
@@ -64,6 +75,18 @@ TRANSFORMS = (
         lambda plan, recipe: plan.drops_by_rank,
         apply_dropout_by_rank,
     ),
+    Transform(
+        "attention by documents",
+        # Neither tokens split over cp, nor a mask of dropout by rank; and a graph cannot follow where documents are.
+        lambda plan, recipe: (
+            recipe.model.attn == "auto"
+            and bool(recipe.data.packing)
+            and plan.cp is None
+            and not plan.drops_by_rank
+            and not recipe.train.compile
+        ),
+        apply_attention_by_documents,
+    ),
     Transform("fsdp", lambda plan, recipe: True, apply_fsdp),
 )
 
@@ -76,4 +99,4 @@ def transforms_of(plan: Plan, recipe: Recipe) -> tuple[Transform, ...]:
 def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> Splits:
     """Turn `model` (on meta) into the sharded model that `plan` describes, in place."""
     made = {transform.name: transform.apply(model, plan, meshes) for transform in transforms_of(plan, recipe)}
-    return Splits(made.get("context parallelism"), made.get("sequence parallelism"))
+    return Splits(made.get("context parallelism"), made.get("sequence parallelism"), made.get("attention by documents"))
