@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -39,26 +38,25 @@ def main() -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).model
     ids = torch.randint(256, (1, options.seq))
+
+    def step(positions: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        out: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        out.square().sum().backward()
+        return out.detach()
+
     for count in (options.documents, 1):
         positions = torch.arange(options.seq // count).repeat(count)[None]
         documents = torch.from_numpy(documents_of(positions.numpy()))
-        by_documents: Any = None
-
-        def step() -> torch.Tensor:
-            model.zero_grad()
-            out: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            out.square().sum().backward()
-            return out.detach()
-
         times: dict[str, list[float]] = {"dense": [], "by documents": []}
         found: dict[str, torch.Tensor] = {}
         by_documents = AttentionByDocuments(model)  # type: ignore[arg-type]
         for _ in range(options.rounds + 1):
             began = time.perf_counter()
-            found["dense"] = step()
+            found["dense"] = step(positions)
             middle = time.perf_counter()
             with by_documents.given(documents):
-                found["by documents"] = step()
+                found["by documents"] = step(positions)
             times["dense"].append(middle - began)
             times["by documents"].append(time.perf_counter() - middle)
         dense, apart = (statistics.median(clock[1:]) for clock in times.values())
