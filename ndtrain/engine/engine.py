@@ -21,6 +21,7 @@ from ndtrain.hf.model import vocabulary
 from ndtrain.hf.routers import Sequences, sequence_ids
 from ndtrain.mesh import Meshes, build_mesh
 from ndtrain.parallel import parallelize
+from ndtrain.parallel.documents import attention_by_documents
 from ndtrain.parallel.fsdp import end_of_forward
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
@@ -46,8 +47,8 @@ class Engine:
     def cut(self) -> None:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
         self.meshes = build_mesh(self.sizes, self.device.type)
-        splits = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
-        self.context, self.sequence, self.documents = splits
+        self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
+        self.documents = attention_by_documents(self.model, self.plan, self.recipe, device=self.device)
 
     def finish(self) -> None:
         """Make the optimizer and put the loss around the model."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ndtrain.mesh import Meshes
 from ndtrain.parallel.cp import ContextParallel, apply_context_parallelism
-from ndtrain.parallel.documents import AttentionByDocuments, apply_attention_by_documents
+from ndtrain.parallel.documents import AttentionByDocuments
 from ndtrain.parallel.dropout import apply_dropout_by_rank
 from ndtrain.parallel.ep import apply_expert_parallelism
 from ndtrain.parallel.fsdp import apply_fsdp
@@ -44,11 +44,10 @@ class Transform(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Holds the objects that split batches along the sequence over cp, activations over tp, attention by documents."""
+    """Holds the objects that split batches along the sequence over cp, and activations over tp."""
 
     context: ContextParallel | None
     sequence: SequenceParallel | None
-    documents: AttentionByDocuments | None
 
 
 TRANSFORMS = (
@@ -75,18 +74,6 @@ TRANSFORMS = (
         lambda plan, recipe: plan.drops_by_rank,
         apply_dropout_by_rank,
     ),
-    Transform(
-        "attention by documents",
-        # Neither tokens split over cp, nor a mask of dropout by rank; and a graph cannot follow where documents are.
-        lambda plan, recipe: (
-            recipe.model.attn == "auto"
-            and bool(recipe.data.packing)
-            and plan.cp is None
-            and not plan.drops_by_rank
-            and not recipe.train.compile
-        ),
-        apply_attention_by_documents,
-    ),
     Transform("fsdp", lambda plan, recipe: True, apply_fsdp),
 )
 
@@ -99,4 +86,4 @@ def transforms_of(plan: Plan, recipe: Recipe) -> tuple[Transform, ...]:
 def parallelize(model: PreTrainedModel, plan: Plan, meshes: Meshes, *, recipe: Recipe) -> Splits:
     """Turn `model` (on meta) into the sharded model that `plan` describes, in place."""
     made = {transform.name: transform.apply(model, plan, meshes) for transform in transforms_of(plan, recipe)}
-    return Splits(made.get("context parallelism"), made.get("sequence parallelism"), made.get("attention by documents"))
+    return Splits(made.get("context parallelism"), made.get("sequence parallelism"))

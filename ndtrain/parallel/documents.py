@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ndtrain.errors import PlanError
 from ndtrain.hf.attention_functions import own_attention, take_attention
 from ndtrain.hf.compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_name, documents_given
-from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
+from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,9 +82,14 @@ class AttentionByDocuments:
         return torch.cat(rows), None
 
 
-def apply_attention_by_documents(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> AttentionByDocuments | None:
-    """Let the attention of `model` (on meta) work by documents where that is faster, in place; return what does it."""
-    return AttentionByDocuments(model) if meshes.tp.device_type == "cpu" else None
+def attention_by_documents(
+    model: PreTrainedModel, plan: Plan, recipe: Recipe, *, device: torch.device
+) -> AttentionByDocuments | None:
+    """Let the attention of `model` work by documents, in place, where that is possible and faster."""
+    wanted = recipe.model.attn == "auto" and bool(recipe.data.packing) and device.type == "cpu"
+    # Neither tokens split over cp nor dropout by rank leaves the attention function free, and no graph can follow it.
+    possible = plan.cp is None and not plan.drops_by_rank and not recipe.train.compile
+    return AttentionByDocuments(model) if wanted and possible else None
 
 
 def _bounds(documents: Tensor) -> list[list[int]]:

@@ -20,9 +20,10 @@ def try_by_documents(engine: Engine, documents: AttentionByDocuments) -> str | N
     half = max(1, min(16, engine.recipe.data.seq_len // 2))
     row, positions = tokens(engine, 2 * half), torch.arange(half, device=engine.device).repeat(2)
     try:
-        apart = probe(engine, [row], positions)
-        documents.enabled = False
-        under_masks = probe(engine, [row], positions)
+        with models_own_errors(engine):
+            apart = probe(engine, [row], positions)
+            documents.enabled = False
+            under_masks = probe(engine, [row], positions)
         different = float((apart - under_masks).abs().max() / under_masks.abs().max())
     except PlanError:
         documents.enabled, different = False, 1.0
