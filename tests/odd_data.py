@@ -1,4 +1,4 @@
-"""Data files with one fault each: `python -m tests.odd_data N` reads N of them and prints what did not end as it must.
+"""Data files with one fault each: `python -m tests.odd_data N` reads N of them and prints a table (tests/ODD_DATA.md).
 
 A reader must end with one line that names the file, or give the texts that another reader of the same bytes gives
 (Python's json and csv, pyarrow, and the decompressors of whole files): nothing in between.
@@ -15,6 +15,7 @@ import lzma
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,17 +231,22 @@ def outcome(file: Path, other: Callable[[], list[str]]) -> tuple[str, str]:
 
 
 def main(count: int, first: int = 0) -> int:
-    counts: dict[str, int] = {}
+    counts: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(first, first + count):
             file, fault, other = mutated(Path(folder), seed)
             kind, text = outcome(file, other)
-            counts[kind] = counts.get(kind, 0) + 1
+            counts.setdefault(fault, Counter())[kind] += 1
             if kind == "wrong":
                 print(f"{file.name}, {fault}: {text[:300]}", flush=True)
             file.unlink()
-    print(counts)
-    return counts.get("wrong", 0)
+    kinds = ("refused", "read", "wrong")
+    print(f"| fault | {' | '.join(kinds)} |\n|---|---|---|---|")
+    for fault, found in sorted(counts.items()):
+        print(f"| {fault} | {' | '.join(str(found[kind]) for kind in kinds)} |")
+    total: Counter[str] = sum(counts.values(), Counter())
+    print(f"| all | {' | '.join(str(total[kind]) for kind in kinds)} |")
+    return total["wrong"]
 
 
 if __name__ == "__main__":

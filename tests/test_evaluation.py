@@ -129,7 +129,7 @@ def plain(model_dir: Path, recipe_path: Path, **config: Any) -> tuple[float, int
     recipe = load_recipe(recipe_path)
     assert recipe.eval is not None
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation=recipe.model.attn, **config
+        model_dir, dtype=torch.float32, attn_implementation=tiny.plain_attention(recipe), **config
     ).eval()
     size, packing = recipe.eval.seq_len, recipe.eval.packing
     rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, document of each token

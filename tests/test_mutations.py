@@ -55,7 +55,8 @@ def wrong_types(rng: random.Random) -> Iterator[bytes]:
         section, key, rule = rng.choice(keys)
         options = rule.get("anyOf", [rule])
         is_text = any(option.get("type") == "string" for option in options)
-        wrong = [[], [[1]], {}, {"x": 1}, [True, "x"]] + ([7, True, 1.5] if is_text else ["", "10", "yes", "-"])
+        wrong = [[[1]], {}, {"x": 1}, [True, "x"]] + ([7, True, 1.5] if is_text else ["", "10", "yes", "-"])
+        wrong += [] if any(option.get("type") == "array" for option in options) else [[]]
         document.setdefault(section, {})[key] = rng.choice(wrong)
         yield tomli_w.dumps(document).encode()
 

@@ -51,7 +51,7 @@ def with_line(line: str, section: str) -> str:
 
 def test_every_key_has_its_documented_default(recipe: Any) -> None:
     r = recipe()
-    assert (r.model.init, r.model.dtype, r.model.attn) == ("pretrained", "float32", "sdpa")
+    assert (r.model.init, r.model.dtype, r.model.attn) == ("pretrained", "float32", "auto")
     assert (r.mesh.dp_replicate, r.mesh.dp_shard, r.mesh.cp, r.mesh.tp, r.mesh.ep) == (1, -1, 1, 1, 1)
     assert (r.fsdp.param_dtype, r.fsdp.reduce_dtype, r.fsdp.reshard_after_forward) == (
         "bfloat16",

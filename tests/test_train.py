@@ -98,7 +98,7 @@ def reference(model_dir: Path, recipe_path: Path, *, without: tuple[int, ...] = 
     )
     samples = data.open_samples(corpus, recipe.data.seq_len, packing=recipe.data.packing, pad_id=258)
     order = data.Order(len(samples), seed=recipe.train.seed, shuffle=True)
-    attn = recipe.model.attn
+    attn = tiny.plain_attention(recipe)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attn)
     model.train()
     section = recipe.optim

@@ -12,6 +12,8 @@ import torch
 import transformers
 import xxhash
 
+from ndtrain.recipe import Recipe
+
 COMMON: dict[str, Any] = {"vocab_size": 261, "max_position_embeddings": 128}
 DENSE = {
     **COMMON,
@@ -106,6 +108,11 @@ def save_model(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32
     path = directory / kind
     model.to(dtype).save_pretrained(path)
     return path
+
+
+def plain_attention(recipe: Recipe) -> str:
+    """What plain transformers takes where a recipe names an attention."""
+    return "sdpa" if recipe.model.attn == "auto" else recipe.model.attn
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

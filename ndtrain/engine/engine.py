@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,10 +16,12 @@ from ndtrain.engine.gradients import clip_grad_norm, sum_over_tp
 from ndtrain.engine.loss import LossModel
 from ndtrain.engine.optimizers import OPTIMIZERS, build_optimizer, set_step, state_tensors
 from ndtrain.engine.schedule import learning_rate
+from ndtrain.hf.compat import documents_given
 from ndtrain.hf.model import vocabulary
 from ndtrain.hf.routers import Sequences, sequence_ids
 from ndtrain.mesh import Meshes, build_mesh
 from ndtrain.parallel import parallelize
+from ndtrain.parallel.documents import attention_by_documents
 from ndtrain.parallel.fsdp import end_of_forward
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
@@ -46,6 +48,7 @@ class Engine:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
         self.meshes = build_mesh(self.sizes, self.device.type)
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
+        self.documents = attention_by_documents(self.model, self.plan, self.recipe, device=self.device)
 
     def finish(self) -> None:
         """Make the optimizer and put the loss around the model."""
@@ -95,9 +98,21 @@ class Engine:
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
             rows = {key: value for key, value in batch.items() if key not in ("targets", "documents")}
             shaped = self.shape(rows) | {key: value for key, value in batch.items() if key not in rows}
-            total += self.loss_model.backward(shaped, scales=scales, sequences=self._sequences(rows))
+            with self.apart(shaped.pop("documents", None)):
+                total += self.loss_model.backward(shaped, scales=scales, sequences=self._sequences(rows))
             done()
         return total
+
+    def apart(self, documents: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Let forward and backward inside keep these documents apart, as `documents_of` returns them.
+
+        None leaves it to transformers to find them.
+        """
+        if documents is None:
+            return nullcontext()
+        if self.documents is not None and self.documents.enabled:
+            return self.documents.given(documents)
+        return documents_given(self.model, documents)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

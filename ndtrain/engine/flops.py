@@ -20,6 +20,8 @@ def flops_per_token(plan: Plan, config: object, seq_len: int) -> float:
         if not ("embed" in p.fqn or "wte" in p.fqn or "wpe" in p.fqn) or p.fqn in tied
     )
     layers = getattr(config, "num_hidden_layers", 0) or 0
+    if not layers:  # nothing is known of its attention
+        return 6.0 * multiplied
     # Where layers differ, transformers refuses what the config says of all of them.
     each = getattr(config, "per_layer_config", None) or [config] * layers
     return 6.0 * multiplied + 6.0 * seq_len * sum(_attention_width(each[i]) for i in range(layers))

@@ -6,7 +6,6 @@ Where the model returns its head's output unchanged (`Plan.head`), the loss is c
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ndtrain.engine.head import IGNORE, ChunkedLinear, Part, chunk_rows, summed_loss
-from ndtrain.hf.compat import documents_given
 from ndtrain.hf.routers import RouterLoss, Sequences, wanted
 from ndtrain.plan import Plan
 
@@ -115,10 +113,8 @@ class LossModel:
             inputs["position_ids"] = batch["position_ids"]
         if self._inside_head:
             self._labels, self._scale, self._targets = labels, scale, batch.get("targets")
-        documents = batch.get("documents")
         try:
-            with documents_given(self.model, documents) if documents is not None else nullcontext():
-                found: Tensor = self.model(**inputs).logits
+            found: Tensor = self.model(**inputs).logits
         finally:
             self._labels = self._scale = self._targets = None
         return found if self._inside_head else self.loss_of(found, labels)

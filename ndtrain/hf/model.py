@@ -39,10 +39,9 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
             f'transformers has no causal language model of model type "{config.model_type}"; choose another model'
         )
     export_dtype = getattr(config, "dtype", None) or torch.float32
-    trust = recipe.model.trust_remote_code
     try:
         with torch.device("meta"):
-            model = built(config, trust_remote_code=trust, attn_implementation=recipe.model.attn)
+            model = _with_attention(config, recipe)
     except Exception as error:
         if keeps_its_name(error):
             raise
@@ -70,6 +69,19 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTra
     return model
 
 
+def _with_attention(config: PreTrainedConfig, recipe: Recipe) -> Any:
+    """Return the model of a config with the attention of `model.attn`; "auto" is sdpa, or eager without one."""
+    trust = recipe.model.trust_remote_code
+    if recipe.model.attn != "auto":
+        return built(config, trust_remote_code=trust, attn_implementation=recipe.model.attn)
+    try:
+        return built(config, trust_remote_code=trust, attn_implementation="sdpa")
+    except (ValueError, ImportError) as error:
+        if "attention implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
+            raise
+        return built(config, trust_remote_code=trust, attn_implementation="eager")
+
+
 def built(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
     """Return the causal LM of a config in float32; it gets a copy, since building it writes into the config."""
     return transformers.AutoModelForCausalLM.from_config(
@@ -78,10 +90,9 @@ def built(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) 
 
 
 def _can_be_built(recipe: Recipe) -> bool:
-    model = recipe.model
     try:
         with torch.device("meta"):
-            built(load_config(recipe), trust_remote_code=model.trust_remote_code, attn_implementation=model.attn)
+            _with_attention(load_config(recipe), recipe)
     except Exception:  # as many kinds as there are models
         return False
     return True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ndtrain.mesh import Meshes
 from ndtrain.parallel.cp import ContextParallel, apply_context_parallelism
+from ndtrain.parallel.documents import AttentionByDocuments
 from ndtrain.parallel.dropout import apply_dropout_by_rank
 from ndtrain.parallel.ep import apply_expert_parallelism
 from ndtrain.parallel.fsdp import apply_fsdp
@@ -22,7 +23,16 @@ from ndtrain.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["TRANSFORMS", "ContextParallel", "SequenceParallel", "Splits", "Transform", "parallelize", "transforms_of"]
+__all__ = [
+    "TRANSFORMS",
+    "AttentionByDocuments",
+    "ContextParallel",
+    "SequenceParallel",
+    "Splits",
+    "Transform",
+    "parallelize",
+    "transforms_of",
+]
 
 
 class Transform(NamedTuple):

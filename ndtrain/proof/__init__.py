@@ -20,7 +20,7 @@ from ndtrain.hf.attention_functions import attention_computes_in
 from ndtrain.proof.batch import check_same_batch
 from ndtrain.proof.dropout import check_dropout
 from ndtrain.proof.eval_mode import check_eval_mode
-from ndtrain.proof.masks import check_masks
+from ndtrain.proof.masks import check_masks, try_by_documents
 from ndtrain.proof.parts import check_parts
 from ndtrain.proof.record import Record, identity, recall, remember
 from ndtrain.proof.reference import References
@@ -54,6 +54,8 @@ def prove(engine: Engine, references: References | None) -> Proof:
     with extra_states.kept(engine.model):
         with _float32(engine):
             keep_or_drop_sequence_parallelism(FLOAT32)
+            if engine.documents is not None and (note := try_by_documents(engine, engine.documents)):
+                notes.append(note)
             known = check_masks(engine, low=False) and (references is None or check_parts(engine, references))
             if known and engine.context is not None:
                 check_context_parallel(engine)

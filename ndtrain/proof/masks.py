@@ -8,7 +8,32 @@ import torch.distributed as dist
 from ndtrain.data import micro_batches
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError
+from ndtrain.parallel import AttentionByDocuments
 from ndtrain.proof.noise import models_own_errors, probe, tokens
+
+
+def try_by_documents(engine: Engine, documents: AttentionByDocuments) -> str | None:
+    """Switch attention by documents off where logits differ from those under the model's own masks; return a note.
+
+    Collective. Masks that keep no documents apart are left to `check_masks`.
+    """
+    half = max(1, min(16, engine.recipe.data.seq_len // 2))
+    row, positions = tokens(engine, 2 * half), torch.arange(half, device=engine.device).repeat(2)
+    try:
+        with models_own_errors(engine):
+            apart = probe(engine, [row], positions)
+            documents.enabled = False
+            under_masks = probe(engine, [row], positions)
+        different = float((apart - under_masks).abs().max() / under_masks.abs().max())
+    except PlanError:
+        documents.enabled, different = False, 1.0
+    # All ranks decide alike.
+    largest = torch.tensor(different if different == different else 0.0, device=engine.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    documents.enabled = float(largest) < 1e-3
+    if documents.enabled:
+        return None
+    return "attention works under masks, since by documents this model would compute something else"
 
 
 def check_masks(engine: Engine, *, low: bool) -> bool:

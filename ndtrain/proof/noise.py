@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ndtrain.data.batches import documents_of
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, of_the_machine, one_line
 from ndtrain.mesh import AXES
@@ -38,9 +39,13 @@ def forward(engine: Engine, ids: torch.Tensor, positions: torch.Tensor) -> torch
     torch.manual_seed(0)
     batch = engine.shape({"input_ids": ids, "labels": ids, "position_ids": positions.expand_as(ids)})
     inputs = {"input_ids": batch["input_ids"]}
-    if engine.recipe.data.packing or (engine.context is not None and engine.context.enabled):
+    packed = bool(engine.recipe.data.packing)
+    if packed or (engine.context is not None and engine.context.enabled):
         inputs["position_ids"] = batch["position_ids"]
-    logits: torch.Tensor = engine.model(**inputs, use_cache=False).logits
+    marked = packed and engine.documents is not None
+    documents = documents_of(positions.expand_as(ids).numpy(force=True)) if marked else None
+    with engine.apart(torch.from_numpy(documents) if documents is not None else None):
+        logits: torch.Tensor = engine.model(**inputs, use_cache=False).logits
     return logits
 
 

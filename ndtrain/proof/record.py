@@ -31,10 +31,14 @@ _SECTIONS_LEFT_OUT = {"eval", "load", "optim", "schedule", "checkpoint", "log", 
 
 
 class Record(NamedTuple):
-    """What a proof found: notes for the user, and whether sequence parallelism is kept (None without any)."""
+    """What a proof found: notes for the user, and whether sequence parallelism and attention by documents are kept.
+
+    Both are None where there is none.
+    """
 
     notes: tuple[str, ...]
     sequence: bool | None
+    documents: bool | None = None
 
 
 def identity(engine: Engine) -> str:
@@ -78,7 +82,7 @@ def recall(run_dir: Path, proved: str) -> Record | None:
         with os_errors(run_dir):
             kept: Any = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
         if kept["identity"] == proved:
-            return Record(tuple(map(str, kept["notes"])), kept["sequence"])
+            return Record(tuple(map(str, kept["notes"])), kept["sequence"], kept["documents"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing that can be relied on: it is proved again
     return None

@@ -30,7 +30,11 @@ class ModelSection(Section):
         description='"random" draws the weights from train.seed, the same on every mesh; the default with type.',
     )
     dtype: Dtype = Field("float32", description="Dtype of the sharded (master) parameters.")
-    attn: Text = Field("sdpa", description="Attention implementation: any name in transformers' AttentionInterface.")
+    attn: Text = Field(
+        "auto",
+        description='Attention implementation: any name in transformers\' AttentionInterface; "auto" is sdpa, or eager '
+        "for a model that has none, and on CPU packed documents attend one by one, without a mask.",
+    )
     experts: Text = Field("auto", description="Experts implementation: any name in transformers' experts interface.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     config: dict[str, Any] = Field({}, description="Keys of the model's config; with name, they override its own.")

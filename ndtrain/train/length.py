@@ -46,8 +46,10 @@ def arithmetic(recipe: Recipe, plan: Plan, runtime: Runtime, batches: GlobalBatc
         line += f", {empty} of them empty"
     if rows < train.micro_batch_size:
         line += f" (train.micro_batch_size = {train.micro_batch_size} is cut to a batch rank's share)"
-    known = " in the first window" if isinstance(batches.samples, Windows) else ""
-    line += f"; {counted(len(batches.samples), 'sample')}{known}"
+    if isinstance(batches.samples, Windows):
+        line += f"; {counted(len(batches.samples.current), 'sample')} in its first window"
+    else:
+        line += f"; {counted(len(batches.samples), 'sample')}"
     if train.epochs is not None:
         line += f"; {counted(train.epochs, 'epoch')}: {counted(steps, 'step')}"
     elif train.steps != steps:

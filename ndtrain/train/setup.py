@@ -196,6 +196,8 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
         known = True
         if engine.sequence is not None:
             engine.sequence.enabled = bool(earlier.sequence)
+        if engine.documents is not None:
+            engine.documents.enabled = bool(earlier.documents)
         for note in earlier.notes:
             reporter.info(f"note: {note}")
     else:
@@ -240,6 +242,7 @@ def _prove(
     for note in found.notes:
         reporter.info(f"note: {note}")
     if found.known and remember_as is not None:
-        record = proof.Record(found.notes, engine.sequence.enabled if engine.sequence is not None else None)
+        kept = (part.enabled if part is not None else None for part in (engine.sequence, engine.documents))
+        record = proof.Record(found.notes, *kept)
         on_rank0(lambda: proof.remember(to_path(engine.recipe.run.dir), remember_as, record))
     return found.known

@@ -225,7 +225,7 @@ class MatrixTrainer(Trainer):
     def open_tokenizer(self) -> None:
         self.engine.vocabulary = self.vocab
 
-    def open_batches(self) -> None:
+    def open_batches(self, resumed: Any = None) -> None:
         rank = self.sizes.coordinate(self.runtime.rank)["batch"]
         self.batches = Batches(  # type: ignore[assignment]
             self.vocab, micro=self.recipe.train.micro_batch_size, rank=rank, ranks=self.sizes.batch
