@@ -165,6 +165,12 @@ NAMES: dict[str, Private] = {
     "MEM_FORMAT_ENCODING": Private(f"{_DCP}.metadata:_MEM_FORMAT_ENCODING", _RECORD),
     # ---- autograd
     "current_graph_task_id": Private("torch:_C._current_graph_task_id", "whether a backward pass is at work", None),
+    # ---- optimizers
+    "adam_init_group": Private(
+        "torch.optim:Adam._init_group",
+        "updates of local tensors",
+        "group params_with_grad grads exp_avgs exp_avg_sqs max_exp_avg_sqs state_steps",
+    ),
     # ---- modules
     "apply_to_tensors": Private("torch.nn:Module._apply", "memory for a model that was built on meta", "fn"),
 }
@@ -347,6 +353,22 @@ def _fsdp_states(model: nn.Module) -> list[Any]:
 
     found = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
     return list({id(state): state for state in found}.values())
+
+
+@cache
+def local_adamw() -> type[torch.optim.AdamW]:
+    """Return AdamW that updates this rank's part of parameters and states, so that no DTensor is dispatched."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    class Local(torch.optim.AdamW):
+        def _init_group(self, group: dict[str, Any], *found: list[torch.Tensor]) -> bool:
+            has_complex: bool = super()._init_group(group, *found)  # type: ignore[misc]
+            for tensors in found:
+                tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+            return has_complex
+
+    return Local
 
 
 # ---- a dry step

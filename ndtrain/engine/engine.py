@@ -52,6 +52,8 @@ class Engine:
 
     def finish(self) -> None:
         """Make the optimizer and put the loss around the model."""
+        # To walk through all modules in each step takes the host as long as a few layers.
+        self._parameters = dict(self.model.named_parameters())
         self.optimizer = build_optimizer(self.model, self.recipe)
         # A model cannot see from a part of a sequence which positions its tokens have.
         self.loss_model = LossModel(
@@ -95,7 +97,8 @@ class Engine:
         total = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
         for i, batch in enumerate(batches):
             # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
-            cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
+            if self.sizes.dp_replicate > 1:
+                cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
             rows = {key: value for key, value in batch.items() if key not in ("targets", "documents")}
             shaped = self.shape(rows) | {key: value for key, value in batch.items() if key not in rows}
             with self.apart(shaped.pop("documents", None)):
@@ -136,8 +139,8 @@ class Engine:
     def clip(self) -> torch.Tensor:
         """Complete the gradients over tp and scale them to `optim.max_grad_norm`; return their norm before scaling."""
         if summed := self.tp_summed():
-            sum_over_tp(self.model, summed, self.meshes.tp.get_group())
-        return clip_grad_norm(self.model.parameters(), self.recipe.optim.max_grad_norm)
+            sum_over_tp([self._parameters[fqn] for fqn in summed], self.meshes.tp.get_group())
+        return clip_grad_norm(self._parameters.values(), self.recipe.optim.max_grad_norm)
 
     def update(self, step: int, *, skip: torch.Tensor) -> float:
         """Update the parameters for `step` (from 0), drop the gradients, and return the learning rate.

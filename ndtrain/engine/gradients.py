@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Replicate
+from torch.distributed.tensor.placement_types import Placement, Replicate
 
 from ndtrain.torch_compat import foreach_mul_, foreach_norm
 
 
-def sum_over_tp(model: nn.Module, fqns: Iterable[str], group: dist.ProcessGroup) -> None:
+@torch.no_grad()
+def sum_over_tp(params: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sum over tp the gradients of replicated parameters, of which every rank has only the part of its own heads.
 
     Call it once per step, after the last micro batch; it is one all-reduce.
     """
-    grads = [model.get_parameter(fqn).grad for fqn in fqns]
-    found = [g for g in grads if g is not None]
+    found = [p.grad for p in params if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in found]
     if not local:
         return
@@ -32,6 +33,7 @@ def sum_over_tp(model: nn.Module, fqns: Iterable[str], group: dist.ProcessGroup)
         grad.copy_(total.view_as(grad))
 
 
+@torch.no_grad()
 def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients in place so that their 2-norm over all ranks and meshes is at most `max_norm`.
 
@@ -43,9 +45,8 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         if param.grad is not None:
             grad = param.grad
             assert isinstance(grad, DTensor)
-            cut = tuple(not isinstance(p, Replicate) for p in grad.placements)
             local = grad.to_local()
-            groups.setdefault((grad.device_mesh, cut, local.device), []).append(local)
+            groups.setdefault((grad.device_mesh, _cut(grad.placements), local.device), []).append(local)
     squares: list[Tensor] = []
     for (mesh, cut, _), grads in groups.items():
         square = torch.stack(foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
@@ -60,3 +61,9 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     for (_, _, device), grads in groups.items():
         foreach_mul_(grads, scale.to(device))
     return norm
+
+
+@cache
+def _cut(placements: tuple[Placement, ...]) -> tuple[bool, ...]:
+    """Return which axes of a mesh cut a tensor of these placements."""
+    return tuple(not isinstance(p, Replicate) for p in placements)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from ndtrain.errors import NdtrainError
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
+from ndtrain.torch_compat import local_adamw
 
 Groups = list[dict[str, Any]]
 
@@ -43,7 +44,7 @@ def _as_parameter(param: Tensor) -> Tensor:
 
 def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     section = recipe.optim
-    return torch.optim.AdamW(
+    return local_adamw()(
         groups,
         lr=section.lr,
         betas=(section.betas[0], section.betas[1]),

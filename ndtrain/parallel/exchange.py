@@ -133,25 +133,23 @@ def _gathered_features(x: Tensor, width: int, group: dist.ProcessGroup) -> Tenso
 
 
 def _own_rows(x: Tensor, group: dist.ProcessGroup, *, partial: bool) -> Tensor:
-    """Return the rank's part of all tokens in a row, padded with zeros at their end where the ranks do not divide."""
-    ranks, tokens = group.size(), x.shape[0] * x.shape[1]
-    flat = x.reshape(1, tokens, *x.shape[2:])
-    if padding := -tokens % ranks:
-        flat = nn.functional.pad(flat, (*(0, 0) * (x.ndim - 2), 0, padding))
-    own = flat.shape[1] // ranks
+    """Return the rank's part of all tokens as a row, padded with zeros at their end where the ranks do not divide."""
+    ranks, (rows, length, *rest) = group.size(), x.shape
+    padding = -rows * length % ranks
+    if padding:
+        x = nn.functional.pad(x.flatten(0, 1), (*(0, 0) * len(rest), 0, padding))
+    parts = x.reshape(ranks, (rows * length + padding) // ranks, *rest)
     if not partial:
-        return flat[:, group.rank() * own : (group.rank() + 1) * own].clone(memory_format=torch.contiguous_format)
-    out = x.new_empty((1, own, *x.shape[2:]))
-    _reduce_scatter(out[0], flat[0].contiguous(), group=group)
+        rank = group.rank()
+        return parts[rank : rank + 1].clone(memory_format=torch.contiguous_format)
+    out = x.new_empty((1, *parts.shape[1:]))
+    _reduce_scatter(out, parts.contiguous(), group=group)
     return out
 
 
 def _gathered_rows(x: Tensor, rows: int, length: int, group: dist.ProcessGroup) -> Tensor:
-    tokens = rows * length
-    if tokens == group.size() * x.shape[1]:
-        whole = x.new_empty((rows, length, *x.shape[2:]))
-        _all_gather(whole.flatten(0, 1), x[0].contiguous(), group=group)
-        return whole
-    padded = x.new_empty((group.size() * x.shape[1], *x.shape[2:]))
-    _all_gather(padded, x[0].contiguous(), group=group)
-    return padded[:tokens].unflatten(0, (rows, length)).clone()
+    ranks, (_, own, *rest) = group.size(), x.shape
+    divides = rows * length == ranks * own
+    whole = x.new_empty((rows, length, *rest) if divides else (ranks, own, *rest))
+    _all_gather(whole.view(ranks, own, *rest), x.contiguous(), group=group)
+    return whole if divides else whole.flatten(0, 1)[: rows * length].unflatten(0, (rows, length)).clone()

@@ -37,7 +37,7 @@ def check_parts(engine: Engine, references: References) -> bool:
             with references.recording(model):
                 learn(engine)
             spreads = dict(_replica_spreads(engine)) if plan.sizes.tp > 1 else {}
-            sum_over_tp(model, plan.tp_summed, engine.meshes.tp.get_group())
+            sum_over_tp(map(model.get_parameter, plan.tp_summed), engine.meshes.tp.get_group())
             copies = plan.sizes.world_size // plan.sizes.tp
             differences = dict(references.differences(model, copies=copies, limit=LIMIT))
     model.zero_grad(set_to_none=True)

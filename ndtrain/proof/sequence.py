@@ -97,7 +97,7 @@ def _largest(engine: Engine, off: AbstractContextManager[None], *, copies: int, 
 def _gradients(engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this rank's logits of a short row, and its shards of the gradients, which the model no longer has."""
     logits = learn(engine)
-    sum_over_tp(engine.model, engine.tp_summed(), engine.meshes.tp.get_group())
+    sum_over_tp(map(engine.model.get_parameter, engine.tp_summed()), engine.meshes.tp.get_group())
     found = dict(_taken(engine))
     engine.model.zero_grad(set_to_none=True)
     return logits, found
