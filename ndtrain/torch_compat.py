@@ -165,12 +165,6 @@ NAMES: dict[str, Private] = {
     "MEM_FORMAT_ENCODING": Private(f"{_DCP}.metadata:_MEM_FORMAT_ENCODING", _RECORD),
     # ---- autograd
     "current_graph_task_id": Private("torch:_C._current_graph_task_id", "whether a backward pass is at work", None),
-    # ---- optimizers
-    "adam_init_group": Private(
-        "torch.optim:Adam._init_group",
-        "updates of local tensors",
-        "group params_with_grad grads exp_avgs exp_avg_sqs max_exp_avg_sqs state_steps",
-    ),
     # ---- modules
     "apply_to_tensors": Private("torch.nn:Module._apply", "memory for a model that was built on meta", "fn"),
 }
@@ -263,18 +257,16 @@ def keep_in_float32(module: nn.Module, params: list[nn.Parameter]) -> None:
             held.__class__ = kept if id(held.sharded_param) in chosen else beside
 
 
-def gather_as_local(module: nn.Module, owners: Callable[[nn.Module], bool]) -> None:
+def gather_as_local(module: nn.Module, where: Callable[[nn.Module], bool]) -> None:
     """Let `fully_shard` gather, as plain tensors, parameters of the unit of `module` that were DTensors before it.
 
-    These are this rank's part over the axes that FSDP does not shard; their gradients are plain tensors too. `owners`
-    says of which modules. Shards stay DTensors. Each operation on a DTensor costs several times the host time of a
-    plain one (torch <= 2.14).
+    They are this rank's part, and so are their gradients; shards stay DTensors. `where` tells of the modules that
+    parameters are in.
     """
     for group in _param_groups(module._get_fsdp_state()):  # type: ignore[operator]
         for held in group.fsdp_params:
-            if owners(held._module_info.module):
-                held.is_dtensor = False
-                held._unsharded_dtensor_spec = None
+            if where(held._module_info.module):
+                held.is_dtensor, held._unsharded_dtensor_spec = False, None
 
 
 @cache
@@ -355,22 +347,6 @@ def _fsdp_states(model: nn.Module) -> list[Any]:
     return list({id(state): state for state in found}.values())
 
 
-@cache
-def local_adamw() -> type[torch.optim.AdamW]:
-    """Return AdamW that updates this rank's part of parameters and states, so that no DTensor is dispatched."""
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    class Local(torch.optim.AdamW):
-        def _init_group(self, group: dict[str, Any], *found: list[torch.Tensor]) -> bool:
-            has_complex: bool = super()._init_group(group, *found)  # type: ignore[misc]
-            for tensors in found:
-                tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-            return has_complex
-
-    return Local
-
-
 # ---- a dry step
 
 
@@ -433,22 +409,3 @@ def dcp_records() -> dict[str, Any]:
     """Return {name in a file: class} of the private records of DCP's metadata."""
     found = (NAMES[name] for name in ("StorageInfo", "StoragePrefix", "MEM_FORMAT_ENCODING"))
     return {private.where.replace(":", "."): private.find() for private in found}
-
-
-# ---- names that changed between versions
-
-
-def all_gather_single() -> Callable[..., Any]:
-    """Return the collective of this name: `all_gather_into_tensor` until torch 2.12."""
-    import torch.distributed as dist
-
-    found: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return found
-
-
-def reduce_scatter_single() -> Callable[..., Any]:
-    """Return the collective of this name: `reduce_scatter_tensor` until torch 2.12."""
-    import torch.distributed as dist
-
-    found: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return found

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim.adam import adam
 
 from ndtrain.errors import NdtrainError
 from ndtrain.layout import local_part
 from ndtrain.recipe import Recipe
-from ndtrain.torch_compat import local_adamw
 
 Groups = list[dict[str, Any]]
 
@@ -42,9 +42,41 @@ def _as_parameter(param: Tensor) -> Tensor:
     return torch.zeros_like(param, memory_format=torch.preserve_format)
 
 
+class _AdamW(torch.optim.AdamW):
+    """Torch's AdamW, whose kernel gets this rank's parts: for DTensors it takes the host as long as a few layers."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            states = [self.state[param] for param in params]
+            for param, state in zip(params, states, strict=True):
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                    state["exp_avg"], state["exp_avg_sq"] = _as_parameter(param), _as_parameter(param)
+            adam(
+                [local_part(param) for param in params],
+                [local_part(param.grad) for param in params],
+                [local_part(state["exp_avg"]) for state in states],
+                [local_part(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=getattr(self, "found_inf", None),
+                decoupled_weight_decay=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
 def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     section = recipe.optim
-    return local_adamw()(
+    return _AdamW(
         groups,
         lr=section.lr,
         betas=(section.betas[0], section.betas[1]),

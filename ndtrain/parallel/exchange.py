@@ -12,39 +12,49 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.layout import chunk
-from ndtrain.torch_compat import all_gather_single, reduce_scatter_single
 
-_all_gather, _reduce_scatter = all_gather_single(), reduce_scatter_single()
+# Their names until torch 2.12.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Sum(torch.autograd.Function):
-    """Adds up the ranks' partial sums `[...]` on every rank; the gradients of the ranks are equal."""
+    """Adds up the ranks' partial sums `[...]` on every rank; the gradients of the ranks are equal.
+
+    With `in_place`, which is for a contiguous tensor that nothing else uses, it becomes the sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        x = x.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, in_place: bool) -> Tensor:  # type: ignore[override]
+        if in_place:
+            ctx.mark_dirty(x)
+        else:
+            x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
 
 
 class SumOfGradients(torch.autograd.Function):
-    """Passes on `[...]`, the same on every rank, and adds up its gradients, which are partial sums."""
+    """Passes on `[...]`, the same on every rank, and adds up its gradients, which are partial sums.
+
+    With `in_place`, where only matrices are multiplied with the result, the gradient becomes the sum: nothing else has
+    it. Other operations may hand one gradient to several.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, in_place: bool) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.in_place = group, in_place
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        # Autograd may have handed the same tensor to others.
-        grad = grad.clone(memory_format=torch.contiguous_format)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        grad = grad.contiguous() if ctx.in_place else grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return grad, None, None
 
 
 class SumOfLastGradients(torch.autograd.Function):
@@ -116,6 +126,13 @@ class ScatterRows(torch.autograd.Function):
         return _gathered_rows(grad, ctx.rows, ctx.length, ctx.group), None, None
 
 
+def replaced(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments with `change` applied to the first positional one, or else to the keyword `name`."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, name: change(kwargs[name])}
+
+
 def _own_features(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     start, end = chunk(x.shape[-1], group.size(), group.rank())
     return x[..., start:end].clone(memory_format=torch.contiguous_format)
@@ -127,7 +144,7 @@ def _gathered_features(x: Tensor, width: int, group: dist.ProcessGroup) -> Tenso
     if x.shape[-1] < most:  # the last parts may be short
         x = nn.functional.pad(x, (0, most - x.shape[-1]))
     parts = x.new_empty((ranks, *x.shape))
-    _all_gather(parts.flatten(0, 1) if x.ndim > 1 else parts.flatten(), x.contiguous(), group=group)
+    all_gather(parts.flatten(0, 1) if x.ndim > 1 else parts.flatten(), x.contiguous(), group=group)
     whole = torch.cat(parts.unbind(), dim=-1)
     return whole if whole.shape[-1] == width else whole[..., :width].clone(memory_format=torch.contiguous_format)
 
@@ -143,7 +160,7 @@ def _own_rows(x: Tensor, group: dist.ProcessGroup, *, partial: bool) -> Tensor:
         rank = group.rank()
         return parts[rank : rank + 1].clone(memory_format=torch.contiguous_format)
     out = x.new_empty((1, *parts.shape[1:]))
-    _reduce_scatter(out, parts.contiguous(), group=group)
+    reduce_scatter(out, parts.contiguous(), group=group)
     return out
 
 
@@ -151,5 +168,5 @@ def _gathered_rows(x: Tensor, rows: int, length: int, group: dist.ProcessGroup) 
     ranks, (_, own, *rest) = group.size(), x.shape
     divides = rows * length == ranks * own
     whole = x.new_empty((rows, length, *rest) if divides else (ranks, own, *rest))
-    _all_gather(whole.view(ranks, own, *rest), x.contiguous(), group=group)
+    all_gather(whole.view(ranks, own, *rest), x.contiguous(), group=group)
     return whole if divides else whole.flatten(0, 1)[: rows * length].unflatten(0, (rows, length)).clone()

@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ndtrain.torch_compat import all_gather_single, reduce_scatter_single
-
-_all_gather, _reduce_scatter = all_gather_single(), reduce_scatter_single()
+from ndtrain.parallel.exchange import all_gather, reduce_scatter
 
 
 class Gather(torch.autograd.Function):
@@ -35,13 +33,13 @@ def _summed_part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     padded = nn.functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, padding)) if padding else x
     parts = padded.unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()
     out = torch.empty_like(parts[0])
-    _reduce_scatter(out, parts.flatten(0, 1), group=group)
+    reduce_scatter(out, parts.flatten(0, 1), group=group)
     return out
 
 
 def _gathered(x: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
     parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    _all_gather(parts, x.contiguous(), group=group)
+    all_gather(parts, x.contiguous(), group=group)
     # Never a view: FSDP and later modules may hook it or change it in place.
     whole = torch.cat(parts.chunk(group.size()), dim=1)
     return whole if whole.shape[1] == length else whole[:, :length].clone()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.mesh import Meshes
-from ndtrain.parallel.exchange import GatherRows, ScatterRows, Sum, SumOfGradients
+from ndtrain.parallel.exchange import GatherRows, ScatterRows, Sum, SumOfGradients, replaced
 from ndtrain.plan import Plan
 from ndtrain.plan.sequence import Region, SequencePlan
 
@@ -69,7 +69,7 @@ class SequenceParallel:
         def gather(x: Tensor) -> Tensor:
             if self.enabled:
                 return self._gathered(x, partial=region.row is not None)
-            return SumOfGradients.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
+            return SumOfGradients.apply(x, self.group, False) if region.row else x  # type: ignore[no-any-return]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return replaced(gather, args, kwargs, region.takes)
@@ -80,7 +80,7 @@ class SequenceParallel:
         def scatter(x: Tensor) -> Tensor:
             if self.enabled:
                 return ScatterRows.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
-            return Sum.apply(x, self.group) if region.row else x  # type: ignore[no-any-return]
+            return Sum.apply(x, self.group, False) if region.row else x  # type: ignore[no-any-return]
 
         return lambda module, args, output: _first_of(output, scatter)
 
@@ -89,13 +89,6 @@ def apply_sequence_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshe
     """Split the residual stream of `model` (on meta) over the tp axis, in place; return its hooks' owner."""
     assert plan.sequence is not None
     return SequenceParallel(model, plan.sequence, meshes.tp.get_group())
-
-
-def replaced(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
-    """Return the arguments with `change` applied to the first positional one, or else to the keyword `name`."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, name: change(kwargs[name])}
 
 
 def _first_of(output: Any, change: Any) -> Any:

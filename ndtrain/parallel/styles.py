@@ -39,7 +39,7 @@ class Around(NamedTuple):
 def colwise(module: nn.Module, around: Around) -> Forward:
     """Take a whole input, give this rank's features."""
     forward = _columns(module, around)
-    return forward if around.given else _with_input_summed(forward, around.group)
+    return forward if around.given else _with_input_summed(forward, around.group, only_multiplies(module))
 
 
 def colwise_gather_output(module: nn.Module, around: Around) -> Forward:
@@ -57,7 +57,7 @@ def rowwise(module: Any, around: Around) -> Forward:
     def sum_up(x: Tensor) -> Tensor:
         out = forward(x)
         if not around.part:
-            out = Sum.apply(out, group)
+            out = Sum.apply(out, group, True)
         if module.bias is not None:
             # One rank alone adds it to a sum.
             out = out + module.bias * first if around.part else out + module.bias
@@ -91,7 +91,7 @@ def embedding_rowwise(module: nn.Module, around: Around) -> Forward:
 
 def packed_colwise(module: nn.Module, around: Around) -> Forward:
     """Take a whole input, give this rank's part of each of the packed outputs."""
-    return module.forward if around.given else _with_input_summed(module.forward, around.group)
+    return module.forward if around.given else _with_input_summed(module.forward, around.group, only_multiplies(module))
 
 
 def moe_tp_experts(module: nn.Module, around: Around) -> Forward:
@@ -101,9 +101,9 @@ def moe_tp_experts(module: nn.Module, around: Around) -> Forward:
     def experts(hidden: Tensor, *routing: Any, **kwargs: Any) -> Any:
         if len(routing) >= 2:
             index, weights, *more = routing
-            routing = (index, SumOfGradients.apply(weights, group), *more)
-        out = forward(SumOfGradients.apply(hidden, group), *routing, **kwargs)
-        return None if out is None else Sum.apply(out, group)
+            routing = (index, SumOfGradients.apply(weights, group, False), *more)
+        out = forward(SumOfGradients.apply(hidden, group, False), *routing, **kwargs)
+        return None if out is None else Sum.apply(out, group, False)
 
     return experts
 
@@ -126,7 +126,7 @@ def all_reduce(module: nn.Module, around: Around) -> Forward:
 
     def summed(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
-        return None if out is None else Sum.apply(out, group)
+        return None if out is None else Sum.apply(out, group, False)
 
     return summed
 
@@ -155,8 +155,13 @@ STYLES: dict[str, Callable[[nn.Module, Around], Forward]] = {
 }
 
 
-def _with_input_summed(forward: Forward, group: dist.ProcessGroup) -> Forward:
-    return lambda x, *args, **kwargs: forward(SumOfGradients.apply(x, group), *args, **kwargs)
+def only_multiplies(module: nn.Module) -> bool:
+    """Return whether a module does no more with its input than to multiply its weight with it."""
+    return is_conv1d(module) or (type(module).forward is nn.Linear.forward and "forward" not in vars(module))
+
+
+def _with_input_summed(forward: Forward, group: dist.ProcessGroup, in_place: bool) -> Forward:
+    return lambda x, *args, **kwargs: forward(SumOfGradients.apply(x, group, in_place), *args, **kwargs)
 
 
 def _columns(module: Any, around: Around) -> Forward:
@@ -170,7 +175,7 @@ def _without_bias(module: Any) -> Forward:
     """Return the forward of a linear layer, less its bias."""
     if is_conv1d(module):
         return lambda x: torch.matmul(x, module.weight)
-    if type(module).forward is nn.Linear.forward and "forward" not in vars(module):
+    if only_multiplies(module):
         return lambda x: F.linear(x, module.weight)
     forward = module.forward
 
@@ -203,9 +208,10 @@ class _Lookup(TorchFunctionMode):
         if weight is not self.module.weight:
             return F.embedding(input, weight, padding_idx, *rest, **more)
         if self.start == self.end:  # more ranks than parts of the vocabulary
-            return Sum.apply(weight.new_zeros((*input.shape, weight.shape[1])), self.group)  # type: ignore[no-any-return]
-        is_own = (input >= self.start) & (input < self.end)
+            found = weight.new_zeros((*input.shape, weight.shape[1]))
+            return Sum.apply(found, self.group, True)  # type: ignore[no-any-return]
+        others = (input < self.start) | (input >= self.end)
         if padding_idx is not None:
             padding_idx = padding_idx - self.start if self.start <= padding_idx < self.end else None
-        found = F.embedding((input - self.start) * is_own, weight, padding_idx)
-        return Sum.apply(found.masked_fill(~is_own.unsqueeze(-1), 0), self.group)  # type: ignore[no-any-return]
+        found = F.embedding((input - self.start).masked_fill(others, 0), weight, padding_idx)
+        return Sum.apply(found.masked_fill(others.unsqueeze(-1), 0), self.group, True)  # type: ignore[no-any-return]

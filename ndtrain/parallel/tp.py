@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ndtrain.errors import PlanError
 from ndtrain.hf.model import tie
 from ndtrain.mesh import Meshes
-from ndtrain.parallel.exchange import SumOfGradients
-from ndtrain.parallel.sequence import replaced
-from ndtrain.parallel.styles import STYLES, Around
+from ndtrain.parallel.exchange import SumOfGradients, replaced
+from ndtrain.parallel.styles import STYLES, Around, only_multiplies
 from ndtrain.plan import Plan
 from ndtrain.plan.tensor import CUTTING
 from ndtrain.torch_compat import own_parameter, put_parameter
@@ -27,21 +27,19 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     The parameters become DTensors, which FSDP shards further and gathers as plain tensors of this rank's part.
     """
     group, text = meshes.tp.get_group(), model.config.get_text_config()
+    modules = dict(model.named_modules())
+    for region in plan.tp_shared:
+        in_place = all(only_multiplies(modules[name]) for name in region.columns)
+        hook = _sum_gradients(region.takes, group, in_place=in_place)
+        modules[region.name].register_forward_pre_hook(hook, with_kwargs=True)
     regions = [region for region in (plan.sequence.regions if plan.sequence else ()) if region.row]
     given = {name for region in (*regions, *plan.tp_shared) for name in region.columns}
     parts = {region.row for region in regions}
-    cut = {p.fqn for p in plan.params if p.style in CUTTING}
-    modules = dict(model.named_modules())
     for name, style in plan.tp_rules.items():
         if name in modules:
             module = cast(Any, modules[name])
             module.forward = STYLES[style](module, Around(group, text, name in given, name in parts))
-    for region in plan.tp_shared:
-
-        def sum_gradients(module: nn.Module, args: Any, kwargs: Any, takes: str = region.takes) -> Any:
-            return replaced(lambda x: SumOfGradients.apply(x, group), args, kwargs, takes)
-
-        model.get_submodule(region.name).register_forward_pre_hook(sum_gradients, with_kwargs=True)
+    cut = {p.fqn for p in plan.params if p.style in CUTTING}
     by_modules = _cut_by_modules(model, plan, meshes)
     for param in plan.params:
         if param.fqn in cut - by_modules:
@@ -52,6 +50,15 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
             placed = distribute_tensor(full, meshes.tp, [param.placements[-1]], src_data_rank=None)
             put_parameter(module, leaf, nn.Parameter(placed, requires_grad=full.requires_grad))
     tie(model)
+
+
+def _sum_gradients(takes: str, group: dist.ProcessGroup, *, in_place: bool) -> Any:
+    """Return a hook that adds up the gradients of a module's argument `takes`."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return replaced(lambda x: SumOfGradients.apply(x, group, in_place), args, kwargs, takes)
+
+    return hook
 
 
 def _cut_by_modules(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> set[str]:

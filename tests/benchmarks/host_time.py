@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/host_time.py
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/benchmarks/host_time.py [--cases "tp 2" …]
 
-On one rank it measures one rank, on two the meshes of two. A rank's micro batch is 2 rows of 64 tokens, on 16 layers of
+On one rank it measures one rank, on two and four the meshes of so many. A rank's micro batch is 2 rows of 64 tokens, on 16 layers of
 width 64. Time is that of the thread which runs Python and autograd (`time.thread_time`), so that neither waiting for a
 collective nor other processes count. Steps of all contestants alternate; a number is a median. A step is everything:
 batch, forward, loss, backward, clipping, AdamW, metrics.
@@ -73,6 +73,7 @@ CASES = {
     "dp_shard 2": Case({"dp_shard": 2}, {}, {"fsdp_size": 2}),
     "tp 2": Case({"dp_shard": 1, "tp": 2}, {}, {"tp_size": 2}),
     "tp 2, whole sequences": Case({"dp_shard": 1, "tp": 2}, {"tp": {"sequence_parallel": False}}, {"tp_size": 2}),
+    "dp_shard 2 x tp 2": Case({"dp_shard": 2, "tp": 2}, {}, {"fsdp_size": 2, "tp_size": 2}),
     "dp_shard 2 x ep 2": Case({"dp_shard": 2, "ep": 2}, {}, {"fsdp_size": 2, "ep_size": 2}, "qwen3_moe"),
 }
 
