@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/host_time.py
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/benchmarks/host_time.py [--cases "tp 2" …]
 
-On one rank it measures one rank, on two and four the meshes of so many. A rank's micro batch is 2 rows of 64 tokens, on 16 layers of
-width 64. Time is that of the thread which runs Python and autograd (`time.thread_time`), so that neither waiting for a
-collective nor other processes count. Steps of all contestants alternate; a number is a median. A step is everything:
-batch, forward, loss, backward, clipping, AdamW, metrics.
+On one rank it measures one rank, on two and four the meshes of so many. A rank's micro batch is 2 rows of 64 tokens, on
+16 layers of width 64. Time is that of the thread which runs Python and autograd (`time.thread_time`), so that neither
+waiting for a collective nor other processes count. Steps of all contestants alternate; a number is a median. A step is
+everything: batch, forward, loss, backward, clipping, AdamW, metrics.
 """
 
 import argparse
