@@ -4,7 +4,7 @@
 
 Each type, tiny and in float32, takes two rows of packed documents, and each document alone: its logits and the
 gradients of all weights are compared. A run of ndtrain checks the same before its first step, uses masks where "by
-documents" differs, and refuses what differs under both.
+documents" differs, or where a model's masks are chunks or choose keys, and refuses what differs under both.
 """
 
 from __future__ import annotations
