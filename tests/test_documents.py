@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from ndtrain.data.batches import documents_of
-from ndtrain.parallel.documents import AttentionByDocuments
+from ndtrain.parallel.documents import AttentionByDocuments, _is_relative
 from tests import tiny
 from tests.ranks import get_pool
 from tests.test_train import recipe_for, trained, world  # noqa: F401
@@ -92,7 +92,7 @@ def kept(path: str, breaks: bool) -> tuple[bool, list[str]]:
     return trainer.engine.documents.enabled, said.said  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("kind", "breaks"), [("llama", False), ("llama", True), ("falcon", False)])
+@pytest.mark.parametrize(("kind", "breaks"), [("llama", False), ("llama", True), ("falcon", False), ("gpt_oss", False)])
 def test_the_proof_keeps_it_only_where_it_computes_the_same(
     world: dict[str, Any],  # noqa: F811
     tmp_path: Path,
@@ -101,7 +101,7 @@ def test_the_proof_keeps_it_only_where_it_computes_the_same(
 ) -> None:
     recipe = recipe_for(world, tmp_path, kind, "tp2", steps=3)
     enabled, said = get_pool(2).run(kept, str(recipe), breaks, timeout=200)[0]
-    assert enabled == (kind == "llama" and not breaks), "falcon has attention of its own"
+    assert enabled == (kind != "falcon" and not breaks), "falcon has attention of its own"
     assert any("attention works under masks" in line for line in said) != enabled
     # Remembered: a second start proves nothing and has the same.
     assert get_pool(2).run(kept, str(recipe), False, timeout=200)[0][0] == enabled
@@ -118,6 +118,11 @@ def test_recomputed_blocks_keep_documents_apart_in_the_backward_pass(
         found = get_pool(1).run(trained, str(recipe), more, timeout=100)[0]["metrics"]
         runs.append([(line["loss"], line["grad_norm"]) for line in found])
     assert runs[1] == [pytest.approx(pair, rel=1e-5) for pair in runs[0]]
+
+
+@pytest.mark.parametrize(("kind", "relative"), [("llama4_text", False), ("deepseek_v32", False), ("gemma3_text", True)])
+def test_masks_that_depend_on_places_are_not_cut(kind: str, relative: bool) -> None:
+    assert _is_relative(model_of(kind)) == relative
 
 
 def test_a_model_without_sdpa_gets_eager_attention_unasked(tmp_path: Path) -> None:

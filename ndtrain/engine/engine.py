@@ -106,6 +106,11 @@ class Engine:
             done()
         return total
 
+    @property
+    def marks_documents(self) -> bool:
+        """Whether micro batches have to say of which document each token is; flash attention finds that itself."""
+        return self.sizes.cp == 1 and bool(self.recipe.data.packing) and "flash" not in self.recipe.model.attn
+
     def apart(self, documents: torch.Tensor | None) -> AbstractContextManager[None]:
         """Let forward and backward inside keep these documents apart, as `documents_of` returns them.
 
@@ -134,7 +139,9 @@ class Engine:
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Return the summed cross-entropy, in float32, of this rank's part of a micro batch before `shape`."""
-        return self.loss_model.evaluate(self.shape(batch))
+        rows = {key: value for key, value in batch.items() if key != "documents"}
+        with self.apart(batch.get("documents")):
+            return self.loss_model.evaluate(self.shape(rows))
 
     def clip(self) -> torch.Tensor:
         """Complete the gradients over tp and scale them to `optim.max_grad_norm`; return their norm before scaling."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.attention import chooses_keys
 from ndtrain.hf.attention_functions import own_attention, take_attention
 from ndtrain.hf.compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_name, documents_given
 from ndtrain.plan import Plan
@@ -23,6 +24,9 @@ from ndtrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_RELATIVE = {"full_attention", "sliding_attention"}
 
 
 class AttentionByDocuments:
@@ -89,7 +93,19 @@ def attention_by_documents(
     wanted = recipe.model.attn == "auto" and bool(recipe.data.packing) and device.type == "cpu"
     # Neither tokens split over cp nor dropout by rank leaves the attention function free, and no graph can follow it.
     possible = plan.cp is None and not plan.drops_by_rank and not recipe.train.compile
-    return AttentionByDocuments(model) if wanted and possible else None
+    return AttentionByDocuments(model) if wanted and possible and _is_relative(model) else None
+
+
+def _is_relative(model: PreTrainedModel) -> bool:
+    """Return whether the masks of `model` depend on distances alone, so that those of a document can be cut from a row.
+
+    Chunks begin at places of the row, and attention that chooses its keys chooses among all of the row: the short rows
+    of the check before the first step would not show it.
+    """
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return not chunked and kinds <= _RELATIVE and not any(chooses_keys(module) for module in model.modules())
 
 
 def _bounds(documents: Tensor) -> list[list[int]]:

@@ -13,21 +13,20 @@ from ndtrain.proof.noise import models_own_errors, probe, tokens
 
 
 def try_by_documents(engine: Engine, documents: AttentionByDocuments) -> str | None:
-    """Switch attention by documents off where logits differ from those under the model's own masks; return a note.
+    """Switch attention by documents off where packed documents get other logits than alone; return a note then.
 
-    Collective. Masks that keep no documents apart are left to `check_masks`.
+    Collective. Whether the model's own masks keep them apart is left to `check_masks`.
     """
     half = max(1, min(16, engine.recipe.data.seq_len // 2))
-    row, positions = tokens(engine, 2 * half), torch.arange(half, device=engine.device).repeat(2)
+    row, positions = tokens(engine, 2 * half), torch.arange(half, device=engine.device)
     try:
         with models_own_errors(engine):
-            apart = probe(engine, [row], positions)
-            documents.enabled = False
-            under_masks = probe(engine, [row], positions)
-        different = float((apart - under_masks).abs().max() / under_masks.abs().max())
-    except PlanError:
-        documents.enabled, different = False, 1.0
-    # All ranks decide alike.
+            packed = probe(engine, [row], positions.repeat(2)).view(2, half, -1)
+            alone = probe(engine, [row[:half], row[half:]], positions)
+        different = float((packed - alone).abs().max() / alone.abs().max())
+    except PlanError:  # which `check_masks` meets too, if it is not for this
+        different = 1.0
+    # All ranks decide alike. Weights without finite logits show nothing.
     largest = torch.tensor(different if different == different else 0.0, device=engine.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     documents.enabled = float(largest) < 1e-3

@@ -39,6 +39,8 @@ class Evaluation:
         section = engine.recipe.eval
         assert section is not None
         self.section, self.engine, self.batches, self.steps = section, engine, batches, steps
+        for own in batches.values():
+            own.marks_documents = engine.marks_documents
         self.rows = sum(own.global_batch_size for own in batches.values())
         self.step, self.lowest, self.worse = -1, math.inf, 0
 

@@ -149,10 +149,8 @@ class Trainer:
         self.batches = open_data(
             self.recipe, self.runtime, self.sizes, self.tokenizer, self.reporter, vocabulary=vocabulary, state=state
         )
-        # cp ranks have parts of the rows, and flash attention finds documents itself.
-        self.batches.marks_targets = self.sizes.cp == 1
-        flash = "flash" in self.recipe.model.attn
-        self.batches.marks_documents = self.sizes.cp == 1 and bool(self.recipe.data.packing) and not flash
+        self.batches.marks_targets = self.sizes.cp == 1  # cp ranks have parts of the rows
+        self.batches.marks_documents = self.engine.marks_documents
 
     def _find_length(self, resumed: Resumed | None) -> None:
         """Set the number of steps, which may follow from the number of samples."""

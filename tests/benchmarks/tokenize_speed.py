@@ -86,7 +86,8 @@ def theirs(file: Path, tokenizer: str, out: Path, processes: int) -> tuple[float
     started, imports = time.perf_counter(), time.process_time()
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        found = inner(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        how = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        found = inner(batch["text"], **how)["input_ids"]  # text that spells "</s>" is text on both sides
         return {"input_ids": [[*ids, inner.eos_token_id] for ids in found]}
 
     rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(out))
