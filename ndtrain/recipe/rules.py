@@ -10,6 +10,9 @@ from ndtrain.recipe.problems import Key, Problem, dotted, index, show
 from ndtrain.recipe.schema import Recipe
 from ndtrain.recipe.sections import of_held_out, of_source
 
+# The least share of a source that a mixture can keep: it has whole numbers of samples in a period of 1 << 16.
+LEAST_SHARE = 2.0**-17
+
 # Key -> (the supported values, why the others are refused).
 NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
     ("fsdp", "param_dtype"): (
@@ -182,6 +185,13 @@ def _rows(section: str, recipe: Recipe) -> Iterator[Problem]:
             yield (
                 at,
                 f"{dotted(at)} has the name {show(source.label)}, as another source has; set its name to another one",
+            )
+        share = source.weight / sum(each.weight for each in data.sources)
+        if section == "data" and share < LEAST_SHARE:
+            yield (
+                (*at, "weight"),
+                f"{dotted((*at, 'weight'))} = {show(source.weight)} is {share:.1e} of the sequences, fewer than one in "
+                f"{1 / LEAST_SHARE:,.0f}; raise it, or leave the source out",
             )
         if source.packing and not data.packing:
             yield (
