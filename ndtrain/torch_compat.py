@@ -135,6 +135,7 @@ NAMES: dict[str, Private] = {
     ),
     "cudnn": Private(f"{_SDPA}_cudnn_attention", _FLOPS),
     "grouped_mm": Private("torch:ops.aten._grouped_mm", _FLOPS),
+    "all_to_all": Private("torch:ops._c10d_functional.all_to_all_single", "recomputation without exchanges"),
     "unsafe_view": Private("torch:ops.aten._unsafe_view", _FREE),
     "reshape_alias": Private("torch:ops.aten._reshape_alias", _FREE),
     # ---- process groups
@@ -207,7 +208,7 @@ def in_backward() -> bool:
 
 def packet_of(operator: Any) -> Any:
     """Return the operator without its overload, from what a dispatch mode is given."""
-    return operator._overloadpacket
+    return getattr(operator, "_overloadpacket", operator)  # operators of higher order have no overloads
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

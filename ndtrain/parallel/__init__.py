@@ -61,7 +61,7 @@ TRANSFORMS = (
     Transform("expert parallelism", lambda plan, recipe: bool(plan.ep_rules), apply_expert_parallelism),
     Transform(
         "recomputation",
-        lambda plan, recipe: recipe.train.activation_checkpointing == "full",
+        lambda plan, recipe: plan.recomputation is not None,
         apply_recomputation,
     ),
     Transform(

@@ -353,6 +353,9 @@ def _words(schema: dict[str, Any]) -> str:
             return f"an array, each entry {_words(schema['items'])}"
         case "array":
             return f"an array of {schema['minItems']}, each {_words(schema['prefixItems'][0])}"
+        case "object" if "properties" in schema:
+            each = (f"{{ {key} = {_words(value)} }}" for key, value in schema["properties"].items())
+            return " or ".join(each)
         case "object":
             values = schema.get("additionalProperties")
             return "a table of strings" if isinstance(values, dict) and values.get("type") == "string" else "a table"

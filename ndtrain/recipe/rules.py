@@ -7,7 +7,7 @@ from typing import Any
 
 from ndtrain.recipe.data import COLUMNS, OF_SOURCE, DataSection
 from ndtrain.recipe.problems import Key, Problem, dotted, index, show
-from ndtrain.recipe.schema import Recipe
+from ndtrain.recipe.schema import Recipe, Recompute, TrainSection
 from ndtrain.recipe.sections import of_held_out, of_source
 
 # The least share of a source that a mixture can keep: it has whole numbers of samples in a period of 1 << 16.
@@ -30,10 +30,6 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
     ("model", "dtype"): (
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
-    ),
-    ("train", "activation_checkpointing"): (
-        ("none", "full"),
-        'ndtrain does not support selective activation checkpointing yet; use "full" or "none"',
     ),
 }
 
@@ -71,6 +67,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"data.tokenizer is required with model.type = {show(model.type)}, which has no tokenizer of its own; "
             'set it to a directory, a hub id or "bytes"',
         )
+    yield from _recomputation(train)
     yield from _rows("data", recipe)
     if train.micro_batch_size > train.global_batch_size:
         yield (
@@ -276,6 +273,19 @@ def _packing(data: DataSection) -> Iterator[Problem]:
             f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '
             'wherever a row ends; set data.packing = "best_fit" or false, or leave it out',
         )
+
+
+def _recomputation(train: TrainSection) -> Iterator[Problem]:
+    """Yield a problem where activation_checkpointing does not go with compile."""
+    at, wanted = ("train", "activation_checkpointing"), train.activation_checkpointing
+    if isinstance(wanted, Recompute) and wanted.budget is not None and not train.compile:
+        yield (
+            at,
+            f"{dotted(at)} = {{ budget = {wanted.budget:g} }} needs the compiler; set train.compile = true, or choose "
+            '"selective"',
+        )
+    if wanted == "offload" and train.compile:
+        yield at, f'{dotted(at)} = "offload" does not go with train.compile = true; choose "full", or leave compile out'
 
 
 def _fsdp(recipe: Recipe) -> Iterator[Problem]:

@@ -3,11 +3,22 @@
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema, model_validator
 
 from ndtrain.recipe.base import Dtype, Section, Size, Text
 from ndtrain.recipe.data import OF_SOURCE, SHARED, DataSection, EvalSection, with_shared
 from ndtrain.recipe.mesh import CpSection, EpSection, FsdpSection, LoadSection, MeshSection, TpSection
+
+_RECOMPUTE = {
+    "type": "object",
+    "properties": {
+        "every": {"type": "integer", "minimum": 1},
+        "budget": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "additionalProperties": False,
+    "minProperties": 1,
+    "maxProperties": 1,
+}
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # TOML has arrays, not tuples; strict mode would refuse them.
@@ -77,6 +88,19 @@ class ScheduleSection(Section):
     )
 
 
+class Recompute(Section):
+    """Which activations are recomputed: those of one block in `every`, or as many as leave the share `budget`."""
+
+    every: Size | None = None
+    budget: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.every is None) == (self.budget is None):
+            raise ValueError("one of every and budget")
+        return self
+
+
 class TrainSection(Section):
     """The loop."""
 
@@ -89,8 +113,14 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
         0, description="Seed of the random weights and of the sample order."
     )
-    activation_checkpointing: Literal["none", "full", "selective"] = Field(
-        "none", description="Activations that are recomputed in the backward pass."
+    activation_checkpointing: (
+        Literal["none", "full", "selective", "offload"] | Annotated[Recompute, WithJsonSchema(_RECOMPUTE)]
+    ) = Field(
+        "none",
+        description='Activations that the backward pass recomputes: "full", all of a block; "selective", all but '
+        'results of matrix products and attention; "offload", all of a block, whose input waits in host memory; '
+        "{ every = n }, all of one block in n; { budget = x }, the cheapest, so that the share x of the memory is left "
+        "(needs compile).",
     )
     compile: bool = Field(False, description="torch.compile each block.")
     max_bad_steps: Size = Field(
