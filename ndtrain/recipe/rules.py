@@ -7,7 +7,7 @@ from typing import Any
 
 from ndtrain.recipe.data import COLUMNS, OF_SOURCE, DataSection
 from ndtrain.recipe.problems import Key, Problem, dotted, index, show
-from ndtrain.recipe.schema import Recipe, Recompute, TrainSection
+from ndtrain.recipe.schema import Recipe, TrainSection
 from ndtrain.recipe.sections import of_held_out, of_source
 
 # The least share of a source that a mixture can keep: it has whole numbers of samples in a period of 1 << 16.
@@ -278,11 +278,11 @@ def _packing(data: DataSection) -> Iterator[Problem]:
 def _recomputation(train: TrainSection) -> Iterator[Problem]:
     """Yield a problem where activation_checkpointing does not go with compile."""
     at, wanted = ("train", "activation_checkpointing"), train.activation_checkpointing
-    if isinstance(wanted, Recompute) and wanted.budget is not None and not train.compile:
+    if train.memory_budget is not None and not train.compile:
         yield (
             at,
-            f"{dotted(at)} = {{ budget = {wanted.budget:g} }} needs the compiler; set train.compile = true, or choose "
-            '"selective"',
+            f"{dotted(at)} = {{ budget = {train.memory_budget:g} }} needs the compiler; set train.compile = true, or "
+            'choose "selective"',
         )
     if wanted == "offload" and train.compile:
         yield at, f'{dotted(at)} = "offload" does not go with train.compile = true; choose "full", or leave compile out'

@@ -129,6 +129,12 @@ class TrainSection(Section):
         "(1 = the first one does).",
     )
 
+    @property
+    def memory_budget(self) -> float | None:
+        """The share of a block's activations that the compiler keeps, where it is to choose them."""
+        wanted = self.activation_checkpointing
+        return wanted.budget if isinstance(wanted, Recompute) else None
+
 
 class CheckpointSection(Section):
     """Saving and resuming."""
