@@ -58,6 +58,20 @@ class ModelSection(Section):
         return values
 
 
+class OptimGroup(Section):
+    """What differs for the parameters that `match` names."""
+
+    match: Annotated[list[Text], Field(min_length=1)] = Field(
+        description='FQN patterns of parameters or of modules ("*": any characters but a dot); the first group that '
+        "matches a parameter has it."
+    )
+    lr: Annotated[float, Field(ge=0)] | None = Field(None, description="Peak learning rate; default optim.lr.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Decoupled weight decay of all of them, norms and biases too; default as outside the group."
+    )
+    frozen: bool = Field(False, description="They keep their values, and have no gradient and no optimizer state.")
+
+
 class OptimSection(Section):
     """The optimizer."""
 
@@ -70,6 +84,9 @@ class OptimSection(Section):
         False, description="Decay norms, biases and all parameters of fewer than two dims too; embeddings always decay."
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    groups: list[OptimGroup] = Field(
+        [], description="[[optim.groups]]: parameters with a learning rate or decay of their own, or frozen."
+    )
 
 
 class ScheduleSection(Section):
