@@ -23,8 +23,8 @@ def accumulates_locally(recipe: Recipe, plan: Plan, memory: float | None) -> boo
     """
     train, how = recipe.train, recipe.fsdp.accumulate
     _, steps = micro_batches(train.global_batch_size, plan.sizes.batch, train.micro_batch_size)
-    if steps == 1 or how == "sharded":
-        return False
+    if steps == 1 or plan.sizes.fsdp * plan.sizes.dp_replicate == 1 or how == "sharded":
+        return False  # nothing is added up, or nothing reduced
     if how == "local" or memory is None:
         return how == "local"
     whole = sum(_gathered(param, plan) for param in plan.params if param.fqn not in plan.frozen)
