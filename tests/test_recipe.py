@@ -273,6 +273,7 @@ def test_columns_must_be_fields_of_one_format(recipe: Any, lines: str, said: str
 
 
 LATER = [
+    ("optim", "state_dtype = 'int8'"),
     ("fsdp", "param_dtype = 'float16'"),
     ("fsdp", "reduce_dtype = 'float16'"),
     ("model", "experts = 'grouped_mm'"),
