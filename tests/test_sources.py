@@ -124,6 +124,24 @@ def test_a_source_that_ends_ends_the_run(tmp_path: Path, sources: list[dict[str,
         assert found.schedule.warmup_steps == (2 * steps + 50) // 100, "not of train.steps"
 
 
+def test_a_mixture_goes_on_from_the_last_step_of_an_epoch_on_fewer_ranks(
+    tmp_path: Path, sources: list[dict[str, Any]]
+) -> None:
+    recipe = recipe_of(tmp_path, sources)
+    epochs = ["data.stop=first", "train.global_batch_size=32", "train.micro_batch_size=8"]
+    text = recipe.read_text()
+    assert "steps = 6\n" in text
+    recipe.write_text(text.replace("steps = 6\n", "epochs = 2\n"))
+    order: Any = open_preview(load_recipe(recipe, epochs)).batches.order
+    last, steps = -(-order.end(1) // 32), -(-order.end(2) // 32)
+    first = run(recipe, 4, *epochs, "mesh.dp_shard=4", f"checkpoint.every={last}", stop=last)
+    second = run(recipe, 2, *epochs, "mesh.dp_shard=2", "checkpoint.every=1", stop=last + 1)
+    third = run(recipe, 1, *epochs)
+    found = np.ravel(first["ids"] + second["ids"] + third["ids"])
+    np.testing.assert_array_equal(found, order.sample_ids(0, 32 * steps))
+    assert third["metrics"][last - 1]["epoch"] >= 1 > third["metrics"][last - 2]["epoch"]
+
+
 def test_epochs_of_a_mixture_are_those_of_the_source_that_stop_names(
     tmp_path: Path, sources: list[dict[str, Any]]
 ) -> None:
