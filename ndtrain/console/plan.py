@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,14 +19,15 @@ from ndtrain.parallel import transforms_of
 from ndtrain.plan import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
-# Bytes of each element that a rank holds: float32 parameters and gradients, and AdamW's two moments.
+# Bytes of each element that a rank holds: float32 parameters and gradients, and AdamW's two moments, of which Muon has
+# one for its matrices.
 BYTES = {"parameters": 4, "gradients": 4, "optimizer": 8}
 
 
 def plan_report(
     plan: Plan, recipe: Recipe, *, rank: int, ranks_per_node: int, layer: str | None = None
 ) -> dict[str, Any]:
-    """Return the plan as JSON-ready data, with bytes of float32 parameters, gradients and AdamW on ranks.
+    """Return the plan as JSON-ready data, with bytes of float32 parameters, gradients and optimizer state on ranks.
 
     `in_host_memory` is the part of a total that cpu_offload keeps off the device, `staging` the buffer in host memory
     (at most) that an asynchronous checkpoint is copied to. `layer` is a pattern that selects the parameters listed;
@@ -36,14 +37,19 @@ def plan_report(
     if not shown:
         raise RecipeError(f"--layer {layer} matches no parameter; one parameter is {plan.params[0].fqn}")
     sizes = plan.sizes
-    largest = 0  # see Plan.imbalance
+    largest, frozen = 0, frozenset(plan.frozen)  # see Plan.imbalance
 
     def held(numels: dict[str, int]) -> dict[str, int]:
-        numel, hosted = sum(numels.values()), sum(n for fqn, n in numels.items() if fqn in plan.on_host)
-        parts = {kind: each * numel for kind, each in BYTES.items()}
-        staging = (BYTES["parameters"] + BYTES["optimizer"]) * numel if recipe.checkpoint.async_ else 0
-        each = sum(BYTES.values())
-        return {**parts, "total": each * numel, "in_host_memory": each * hosted, "staging": staging}
+        def bytes_of(fqns: Iterable[str]) -> dict[str, int]:
+            whole = sum(numels[fqn] for fqn in fqns)
+            trained = whole - sum(numels[fqn] for fqn in frozen.intersection(fqns))
+            found = {kind: each * (whole if kind == "parameters" else trained) for kind, each in BYTES.items()}
+            found["optimizer"] -= 4 * sum(numels[fqn] for fqn in plan.matrices.intersection(fqns) - frozen)
+            return found
+
+        parts, hosted = bytes_of(numels), sum(bytes_of(plan.on_host & numels.keys()).values())
+        staging = parts["parameters"] + parts["optimizer"] if recipe.checkpoint.async_ else 0
+        return {**parts, "total": sum(parts.values()), "in_host_memory": hosted, "staging": staging}
 
     def of_rank(number: int) -> dict[str, int]:
         return held({p.fqn: p.local_numel(sizes, number) for p in plan.params})
@@ -55,6 +61,7 @@ def plan_report(
         "coordinate": sizes.coordinate(rank),
         "groups": [_group_report(sizes, axis, rank, ranks_per_node) for axis in sizes.axes],
         "parameters": plan.numel,
+        "trained": plan.numel - sum(p.numel for p in plan.params if p.fqn in frozen),
         "tp_coverage": plan.tp_coverage,
         "loss_in_head": plan.head is not None,
         "transforms": [transform.name for transform in transforms_of(plan, recipe)],
@@ -215,7 +222,7 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
             }
             console.print(
                 f"{label.get(who, 'all ranks'):>20}: {size(held['total'])} = parameters {size(held['parameters'])} + "
-                f"gradients {size(held['gradients'])} + AdamW {size(held['optimizer'])}"
+                f"gradients {size(held['gradients'])} + optimizer {size(held['optimizer'])}"
                 + (f", {size(held['in_host_memory'])} of it in host memory" if held["in_host_memory"] else "")
                 + (f"; {size(held['staging'])} in host memory for checkpoints" if held["staging"] else ""),
                 markup=False,

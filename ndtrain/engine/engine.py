@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from ndtrain.accelerators import memory_bytes
 from ndtrain.checkpoint import load_tensors
+from ndtrain.engine.accumulate import accumulates_locally
 from ndtrain.engine.gradients import clip_grad_norm, sum_over_tp
 from ndtrain.engine.loss import LossModel
 from ndtrain.engine.optimizers import OPTIMIZERS, build_optimizer, set_step, state_tensors
@@ -43,6 +45,8 @@ class Engine:
         self.recipe, self.plan, self.model, self.device = recipe, plan, model, device
         self.sizes = plan.sizes
         self.vocabulary = vocabulary(model)
+        # Whether micro batches add up whole gradients on every rank, which are reduced once.
+        self.accumulates_locally = accumulates_locally(recipe, plan, memory_bytes(device))
 
     def cut(self) -> None:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
@@ -54,7 +58,7 @@ class Engine:
         """Make the optimizer and put the loss around the model."""
         # To walk through all modules in each step takes the host as long as a few layers.
         self._parameters = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.model, self.recipe)
+        self.optimizer = build_optimizer(self.model, self.recipe, self.plan, self.device)
         # A model cannot see from a part of a sequence which positions its tokens have.
         self.loss_model = LossModel(
             self.model,
@@ -96,9 +100,12 @@ class Engine:
         scales = counts.clamp(min=1).double().reciprocal().float()
         total = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
         for i, batch in enumerate(batches):
-            # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
-            if self.sizes.dp_replicate > 1:
-                cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
+            last, units = i == len(batches) - 1, cast(FSDPModule, self.model)
+            if self.accumulates_locally:
+                units.set_requires_gradient_sync(last)
+            elif self.sizes.dp_replicate > 1:
+                # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
+                units.set_requires_all_reduce(last)
             rows = {key: value for key, value in batch.items() if key not in ("targets", "documents")}
             shaped = self.shape(rows) | {key: value for key, value in batch.items() if key not in rows}
             with self.apart(shaped.pop("documents", None)):
@@ -150,13 +157,12 @@ class Engine:
         return clip_grad_norm(self._parameters.values(), self.recipe.optim.max_grad_norm)
 
     def update(self, step: int, *, skip: torch.Tensor) -> float:
-        """Update the parameters for `step` (from 0), drop the gradients, and return the learning rate.
+        """Update the parameters for `step` (from 0), drop the gradients, and return `optim.lr` as of this step.
 
         Where `skip`, a float32 scalar on the device, is 1 and not 0, no parameter and no state changes.
         """
-        lr = learning_rate(self.recipe, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(self.recipe, step, peak=group["peak_lr"])
         if OPTIMIZERS[self.recipe.optim.name].heeds_found_inf:
             # A kernel on the host reads it at once, so it has to be there.
             self.optimizer.found_inf = skip.cpu() if self.plan.on_host else skip  # type: ignore[attr-defined]
@@ -164,7 +170,7 @@ class Engine:
         elif not skip.item():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return lr
+        return learning_rate(self.recipe, step, peak=self.recipe.optim.lr)
 
     def _sequences(self, batch: Batch) -> Sequences | None:
         """Return what a router's auxiliary loss needs of the micro batch; None where there is no such loss."""

@@ -50,7 +50,14 @@ class Splits(NamedTuple):
     sequence: SequenceParallel | None
 
 
+def freeze(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
+    """Let the parameters that the plan says have no gradients, in place."""
+    for fqn in plan.frozen:
+        model.get_parameter(fqn).requires_grad_(False)
+
+
 TRANSFORMS = (
+    Transform("frozen parameters", lambda plan, recipe: bool(plan.frozen), freeze),
     # Its hooks must gather before the hooks of the layers inside see their inputs, so they are registered first.
     Transform(
         "sequence parallelism",

@@ -68,6 +68,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             'set it to a directory, a hub id or "bytes"',
         )
     yield from _recomputation(train)
+    yield from _groups(recipe)
     yield from _rows("data", recipe)
     if train.micro_batch_size > train.global_batch_size:
         yield (
@@ -286,6 +287,19 @@ def _recomputation(train: TrainSection) -> Iterator[Problem]:
         )
     if wanted == "offload" and train.compile:
         yield at, f'{dotted(at)} = "offload" does not go with train.compile = true; choose "full", or leave compile out'
+
+
+def _groups(recipe: Recipe) -> Iterator[Problem]:
+    for key in ("momentum", "adjust_lr") if recipe.optim.name != "muon" else ():
+        if (value := getattr(recipe.optim, key)) is not None:
+            yield ("optim", key), f'optim.{key} = {show(value)} is for optim.name = "muon"; leave it out'
+    for number, group in enumerate(recipe.optim.groups):
+        at = ("optim", "groups", index(number))
+        own = [key for key in ("lr", "weight_decay") if getattr(group, key) is not None]
+        if group.frozen and own:
+            yield (*at, own[0]), f"{dotted((*at, own[0]))} says nothing of frozen parameters; leave it or frozen out"
+        if not group.frozen and not own:
+            yield at, f"{dotted(at)} changes nothing; give it lr, weight_decay or frozen = true"
 
 
 def _fsdp(recipe: Recipe) -> Iterator[Problem]:

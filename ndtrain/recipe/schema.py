@@ -58,18 +58,43 @@ class ModelSection(Section):
         return values
 
 
+class OptimGroup(Section):
+    """What differs for the parameters that `match` names."""
+
+    match: Annotated[list[Text], Field(min_length=1)] = Field(
+        description='FQN patterns of parameters or of modules ("*": any characters but a dot); the first group that '
+        "matches a parameter has it."
+    )
+    lr: Annotated[float, Field(ge=0)] | None = Field(None, description="Peak learning rate; default optim.lr.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Decoupled weight decay of all of them, norms and biases too; default as outside the group."
+    )
+    frozen: bool = Field(False, description="They keep their values, and have no gradient and no optimizer state.")
+
+
 class OptimSection(Section):
     """The optimizer."""
 
-    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description='Optimizer; "muon" is for matrices of hidden layers, and AdamW beside it for the others.'
+    )
     lr: Annotated[float, Field(ge=0)] = Field(description="Peak learning rate.")
     betas: Betas = Field((0.9, 0.95), description="Decay of the running averages.")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the denominator.")
+    momentum: Beta | None = Field(None, description="muon: decay of the momentum, 0.95 if not given.")
+    adjust_lr: Literal["match_rms_adamw", "original"] | None = Field(
+        None,
+        description='muon: how the size of a matrix changes its rate; "match_rms_adamw" if not given, by which lr and '
+        "weight_decay are as for AdamW.",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay.")
     decay_norms: bool = Field(
         False, description="Decay norms, biases and all parameters of fewer than two dims too; embeddings always decay."
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    groups: list[OptimGroup] = Field(
+        [], description="[[optim.groups]]: parameters with a learning rate or decay of their own, or frozen."
+    )
 
 
 class ScheduleSection(Section):
