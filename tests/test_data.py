@@ -330,7 +330,9 @@ def test_a_cache_that_cannot_be_written_can_be_read(folder: Path, monkeypatch: p
     monkeypatch.setattr("os.mkdir", read_only)
     assert make_cache(folder).key == prepared.key
     (folder / "more.txt").write_text("another text")
-    with pytest.raises(RecipeError, match=r"cannot write the token cache in .*Read-only file system; set NDTRAIN_CACHE"):
+    with pytest.raises(
+        RecipeError, match=r"cannot write the token cache in .*Read-only file system; set NDTRAIN_CACHE"
+    ):
         make_cache(folder)
 
 

@@ -184,7 +184,9 @@ def test_a_resume_in_a_window_whose_files_have_changed_is_refused(tmp_path: Path
     run(recipe, stop=3)
     for file in (tmp_path / "data").iterdir():
         file.write_text(file.read_text().replace("o", "u"))  # the same size
-    with pytest.raises(RanksFailed, match=r"RecipeError: .*step-00000003: data\.path: files of window 0, in which the run"):
+    with pytest.raises(
+        RanksFailed, match=r"RecipeError: .*step-00000003: data\.path: files of window 0, in which the run"
+    ):
         run(recipe, 2, "mesh.dp_shard=2", "train.micro_batch_size=2")
 
 

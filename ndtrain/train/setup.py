@@ -69,8 +69,8 @@ class Resumed(NamedTuple):
         window = self.state.get("window_tokens")  # None between two windows, and in checkpoints of earlier versions
         if window not in (None, now.get("window_tokens")) and not self.other_data:
             raise RecipeError(
-                f"{self.directory}: data.path: files of window {self.state['window'][0]}, in which the run goes on, have "
-                "other content than they had; restore them, or choose another run.dir to train anew"
+                f"{self.directory}: data.path: files of window {self.state['window'][0]}, in which the run goes on, "
+                "have other content than they had; restore them, or choose another run.dir to train anew"
             )
 
 
