@@ -225,9 +225,11 @@ def test_a_resume_goes_on_with_the_same_sources_elsewhere(tmp_path: Path, source
     run(recipe)
     copy = tmp_path / "elsewhere.jsonl"
     copy.write_bytes(Path(sources[1]["path"]).read_bytes())
-    recipe_of(tmp_path, [sources[0], sources[1] | {"path": str(copy)}, sources[2] | {"name": "x"}], steps=3)
+    changed = [sources[0], sources[1] | {"path": str(copy)}, sources[2] | {"name": "x"}]
+    twice = [source | {"weight": 2 * source.get("weight", 1)} for source in changed]
+    recipe_of(tmp_path, twice, steps=3)
     found = get_pool(1).run(resumed, str(recipe), [], timeout=100)[0]
-    assert not found["error"] and "the same content" in found["said"], found
+    assert not found["error"] and "the same content and shares" in found["said"], found
 
 
 def test_a_preview_names_the_source_of_each_row(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
