@@ -137,7 +137,8 @@ def test_long_documents_are_cut_left_out_or_refused(tmp_path: Path) -> None:
         assert tokens == [1, 2, 3, 16, 17, 18, 19, *range(51, 60)]
         assert opened("drop", packing).describe().endswith("; longer than a row and left out: 2")
         assert opened("cut", packing).describe().endswith("; longer than a row and cut: 2")
-        with pytest.raises(RecipeError, match=r"2 of the 5 documents .* the first is document 2;.*data\.too_long"):
+        refusal = r"2 of the 5 documents .* the first is document 2, the longest has 30 tokens; .*data\.too_long"
+        with pytest.raises(RecipeError, match=refusal):
             opened("error", packing)
     assert "documents: 5; rows of 10 tokens: 6, 98.3% filled by 59 tokens" in opened("cut").describe()
     assert len({opened(how).fingerprint for how in ("cut", "drop")}) == 2
