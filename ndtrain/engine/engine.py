@@ -111,8 +111,15 @@ class Engine:
         """Whether micro batches have to say of which document each token is; flash attention finds that itself."""
         return self.sizes.cp == 1 and bool(self.recipe.data.packing) and "flash" not in self.recipe.model.attn
 
+    def on_device(self, batch: Batch) -> Batch:
+        """Return a micro batch of the host on the device, but its documents, which the host has to know."""
+        return {
+            name: values if name == "documents" else values.to(self.device, non_blocking=True)
+            for name, values in batch.items()
+        }
+
     def apart(self, documents: torch.Tensor | None) -> AbstractContextManager[None]:
-        """Let forward and backward inside keep these documents apart, as `documents_of` returns them.
+        """Let forward and backward inside keep these documents apart, as `documents_of` returns them, on the host.
 
         None leaves it to transformers to find them.
         """
@@ -120,7 +127,7 @@ class Engine:
             return nullcontext()
         if self.documents is not None and self.documents.enabled:
             return self.documents.given(documents)
-        return documents_given(self.model, documents)
+        return documents_given(self.model, documents.to(self.device, non_blocking=True))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -50,12 +50,16 @@ def prove(engine: Engine, references: References | None) -> Proof:
         if sequence is not None and sequence.enabled and (note := try_sequence_parallel(engine, sequence, limits)):
             notes.append(note)
 
+    def keep_or_drop_attention_by_documents(*, low: bool) -> None:
+        documents = engine.documents
+        if documents is not None and documents.enabled and (note := try_by_documents(engine, documents, low=low)):
+            notes.append(note)
+
     modules = _modules(engine)
     with extra_states.kept(engine.model):
         with _float32(engine):
             keep_or_drop_sequence_parallelism(FLOAT32)
-            if engine.documents is not None and (note := try_by_documents(engine, engine.documents)):
-                notes.append(note)
+            keep_or_drop_attention_by_documents(low=False)
             known = check_masks(engine, low=False) and (references is None or check_parts(engine, references))
             if known and engine.context is not None:
                 check_context_parallel(engine)
@@ -66,6 +70,7 @@ def prove(engine: Engine, references: References | None) -> Proof:
         if known and low:
             # Its kernels are others, whose rounding hides small errors: only what is far off is found.
             keep_or_drop_sequence_parallelism(LOW)
+            keep_or_drop_attention_by_documents(low=True)
             check_masks(engine, low=True)
     if changed := [name for name, kind in _modules(engine).items() if modules.get(name) != kind]:
         raise PlanError(

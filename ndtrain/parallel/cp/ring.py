@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.attention import KNOWN
 from ndtrain.hf.compat import sdpa_mask
 from ndtrain.parallel.cp import kernels, visible
 from ndtrain.parallel.cp.interface import ContextParallel
@@ -146,8 +147,6 @@ class Ring(ContextParallel):
     """Context parallelism that passes keys and values round the ring; works with any number of heads."""
 
     kind = "ring"
-    # Arguments of transformers' attention functions that `attend` reads or that its masks already contain.
-    _KNOWN = ("dropout", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "position_ids")
 
     def __init__(self, model: Any, group: dist.ProcessGroup):
         super().__init__(model, group)
@@ -161,7 +160,7 @@ class Ring(ContextParallel):
     ) -> Tensor:
         caller = type(module).__name__
         for name, given in kwargs.items():
-            if name not in self._KNOWN and isinstance(given, Tensor) and given.ndim:
+            if name not in KNOWN and isinstance(given, Tensor) and given.ndim:
                 raise PlanError(
                     f'{caller} passes {name} to its attention function, and cp.kind = "ring" cannot split it; '
                     f"{_OTHERWISE}"
