@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,10 @@ import transformers
 from torch.nn import functional as F
 
 from ndtrain.data.batches import documents_of
+from ndtrain.errors import PlanError
+from ndtrain.hf.attention_functions import take_attention
+from ndtrain.hf.causal import Causal, causal_attention
+from ndtrain.hf.compat import and_masks, causal_mask_function
 from ndtrain.parallel import fused
 from ndtrain.parallel.documents import AttentionByDocuments
 from ndtrain.parallel.fused import Heads, Rows, by_flash, by_flex, by_scores, visible_blocks
@@ -138,3 +143,33 @@ def test_blocks_are_those_that_a_query_sees(window: int | None) -> None:
     partly, wholly = visible_blocks(documents, window)
     assert ((partly | wholly) == padded.any((2, 4))).all()
     assert (wholly == padded.all((2, 4))).all()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_kernel_that_is_wrong_does_not_pass(late: int) -> None:
+    query, key, value = (
+        torch.zeros(1, heads, 1, size, dtype=torch.bfloat16) for heads, size in ((4, 24), (2, 24), (2, 12))
+    )
+
+    def of_torch(*given: Any, window_size: tuple[int, int], **options: Any) -> torch.Tensor:
+        return varlen(*given, window_size=(window_size[0] + late, 0), **options)
+
+    with (
+        mock.patch.object(fused, "_varlen", lambda: of_torch),
+        mock.patch.object(fused, "_is_ampere", lambda device: True),
+        pytest.raises(PlanError, match="wrong attention") if late else nullcontext(),
+    ):
+        assert "variable length" in fused.prove(query, key, value, Heads(0.2, 4096))
+
+
+@pytest.mark.parametrize(("kind", "found"), [("llama", Causal()), ("gemma3_text", Causal(8)), ("llama4_text", None)])
+def test_masks_are_known_by_what_makes_them(kind: str, found: Causal | None) -> None:
+    asked: list[Any] = []
+    model = model_of(kind)
+    take_attention(model, lambda *args, **kwargs: (args[1].transpose(1, 2), None), lambda **given: asked.append(given))
+    model(input_ids=torch.ones(1, 64, dtype=torch.int64), use_cache=False)
+    assert asked and found in [causal_attention(given) for given in asked]
+    padded = {**asked[0], "attention_mask": torch.ones(1, 64, dtype=torch.bool)}
+    assert causal_attention(padded) is None
+    other = and_masks(causal_mask_function, lambda batch, head, query, key: query >= 0)
+    assert causal_attention({**asked[0], "mask_function": other}) is None

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,8 +213,8 @@ def _is_relative(model: PreTrainedModel) -> bool:
 
 def _bounds(documents: Tensor) -> list[list[int]]:
     """Return the first position of each document, row by row."""
-    begins = torch.cat([torch.ones_like(documents[:, :1], dtype=torch.bool), documents.diff(dim=1) != 0], dim=1)
-    return [row.nonzero().flatten().tolist() for row in begins]
+    found = documents.numpy()
+    return [[0, *(np.flatnonzero(np.diff(row)) + 1).tolist()] for row in found]
 
 
 def _is_square(mask: Any, length: int) -> bool:

@@ -33,6 +33,9 @@ class Heads(NamedTuple):
     sinks: Tensor | None = None
 
 
+_Kernel = Callable[[Tensor, Tensor, Tensor, "Rows", Heads], Tensor]
+
+
 class Rows:
     """The first position of each document of each row, and what kernels take of them, made once for all layers."""
 
@@ -70,8 +73,11 @@ class Rows:
             apart = (query >= key) & (documents[row, query] == documents[row, key])
             return apart if window is None else apart & (query - key < window)
 
+        counts, indices, full_counts, full_indices = (
+            _put(array, device) for blocks in (partly, wholly) for array in _ordered(blocks)
+        )
         return BlockMask.from_kv_blocks(
-            *(_put(array, device) for blocks in (partly, wholly) for array in _ordered(blocks)),
+            *(counts, indices, full_counts, full_indices),
             BLOCK_SIZE=_BLOCK,
             mask_mod=sees,
             seq_lengths=(length, length),
@@ -103,7 +109,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows, heads: Heads) 
     return kernel(query, key, value, rows, heads).to(query.dtype)
 
 
-def kernel_for(query: Tensor, heads: Heads) -> Callable[[Tensor, Tensor, Tensor, Rows, Heads], Tensor]:
+def kernel_for(query: Tensor, heads: Heads) -> _Kernel:
     """Return `by_flash` or `by_flex`."""
     half = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
     plain = heads.softcap is None and heads.sinks is None
@@ -132,26 +138,28 @@ def by_flash(query: Tensor, key: Tensor, value: Tensor, rows: Rows, heads: Heads
 
 def by_flex(query: Tensor, key: Tensor, value: Tensor, rows: Rows, heads: Heads) -> Tensor:
     """Compute `attend` by FlexAttention, which is compiled on CUDA."""
-    softcap, sinks = heads.softcap, heads.sinks
-
-    def capped(score: Tensor, *place: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
     from torch.nn.attention.flex_attention import AuxRequest
 
     out, found = _flex(query.device.type)(
         *(query, key, value),
-        score_mod=None if softcap is None else capped,
+        score_mod=None if heads.softcap is None else _capped(heads.softcap),
         block_mask=rows.block_mask(query.shape[2], query.device, heads.window),
         scale=heads.scale,
         enable_gqa=key.shape[1] != query.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    if sinks is not None:
+    if heads.sinks is not None:
         # The softmax over one more key: its weight is taken from the others.
-        kept = torch.sigmoid(found.lse - sinks.float()[None, :, None])
+        kept = torch.sigmoid(found.lse - heads.sinks.float()[None, :, None])
         out = out * kept[..., None]
     return out.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+
+
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 def prove(query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> str:
@@ -167,16 +175,16 @@ def prove(query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> str:
         made = torch.randn(shape, device=like.device, dtype=torch.float32, generator=generator)
         return made.to(like.dtype).requires_grad_()
 
-    given = [random(query), random(key), random(value)]
+    q, k, v = random(query), random(key), random(value)
     sinks = None if heads.sinks is None else heads.sinks.detach().clone().requires_grad_()
-    learned = given if sinks is None else [*given, sinks]
+    learned = [q, k, v] if sinks is None else [q, k, v, sinks]
     small = heads._replace(sinks=sinks, window=None if heads.window is None else min(heads.window, 5))
     rows = Rows([[0, 7, 29], [0]])
     with torch.enable_grad():
-        results = [compute(*given, rows, small) for compute in (kernel, by_scores)]
+        results = [compute(q, k, v, rows, small) for compute in (kernel, by_scores)]
         grad = torch.randn(results[1].shape, device=query.device, generator=generator).to(query.dtype)
         pairs = zip(
-            *([out, *torch.autograd.grad(out, learned, grad.to(out.dtype))] for out in results),
+            *([out.detach(), *torch.autograd.grad(out, learned, grad.to(out.dtype))] for out in results),
             strict=True,
         )
     limit = 1e-3 if query.dtype == torch.float32 else 5e-2
@@ -209,7 +217,7 @@ def by_scores(query: Tensor, key: Tensor, value: Tensor, rows: Rows, heads: Head
     return (scores.softmax(-1)[..., : key.shape[2]] @ v).transpose(1, 2)
 
 
-_SAID = {
+_SAID: dict[_Kernel, str] = {
     by_flash: "torch's flash attention of variable length",
     by_flex: "FlexAttention (float32, soft caps, sinks, or heads of more than 256)",
 }
