@@ -83,9 +83,9 @@ def kept(path: str, breaks: bool) -> tuple[bool, list[str]]:
 
     said = Said()
     # A document that begins one token late.
-    bounds = documents._bounds
+    bounds = documents.document_bounds
     wrong = lambda found: [[0, *(first + 1 for first in row[1:])] for row in bounds(found)]  # noqa: E731
-    with mock.patch.object(documents, "_bounds", wrong if breaks else bounds):
+    with mock.patch.object(documents, "document_bounds", wrong if breaks else bounds):
         trainer = trainer_of(path, said=said)
         trainer.prepare()
         trainer.train_step()

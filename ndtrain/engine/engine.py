@@ -109,7 +109,8 @@ class Engine:
     @property
     def marks_documents(self) -> bool:
         """Whether micro batches have to say of which document each token is; flash attention finds that itself."""
-        return self.sizes.cp == 1 and bool(self.recipe.data.packing) and "flash" not in self.recipe.model.attn
+        finds_them = "flash" in self.recipe.model.attn and self.plan.cp != "ring"
+        return bool(self.recipe.data.packing) and not finds_them
 
     def on_device(self, batch: Batch) -> Batch:
         """Return a micro batch of the host on the device, but its documents, which the host has to know."""
@@ -121,10 +122,12 @@ class Engine:
     def apart(self, documents: torch.Tensor | None) -> AbstractContextManager[None]:
         """Let forward and backward inside keep these documents apart, as `documents_of` returns them, on the host.
 
-        None leaves it to transformers to find them.
+        None leaves it to transformers to find them. Under cp, after `shape`.
         """
         if documents is None:
             return nullcontext()
+        if self.context is not None and self.context.enabled:
+            return self.context.apart(documents)
         if self.documents is not None and self.documents.enabled:
             return self.documents.given(documents)
         return documents_given(self.model, documents.to(self.device, non_blocking=True))
@@ -147,8 +150,9 @@ class Engine:
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Return the summed cross-entropy, in float32, of this rank's part of a micro batch before `shape`."""
         rows = {key: value for key, value in batch.items() if key != "documents"}
+        shaped = self.shape(rows)
         with self.apart(batch.get("documents")):
-            return self.loss_model.evaluate(self.shape(rows))
+            return self.loss_model.evaluate(shaped)
 
     def clip(self) -> torch.Tensor:
         """Complete the gradients over tp and scale them to `optim.max_grad_norm`; return their norm before scaling."""

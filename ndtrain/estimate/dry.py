@@ -26,7 +26,7 @@ from ndtrain.hf.model import tie
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.mesh import Meshes
 from ndtrain.parallel.cp import kernels
-from ndtrain.parallel.cp.visible import Visible
+from ndtrain.parallel.cp.visible import CAUSAL, Visible
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.torch_compat import (
@@ -252,7 +252,7 @@ def without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
     find = Visible.find
 
     def whole_documents(visible: Visible, source: int) -> Any:
-        return find(Visible("causal", length=visible.length, rank=visible.rank, cp=visible.cp), source)
+        return find(Visible(CAUSAL, length=visible.length, rank=visible.rank, cp=visible.cp), source)
 
     with (
         documents_found_by(find_packed_sequence_indices if packing else lambda positions: None),

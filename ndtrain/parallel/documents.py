@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from ndtrain.hf.attention_functions import own_attention, take_attention
 from ndtrain.hf.causal import Causal, causal_attention
 from ndtrain.hf.compat import ALL_MASK_ATTENTION_FUNCTIONS, attention_name, documents_given
 from ndtrain.parallel import fused
-from ndtrain.parallel.fused import Rows
+from ndtrain.parallel.fused import Rows, document_bounds
 from ndtrain.plan import Plan
 from ndtrain.plan.refuse import dropouts
 from ndtrain.recipe import Recipe
@@ -57,7 +56,7 @@ class AttentionByDocuments:
         Around the backward pass too, in which blocks may be recomputed.
         """
         if documents.numel():
-            self._rows = Rows(_bounds(documents))
+            self._rows = Rows(document_bounds(documents))
         elif self.fused:
             self._rows = Rows([[0]] * len(documents))
         try:
@@ -209,12 +208,6 @@ def _is_relative(model: PreTrainedModel) -> bool:
     kinds = {*(getattr(config, "layer_types", None) or ())}
     chunked = getattr(config, "attention_chunk_size", None) is not None
     return not chunked and kinds <= _RELATIVE and not any(chooses_keys(module) for module in model.modules())
-
-
-def _bounds(documents: Tensor) -> list[list[int]]:
-    """Return the first position of each document, row by row."""
-    found = documents.numpy()
-    return [[0, *(np.flatnonzero(np.diff(row)) + 1).tolist()] for row in found]
 
 
 def _is_square(mask: Any, length: int) -> bool:

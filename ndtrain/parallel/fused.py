@@ -84,6 +84,11 @@ class Rows:
         )
 
 
+def document_bounds(documents: Tensor) -> list[list[int]]:
+    """Return the first position of each document, row by row, of `[B, S]` on the host that grow along each row."""
+    return [[0, *(np.flatnonzero(np.diff(row)) + 1).tolist()] for row in documents.numpy()]
+
+
 def visible_blocks(documents: np.ndarray[Any, Any], window: int | None) -> tuple[np.ndarray[Any, Any], ...]:
     """Return which blocks `[B, S / 128, S / 128]` of queries and keys need a mask, and which are seen wholly.
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from ndtrain.hf.compat import documents_found_by, find_packed_sequence_indices
 from ndtrain.hf.model import meta_model, tie
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.parallel import documents, fused
+from ndtrain.parallel.cp import interface
 from ndtrain.parallel.cp.visible import Visible
 from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
@@ -117,8 +119,9 @@ def counted(kind: str, mesh: dict[str, int], more: dict[str, Any], *, length: in
         stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
         stack.enter_context(mock.patch.object(fused, "_flex", lambda device: _flex_attention))
-        bounds = documents._bounds
-        stack.enter_context(mock.patch.object(documents, "_bounds", lambda found: _unwrapped(bounds, found)))
+        for module in (documents, interface):
+            unwrapped = partial(_unwrapped, module.document_bounds)
+            stack.enter_context(mock.patch.object(module, "document_bounds", unwrapped))
         stack.enter_context(counts.reading())
         apply_to_tensors(model, lambda tensor: torch.empty_like(tensor, device=device))
         tie(model)

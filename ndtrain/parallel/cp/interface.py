@@ -22,6 +22,7 @@ from ndtrain.hf.compat import (
     remap_positions_for_packed_sequence,
 )
 from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions
+from ndtrain.parallel.fused import document_bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +33,9 @@ IGNORE = -100
 class ContextParallel(ABC):
     """Spreads the attention of one model over the ranks of one cp group, and splits its batches.
 
-    Call `split` with every micro batch: it remembers the positions of the whole sequences, from which masks are made.
-    Outside `off()` the model takes and returns this rank's part of each sequence.
+    Call `split` with every micro batch: it remembers the positions of the whole sequences, from which masks are made;
+    and run the model inside `apart` where its documents are known. Outside `off()` the model takes and returns this
+    rank's part of each sequence.
     """
 
     kind: str
@@ -44,6 +46,8 @@ class ContextParallel(ABC):
         self.enabled = True
         self.positions: Tensor | None = None
         self.own_positions: Tensor | None = None
+        self.bounds: list[list[int]] | None = None
+        self._documents: Tensor | None = None
         self._count_positions = positions_from_ids(model)
         take_attention(model, self._attention, self._mask)
         forward, model_takes_positions = model.forward, takes_positions(model)
@@ -67,6 +71,23 @@ class ContextParallel(ABC):
             yield
         finally:
             self.enabled = True
+
+    @contextmanager
+    def apart(self, documents: Tensor) -> Iterator[None]:
+        """Keep these documents `[B, S]` on the host apart inside, counted from 0 in each row; `[B, 0]` if each is one.
+
+        Call it after `split`, around the backward pass too, in which blocks may be recomputed.
+        """
+        assert self.positions is not None
+        self.bounds = document_bounds(documents) if documents.numel() else [[0]]
+        if documents.numel():
+            # What `split` has added is after all targets, so the last document may see it.
+            padding = documents[:, -1:].expand(-1, self.positions.shape[1] - documents.shape[1])
+            self._documents = torch.cat([documents, padding], dim=1).to(self.positions.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            self.bounds = self._documents = None
 
     # ---- splitting a sequence
 
@@ -171,9 +192,13 @@ class ContextParallel(ABC):
         def whole(position_ids: Tensor) -> Tensor:
             return self.positions if self.enabled and self.positions is not None else position_ids
 
+        def find(position_ids: Tensor) -> Tensor | None:
+            known = self.enabled and self.bounds is not None
+            return self._documents if known else find_packed_sequence_indices(whole(position_ids))
+
         return masks_made_by(
             model,
-            find=lambda position_ids: find_packed_sequence_indices(whole(position_ids)),
+            find=find,
             remap=lambda mask, position_ids: remap_positions_for_packed_sequence(mask, whole(position_ids)),
             overlay=lambda ids: blockwise_overlay(self.gather(ids) if self.enabled else ids),
         )
