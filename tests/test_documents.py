@@ -120,6 +120,41 @@ def test_recomputed_blocks_keep_documents_apart_in_the_backward_pass(
     assert runs[1] == [pytest.approx(pair, rel=1e-5) for pair in runs[0]]
 
 
+def trained_at_once(path: str, overrides: list[str]) -> dict[str, Any]:
+    """A run in which one function takes all documents, as on CUDA, where it is a kernel that is proved."""
+    with (
+        mock.patch("ndtrain.engine.engine.attention_by_documents", lambda model, *_, **__: at_once(model)),
+        mock.patch("ndtrain.parallel.fused.prove", lambda *_: "one kernel"),
+    ):
+        return trained(path, overrides, proves=True)
+
+
+def at_once(model: Any) -> AttentionByDocuments:
+    return AttentionByDocuments(model, fused=True)
+
+
+# gpt_oss makes masks that keep no documents apart, so that only attention by documents packs it.
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text"])
+def test_documents_are_apart_whatever_attends(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    runs: list[list[Any]] = []
+    for name, mesh, train, overrides in (
+        ("one by one", "1", trained, []),
+        ("at once", "1", trained_at_once, []),
+        ("ring", "cp2", trained, ["cp.kind=ring"]),
+        ("ulysses", "cp2", trained, ["cp.kind=ulysses"]),
+        ("ulysses at once", "cp2", trained_at_once, ["cp.kind=ulysses"]),
+    ):
+        recipe = recipe_for(world, tmp_path, kind, mesh, steps=3)
+        more = [*overrides, f"run.dir={tmp_path}/{name}"]
+        found = get_pool(1 if mesh == "1" else 2).run(train, str(recipe), more, timeout=100)[0]["metrics"]
+        runs.append([pytest.approx((line["loss"], line["grad_norm"]), rel=1e-4) for line in found])
+    assert all([pair.expected for pair in run] == runs[0] for run in runs[1:])
+
+
 @pytest.mark.parametrize(("kind", "relative"), [("llama4_text", False), ("deepseek_v32", False), ("gemma3_text", True)])
 def test_masks_that_depend_on_places_are_not_cut(kind: str, relative: bool) -> None:
     assert _is_relative(model_of(kind)) == relative

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -47,8 +47,9 @@ class Engine:
     def cut(self) -> None:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
         self.meshes = build_mesh(self.sizes, self.device.type)
-        self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
+        # First, so that a rank of ulysses, which has whole sequences of some heads, attends by it.
         self.documents = attention_by_documents(self.model, self.plan, self.recipe, device=self.device)
+        self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
 
     def finish(self) -> None:
         """Make the optimizer and put the loss around the model."""
@@ -119,18 +120,26 @@ class Engine:
             for name, values in batch.items()
         }
 
-    def apart(self, documents: torch.Tensor | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def apart(self, documents: torch.Tensor | None) -> Iterator[None]:
         """Let forward and backward inside keep these documents apart, as `documents_of` returns them, on the host.
 
         None leaves it to transformers to find them. Under cp, after `shape`.
         """
-        if documents is None:
-            return nullcontext()
-        if self.context is not None and self.context.enabled:
-            return self.context.apart(documents)
-        if self.documents is not None and self.documents.enabled:
-            return self.documents.given(documents)
-        return documents_given(self.model, documents.to(self.device, non_blocking=True))
+        split = self.context is not None and self.context.enabled
+        by_documents = self.documents if self.documents is not None and self.documents.enabled else None
+        if split and self.plan.cp == "ring":
+            by_documents = None
+        with ExitStack() as stack:
+            if documents is not None:
+                masked = documents if by_documents is None else documents[:, :0]
+                if self.context is not None and split:
+                    stack.enter_context(self.context.apart(masked))
+                elif by_documents is None:
+                    stack.enter_context(documents_given(self.model, masked.to(self.device, non_blocking=True)))
+                if by_documents is not None:
+                    stack.enter_context(by_documents.given(documents))
+            yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -114,7 +114,7 @@ class AttentionByDocuments:
         attention_mask: Any,
         **kwargs: Any,
     ) -> Tensor:
-        caller, causal = type(module).__name__, getattr(attention_mask, "causal", None)
+        caller, causal = module.__class__.__name__, getattr(attention_mask, "causal", None)
         if attention_mask is None and self.base == "sdpa":  # which is causal then by itself
             given = kwargs.get("is_causal")
             causal = Causal() if (getattr(module, "is_causal", True) if given is None else given) else None
@@ -149,8 +149,8 @@ class AttentionByDocuments:
         length, attend = query.shape[2], own_attention(self.base, module)
         if key.shape[2] != length or not (attention_mask is None or _is_square(attention_mask, length)):
             raise PlanError(
-                f"{type(module).__name__} attends to other tokens than those of its row, where packed documents cannot "
-                f"be kept apart; {_OTHERWISE}"
+                f"{module.__class__.__name__} attends to other tokens than those of its row, where packed documents "
+                f"cannot be kept apart; {_OTHERWISE}"
             )
 
         def part(row: slice, bounds: list[int]) -> Tensor:
@@ -182,13 +182,12 @@ def attention_by_documents(
     """Let the attention of `model` work by documents, in place, where `recipe` has any and nothing forbids it."""
     if recipe.model.attn != "auto" or not recipe.data.packing or under_masks(model, plan, recipe, device=device):
         return None
-    return AttentionByDocuments(model, fused=device.type == "cuda")
+    # Ring attention keeps documents apart itself, and is compared with this.
+    return AttentionByDocuments(model, fused=device.type == "cuda" and plan.cp != "ring")
 
 
 def under_masks(model: PreTrainedModel, plan: Plan, recipe: Recipe, *, device: torch.device) -> str | None:
     """Return why the attention of `model` has to keep packed documents apart by masks; None where it need not."""
-    if plan.cp is not None:
-        return "tokens are split over cp"
     if recipe.train.compile:
         return "train.compile = true takes no attention by documents"
     if plan.drops_by_rank:

@@ -8,7 +8,7 @@ the run computes in, so that no error hides in rounding; then it is run once mor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -51,9 +51,13 @@ def prove(engine: Engine, references: References | None) -> Proof:
             notes.append(note)
 
     def keep_or_drop_attention_by_documents(*, low: bool) -> None:
-        documents = engine.documents
-        if documents is not None and documents.enabled and (note := try_by_documents(engine, documents, low=low)):
-            notes.append(note)
+        documents, context = engine.documents, engine.context
+        # A ring keeps documents apart itself, and is compared with the model on whole sequences.
+        whole = context.off() if context is not None and engine.plan.cp == "ring" else nullcontext()
+        if documents is not None and documents.enabled:
+            with whole:
+                note = try_by_documents(engine, documents, low=low)
+            notes.extend([note] if note else [])
 
     modules = _modules(engine)
     with extra_states.kept(engine.model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,7 @@ class ContextParallel(ABC):
 
     def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, group.size(), group.rank()
-        self.base = str(attention_name(model.config))
+        self.base = attention_name(model.config) or "eager"  # also equal to what a function of ours stands for
         self.enabled = True
         self.positions: Tensor | None = None
         self.own_positions: Tensor | None = None
@@ -58,7 +58,7 @@ class ContextParallel(ABC):
         def with_whole_positions(*args: Any, **kwargs: Any) -> Any:
             if not model_takes_positions:
                 kwargs.pop("position_ids", None)
-            with self._masks_of_whole_sequences(model):
+            with self._masks_of_whole_sequences(model) if self.enabled else nullcontext():
                 return forward(*args, **kwargs)
 
         model.forward = with_whole_positions  # type: ignore[method-assign]
@@ -81,8 +81,8 @@ class ContextParallel(ABC):
         assert self.positions is not None
         self.bounds = document_bounds(documents) if documents.numel() else [[0]]
         if documents.numel():
-            # What `split` has added is after all targets, so the last document may see it.
-            padding = documents[:, -1:].expand(-1, self.positions.shape[1] - documents.shape[1])
+            # What `split` has added counts its positions from 0.
+            padding = documents[:, -1:].expand(-1, self.positions.shape[1] - documents.shape[1]) + 1
             self._documents = torch.cat([documents, padding], dim=1).to(self.positions.device, non_blocking=True)
         try:
             yield
