@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -39,8 +39,18 @@ class Engine:
     loss_model: LossModel
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, device: torch.device):
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        kernels_of: Literal["cpu", "cuda"] | None = None,
+    ):
+        """`kernels_of` is the type of device whose attention kernels are taken; by default that of `device`."""
         self.recipe, self.plan, self.model, self.device = recipe, plan, model, device
+        self._kernels_of = kernels_of or device.type
         self.sizes = plan.sizes
         self.vocabulary = vocabulary(model)
 
@@ -48,7 +58,7 @@ class Engine:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
         self.meshes = build_mesh(self.sizes, self.device.type)
         # First, so that a rank of ulysses, which has whole sequences of some heads, attends by it.
-        self.documents = attention_by_documents(self.model, self.plan, self.recipe, device=self.device)
+        self.documents = attention_by_documents(self.model, self.plan, self.recipe, kernels_of=self._kernels_of)
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
 
     def finish(self) -> None:

@@ -177,22 +177,26 @@ _OTHERWISE = 'set model.attn to "sdpa" or "eager"'
 
 
 def attention_by_documents(
-    model: PreTrainedModel, plan: Plan, recipe: Recipe, *, device: torch.device
+    model: PreTrainedModel, plan: Plan, recipe: Recipe, *, kernels_of: str
 ) -> AttentionByDocuments | None:
-    """Let the attention of `model` work by documents, in place, where `recipe` has any and nothing forbids it."""
-    if recipe.model.attn != "auto" or not recipe.data.packing or under_masks(model, plan, recipe, device=device):
+    """Let the attention of `model` work by documents, in place, where `recipe` has any and nothing forbids it.
+
+    `kernels_of` is the type of device whose kernels are taken.
+    """
+    on_cuda = kernels_of == "cuda"
+    if recipe.model.attn != "auto" or not recipe.data.packing or under_masks(model, plan, recipe, on_cuda=on_cuda):
         return None
     # Ring attention keeps documents apart itself, and is compared with this.
-    return AttentionByDocuments(model, fused=device.type == "cuda" and plan.cp != "ring")
+    return AttentionByDocuments(model, fused=on_cuda and plan.cp != "ring")
 
 
-def under_masks(model: PreTrainedModel, plan: Plan, recipe: Recipe, *, device: torch.device) -> str | None:
+def under_masks(model: PreTrainedModel, plan: Plan, recipe: Recipe, *, on_cuda: bool) -> str | None:
     """Return why the attention of `model` has to keep packed documents apart by masks; None where it need not."""
     if recipe.train.compile:
         return "train.compile = true takes no attention by documents"
     if plan.drops_by_rank:
         return "attention drops by tp rank"
-    if device.type == "cuda" and any("att" in key for key in dropouts(model)):
+    if on_cuda and any("att" in key for key in dropouts(model)):
         return "no kernel for documents drops attention weights"
     return None if _is_relative(model) else "its masks depend on places of the row, or it chooses keys itself"
 

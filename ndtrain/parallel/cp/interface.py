@@ -48,6 +48,7 @@ class ContextParallel(ABC):
         self.own_positions: Tensor | None = None
         self.bounds: list[list[int]] | None = None
         self._documents: Tensor | None = None
+        self._packed = True
         self._count_positions = positions_from_ids(model)
         take_attention(model, self._attention, self._mask)
         forward, model_takes_positions = model.forward, takes_positions(model)
@@ -113,7 +114,7 @@ class ContextParallel(ABC):
                 else nn.functional.pad(v, (0, padding), value=filler[key])
                 for key, v in batch.items()
             }
-        self.positions = batch["position_ids"]
+        self.positions, self._packed = batch["position_ids"], packed
         if self._count_positions is not None:
             batch = {**batch, "position_ids": self._count_positions(batch["input_ids"])}
         parts = {key: self.part_of(v) for key, v in batch.items()}
@@ -193,7 +194,7 @@ class ContextParallel(ABC):
             return self.positions if self.enabled and self.positions is not None else position_ids
 
         def find(position_ids: Tensor) -> Tensor | None:
-            known = self.enabled and self.bounds is not None
+            known = self.enabled and (self.bounds is not None or not self._packed)
             return self._documents if known else find_packed_sequence_indices(whole(position_ids))
 
         return masks_made_by(
