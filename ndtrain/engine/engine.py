@@ -50,7 +50,7 @@ class Engine:
     ):
         """`kernels_of` is the type of device whose attention kernels are taken; by default that of `device`."""
         self.recipe, self.plan, self.model, self.device = recipe, plan, model, device
-        self._kernels_of = kernels_of or device.type
+        self.kernels_of = kernels_of or device.type
         self.sizes = plan.sizes
         self.vocabulary = vocabulary(model)
 
@@ -58,7 +58,7 @@ class Engine:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
         self.meshes = build_mesh(self.sizes, self.device.type)
         # First, so that a rank of ulysses, which has whole sequences of some heads, attends by it.
-        self.documents = attention_by_documents(self.model, self.plan, self.recipe, kernels_of=self._kernels_of)
+        self.documents = attention_by_documents(self.model, self.plan, self.recipe, kernels_of=self.kernels_of)
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
 
     def finish(self) -> None:

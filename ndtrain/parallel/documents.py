@@ -183,20 +183,20 @@ def attention_by_documents(
 
     `kernels_of` is the type of device whose kernels are taken.
     """
-    on_cuda = kernels_of == "cuda"
-    if recipe.model.attn != "auto" or not recipe.data.packing or under_masks(model, plan, recipe, on_cuda=on_cuda):
+    wanted = recipe.model.attn == "auto" and recipe.data.packing
+    if not wanted or under_masks(model, plan, recipe, kernels_of=kernels_of) is not None:
         return None
     # Ring attention keeps documents apart itself, and is compared with this.
-    return AttentionByDocuments(model, fused=on_cuda and plan.cp != "ring")
+    return AttentionByDocuments(model, fused=kernels_of == "cuda" and plan.cp != "ring")
 
 
-def under_masks(model: PreTrainedModel, plan: Plan, recipe: Recipe, *, on_cuda: bool) -> str | None:
+def under_masks(model: PreTrainedModel, plan: Plan, recipe: Recipe, *, kernels_of: str) -> str | None:
     """Return why the attention of `model` has to keep packed documents apart by masks; None where it need not."""
     if recipe.train.compile:
         return "train.compile = true takes no attention by documents"
     if plan.drops_by_rank:
         return "attention drops by tp rank"
-    if on_cuda and any("att" in key for key in dropouts(model)):
+    if kernels_of == "cuda" and any("att" in key for key in dropouts(model)):
         return "no kernel for documents drops attention weights"
     return None if _is_relative(model) else "its masks depend on places of the row, or it chooses keys itself"
 

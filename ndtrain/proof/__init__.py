@@ -20,7 +20,7 @@ from ndtrain.hf.attention_functions import attention_computes_in
 from ndtrain.proof.batch import check_same_batch
 from ndtrain.proof.dropout import check_dropout
 from ndtrain.proof.eval_mode import check_eval_mode
-from ndtrain.proof.masks import check_masks, try_by_documents
+from ndtrain.proof.masks import check_masks, try_by_documents, why_masks
 from ndtrain.proof.parts import check_parts
 from ndtrain.proof.record import Record, identity, recall, remember
 from ndtrain.proof.reference import References
@@ -43,7 +43,7 @@ def prove(engine: Engine, references: References | None) -> Proof:
     Sequence parallelism that changes the model is switched off, with a note. Raises `PlanError` for any other failure.
     Collective.
     """
-    notes: list[str] = []
+    notes = list(filter(None, [why_masks(engine)]))
     sequence, low = engine.sequence, engine.plan.low_precision
 
     def keep_or_drop_sequence_parallelism(limits: Limits) -> None:

@@ -9,6 +9,7 @@ from ndtrain.data import micro_batches
 from ndtrain.engine import Engine
 from ndtrain.errors import PlanError, one_line
 from ndtrain.parallel import AttentionByDocuments
+from ndtrain.parallel.documents import under_masks
 from ndtrain.proof.noise import models_own_errors, probe, tokens
 
 
@@ -38,6 +39,14 @@ def try_by_documents(engine: Engine, documents: AttentionByDocuments, *, low: bo
     if not documents.enabled:
         return f"attention works under masks, since {reason}"
     return f"packed documents attend by {' and '.join(sorted(documents.kernels))}" if documents.kernels else None
+
+
+def why_masks(engine: Engine) -> str | None:
+    """Return a note where packed documents attend under masks, though the recipe leaves it open."""
+    if engine.documents is not None or engine.recipe.model.attn != "auto" or not engine.recipe.data.packing:
+        return None
+    reason = under_masks(engine.model, engine.plan, engine.recipe, kernels_of=engine.kernels_of)
+    return f"attention works under masks: {reason}"
 
 
 def check_masks(engine: Engine, *, low: bool) -> bool:

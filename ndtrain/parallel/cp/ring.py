@@ -73,7 +73,10 @@ class _RingAttention(torch.autograd.Function):
                     causal=span.causal,
                     mask=span.mask,
                 )
-                _merge(out[rows, :, queries], lse[rows, :, queries], *part)
+                if span.first:
+                    out[rows, :, queries], lse[rows, :, queries] = part
+                else:
+                    _merge(out[rows, :, queries], lse[rows, :, queries], *part)
             if arriving is not None:
                 block = arriving()
         if sinks is not None:

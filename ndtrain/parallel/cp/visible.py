@@ -38,13 +38,17 @@ def segments(rank: int, cp: int) -> tuple[int, int]:
 
 
 class Span(NamedTuple):
-    """One call of an attention kernel: some local queries, some keys of a block, and which of those they see."""
+    """One call of an attention kernel: some local queries, some keys of a block, and which of those they see.
+
+    With `first` it is the first call of its queries in the ring.
+    """
 
     queries: slice
     keys: slice
     causal: bool = False
     mask: Tensor | None = None
     rows: slice = slice(None)
+    first: bool = False
 
 
 class _Part(NamedTuple):
@@ -104,7 +108,8 @@ class Visible:
         queries = self._parts(self.rank, (1,) if source > self.rank else (0, 1), begin, end)
         keys = self._parts(source, (0,) if source < self.rank else (0, 1), begin, end)
         if queries and keys and (window is None or end - begin <= window):
-            yield Span(_joined(queries), _joined(keys), causal=source == self.rank, rows=rows)
+            own = source == self.rank  # where the ring begins
+            yield Span(_joined(queries), _joined(keys), causal=own, rows=rows, first=own)
         elif window is not None:
             for query in queries:
                 for key in keys:
