@@ -196,8 +196,8 @@ def under_masks(model: PreTrainedModel, plan: Plan, recipe: Recipe, *, kernels_o
         return "train.compile = true takes no attention by documents"
     if plan.drops_by_rank:
         return "attention drops by tp rank"
-    if kernels_of == "cuda" and any("att" in key for key in dropouts(model)):
-        return "no kernel for documents drops attention weights"
+    if kernels_of == "cuda" and (found := dropouts(model)):
+        return f"no kernel by documents drops weights ({', '.join(found)})"
     return None if _is_relative(model) else "its masks depend on places of the row, or it chooses keys itself"
 
 

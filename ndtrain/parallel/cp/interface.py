@@ -47,7 +47,7 @@ class ContextParallel(ABC):
         self.positions: Tensor | None = None
         self.own_positions: Tensor | None = None
         self.bounds: list[list[int]] | None = None
-        self._documents: Tensor | None = None
+        self.documents: Tensor | None = None
         self._packed = True
         self._count_positions = positions_from_ids(model)
         take_attention(model, self._attention, self._mask)
@@ -84,11 +84,11 @@ class ContextParallel(ABC):
         if documents.numel():
             # What `split` has added counts its positions from 0.
             padding = documents[:, -1:].expand(-1, self.positions.shape[1] - documents.shape[1]) + 1
-            self._documents = torch.cat([documents, padding], dim=1).to(self.positions.device, non_blocking=True)
+            self.documents = torch.cat([documents, padding], dim=1).to(self.positions.device, non_blocking=True)
         try:
             yield
         finally:
-            self.bounds = self._documents = None
+            self.bounds = self.documents = None
 
     # ---- splitting a sequence
 
@@ -195,7 +195,7 @@ class ContextParallel(ABC):
 
         def find(position_ids: Tensor) -> Tensor | None:
             known = self.enabled and (self.bounds is not None or not self._packed)
-            return self._documents if known else find_packed_sequence_indices(whole(position_ids))
+            return self.documents if known else find_packed_sequence_indices(whole(position_ids))
 
         return masks_made_by(
             model,

@@ -205,7 +205,7 @@ class Ring(ContextParallel):
     def _asked(self, kwargs: dict[str, Any]) -> Documents | PairMask | Literal["full"]:
         """Return what mask a transformers mask function is asked for by these arguments."""
         assert self.positions is not None
-        packed = None if self._documents is None else Packed(self.positions, self._documents)
+        packed = None if self.documents is None else Packed(self.positions, self.documents)
         # Some types make masks that keep no documents apart.
         causal = causal_attention(kwargs, packed) or causal_attention(kwargs)
         if causal is not None:
