@@ -133,6 +133,32 @@ def at_once(model: Any) -> AttentionByDocuments:
     return AttentionByDocuments(model, fused=True)
 
 
+def kept_at_once(path: str) -> tuple[bool, list[str], float]:
+    """Whether one kernel for all documents is kept where it fails, what was said, and the loss of a step."""
+    from tests.trainers import Said, trainer_of
+
+    said = Said()
+    with (
+        mock.patch("ndtrain.engine.engine.attention_by_documents", lambda model, *_, **__: at_once(model)),
+        mock.patch("ndtrain.parallel.fused.prove", lambda *_: "one kernel"),
+        mock.patch("ndtrain.parallel.fused.by_scores", side_effect=RuntimeError("no kernel for this card")),
+    ):
+        trainer = trainer_of(path, said=said)
+        trainer.prepare()
+        made = trainer.train_step()
+    return trainer.engine.documents.enabled, said.said, made.loss  # type: ignore[union-attr]
+
+
+def test_a_kernel_that_fails_leaves_the_masks(world: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", steps=3)
+    enabled, said, loss = get_pool(2).run(kept_at_once, str(recipe), timeout=200)[0]
+    assert not enabled and any(
+        "attention works under masks, since" in line and "for this card" in line for line in said
+    )
+    found = get_pool(2).run(trained, str(recipe), [f"run.dir={tmp_path}/other", "model.attn=sdpa"], timeout=100)
+    assert loss == pytest.approx(found[0]["metrics"][0]["loss"], rel=1e-5)
+
+
 # gpt_oss makes masks that keep no documents apart, so that only attention by documents packs it.
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text"])
 def test_documents_are_apart_whatever_attends(

@@ -73,4 +73,5 @@ def test_experts_and_sinks_run_on_cuda_on_every_axis() -> None:
 def test_packed_rows_of_8k_take_flash_attention_and_no_mask() -> None:
     lines = fake_cuda("--types", "llama", "qwen3", "gpt_oss", "--meshes", "dp_shard2", "--length", "8192").splitlines()
     assert len(lines) == 3 and all("'masks': 0," in line for line in lines), lines
-    assert all("'_varlen_attn': 4," in line for line in lines[:2]), lines
+    # GPT-OSS has sinks, so FlexAttention takes it.
+    assert ["'_varlen_attn': 4," in line for line in lines] == [True, True, False], lines

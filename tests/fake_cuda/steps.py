@@ -110,11 +110,12 @@ def counted(kind: str, mesh: dict[str, int], more: dict[str, Any], *, length: in
         with _Made(fake):
             engine.cut()
         fix_frequencies(model, None)
-        find = Visible.find
+        find, kernel_for = Visible.find, fused.kernel_for
         stack.enter_context(fake)
         stack.enter_context(without_data(plan, packing=recipe.data.packing))
         # What a dry step replaces, but a run reads.
         stack.enter_context(mock.patch.object(Visible, "find", find))
+        stack.enter_context(mock.patch.object(fused, "kernel_for", kernel_for))
         stack.enter_context(documents_found_by(find_packed_sequence_indices))
         stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
