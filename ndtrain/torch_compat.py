@@ -135,6 +135,8 @@ NAMES: dict[str, Private] = {
     ),
     "cudnn": Private(f"{_SDPA}_cudnn_attention", _FLOPS),
     "grouped_mm": Private("torch:ops.aten._grouped_mm", _FLOPS),
+    "all_to_all": Private("torch:ops._c10d_functional.all_to_all_single", "recomputation without exchanges"),
+    "to_copy": Private("torch:ops.aten._to_copy", "recomputation that reads nothing back"),
     "unsafe_view": Private("torch:ops.aten._unsafe_view", _FREE),
     "reshape_alias": Private("torch:ops.aten._reshape_alias", _FREE),
     # ---- process groups
@@ -165,6 +167,7 @@ NAMES: dict[str, Private] = {
     "MEM_FORMAT_ENCODING": Private(f"{_DCP}.metadata:_MEM_FORMAT_ENCODING", _RECORD),
     # ---- autograd
     "current_graph_task_id": Private("torch:_C._current_graph_task_id", "whether a backward pass is at work", None),
+    "functorch_config": Private("torch._functorch.config", "the memory that a compiled block keeps"),
     # ---- modules
     "apply_to_tensors": Private("torch.nn:Module._apply", "memory for a model that was built on meta", "fn"),
 }
@@ -205,9 +208,15 @@ def in_backward() -> bool:
     return bool(NAMES["current_graph_task_id"].find()() != -1)
 
 
+def within_memory_budget(function: Callable[..., Any], budget: float) -> Callable[..., Any]:
+    """Return a compiled `function` whose graphs keep the share `budget` of their activations and recompute others."""
+    patched: Callable[..., Any] = NAMES["functorch_config"].find().patch(activation_memory_budget=budget)(function)
+    return patched
+
+
 def packet_of(operator: Any) -> Any:
     """Return the operator without its overload, from what a dispatch mode is given."""
-    return operator._overloadpacket
+    return getattr(operator, "_overloadpacket", operator)  # operators of higher order have no overloads
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

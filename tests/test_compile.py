@@ -18,6 +18,7 @@ from tests.test_train import recipe_for, world  # noqa: F401
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one rank": ("gemma3_text", "1", {}),
     "fully sharded, recomputed": ("llama", "dp_shard2", {"train": {"activation_checkpointing": "full"}}),
+    "fully sharded, partly recomputed": ("llama", "dp_shard2", {"train": {"activation_checkpointing": "selective"}}),
     "sequence parallel": ("llama", "tp2", {}),
     "tensor parallel": ("qwen3", "tp2", {"tp": {"sequence_parallel": False}}),
     "ring": ("qwen3", "cp2", {"cp": {"kind": "ring"}}),

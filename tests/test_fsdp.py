@@ -186,7 +186,7 @@ def mixed_reference(
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+            group["lr"] = learning_rate(recipe, step, peak=recipe.optim.lr)
         optimizer.step()
         optimizer.zero_grad()
         results.append((total, norm.item()))

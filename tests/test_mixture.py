@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ndtrain.data.mixture import PERIOD, Mixture
+from ndtrain.recipe.rules import LEAST_SHARE
 
 WEIGHTS = [(1.0,), (0.7, 0.2, 0.1), (1.0,) * 10, (0.99, 0.005, 0.005)]
 
@@ -41,3 +42,8 @@ def test_the_order_is_a_function_of_the_cursor(weights: tuple[float, ...]) -> No
 def test_a_rare_source_has_its_turn() -> None:
     source, _ = Mixture([1.0, 1e-9]).sources(0, PERIOD)
     assert (source == 1).sum() == 1
+
+
+def test_the_least_share_that_a_recipe_may_ask_for_is_kept() -> None:
+    counts = Mixture([1 - 1.001 * LEAST_SHARE, 1.001 * LEAST_SHARE]).counts
+    assert counts.tolist() == [PERIOD - 1, 1] and 2 * PERIOD * LEAST_SHARE == 1

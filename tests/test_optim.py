@@ -26,7 +26,7 @@ def rates(tmp_path: Path, steps: int, **schedule: Any) -> list[float]:
         optim={"lr": 1.0},
         schedule={"min_lr_ratio": 0.0, "warmup_steps": 0, **schedule},
     )
-    return [learning_rate(load_recipe(recipe), step) for step in range(steps)]
+    return [learning_rate(load_recipe(recipe), step, peak=load_recipe(recipe).optim.lr) for step in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def decayed_sizes(path: str) -> dict[str, dict[str, int]]:
     for value in ("false", "true"):
         trainer = trainer_of(path, [f"optim.decay_norms={value}"])
         trainer.engine.cut()
-        for group in build_optimizer(trainer.engine.model, trainer.recipe).param_groups:
+        for group in build_optimizer(trainer.engine.model, trainer.recipe, {}).param_groups:
             decay, dims = str(group["weight_decay"]), min(param.dim() for param in group["params"])
             found.setdefault(value, {}).setdefault(decay, dims)
             found[value][decay] = min(dims, found[value][decay])

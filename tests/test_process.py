@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ndtrain.runs import process
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What a process on a machine with CUDA asks of torch, in a launch of one rank outside torchrun."""
     made: list[tuple[str, Any]] = []
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what a start sets goes no further
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(("set_device", device)))
@@ -31,6 +33,20 @@ def test_the_process_group_knows_its_device_and_is_destroyed_in_good_order(calls
     with process.start() as runtime:
         assert runtime.device == device
     assert calls == [("set_device", device), ("init", device), ("destroy", None)]
+
+
+def test_torch_is_set_up_for_cuda_where_the_environment_says_nothing(
+    calls: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with process.start():
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+        assert os.environ["TORCH_NCCL_HIGH_PRIORITY"] == "1"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("TORCH_NCCL_HIGH_PRIORITY", "0")
+    with process.start():
+        assert "PYTORCH_ALLOC_CONF" not in os.environ
+        assert os.environ["TORCH_NCCL_HIGH_PRIORITY"] == "0"
 
 
 def test_after_an_error_nccl_is_aborted_rather_than_waited_for(calls: list[tuple[str, Any]]) -> None:

@@ -277,7 +277,6 @@ LATER = [
     ("fsdp", "reduce_dtype = 'float16'"),
     ("model", "experts = 'grouped_mm'"),
     ("model", "dtype = 'bfloat16'"),
-    ("train", "activation_checkpointing = 'selective'"),
 ]
 
 

@@ -232,6 +232,7 @@ BAD: dict[str, tuple[dict[int, dict[str, Any]], str]] = {
     "two templates": ({2: {"copy": 1, "chat_template": "llama3"}}, r"data\.sources\[1\] and data\.sources\[2\] are"),
     "two of one name": ({2: {"name": "chat"}}, r'data\.sources\[2\] has the name "chat", as another source has'),
     "no weight": ({2: {"weight": 0}}, r"data\.sources\[2\]\.weight = 0 must be a number above 0"),
+    "next to no weight": ({2: {"weight": 1e-9}}, r"data\.sources\[2\]\.weight = 1e-09 is .* fewer than one in 131,072"),
     "no path": ({2: {"path": None}}, r"data\.sources\[2\]\.path is required"),
     "its own length": ({2: {"seq_len": 8}}, r'data\.sources\[2\] has no key "seq_len"; it belongs to \[data\]'),
 }

@@ -13,11 +13,12 @@ from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.corpus import Corpus, Part
 from ndtrain.data.samples import Samples, open_samples
 from ndtrain.data.windows import FilePlan, WindowOrder, Windows
-from ndtrain.errors import RecipeError
+from ndtrain.errors import DamagedError, RecipeError
 from ndtrain.recipe import load_recipe
 from ndtrain.recipe.data import window_bytes
 from ndtrain.train.preview import open_preview
 from tests import tiny
+from tests.chat.tokenizers import inner_of
 from tests.ranks import RanksFailed, get_pool
 from tests.test_train import trained
 
@@ -100,6 +101,37 @@ def test_the_order_is_the_same_for_all_ranks_and_from_every_cursor(shuffle: bool
     assert opened == [f"open {number}" for number in range(len(opened))]
     at = {line: place for place, line in enumerate(log)}
     assert all(at[f"drop {number}"] < at[f"open {number + 3}"] for number in range(len(opened) - 3)), "few at a time"
+
+
+@pytest.mark.parametrize("first", range(8))
+def test_windows_have_a_whole_epoch_from_the_first_that_begins_in_them_to_its_end(first: int) -> None:
+    plan = FilePlan(SIZES, window=64, seed=1, shuffle=True)
+    for last in range(first, first + 20):
+        seen = [plan.place(number)[0] for number in range(first, last + 1)]
+        full = [
+            number for number in range(3) if seen.count(number) == sum(plan.place(n)[0] == number for n in range(40))
+        ]
+        assert plan.has_all(first, last) == bool(full)
+
+
+def test_windows_without_rows_are_passed_over() -> None:
+    def windows(without: set[int], **more: int) -> Windows:
+        made = windows_of([], **more)
+        open_ = made._open
+        made._open = lambda number: None if number in without else open_(number)
+        return made
+
+    without = {0, 3, 4}
+    one = windows(without)
+    batches = [rows_of(one, step * 8, 8, 1) for step in range(60)]
+    own = windows(without)
+    own.reach(0, 480)
+    for step in range(1, 60):
+        number, first = own.at(step * 8)
+        assert (
+            number not in without
+            and rows_of(windows(without, number=number, first=first), step * 8, 8, 2) == batches[step]
+        )
 
 
 @pytest.mark.parametrize(
@@ -194,6 +226,63 @@ def test_a_bad_row_in_a_later_window_ends_the_run_with_its_line(tmp_path: Path) 
     assert "rank 1:" in str(failed.value)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert 0 < len(lines) < 12, "steps before were made and logged"
+
+
+def test_a_window_without_rows_is_left_out_and_data_without_any_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    data = tmp_path / "data"
+    (data / "blank.jsonl").write_text(json.dumps({"text": ""}) + "\n" * 3000)
+    alone = run(recipe)
+    moved = [f"run.dir={tmp_path}/moved", "train.micro_batch_size=2", "mesh.dp_shard=2"]
+    assert run(recipe, 2, *moved)["ids"] == alone["ids"]
+    assert len({id >> 40 for batch in alone["ids"] for id in batch}) > 3
+    for number in range(8):
+        (data / f"{number}.jsonl").unlink()
+    (data / "blank2.jsonl").write_text(json.dumps({"text": ""}) + "\n" * 3000)
+    with pytest.raises(RanksFailed, match=r"NoRowsError: data\.path: .*blank2?\.jsonl has no text"):
+        run(recipe, 2, f"run.dir={tmp_path}/none", *moved[1:])
+
+
+def test_a_file_that_is_no_longer_what_was_planned_ends_the_run(tmp_path: Path) -> None:
+    found = get_pool(1).run(with_a_file_grown, str(recipe_of(tmp_path)), timeout=200)[0]
+    assert "bytes, and had" in found and "restore it" in found
+
+
+def with_a_file_grown(path: str) -> str:
+    """The error of a run, one of whose files grows before its window."""
+    from ndtrain.train import windows
+    from tests import proofs
+    from tests.trainers import trainer_of
+
+    ahead = windows._Ahead._run
+    windows._Ahead._run = lambda self, work: None  # type: ignore[method-assign]  # nothing is prepared ahead
+    try:
+        trainer: Any = trainer_of(path, [])
+        with proofs.remembered():
+            trainer.prepare()
+        plan = trainer.batches.samples.plan
+        with (Path(path).parent / "data" / f"{plan.files(1)[0]}.jsonl").open("a") as grown:
+            grown.write(json.dumps({"text": "later"}) + "\n")
+        with pytest.raises(DamagedError) as failed:
+            trainer.train()
+        windows.close_data(trainer.batches)
+    finally:
+        windows._Ahead._run = ahead  # type: ignore[method-assign]
+    return str(failed.value)
+
+
+def test_a_name_of_a_field_that_no_row_of_a_window_has_is_noted(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    for file in (tmp_path / "data").iterdir():
+        file.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    overrides = ["data.columns={tools='x'}", f"data.tokenizer={saved_tokenizer(tmp_path)}", "data.chat_template=chatml"]
+    notes = open_preview(load_recipe(recipe, overrides)).notes
+    assert 'window 0: note: data.columns.tools = "x": no row of these files has such a field' in notes
+
+
+def saved_tokenizer(folder: Path) -> Path:
+    inner_of("qwen").save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
 
 
 def test_a_preview_shows_the_first_window_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
@@ -36,14 +36,17 @@ def plan_report(
     if not shown:
         raise RecipeError(f"--layer {layer} matches no parameter; one parameter is {plan.params[0].fqn}")
     sizes = plan.sizes
-    largest = 0  # see Plan.imbalance
+    largest, frozen = 0, frozenset(plan.frozen)  # see Plan.imbalance
 
     def held(numels: dict[str, int]) -> dict[str, int]:
-        numel, hosted = sum(numels.values()), sum(n for fqn, n in numels.items() if fqn in plan.on_host)
-        parts = {kind: each * numel for kind, each in BYTES.items()}
-        staging = (BYTES["parameters"] + BYTES["optimizer"]) * numel if recipe.checkpoint.async_ else 0
-        each = sum(BYTES.values())
-        return {**parts, "total": each * numel, "in_host_memory": each * hosted, "staging": staging}
+        def bytes_of(fqns: Iterable[str]) -> dict[str, int]:
+            whole = sum(numels[fqn] for fqn in fqns)
+            trained = whole - sum(numels[fqn] for fqn in frozen.intersection(fqns))
+            return {kind: each * (whole if kind == "parameters" else trained) for kind, each in BYTES.items()}
+
+        parts, hosted = bytes_of(numels), sum(bytes_of(plan.on_host & numels.keys()).values())
+        staging = parts["parameters"] + parts["optimizer"] if recipe.checkpoint.async_ else 0
+        return {**parts, "total": sum(parts.values()), "in_host_memory": hosted, "staging": staging}
 
     def of_rank(number: int) -> dict[str, int]:
         return held({p.fqn: p.local_numel(sizes, number) for p in plan.params})
@@ -55,6 +58,7 @@ def plan_report(
         "coordinate": sizes.coordinate(rank),
         "groups": [_group_report(sizes, axis, rank, ranks_per_node) for axis in sizes.axes],
         "parameters": plan.numel,
+        "trained": plan.numel - sum(p.numel for p in plan.params if p.fqn in frozen),
         "tp_coverage": plan.tp_coverage,
         "loss_in_head": plan.head is not None,
         "transforms": [transform.name for transform in transforms_of(plan, recipe)],

@@ -26,7 +26,7 @@ from ndtrain.data.files import stamp_of
 from ndtrain.data.formats import name_kind, reading
 from ndtrain.data.groups import groups_of
 from ndtrain.data.preparation import FORMAT_VERSION, Group, prepare
-from ndtrain.data.row import Encoder
+from ndtrain.data.row import Encoder, NoRowsError
 from ndtrain.data.workers import Workers
 from ndtrain.errors import MENDABLE, DamagedError, NdtrainError, RecipeError, counted
 from ndtrain.storage.paths import is_local
@@ -109,8 +109,9 @@ def build_cache(
 
     `contents` is what `contents_of` returns for them, if that is known. Documents of fewer than two tokens are skipped.
     A few documents at a time are in memory. Ranks and runs may race. `progress(done, total)` is called after each
-    document with bytes of the input. Raises `RecipeError` or `NdtrainError` if the cache cannot be written,
-    `DamagedError` for a file that cannot be read or changes meanwhile, or a cache that is truncated or altered.
+    document with bytes of the input. Raises `NoRowsError` if no document is left, `RecipeError` or `NdtrainError` if
+    the cache cannot be written, `DamagedError` for a file that cannot be read or changes meanwhile, or a cache that is
+    truncated or altered.
     """
     contents = contents or contents_of(files, encoder, cache_dir=cache_dir)
     total, before, parts = sum(contents.sizes), 0, []
@@ -136,7 +137,7 @@ def build_cache(
     if not corpus.n_docs:
         count = f"{files[0]} has" if len(files) == 1 else f"the {len(files)} files, the first is {files[0]}, have"
         nothing = "no text" if encoder.shape == "text" else "no row to train on"
-        raise RecipeError(f"data.path: {count} {nothing}{_skipped(corpus)}")
+        raise NoRowsError(f"data.path: {count} {nothing}{_skipped(corpus)}")
     return corpus
 
 

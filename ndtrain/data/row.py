@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ndtrain.errors import NdtrainError
+from ndtrain.errors import NdtrainError, RecipeError
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -52,6 +52,10 @@ class RowError(NdtrainError):
 
 class SkippedRow(RowError):
     """A row that the recipe says to leave out, whatever is done with rows that cannot be used."""
+
+
+class NoRowsError(RecipeError):
+    """The files have no row to train on."""
 
 
 class Encoder(Protocol):

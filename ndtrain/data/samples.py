@@ -12,7 +12,7 @@ import numpy as np
 from ndtrain.data.cache import not_written
 from ndtrain.data.corpus import Corpus
 from ndtrain.data.index import VERSION, RowIndex, build_index, open_index
-from ndtrain.data.row import IntArray
+from ndtrain.data.row import IntArray, NoRowsError
 from ndtrain.errors import RecipeError
 
 IGNORE = -100
@@ -174,8 +174,8 @@ def open_samples(
     """Return the rows of `seq_len` tokens; what has to be computed for them is stored in `folder` for later starts.
 
     `too_long` says what becomes of documents of more than `seq_len` tokens where documents are whole: "cut" into
-    pieces of that length, "drop", or `RecipeError`, which is also raised if no row is left. `advance` is called as the
-    computation proceeds. Raises `RecipeError` or `NdtrainError` if it cannot be stored, `DamagedError` if what is
+    pieces of that length, "drop", or `RecipeError`; `NoRowsError` is raised if no row is left. `advance` is called as
+    the computation proceeds. Raises `RecipeError` or `NdtrainError` if it cannot be stored, `DamagedError` if what is
     stored is not whole.
     """
     if packing is True or packing == "concat":
@@ -197,7 +197,7 @@ def open_samples(
             '"cut" or "drop"'
         )
     if not len(index):
-        raise RecipeError(
+        raise NoRowsError(
             f'data.too_long = "drop" leaves no document: all {index.too_long:,} have more than data.seq_len = '
             f'{seq_len} tokens; raise it, or set data.too_long = "cut"'
         )

@@ -15,6 +15,7 @@ import numpy as np
 from ndtrain.data.order import permuted
 from ndtrain.data.row import IntArray
 from ndtrain.data.samples import Sample, Samples
+from ndtrain.errors import counted
 
 # A sample's id is its place in its window, and the window's number in the bits above.
 _PLACE_BITS = 40
@@ -61,6 +62,11 @@ class FilePlan:
         epoch, own = self.place(number)
         return self._epoch(epoch)[own]
 
+    def has_all(self, first: int, last: int) -> bool:
+        """Return whether the windows from `first` to `last` have the files of a whole epoch."""
+        epoch, own = self.place(first)
+        return self.place(last + 1)[0] > epoch + (own > 0)
+
     def share(self, number: int) -> tuple[float, float]:
         """Return how many epochs, by bytes, have passed where a window begins, and where it ends."""
         epoch, own = self.place(number)
@@ -70,8 +76,8 @@ class FilePlan:
 
 
 class Windows:
-    """The samples of all windows, and their order. `open_` returns the samples of a window, `drop` forgets them, and
-    `close` forgets all.
+    """The samples of all windows, and their order. `open_` returns the samples of a window, None if it has none,
+    `drop` forgets them, and `close` forgets all.
 
     The stream begins, for this process, with window `number`, whose first sample is at the cursor `first`. `reach` must
     have opened the windows that are asked for; it is called on every rank alike, and is the only one to open any.
@@ -80,7 +86,7 @@ class Windows:
     def __init__(
         self,
         plan: FilePlan,
-        open_: Callable[[int], Samples],
+        open_: Callable[[int], Samples | None],
         drop: Callable[[int], None],
         close: Callable[[], None],
         *,
@@ -102,8 +108,10 @@ class Windows:
             self._drop(number)
         while self._firsts[-1] < until:
             number = self._number + len(self._firsts) - 1
-            samples = self._opened[number] = self._open(number)
-            self._firsts.append(self._firsts[-1] + len(samples))
+            samples = self._open(number)
+            if samples is not None:
+                self._opened[number] = samples
+            self._firsts.append(self._firsts[-1] + (0 if samples is None else len(samples)))
 
     def misses(self, until: int) -> bool:
         """Return whether `reach` has a window to open."""
@@ -117,7 +125,7 @@ class Windows:
         return self._number + index, self._firsts[index]
 
     def size(self, number: int) -> int:
-        """Return the samples of a window, 0 if it was not opened."""
+        """Return how many samples a window has, 0 if it was not opened."""
         index = number - self._number
         return self._firsts[index + 1] - self._firsts[index] if index + 1 < len(self._firsts) else 0
 
@@ -155,7 +163,8 @@ class Windows:
 
     def describe(self) -> str:
         """Return what is known of the windows before they are prepared."""
-        return f"data.window: {self.plan.count():,} windows an epoch, of at most {self.plan.window:,} bytes or one file"
+        count = counted(self.plan.count(), "window")
+        return f"data.window: {count} an epoch, of at most {self.plan.window:,} bytes or one file"
 
 
 class WindowOrder:

@@ -65,7 +65,7 @@ class Engine:
         """Make the optimizer and put the loss around the model."""
         # To walk through all modules in each step takes the host as long as a few layers.
         self._parameters = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.model, self.recipe)
+        self.optimizer = build_optimizer(self.model, self.recipe, self.plan.groups)
         # A model cannot see from a part of a sequence which positions its tokens have.
         self.loss_model = LossModel(
             self.model,
@@ -180,13 +180,12 @@ class Engine:
         return clip_grad_norm(self._parameters.values(), self.recipe.optim.max_grad_norm)
 
     def update(self, step: int, *, skip: torch.Tensor) -> float:
-        """Update the parameters for `step` (from 0), drop the gradients, and return the learning rate.
+        """Update the parameters for `step` (from 0), drop the gradients, and return `optim.lr` as of this step.
 
         Where `skip`, a float32 scalar on the device, is 1 and not 0, no parameter and no state changes.
         """
-        lr = learning_rate(self.recipe, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(self.recipe, step, peak=group["peak_lr"])
         if OPTIMIZERS[self.recipe.optim.name].heeds_found_inf:
             # A kernel on the host reads it at once, so it has to be there.
             self.optimizer.found_inf = skip.cpu() if self.plan.on_host else skip  # type: ignore[attr-defined]
@@ -194,7 +193,7 @@ class Engine:
         elif not skip.item():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return lr
+        return learning_rate(self.recipe, step, peak=self.recipe.optim.lr)
 
     def _sequences(self, batch: Batch) -> Sequences | None:
         """Return what a router's auxiliary loss needs of the micro batch; None where there is no such loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ndtrain.hf.routers import expert_count
 from ndtrain.plan import Plan
 
 
@@ -41,12 +42,6 @@ def _attention_width(config: object) -> float:
         return heads * (key + (getattr(config, "v_head_dim", None) or key)) / 2
     width = getattr(config, "head_dim", None)
     return float(heads * width if isinstance(width, int) else (getattr(config, "hidden_size", 0) if heads else 0))
-
-
-def expert_count(config: object) -> int:
-    """Return the number of experts in a layer by the config; 0 where it has none or does not say."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return next((n for name in names if (n := getattr(config, name, None))), 0)
 
 
 def _active_experts(config: object) -> float:

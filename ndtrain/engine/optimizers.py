@@ -91,19 +91,28 @@ OPTIMIZERS: dict[str, Kind] = {
 }
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer, with one parameter group per device mesh, device and weight decay.
+def build_optimizer(model: nn.Module, recipe: Recipe, groups: Mapping[str, int]) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer; `groups` maps FQNs of parameters to their group among `[[optim.groups]]`.
 
-    A fused or foreach kernel cannot mix DTensors of two meshes.
+    It has one parameter group per device mesh, device, weight decay and peak learning rate ("peak_lr"). A fused or
+    foreach kernel cannot mix DTensors of two meshes.
     """
-    groups: dict[tuple[DeviceMesh, torch.device, float], list[nn.Parameter]] = {}
-    exempt = set() if recipe.optim.decay_norms else without_decay(model)
+    alike: dict[tuple[DeviceMesh, torch.device, float, float], list[nn.Parameter]] = {}
+    section = recipe.optim
+    exempt = set() if section.decay_norms else without_decay(model)
     for fqn, param in _trainable(model):
         assert isinstance(param, DTensor)
-        decay = 0.0 if fqn in exempt else recipe.optim.weight_decay
-        groups.setdefault((param.device_mesh, local_part(param).device, decay), []).append(param)
-    return OPTIMIZERS[recipe.optim.name].build(
-        [{"params": params, "weight_decay": decay} for (_, _, decay), params in groups.items()], recipe
+        peak, decay = section.lr, 0.0 if fqn in exempt else section.weight_decay
+        if fqn in groups:
+            own = section.groups[groups[fqn]]
+            peak, decay = peak if own.lr is None else own.lr, decay if own.weight_decay is None else own.weight_decay
+        alike.setdefault((param.device_mesh, local_part(param).device, decay, peak), []).append(param)
+    return OPTIMIZERS[section.name].build(
+        [
+            {"params": params, "weight_decay": decay, "lr": peak, "peak_lr": peak}
+            for (_, _, decay, peak), params in alike.items()
+        ],
+        recipe,
     )
 
 

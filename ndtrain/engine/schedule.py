@@ -7,14 +7,14 @@ import math
 from ndtrain.recipe import Recipe
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Return the learning rate of `step`, counted from 0.
+def learning_rate(recipe: Recipe, step: int, *, peak: float) -> float:
+    """Return the learning rate of `step`, counted from 0, where `peak` is the highest.
 
-    Warm-up rises linearly and reaches `optim.lr` at step `warmup_steps - 1`; cosine and linear then fall to
-    `min_lr_ratio * lr` at `train.steps`; wsd (warmup, stable, decay: arXiv:2404.06395) is constant, then falls
+    Warm-up rises linearly and reaches `peak` at step `warmup_steps - 1`; cosine and linear then fall to
+    `min_lr_ratio * peak` at `train.steps`; wsd (warmup, stable, decay: arXiv:2404.06395) is constant, then falls
     linearly over the last `decay_steps`.
     """
-    section, steps, lr = recipe.schedule, recipe.train.steps, recipe.optim.lr
+    section, steps, lr = recipe.schedule, recipe.train.steps, peak
     warmup = section.warmup_steps
     if steps is None or warmup is None:
         raise ValueError("the number of steps is not known yet: see Recipe.with_steps")

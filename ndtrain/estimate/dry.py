@@ -25,7 +25,7 @@ from ndtrain.hf.compat import dispatch_wrapped, documents_found_by, find_packed_
 from ndtrain.hf.model import tie
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.mesh import Meshes
-from ndtrain.parallel import fused
+from ndtrain.parallel import fused, recompute
 from ndtrain.parallel.cp import kernels
 from ndtrain.parallel.cp.visible import CAUSAL, Visible
 from ndtrain.plan import Plan
@@ -218,7 +218,23 @@ def watched(recorder: Recorder) -> Iterator[None]:
         with recorder.making(record.LOGITS):
             return forward(*args)
 
+    to_host, from_host = recompute.to_host, recompute.from_host
+
+    def sent(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        with recorder.paused(), recorder.making(record.HOST):
+            device, kept = to_host(tensor)
+            recorder.copied_to_host([kept])
+        return device, kept
+
+    def returned(kept: tuple[torch.device, Tensor]) -> Tensor:
+        with recorder.paused():
+            tensor = from_host(kept)
+            recorder.copied_to_device([tensor])
+        return tensor
+
     with (
+        mock.patch.object(recompute, "to_host", sent),
+        mock.patch.object(recompute, "from_host", returned),
         fsdp_stages_wrapped(during),
         shape_propagation_wrapped(unseen),
         mock.patch.object(head.ChunkedLinear, "forward", staticmethod(in_head)),

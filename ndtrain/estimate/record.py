@@ -236,6 +236,12 @@ class Recorder(TorchDispatchMode):
         self.record.host[TO_HOST] += self.times * sum(_bytes(local_part(tensor)) for tensor in tensors)
         self.label(tensors, HOST)
 
+    def copied_to_device(self, tensors: Iterable[Tensor]) -> None:
+        """Count copies from host memory that overlap with computation."""
+        for tensor in tensors:
+            self.record.host[TO_DEVICE] += self.times * _bytes(tensor)
+            self._see(tensor.untyped_storage())
+
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
         """Count what is allocated inside as `kind`."""

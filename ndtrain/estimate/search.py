@@ -9,12 +9,13 @@ from typing import Any
 
 from ndtrain.accelerators import Device
 from ndtrain.data.batches import micro_batches
-from ndtrain.engine.flops import expert_count, flops_per_token
+from ndtrain.engine.flops import flops_per_token
 from ndtrain.errors import NdtrainError, PlanError, first_line
 from ndtrain.estimate.record import Collective
 from ndtrain.estimate.roofline import OVERLAPPED, RESERVED, Times, host_link, seconds
 from ndtrain.estimate.step import StepEstimate, estimate_step
 from ndtrain.hf.model import meta_model
+from ndtrain.hf.routers import expert_count
 from ndtrain.mesh import AXES
 from ndtrain.plan import make_plan
 from ndtrain.recipe import Recipe
@@ -147,9 +148,11 @@ def fixes(
     More ranks are tried only if all others are costly.
     """
     sizes, train = step.plan.sizes, recipe.train
-    single: list[Change] = (
-        [{"train.activation_checkpointing": "full"}] if train.activation_checkpointing != "full" else []
-    )
+    single: list[Change] = [
+        {"train.activation_checkpointing": kind}
+        for kind in ("selective", "full")
+        if train.activation_checkpointing not in (kind, "full", "offload")
+    ]
     rows, _ = micro_batches(train.global_batch_size, sizes.batch, train.micro_batch_size)
     single += [{"train.micro_batch_size": n} for n in sorted({rows // 2, 1}) if 0 < n < rows]
     single += [{"fsdp.reshard_after_forward": True}] if not recipe.fsdp.reshard_after_forward else []
@@ -193,7 +196,7 @@ def _candidates(recipe: Recipe, world_size: int, ranks_per_node: int, experts: i
         micro = [n for n in (1, 2, 4, 8) if n <= rows]
         if sizes[3] > 1 and not recipe.tp.sequence_parallel:
             mesh["tp.sequence_parallel"] = True  # less memory and computation on a tp rank for the same communication
-        for number, recompute, reshard in product(micro, ("none", "full"), (True, False)):
+        for number, recompute, reshard in product(micro, ("none", "selective", "full"), (True, False)):
             yield mesh | {
                 "train.micro_batch_size": number,
                 "train.activation_checkpointing": recompute,
@@ -239,7 +242,8 @@ class _Count:
         self.itemsize = 2 if recipe.fsdp.param_dtype != "float32" else 4
         # Elements that a layer keeps of each token for its backward pass: the inputs of its products and norms.
         shapes = [p.shape for p in plan.params if len(p.shape) == 2 and p.unit.startswith(plan.blocks[:1] or "?")]
-        self.kept = 6 * self.hidden + 2 * sum(s[0] for s in shapes)
+        products = sum(s[0] for s in shapes)
+        self.kept = {"none": 6 * self.hidden + 2 * products, "selective": self.hidden + products, "full": self.hidden}
 
     def bytes(self, change: Change, world_size: int) -> float:
         replicas, _, cp, tp, _ = (change[f"mesh.{axis}"] for axis in _AXES)
@@ -247,7 +251,7 @@ class _Count:
         states = 16 * (self.numel - self.hosted) * replicas / world_size
         layer = self.numel / self.layers / tp
         whole = self.itemsize * (self.numel / tp if not change["fsdp.reshard_after_forward"] else 2 * layer)
-        each = self.hidden if change["train.activation_checkpointing"] == "full" else self.kept
+        each = self.kept[change["train.activation_checkpointing"]]
         kept = self.itemsize * tokens * each * self.layers / tp
         head = 6 * self.hidden * self.vocabulary / tp
         return states + whole + kept + head
@@ -257,9 +261,12 @@ class _Count:
         recipe, device, fsdp = self.recipe, self.device, shard * cp
         rows, steps = micro_batches(recipe.train.global_batch_size, replicas * shard, change["train.micro_batch_size"])
         tokens = rows * recipe.data.seq_len / cp
-        again = 4 / 3 if change["train.activation_checkpointing"] == "full" else 1
+        recompute = change["train.activation_checkpointing"]
+        again = 4 / 3 if recompute == "full" else 1
         compute = steps * tokens * self.flops * again / tp / device.peak(recipe.fsdp.param_dtype)
-        compute += steps * tokens * self.kept * self.layers * 6 * self.itemsize * again / tp / device.bandwidth
+        again = 4 / 3 if recompute != "none" else 1
+        moved = steps * tokens * self.kept["none"] * self.layers * 6 * self.itemsize
+        compute += moved * again / tp / device.bandwidth
         weights = (self.numel - self.in_experts * (1 - 1 / ep if ep > 1 else 0)) / (tp if ep == 1 else 1)
         gathers = (2 if change["fsdp.reshard_after_forward"] else 1) * self.itemsize + 4
         sent = {"fsdp": steps * self._over(weights * gathers, fsdp, tp)}

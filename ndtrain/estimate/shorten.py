@@ -74,7 +74,9 @@ def _stem(plan: Plan) -> tuple[str | None, int]:
 
 
 def _kinds(model: PreTrainedModel, plan: Plan) -> list[object]:
-    """Return a value for each block, equal for blocks with the same modules, parameters, placements and config."""
+    """Return a value for each block, equal for blocks with the same modules, parameters, placements, config and fate:
+    to be recomputed or not.
+    """
     config = model.config.get_text_config()
     total = len(plan.blocks)
     by_layer = [value for _, value in sorted(config.to_dict().items()) if isinstance(value, list | tuple)]
@@ -84,8 +86,9 @@ def _kinds(model: PreTrainedModel, plan: Plan) -> list[object]:
         block = innermost(param.fqn, params)
         if block is not None:
             params[block].append((param.fqn.removeprefix(block), param.shape, param.style, param.placements))
+    every = plan.recomputation.every if plan.recomputation is not None else 1
     kinds: list[object] = []
     for i, name in enumerate(plan.blocks):
         modules = [type(module) for module in model.get_submodule(name).modules()]
-        kinds.append((modules, params[name], [value[i] for value in by_layer]))
+        kinds.append((modules, params[name], [value[i] for value in by_layer], i % every == 0))
     return kinds

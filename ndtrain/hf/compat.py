@@ -212,6 +212,13 @@ def expanded_plan(model: PreTrainedModel, plan: dict[str, str]) -> dict[str, str
     return model._expand_parallel_plan(plan)  # type: ignore[no-any-return,operator]
 
 
+def wrap_checkpoints(model: PreTrainedModel, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the function by which a module recomputes its activations with `wrap` of it, in all that have one."""
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = wrap(module._gradient_checkpointing_func)  # type: ignore[arg-type,assignment]
+
+
 def initialize_own(model: PreTrainedModel, module: nn.Module) -> None:
     """Draw the weights of `module` itself as its model does."""
     model._init_weights(module)

@@ -36,6 +36,12 @@ class Sequences:
     rows: int
 
 
+def expert_count(config: object) -> int:
+    """Return the number of experts in a layer by the config; 0 where it has none or does not say."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((n for name in names if (n := getattr(config, name, None))), 0)
+
+
 def sequence_ids(labels: Tensor) -> Tensor:
     """Return `[B, S]` row numbers, -100 for padding, from (already shifted) labels `[B, S]`.
 

@@ -50,7 +50,14 @@ class Splits(NamedTuple):
     sequence: SequenceParallel | None
 
 
+def freeze(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
+    """Let the parameters that the plan says have no gradients, in place."""
+    for fqn in plan.frozen:
+        model.get_parameter(fqn).requires_grad_(False)
+
+
 TRANSFORMS = (
+    Transform("frozen parameters", lambda plan, recipe: bool(plan.frozen), freeze),
     # Its hooks must gather before the hooks of the layers inside see their inputs, so they are registered first.
     Transform(
         "sequence parallelism",
@@ -61,7 +68,7 @@ TRANSFORMS = (
     Transform("expert parallelism", lambda plan, recipe: bool(plan.ep_rules), apply_expert_parallelism),
     Transform(
         "recomputation",
-        lambda plan, recipe: recipe.train.activation_checkpointing == "full",
+        lambda plan, recipe: plan.recomputation is not None,
         apply_recomputation,
     ),
     Transform(

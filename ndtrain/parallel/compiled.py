@@ -17,6 +17,7 @@ from ndtrain.errors import RecipeError, first_line
 from ndtrain.parallel.cp import ContextParallel
 from ndtrain.plan import Plan
 from ndtrain.plan.names import is_within
+from ndtrain.torch_compat import within_memory_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,8 +38,13 @@ class Compiled(NamedTuple):
         return f"{line}; eager inside them or beside them: {', '.join(self.eager)}" if self.eager else line
 
 
-def compile_blocks(model: PreTrainedModel, plan: Plan, context: ContextParallel | None) -> Compiled:
-    """Compile the blocks of `model`, in place. Raises `RecipeError` where nothing can be compiled on this machine."""
+def compile_blocks(
+    model: PreTrainedModel, plan: Plan, context: ContextParallel | None, *, budget: float | None = None
+) -> Compiled:
+    """Compile the blocks of `model`, in place, to keep the share `budget` of their activations where it is given.
+
+    Raises `RecipeError` where nothing can be compiled on this machine.
+    """
     _check(next(model.parameters()).device)
     # A module whose hooks exchange or gather cannot be part of a graph, nor anything around it.
     opaque = {name for unit in plan.units for name in unit.modules if name not in plan.blocks}
@@ -54,7 +60,8 @@ def compile_blocks(model: PreTrainedModel, plan: Plan, context: ContextParallel 
         eager.append("attention")
     for name in names:
         module = model.get_submodule(name)
-        module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
+        compiled = torch.compile(module.forward, dynamic=False)
+        module.forward = compiled if budget is None else within_memory_budget(compiled, budget)  # type: ignore[method-assign]
     return Compiled(names, eager)
 
 

@@ -79,6 +79,7 @@ class SequenceParallel:
     def _after(self, region: Region) -> Any:
         def scatter(x: Tensor) -> Tensor:
             if self.enabled:
+                x = x[None] if x.ndim == 2 else x  # some experts give tokens `[B S, H]`
                 return ScatterRows.apply(x, self.group, region.row is not None)  # type: ignore[no-any-return]
             return Sum.apply(x, self.group, False) if region.row else x  # type: ignore[no-any-return]
 

@@ -28,12 +28,14 @@ class Around(NamedTuple):
     """What a style knows of its module: the ranks, and whether others gather its input or add up its output.
 
     With `given`, the gradients of the input are added up elsewhere; with `part`, the output is to be a part of a sum.
+    With `kept`, what a product gives is needed once more in the backward pass, and not to be changed.
     """
 
     group: dist.ProcessGroup
     config: Any
     given: bool = False
     part: bool = False
+    kept: bool = False
 
 
 def colwise(module: nn.Module, around: Around) -> Forward:
@@ -57,7 +59,7 @@ def rowwise(module: Any, around: Around) -> Forward:
     def sum_up(x: Tensor) -> Tensor:
         out = forward(x)
         if not around.part:
-            out = Sum.apply(out, group, True)
+            out = Sum.apply(out, group, not around.kept)
         if module.bias is not None:
             # One rank alone adds it to a sum.
             out = out + module.bias * first if around.part else out + module.bias

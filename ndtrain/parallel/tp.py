@@ -35,10 +35,11 @@ def apply_tensor_parallelism(model: PreTrainedModel, plan: Plan, meshes: Meshes)
     regions = [region for region in (plan.sequence.regions if plan.sequence else ()) if region.row]
     given = {name for region in (*regions, *plan.tp_shared) for name in region.columns}
     parts = {region.row for region in regions}
+    kept = plan.recomputation is not None and plan.recomputation.kind == "selective"
     for name, style in plan.tp_rules.items():
         if name in modules:
             module = cast(Any, modules[name])
-            module.forward = STYLES[style](module, Around(group, text, name in given, name in parts))
+            module.forward = STYLES[style](module, Around(group, text, name in given, name in parts, kept))
     cut = {p.fqn for p in plan.params if p.style in CUTTING}
     by_modules = _cut_by_modules(model, plan, meshes)
     for param in plan.params:

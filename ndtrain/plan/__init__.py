@@ -5,6 +5,6 @@ A pure function: from a meta model, `MeshSizes` and a recipe, `make_plan` return
 """
 
 from ndtrain.plan.make import make_plan
-from ndtrain.plan.types import EVEN, ParamPlan, Plan, Uneven, Unit
+from ndtrain.plan.types import EVEN, ParamPlan, Plan, Recomputation, Uneven, Unit
 
-__all__ = ["EVEN", "ParamPlan", "Plan", "Uneven", "Unit", "make_plan"]
+__all__ = ["EVEN", "ParamPlan", "Plan", "Recomputation", "Uneven", "Unit", "make_plan"]

@@ -11,13 +11,14 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ndtrain.errors import PlanError
 from ndtrain.hf.model import tied_keys
+from ndtrain.hf.routers import expert_count
 from ndtrain.layout import fsdp_over, local_shape
 from ndtrain.mesh import MeshSizes
-from ndtrain.plan import context, expert, manual, refuse, sequence, tensor
+from ndtrain.plan import context, expert, groups, manual, refuse, sequence, tensor
 from ndtrain.plan import units as fsdp
 from ndtrain.plan.names import innermost
-from ndtrain.plan.types import EVEN, ParamPlan, Plan
-from ndtrain.recipe import Recipe
+from ndtrain.plan.types import EVEN, ParamPlan, Plan, Recomputation
+from ndtrain.recipe import Recipe, Recompute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +101,11 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         biases = {f"{region.row}.bias" for region in regions if region.row}
         summed += tuple(fqn for fqn, _ in model.named_parameters() if fqn in biases)
     refuse.check_router(model, summed)
+    in_groups = groups.assign(model, recipe.optim.groups, tied)
+    not_trained = tuple(fqn for fqn, number in in_groups.items() if recipe.optim.groups[number].frozen)
+    if not_trained:
+        fewer = sum(param.numel for param in params if param.fqn in {*not_trained})
+        notes.append(f"optim.groups freezes {fewer / sum(param.numel for param in params):.1%} of the parameters")
     return Plan(
         model_type=model_type,
         sizes=sizes,
@@ -114,10 +120,21 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         tp_shared=sequence.shared_inputs(model, tp_rules, but={region.name for region in regions if region.row}),
         sequence=along_sequence,
         cp=cp,
+        groups=in_groups,
+        frozen=not_trained,
+        recomputation=_recomputation(recipe),
+        routes=bool(expert_count(model.config.get_text_config())),
         drops_by_rank=sizes.tp > 1 and bool(refuse.dropouts(model)),
         head=head,
         notes=tuple(notes),
     )
+
+
+def _recomputation(recipe: Recipe) -> Recomputation | None:
+    wanted = recipe.train.activation_checkpointing
+    if isinstance(wanted, Recompute):
+        return Recomputation("full", wanted.every) if wanted.every else None  # the compiler keeps a budget
+    return None if wanted == "none" else Recomputation(wanted)
 
 
 def _param_plan(

@@ -12,10 +12,11 @@ from torch import nn
 from ndtrain.errors import PlanError
 from ndtrain.hf import routers
 from ndtrain.hf.attention import uses_interface
+from ndtrain.hf.compat import GradientCheckpointingLayer
 from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions, varying_frequencies
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan.units import embeddings
-from ndtrain.recipe import Recipe
+from ndtrain.recipe import Recipe, Recompute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,8 +38,7 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
         raise PlanError(f"{what} takes no input_ids; ndtrain trains text models only")
     if recipe.data.packing and (reason := _no_packing(model, forward)):
         raise PlanError(f"{what}: {reason}, so packed documents would see each other; set data.packing = false")
-    if recipe.train.activation_checkpointing == "full" and not model.supports_gradient_checkpointing:
-        raise PlanError(f'{what} does not support recomputing its blocks; set train.activation_checkpointing = "none"')
+    _check_recomputation(model, recipe)
     if sizes.cp > 1:
         _check_cp(model, sizes)
     lengths = {"data.seq_len": recipe.data.seq_len}
@@ -54,6 +54,18 @@ def check(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> None:
             limit = counted - before
             padded = f" (padded to {length} for mesh.cp = {sizes.cp})" if length != own else ""
             raise PlanError(f"{key} = {own}{padded} exceeds the {limit} learned positions of {what}; shorten it")
+
+
+def _check_recomputation(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse recomputation that the classes of the model do not have."""
+    what, wanted = model.config.model_type, recipe.train.activation_checkpointing
+    if wanted == "none" or recipe.train.memory_budget is not None:
+        return  # what the compiler recomputes is its own
+    if not model.supports_gradient_checkpointing:
+        raise PlanError(f'{what} does not support recomputing its blocks; set train.activation_checkpointing = "none"')
+    one_by_one = any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    if isinstance(wanted, Recompute) and not one_by_one:
+        raise PlanError(f'{what} recomputes all its blocks or none; set train.activation_checkpointing = "full"')
 
 
 def _check_held_out(model: PreTrainedModel, length: int, trained: int) -> None:

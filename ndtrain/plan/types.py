@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch.distributed.tensor.placement_types import Placement, Replicate
@@ -99,6 +100,18 @@ class Uneven:
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """Which activations the backward pass computes again: those of one block in `every`.
+
+    "full": all of a block; "selective": all but the results of matrix products and attention; "offload": all of a
+    block, whose input waits in host memory.
+    """
+
+    kind: Literal["full", "selective", "offload"]
+    every: int = 1
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that `parallelize` does to a model, as data."""
 
@@ -115,6 +128,10 @@ class Plan:
     tp_shared: tuple[Region, ...]  # modules whose cut layers share an input, whose gradient is summed once for all
     sequence: SequencePlan | None
     cp: str | None  # "ulysses" or "ring" if cp > 1
+    groups: dict[str, int]  # FQN of a parameter -> its group among `[[optim.groups]]`, where it has one
+    frozen: tuple[str, ...]  # FQNs of the parameters that the recipe freezes
+    recomputation: Recomputation | None
+    routes: bool  # whether blocks choose among experts
     drops_by_rank: bool  # whether each tp rank draws its own numbers for attention dropout
     head: str | None
     notes: tuple[str, ...]

@@ -104,6 +104,11 @@ def _does_not_run(engine: Engine, error: Exception, low: bool) -> PlanError:
         return PlanError(
             f'{name} runs in float32, but not in {fsdp.param_dtype} ({reason}); set fsdp.param_dtype = "float32"{every}'
         )
+    if "has been mutated" in reason and (how := engine.plan.recomputation) is not None and how.kind == "selective":
+        return PlanError(
+            f"{name} changes results of matrix products in place, which train.activation_checkpointing = "
+            '"selective" keeps; set it to "full"'
+        )
     what = f"{name} does not run on {sizes.describe()}"
     if fsdp.mode == "manual":
         return PlanError(

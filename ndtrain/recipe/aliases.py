@@ -109,7 +109,7 @@ REFUSED: dict[str, str] = {
     "min_num_params": 'is not supported; set fsdp.mode = "manual" and name the modules to wrap in [fsdp.modules]',
     "mixed_precision_policy": "is not supported; set fsdp.param_dtype and fsdp.reduce_dtype",
     "ignored_modules": "is not supported; every parameter is sharded",
-    "activation_checkpointing_offload": 'is not supported; set train.activation_checkpointing = "full"',
+    "activation_checkpointing_offload": 'is not a key of [fsdp]; set train.activation_checkpointing = "offload"',
     "xla": "is not supported; ndtrain runs on CUDA and CPU",
 }
 

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from ndtrain.errors import RecipeError
 from ndtrain.recipe.aliases import ALIASES, canonical
-from ndtrain.recipe.data import SHARED, SourceSection
+from ndtrain.recipe.data import SHARED
 from ndtrain.recipe.paths import expand_paths
 from ndtrain.recipe.problems import Key, Problem, RulesBroken, dotted, index, is_index, show
 from ndtrain.recipe.resuming import NEVER
 from ndtrain.recipe.rules import contradictions, not_yet
 from ndtrain.recipe.schema import Recipe
-from ndtrain.recipe.sections import sections
+from ndtrain.recipe.sections import ENTRIES, sections
 from ndtrain.storage.urls import without_secrets
 
 MAX_PROBLEMS = 5
@@ -254,7 +254,7 @@ def _problems(error: ValidationError, document: dict[str, Any]) -> Iterator[Prob
 
 def _depth(place: Sequence[str | int]) -> int:
     """Return how many parts of pydantic's place name a key, or an entry of an array of tables."""
-    return 2 if place[1:2] != ("sources",) else 4
+    return 4 if place[1:2] and place[1] in ENTRIES else 2
 
 
 def _at(document: dict[str, Any], at: Sequence[str]) -> Any:
@@ -279,7 +279,8 @@ def _unknown(at: Key) -> str:
     aliases = {alias: name for (home, alias), name in ALIASES.items() if home == section}
     text = f"[{section}] has no key {show(key)}; "
     if len(at) > 2:
-        text, known, aliases = f"{dotted(at[:-1])} has no key {show(key)}; ", list(SourceSection.model_fields), {}
+        known, aliases = list(ENTRIES[at[1]].model_fields), {}
+        text = f"{dotted(at[:-1])} has no key {show(key)}; "
     if close := difflib.get_close_matches(key, [*known, *aliases], n=1):
         return text + f'did you mean "{aliases.get(close[0], close[0])}"?'
     if homes := [name for name, keys in keys_of.items() if key in keys or (name, key) in ALIASES]:
@@ -328,9 +329,10 @@ def _rule(at: Key) -> str:
 
 
 def _schema(at: Key) -> dict[str, Any]:
-    model = SourceSection if len(at) > 2 and is_index(at[2]) else sections()[at[0]]
+    of_entry = len(at) > 2 and is_index(at[2])
+    model = ENTRIES[at[1]] if of_entry else sections()[at[0]]
     properties: dict[str, dict[str, Any]] = model.model_json_schema(by_alias=True)["properties"]
-    return properties[at[3 if model is SourceSection else 1]]
+    return properties[at[3 if of_entry else 1]]
 
 
 def _words(schema: dict[str, Any]) -> str:
@@ -353,6 +355,9 @@ def _words(schema: dict[str, Any]) -> str:
             return f"an array, each entry {_words(schema['items'])}"
         case "array":
             return f"an array of {schema['minItems']}, each {_words(schema['prefixItems'][0])}"
+        case "object" if "properties" in schema:
+            each = (f"{{ {key} = {_words(value)} }}" for key, value in schema["properties"].items())
+            return " or ".join(each)
         case "object":
             values = schema.get("additionalProperties")
             return "a table of strings" if isinstance(values, dict) and values.get("type") == "string" else "a table"

@@ -7,8 +7,11 @@ from typing import Any
 
 from ndtrain.recipe.data import COLUMNS, OF_SOURCE, DataSection
 from ndtrain.recipe.problems import Key, Problem, dotted, index, show
-from ndtrain.recipe.schema import Recipe
+from ndtrain.recipe.schema import Recipe, TrainSection
 from ndtrain.recipe.sections import of_held_out, of_source
+
+# The least share of a source that a mixture can keep: it has whole numbers of samples in a period of 1 << 16.
+LEAST_SHARE = 2.0**-17
 
 # Key -> (the supported values, why the others are refused).
 NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
@@ -27,10 +30,6 @@ NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
     ("model", "dtype"): (
         ("float32",),
         "master parameters are always float32; set the compute dtype with fsdp.param_dtype",
-    ),
-    ("train", "activation_checkpointing"): (
-        ("none", "full"),
-        'ndtrain does not support selective activation checkpointing yet; use "full" or "none"',
     ),
 }
 
@@ -68,6 +67,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"data.tokenizer is required with model.type = {show(model.type)}, which has no tokenizer of its own; "
             'set it to a directory, a hub id or "bytes"',
         )
+    yield from _recomputation(train)
+    yield from _groups(recipe)
     yield from _rows("data", recipe)
     if train.micro_batch_size > train.global_batch_size:
         yield (
@@ -183,6 +184,13 @@ def _rows(section: str, recipe: Recipe) -> Iterator[Problem]:
                 at,
                 f"{dotted(at)} has the name {show(source.label)}, as another source has; set its name to another one",
             )
+        share = source.weight / sum(each.weight for each in data.sources)
+        if section == "data" and share < LEAST_SHARE:
+            yield (
+                (*at, "weight"),
+                f"{dotted((*at, 'weight'))} = {show(source.weight)} is {share:.1e} of the sequences, fewer than one in "
+                f"{1 / LEAST_SHARE:,.0f}; raise it, or leave the source out",
+            )
         if source.packing and not data.packing:
             yield (
                 (*at, "packing"),
@@ -266,6 +274,29 @@ def _packing(data: DataSection) -> Iterator[Problem]:
             f'data.too_long = {show(data.too_long)} does not apply to data.packing = "concat", which cuts documents '
             'wherever a row ends; set data.packing = "best_fit" or false, or leave it out',
         )
+
+
+def _recomputation(train: TrainSection) -> Iterator[Problem]:
+    """Yield a problem where activation_checkpointing does not go with compile."""
+    at, wanted = ("train", "activation_checkpointing"), train.activation_checkpointing
+    if train.memory_budget is not None and not train.compile:
+        yield (
+            at,
+            f"{dotted(at)} = {{ budget = {train.memory_budget:g} }} needs the compiler; set train.compile = true, or "
+            'choose "selective"',
+        )
+    if wanted == "offload" and train.compile:
+        yield at, f'{dotted(at)} = "offload" does not go with train.compile = true; choose "full", or leave compile out'
+
+
+def _groups(recipe: Recipe) -> Iterator[Problem]:
+    for number, group in enumerate(recipe.optim.groups):
+        at = ("optim", "groups", index(number))
+        own = [key for key in ("lr", "weight_decay") if getattr(group, key) is not None]
+        if group.frozen and own:
+            yield (*at, own[0]), f"{dotted((*at, own[0]))} says nothing of frozen parameters; leave it or frozen out"
+        if not group.frozen and not own:
+            yield at, f"{dotted(at)} changes nothing; give it lr, weight_decay or frozen = true"
 
 
 def _fsdp(recipe: Recipe) -> Iterator[Problem]:

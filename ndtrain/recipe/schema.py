@@ -3,11 +3,22 @@
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema, model_validator
 
 from ndtrain.recipe.base import Dtype, Section, Size, Text
 from ndtrain.recipe.data import OF_SOURCE, SHARED, DataSection, EvalSection, with_shared
 from ndtrain.recipe.mesh import CpSection, EpSection, FsdpSection, LoadSection, MeshSection, TpSection
+
+_RECOMPUTE = {
+    "type": "object",
+    "properties": {
+        "every": {"type": "integer", "minimum": 1},
+        "budget": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "additionalProperties": False,
+    "minProperties": 1,
+    "maxProperties": 1,
+}
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # TOML has arrays, not tuples; strict mode would refuse them.
@@ -47,6 +58,20 @@ class ModelSection(Section):
         return values
 
 
+class OptimGroup(Section):
+    """What differs for the parameters that `match` names."""
+
+    match: Annotated[list[Text], Field(min_length=1)] = Field(
+        description='FQN patterns of parameters or of modules ("*": any characters but a dot); the first group that '
+        "matches a parameter has it."
+    )
+    lr: Annotated[float, Field(ge=0)] | None = Field(None, description="Peak learning rate; default optim.lr.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Decoupled weight decay of all of them, norms and biases too; default as outside the group."
+    )
+    frozen: bool = Field(False, description="They keep their values, and have no gradient and no optimizer state.")
+
+
 class OptimSection(Section):
     """The optimizer."""
 
@@ -59,6 +84,9 @@ class OptimSection(Section):
         False, description="Decay norms, biases and all parameters of fewer than two dims too; embeddings always decay."
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    groups: list[OptimGroup] = Field(
+        [], description="[[optim.groups]]: parameters with a learning rate or decay of their own, or frozen."
+    )
 
 
 class ScheduleSection(Section):
@@ -77,6 +105,19 @@ class ScheduleSection(Section):
     )
 
 
+class Recompute(Section):
+    """Which activations are recomputed: those of one block in `every`, or as many as leave the share `budget`."""
+
+    every: Size | None = None
+    budget: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.every is None) == (self.budget is None):
+            raise ValueError("one of every and budget")
+        return self
+
+
 class TrainSection(Section):
     """The loop."""
 
@@ -89,8 +130,14 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
         0, description="Seed of the random weights and of the sample order."
     )
-    activation_checkpointing: Literal["none", "full", "selective"] = Field(
-        "none", description="Activations that are recomputed in the backward pass."
+    activation_checkpointing: (
+        Literal["none", "full", "selective", "offload"] | Annotated[Recompute, WithJsonSchema(_RECOMPUTE)]
+    ) = Field(
+        "none",
+        description='Activations that the backward pass recomputes: "full", all of a block; "selective", all but '
+        'results of matrix products and attention; "offload", all of a block, whose input waits in host memory; '
+        "{ every = n }, all of one block in n; { budget = x }, the cheapest, so that the share x of the memory is left "
+        "(needs compile).",
     )
     compile: bool = Field(False, description="torch.compile each block.")
     max_bad_steps: Size = Field(
@@ -98,6 +145,12 @@ class TrainSection(Section):
         description="A step whose loss or gradient is not finite is skipped; this many in a row end the run "
         "(1 = the first one does).",
     )
+
+    @property
+    def memory_budget(self) -> float | None:
+        """The share of a block's activations that the compiler keeps, where it is to choose them."""
+        wanted = self.activation_checkpointing
+        return wanted.budget if isinstance(wanted, Recompute) else None
 
 
 class CheckpointSection(Section):

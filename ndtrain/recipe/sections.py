@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import get_args
 
-from ndtrain.recipe.data import OF_SOURCE, SHARED
-from ndtrain.recipe.schema import Recipe, Section
+from ndtrain.recipe.data import OF_SOURCE, SHARED, SourceSection
+from ndtrain.recipe.schema import OptimGroup, Recipe, Section
+
+# Key of an array of tables -> what each of them is.
+ENTRIES: dict[str, type[Section]] = {"sources": SourceSection, "groups": OptimGroup}
 
 
 def sections() -> dict[str, type[Section]]:

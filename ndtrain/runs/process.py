@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from ndtrain.recipe import RunSection
 
 
+def _set_up_cuda() -> None:
+    """Choose settings of torch for CUDA in which the environment chooses nothing; call it before CUDA is used.
+
+    Memory whose segments grow is not lost to gaps; collectives do not wait for the products that they run beside.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+
+
 def _idle() -> Watch:
     """Return a watch of default limits that watches nothing, for ranks that no launcher started."""
     from ndtrain.recipe import RunSection
@@ -61,6 +72,7 @@ def start(section: RunSection | None = None) -> Iterator[Runtime]:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        _set_up_cuda()
         device = torch.device("cuda", _visible_device(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         # Collectives on host tensors use gloo: checkpoints, barriers, the recipe's checks.

@@ -157,6 +157,8 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
             yield Change(key, own, other, "allow", "another base")
         elif covers((*_DATA, *_ROWS), key) and same_data:
             yield Change(key, *values, "free", "the same content")
+        elif key == "optim.groups" and _frozen(before.get(key)) != _frozen(now.get(key)):
+            yield Change(key, *values, "never", "the checkpoint has optimizer state for what was trained alone")
         elif key == "data.sources":
             yield _sources(before.get(key) or [], now.get(key) or [], state, origin, same_data=same_data)
         elif key == "data.chat_template" and rendered:
@@ -172,6 +174,12 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
                 yield Change(key, *values, "free", "the same tokenizer")
         else:
             yield Change(key, *values, rule_of(key), NEVER.get(key, "") or _meaning(key, state))
+
+
+def _frozen(groups: Sequence[Mapping[str, Any]] | None) -> list[tuple[bool, list[str]]]:
+    """Return what decides which parameters `[[optim.groups]]` freeze, nothing if it freezes none."""
+    found = [(bool(group.get("frozen")), list(group["match"])) for group in groups or ()]
+    return found if any(frozen for frozen, _ in found) else []
 
 
 def _upgrade(saved: Mapping[str, Any], origin: Mapping[str, Any]) -> str:

@@ -159,13 +159,14 @@ def open_source(
     """Return the samples of a [data] with a path, and lines about them; prepares what is not cached.
 
     `checks` says that names in data.columns which no row has are refused. Where `files` are given, of text or chat, the
-    samples are of these alone.
+    samples are of these alone, and such names are noted: other files may have them.
     """
 
     def note(line: str) -> None:
         reporter.info(f"note: {line}")
 
     progress, cache_dir = data_progress(recipe, runtime, reporter), cache_dir or _cache_dir()
+    noted = files is not None
     if recipe.data.format == "tokens":
         corpus, notes = _prepared(recipe, tokenizer, note=note, progress=progress, vocabulary=vocabulary)
     else:
@@ -173,8 +174,13 @@ def open_source(
         corpus, notes = _tokenized(
             recipe, tokenizer, files, cache_dir=cache_dir, progress=progress, vocabulary=vocabulary
         )
-    if checks:
-        _refuse_unused(recipe.data, corpus)
+    unused = [
+        f'data.columns.{name} = "{recipe.data.columns[name]}"' for name in corpus.without_field(recipe.data.columns)
+    ]
+    if unused and checks:
+        raise RecipeError(f"{unused[0]}: no row has such a field; correct the name or leave it out")
+    if noted:
+        notes = [*notes, *(f"{name}: no row of these files has such a field" for name in unused)]
     samples = open_samples(
         corpus,
         recipe.data.seq_len,
@@ -201,14 +207,6 @@ def _names_columns(part: Recipe, recipe: Recipe, inherits: DataSection | None) -
     """Return whether the names in data.columns of a source are its own, not those of another section."""
     around = recipe.data if recipe.data.sources else inherits
     return around is None or around.columns != part.data.columns
-
-
-def _refuse_unused(data: DataSection, corpus: Corpus) -> None:
-    """Raise `RecipeError` for names in data.columns that say nothing."""
-    for name in corpus.without_field(data.columns):
-        raise RecipeError(
-            f'data.columns.{name} = "{data.columns[name]}": no row has such a field; correct the name or leave it out'
-        )
 
 
 def open_held_out(

@@ -225,7 +225,8 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
         # Graphs that an earlier start has compiled are taken from there.
         if is_local(run_dir := to_path(recipe.run.dir)):
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.absolute() / "compiled"))
-        reporter.info(compile_blocks(model, engine.plan, engine.context).describe())
+        budget = recipe.train.memory_budget
+        reporter.info(compile_blocks(model, engine.plan, engine.context, budget=budget).describe())
 
 
 def _recalled(recipe: Recipe, identity: str) -> proof.Record | None:

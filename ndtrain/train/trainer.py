@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from ndtrain.loggers import Logger, Metrics, StepMetrics, check_loggers, now, op
 from ndtrain.plan import Plan
 from ndtrain.proof import check_same_batch
 from ndtrain.recipe import Recipe, to_toml
+from ndtrain.runs.garbage import collecting
 from ndtrain.runs.messages import on_rank0, rank0_first
 from ndtrain.runs.phases import EVALUATE, FIND, RESUME, SAVE, TOKENIZE
 from ndtrain.runs.process import Runtime
@@ -181,15 +181,15 @@ class Trainer:
                 self.saving.store.prune(self.saving.step)  # the last run may have ended before it did
             self.reporter.info(nothing_to_do(self.step, self.steps, self.recipe, self.evaluation))
             return
-        gc.collect()
-        gc.freeze()
         try:
             self._listen()
             self._evaluate_where_due()
             self.requests.refuse_stop(self.reporter)
             started = time.perf_counter()
-            while not self._ends():
-                self.advance()
+            with collecting() as collect:
+                while not self._ends():
+                    self.advance()
+                    collect(self.step)
             self._close_loggers()
             close_data(self.batches)
         except NdtrainError:

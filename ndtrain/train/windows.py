@@ -19,9 +19,10 @@ from typing import Any
 from ndtrain.data.batches import GlobalBatches
 from ndtrain.data.cache import build_cache
 from ndtrain.data.files import stamp_of
+from ndtrain.data.row import NoRowsError
 from ndtrain.data.samples import Samples
 from ndtrain.data.windows import FilePlan, WindowOrder, Windows
-from ndtrain.errors import Stopped
+from ndtrain.errors import DamagedError, Stopped
 from ndtrain.hf.tokenizer import ByteTokenizer, HubTokenizer
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import Recipe
@@ -116,17 +117,21 @@ class _Opener:
         # Of its own: what a run has passed can be removed only where no other needs it.
         self.folder = cache_root() / "windows" / (f"{run}-{self.key}" if trains else f"{run}-{self.key}-{os.getpid()}")
         self._ahead: _Ahead | None = None
+        self._since: int | None = None  # the first window after the last one with rows
         _remove_stale(self.folder.parent, self.folder)
 
-    def open(self, number: int) -> Samples:
-        """Return the samples of a window, and begin to prepare the one after it; collective."""
-        found: list[tuple[Samples, list[str]]] = []
+    def open(self, number: int) -> Samples | None:
+        """Return the samples of a window, None if it has none, and begin to prepare the one after it; collective.
+
+        Raises `NoRowsError` where the windows of a whole epoch have none.
+        """
+        found: list[tuple[Samples | NoRowsError, list[str]]] = []
 
         def build() -> None:
             if self._ahead is not None:
                 self._ahead.wait(self.runtime.watch.advance)
-            found.append(
-                open_source(
+            try:
+                opened = open_source(
                     self.recipe,
                     self.runtime,
                     self.tokenizer,
@@ -136,16 +141,26 @@ class _Opener:
                     files=self._files(number),
                     cache_dir=self._folder(number),
                 )
-            )
+            except NoRowsError as error:  # as one such file among others
+                found.append((error, [f"note: left out: {error}"]))
+            else:
+                found.append(opened)
 
         rank0_first(self.runtime, build)
         together(None if found else build)
         samples, lines = found[0]
+        self._since = number if self._since is None else self._since
+        if isinstance(samples, NoRowsError):
+            self.drop(number)
+            if self.plan.has_all(self._since, number):
+                raise samples
+        else:
+            self._since = number + 1
         for line in lines:
             self.reporter.info(f"window {number}: {line}")
         if self.trains and self.runtime.local_rank == 0:
             self._ahead = _Ahead(lambda check: self._prepare(number + 1, check))
-        return samples
+        return None if isinstance(samples, NoRowsError) else samples
 
     def _prepare(self, number: int, check: Callable[[], None]) -> None:
         """Tokenize a window, so that `open` finds it done. Ends where `check` raises."""
@@ -172,7 +187,15 @@ class _Opener:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self, number: int) -> list[Path]:
-        return [self.files[index] for index in self.plan.files(number)]
+        """Return the files of a window. Raises `DamagedError` if one has not the size by which it was planned."""
+        found = self.plan.files(number)
+        for file, planned in ((self.files[index], self.plan.sizes[index]) for index in found):
+            if (size := stamp_of(file)[0]) != planned:
+                raise DamagedError(
+                    f"{file} has {size:,} bytes, and had {planned:,} when the run was started; with data.window files "
+                    "must stay as they are: restore it, and start the run again"
+                )
+        return [self.files[index] for index in found]
 
     def _folder(self, number: int) -> Path:
         return self.folder / str(number)

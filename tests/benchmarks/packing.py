@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from ndtrain.data.batches import GlobalBatches  # noqa: E402
 from ndtrain.data.cache import build_cache, contents_of  # noqa: E402
 from ndtrain.data.corpus import Corpus, Part  # noqa: E402
-from ndtrain.data.index import build_index, open_index  # noqa: E402
+from ndtrain.data.index import VERSION, build_index, open_index  # noqa: E402
 from ndtrain.data.order import Order  # noqa: E402
 from ndtrain.data.preparation import FORMAT_VERSION  # noqa: E402
 from ndtrain.data.samples import open_samples  # noqa: E402
@@ -100,7 +100,7 @@ def filling(documents: int) -> None:
         fills = []
         for packing in ("concat", "best_fit", False):
             samples = open_samples(corpus, seq_len, packing=packing, pad_id=0)
-            fills.append(f"{samples._tokens / (len(samples) * seq_len):.2%}")
+            fills.append(f"{samples.fill:.2%}")
         long = samples.index.too_long / corpus.n_docs
         print(f"| {seq_len:,} | {' | '.join(fills)} | {long:.2%} |", flush=True)
 
@@ -159,15 +159,15 @@ def starting(documents: int) -> None:
         key = build_cache([data], TextEncoder(ByteTokenizer()), cache_dir=cache).key
         each = SEQ_LEN // LENGTH
         for packing, rows in (("best_fit", documents // each), ("single", documents)):
-            index = cache / f"{key}-{packing}-{SEQ_LEN}"
+            index = cache / f"{key}-{packing}-{SEQ_LEN}-{VERSION}"
             index.mkdir()
             os.link(path / "docs.bin", index / "starts.bin")
             lengths = {"starts": documents + 1}
             if packing == "best_fit":
                 write_multiples(index / "rows.bin", each, rows + 1)
                 lengths["rows"] = rows + 1
-            told = {"tokens": tokens, "too_long": 0, "first_too_long": -1, "drop": False}
-            (index / "meta.json").write_text(json.dumps({"version": 1, "lengths": lengths, **told}))
+            told = {"tokens": tokens, "too_long": 0, "first_too_long": -1, "drop": False, "empty": 0}
+            (index / "meta.json").write_text(json.dumps({"version": VERSION, "lengths": lengths, **told}))
         for packing in ("concat", "best_fit", "false"):
             seconds, grown, rows = own_process("--start", packing, folder)
             print(f"| `{packing}` | {documents:,} | {int(rows):,} | {seconds:.3f} | {grown:.1f} |", flush=True)
@@ -188,12 +188,14 @@ def start(packing: str, folder: str) -> tuple[float, float, int]:
     before, started = memory(), time.perf_counter()
     encoder = TextEncoder(ByteTokenizer())
     corpus = build_cache([Path(folder, "data.jsonl")], encoder, cache_dir=Path(folder, "cache"))
+    prepared = sorted(Path(folder, "cache").iterdir())
     how: Any = False if packing == "false" else packing
     samples = open_samples(corpus, SEQ_LEN, packing=how, too_long="error", pad_id=0, folder=Path(folder, "cache"))
     order = Order(len(samples), seed=0, shuffle=True)
     batches = GlobalBatches(samples, order, global_batch_size=32, micro_batch_size=4, batch_rank=0, batch_ranks=1)
     loaded = batches.load(7 * len(samples) + 12345)
     seconds, grown = time.perf_counter() - started, memory() - before
+    assert sorted(Path(folder, "cache").iterdir()) == prepared, "what is prepared was not found"
     full = {"concat": SEQ_LEN, "best_fit": SEQ_LEN // LENGTH * LENGTH, "false": LENGTH}[packing]
     documents = -(-full // LENGTH)
     for batch in loaded:

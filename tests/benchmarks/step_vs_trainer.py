@@ -1,6 +1,6 @@
-"""ndtrain's step against transformers' Trainer on an FSDP2-sharded model: the same model, rows and ranks.
+"""ndtrain's step against transformers' Trainer on a model cut in the same way: the same model, rows and ranks.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/benchmarks/step_vs_trainer.py
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/benchmarks/step_vs_trainer.py [--axis dp_shard | tp | ep]
 
 Segments of both alternate inside one run (ndtrain's run in a callback of the Trainer), so that other load on the
 machine meets both alike. A segment's time is the whole of its loop: batch, forward, backward, clipping, optimizer.
@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,21 @@ from tests.tiny import recipe_text  # noqa: E402
 LR, DECAY, CLIP = 3e-4, 0.1, 1.0
 
 
+# Axis -> what it gives the recipe's [mesh], and transformers' own `DistributedConfig`, on that many ranks.
+MESHES: dict[str, Callable[[int], tuple[dict[str, int], dict[str, int]]]] = {
+    "dp_shard": lambda ranks: ({"dp_shard": ranks}, {"fsdp_size": ranks}),
+    "tp": lambda ranks: ({"dp_shard": 1, "tp": ranks}, {"tp_size": ranks}),
+    "ep": lambda ranks: ({"dp_shard": ranks, "ep": ranks}, {"fsdp_size": ranks, "ep_size": ranks}),
+}
+
+
 def save_model(path: Path, options: argparse.Namespace) -> None:
-    """A random Qwen3 of the asked size in `path`."""
-    config = transformers.Qwen3Config(
+    """A random Qwen3 of the asked size in `path`, with experts for ep."""
+    sparse = options.axis == "ep"
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": options.hidden} if sparse else {}
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe" if sparse else "qwen3",
+        **experts,
         vocab_size=options.vocab,
         hidden_size=options.hidden,
         intermediate_size=3 * options.hidden,
@@ -65,14 +78,14 @@ def ndtrain_trainer(folder: Path, runtime: Runtime, *, dtype: str, options: argp
     """An ndtrain Trainer, prepared."""
     text = recipe_text(
         model={"name": str(folder / "model")},
-        mesh={"dp_shard": runtime.world_size},
+        mesh=MESHES[options.axis](runtime.world_size)[0],
         fsdp={"param_dtype": dtype},
         data={"path": str(folder / "corpus"), "seq_len": options.seq, "tokenizer": "bytes"},
         optim={"lr": LR, "weight_decay": DECAY, "max_grad_norm": CLIP},
         schedule={"kind": "constant"},
         train={
             "steps": 10**6,
-            "global_batch_size": options.batch * runtime.world_size,
+            "global_batch_size": options.batch * batch_ranks(options, runtime),
             "micro_batch_size": options.batch,
             "compile": options.compile,
         },
@@ -87,6 +100,11 @@ def ndtrain_trainer(folder: Path, runtime: Runtime, *, dtype: str, options: argp
     trainer = Trainer(recipe, plan, model, runtime=runtime, reporter=Silent())
     trainer.prepare()
     return trainer
+
+
+def batch_ranks(options: argparse.Namespace, runtime: Runtime) -> int:
+    """How many ranks have rows of their own."""
+    return 1 if options.axis == "tp" else runtime.world_size
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -133,14 +151,19 @@ class Alternate(transformers.TrainerCallback):
 
 def compare(folder: Path, runtime: Runtime, *, dtype: str, options: argparse.Namespace) -> list[float]:
     """Medians over the segments: ndtrain's seconds, the Trainer's, ndtrain's CPU seconds, the Trainer's."""
+    from accelerate import ParallelismConfig
     from transformers.distributed import DistributedConfig
 
+    if runtime.device.type == "cpu":  # where accelerate takes no tp; nothing else of it depends on the device
+        ParallelismConfig._validate_accelerator = lambda *_: None
     ours = ndtrain_trainer(folder, runtime, dtype=dtype, options=options)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "model",
         dtype=torch.float32,
         attn_implementation="sdpa",
-        distributed_config=DistributedConfig(fsdp_size=runtime.world_size, fsdp_mixed_precision=dtype == "bfloat16"),
+        distributed_config=DistributedConfig(
+            **MESHES[options.axis](runtime.world_size)[1], fsdp_mixed_precision=dtype == "bfloat16"
+        ),
     )
     theirs.config.use_cache = False
     alternate = Alternate(ours, options.steps)
@@ -184,6 +207,7 @@ def main() -> None:
     sizes = {"hidden": 256, "layers": 6, "vocab": 8192, "seq": 256, "batch": 4, "steps": 4, "rounds": 5}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--axis", choices=MESHES, default="dp_shard")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true", help="ndtrain with train.compile = true.")
     parser.add_argument("--profile", action="store_true", help="Also print a profile of ndtrain's step.")
@@ -200,7 +224,7 @@ def main() -> None:
         dist.barrier()
         found = {d: compare(folder, runtime, dtype=d, options=options) for d in options.dtypes}
         if runtime.is_main:
-            tokens = options.steps * options.batch * options.seq * runtime.world_size
+            tokens = options.steps * options.batch * options.seq * batch_ranks(options, runtime)
             print(f"Median of {options.rounds} alternating segments of {options.steps} steps each:\n")
             print("| compute dtype | ndtrain, tokens/s | Trainer, tokens/s | ndtrain / Trainer | by CPU time |")
             print("|---|---|---|---|---|")

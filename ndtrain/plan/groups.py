@@ -1,0 +1,53 @@
+"""Decide which parameters the groups of the recipe's `[[optim.groups]]` have, and which are frozen."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ndtrain.errors import PlanError
+from ndtrain.plan.names import expression_of, folded
+from ndtrain.recipe import OptimGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def assign(model: PreTrainedModel, groups: Sequence[OptimGroup], tied: Mapping[str, str]) -> dict[str, int]:
+    """Return {FQN of a parameter: index of its group} for those that a group matches; the first that does decides.
+
+    A pattern stands for parameters and for modules with all their parameters; `*` matches any characters but a dot. A
+    tied weight is matched by each of its names. Raises `PlanError` for a pattern that matches nothing, for a group of
+    which others leave nothing, and if all parameters are frozen.
+    """
+    aliases: dict[str, list[str]] = {}
+    for alias, source in tied.items():
+        aliases.setdefault(source, []).append(alias)
+    names = {fqn: [fqn, *aliases.get(fqn, [])] for fqn, _ in model.named_parameters()}
+    known = sorted({around for own in names.values() for name in own for around in _around(name)})
+    found: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        at, matched = f"optim.groups[{number}]", set[str]()
+        for pattern in group.match:
+            expression = expression_of(pattern)
+            chosen = {name for name in known if expression.fullmatch(name)}
+            if not chosen:
+                near = difflib.get_close_matches(pattern, {*map(folded, known)}, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise PlanError(f'{at}.match: "{pattern}" matches nothing in {model.config.model_type}{hint}')
+            matched |= {fqn for fqn, own in names.items() if any(chosen & {*_around(name)} for name in own)}
+        new = dict.fromkeys(sorted(matched - found.keys()), number)
+        if not new:
+            raise PlanError(f"{at}: the groups before it have all that it matches; put it before them, or leave it out")
+        found |= new
+    trainable = [fqn for fqn, param in model.named_parameters() if param.requires_grad and param.numel()]
+    if groups and all(fqn in found and groups[found[fqn]].frozen for fqn in trainable):
+        raise PlanError("optim.groups freezes all parameters; leave some to train")
+    return found
+
+
+def _around(name: str) -> list[str]:
+    """Return a parameter's name and those of the modules around it."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
