@@ -247,8 +247,8 @@ def without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
     """Replace the code that reads tensors' values.
 
     Tokens go to every ep rank in equal parts. Packed rows get a mask where documents are not given, but ring attention
-    takes each as one document; rows that are not packed are one document. Ring attention's kernels are not checked, and
-    flash attention stands for all kernels by documents.
+    takes each as one document then, without windows; rows that are not packed are one document. Ring attention's
+    kernels are not checked, and flash attention stands for all kernels by documents.
     """
     sizes = plan.sizes
     to_list = FakeTensor.tolist
@@ -275,7 +275,9 @@ def without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
     find = Visible.find
 
     def whole_documents(visible: Visible, source: int) -> Any:
-        return find(Visible(CAUSAL, length=visible.length, rank=visible.rank, cp=visible.cp), source)
+        if callable(visible.mask):  # which is made and read
+            visible = Visible(CAUSAL, length=visible.length, rank=visible.rank, cp=visible.cp)
+        return find(visible, source)
 
     with (
         documents_found_by(find_packed_sequence_indices if packing else lambda positions: None),

@@ -260,7 +260,11 @@ def _ordered(blocks: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
     return counts[:, None], indices[:, None]
 
 
-def _put(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    made = torch.from_numpy(array)
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on `device`, without waiting for that."""
     # From memory that is not pinned the host would wait for all that the device has to do before.
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _put(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    return put(torch.from_numpy(array), device)

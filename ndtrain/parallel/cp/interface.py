@@ -22,7 +22,7 @@ from ndtrain.hf.compat import (
     remap_positions_for_packed_sequence,
 )
 from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions
-from ndtrain.parallel.fused import document_bounds
+from ndtrain.parallel.fused import document_bounds, put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +84,7 @@ class ContextParallel(ABC):
         if documents.numel():
             # What `split` has added counts its positions from 0.
             padding = documents[:, -1:].expand(-1, self.positions.shape[1] - documents.shape[1]) + 1
-            self.documents = torch.cat([documents, padding], dim=1).to(self.positions.device, non_blocking=True)
+            self.documents = put(torch.cat([documents, padding], dim=1), self.positions.device)
         try:
             yield
         finally:
