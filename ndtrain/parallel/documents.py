@@ -25,6 +25,7 @@ from ndtrain.parallel.fused import Rows, document_bounds
 from ndtrain.plan import Plan
 from ndtrain.plan.refuse import dropouts
 from ndtrain.recipe import Recipe
+from ndtrain.torch_compat import storage_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,7 @@ class AttentionByDocuments:
         self.base = str(attention_name(model.config))
         self.kernels: set[str] = set()
         self._rows: Rows | None = None
+        self._masks: dict[int, tuple[Tensor, Causal]] = {}  # stand-ins and what they mean, by their storage
         self._proving = False
         self._proven: set[tuple[Any, ...]] = set()
         take_attention(model, self._attention, self._mask)
@@ -64,6 +66,7 @@ class AttentionByDocuments:
                 yield
         finally:
             self._rows = None
+            self._masks.clear()
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -91,8 +94,15 @@ class AttentionByDocuments:
             raise PlanError(f"its masks are not only causal; {_OTHERWISE}")
         shape = asked["batch_size"], 1, asked["q_length"], asked["kv_length"]
         stand_in = torch.ones((), dtype=torch.bool, device=asked.get("device", "cpu")).expand(shape)
-        stand_in.causal = causal  # type: ignore[attr-defined]
+        self._masks[storage_key(stand_in.untyped_storage())] = stand_in, causal
         return stand_in
+
+    def _causal(self, mask: Any) -> Causal | None:
+        """Return what a stand-in, or a view of all of it, means; None for another mask."""
+        if not isinstance(mask, Tensor):
+            return None
+        stand_in, causal = self._masks.get(storage_key(mask.untyped_storage()), (None, None))
+        return causal if stand_in is not None and mask.shape == stand_in.shape else None
 
     def _attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -114,7 +124,7 @@ class AttentionByDocuments:
         attention_mask: Any,
         **kwargs: Any,
     ) -> Tensor:
-        caller, causal = module.__class__.__name__, getattr(attention_mask, "causal", None)
+        caller, causal = module.__class__.__name__, self._causal(attention_mask)
         if attention_mask is None and self.base == "sdpa":  # which is causal then by itself
             given = kwargs.get("is_causal")
             causal = Causal() if (getattr(module, "is_causal", True) if given is None else given) else None

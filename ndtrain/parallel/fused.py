@@ -112,7 +112,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows, heads: Heads) 
     """Return the attention `[B, S, H, E]` of query `[B, H, S, D]` to key `[B, G, S, D]` and value `[B, G, S, E]`."""
     short = query.dtype == torch.float32 and query.shape[2] <= _SHORT
     kernel = by_scores if short else kernel_for(query, heads)
-    return kernel(query, key, value, rows, heads).to(query.dtype)
+    return kernel(query, key, value, rows, heads).to(query.dtype).contiguous()
 
 
 def kernel_for(query: Tensor, heads: Heads) -> _Kernel:
@@ -158,7 +158,7 @@ def by_flex(query: Tensor, key: Tensor, value: Tensor, rows: Rows, heads: Heads)
         # The softmax over one more key: its weight is taken from the others.
         kept = torch.sigmoid(found.lse - heads.sinks.float()[None, :, None])
         out = out * kept[..., None]
-    return out.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+    return out.transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:
