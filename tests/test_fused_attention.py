@@ -20,6 +20,7 @@ from ndtrain.hf.compat import and_masks, causal_mask_function
 from ndtrain.parallel import fused
 from ndtrain.parallel.documents import AttentionByDocuments
 from ndtrain.parallel.fused import Heads, Rows, by_flash, by_flex, by_scores, visible_blocks
+from ndtrain.parallel.recompute import _policy
 from tests import tiny
 
 LENGTHS = ([3, 9, 12, 8], [17, 1, 14])
@@ -173,3 +174,12 @@ def test_masks_are_known_by_what_makes_them(kind: str, found: Causal | None) -> 
     assert causal_attention(padded) is None
     other = and_masks(causal_mask_function, lambda batch, head, query, key: query >= 0)
     assert causal_attention({**asked[0], "mask_function": other}) is None
+
+
+def test_selective_recomputation_keeps_what_flash_attention_gives() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    assert fused._varlen() is not None
+    operator = torch.ops.torch_attn._varlen_attn.default
+    for costly, policy in ((True, CheckpointPolicy.MUST_SAVE), (False, CheckpointPolicy.PREFER_RECOMPUTE)):
+        assert _policy(costly=costly)(None, operator, torch.zeros(1)) == policy
