@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ulysses": ("qwen3", "cp2", {"cp": {"kind": "ulysses"}}),
     "experts of each rank": ("qwen3_moe", "dp_shard2", {}),
     "experts over ranks": ("qwen3_moe", "ep2", {}),
+    "experts, recomputed": ("qwen3_moe_normed", "dp_shard2", {"train": {"activation_checkpointing": "full"}}),
 }
 
 

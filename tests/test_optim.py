@@ -91,7 +91,9 @@ def decayed_sizes(path: str) -> dict[str, dict[str, int]]:
     for value in ("false", "true"):
         trainer = trainer_of(path, [f"optim.decay_norms={value}"])
         trainer.engine.cut()
-        for group in build_optimizer(trainer.engine.model, trainer.recipe, {}).param_groups:
+        for group in build_optimizer(
+            trainer.engine.model, trainer.recipe, trainer.plan, trainer.engine.device
+        ).param_groups:
             decay, dims = str(group["weight_decay"]), min(param.dim() for param in group["params"])
             found.setdefault(value, {}).setdefault(decay, dims)
             found[value][decay] = min(dims, found[value][decay])

@@ -159,7 +159,7 @@ WRONG = [
     ("optim", "betas = [0.9]", ["optim.betas = [0.9] must be an array of 2"]),
     ("optim", "betas = 0.9", ["optim.betas = 0.9"]),
     ("optim", "max_grad_norm = 0", ["optim.max_grad_norm = 0"]),
-    ("optim", "name = 'muon'", ['optim.name = "muon" must be "adamw"']),
+    ("optim", "name = 'sgd'", ['optim.name = "sgd" must be one of "adamw", "muon"']),
     ("schedule", "kind = 'cosin'", ['schedule.kind = "cosin"', '"constant", "linear", "cosine", "wsd"']),
     ("schedule", "warmup_steps = 10", ["schedule.warmup_steps = 10 must be less than train.steps = 10"]),
     ("schedule", "warmup_steps = -1", ["schedule.warmup_steps = -1"]),

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ulysses": ("qwen3", "cp2", {"cp": {"kind": "ulysses"}}),
     "experts": ("qwen3_moe", "ep2", {}),
     "experts under tp": ("qwen3_moe", "dp_shard2-tp2-ep4", {}),
+    "experts whose weights change in place": ("qwen3_moe_normed", "ep2", {}),
 }
 
 

@@ -52,6 +52,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "tie_word_embeddings": False,
     },
+    "qwen3_moe_normed": {
+        **DENSE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 32,
+        "tie_word_embeddings": False,
+    },
     "qwen3_moe_six": {
         **DENSE,
         "hidden_size": 62,
@@ -89,6 +97,7 @@ VARIANTS = {
     "llama_two_heads": "llama",
     "llama_dynamic": "llama",
     "qwen3_moe_few": "qwen3_moe",
+    "qwen3_moe_normed": "qwen3_moe",
     "qwen3_moe_six": "qwen3_moe",
     "gpt_oss_biased": "gpt_oss",
 }

@@ -19,14 +19,15 @@ from ndtrain.parallel import transforms_of
 from ndtrain.plan import EVEN, ParamPlan, Plan
 from ndtrain.recipe import Recipe
 
-# Bytes of each element that a rank holds: float32 parameters and gradients, and AdamW's two moments.
+# Bytes of each element that a rank holds: float32 parameters and gradients, and AdamW's two moments, of which Muon has
+# one for its matrices.
 BYTES = {"parameters": 4, "gradients": 4, "optimizer": 8}
 
 
 def plan_report(
     plan: Plan, recipe: Recipe, *, rank: int, ranks_per_node: int, layer: str | None = None
 ) -> dict[str, Any]:
-    """Return the plan as JSON-ready data, with bytes of float32 parameters, gradients and AdamW on ranks.
+    """Return the plan as JSON-ready data, with bytes of float32 parameters, gradients and optimizer state on ranks.
 
     `in_host_memory` is the part of a total that cpu_offload keeps off the device, `staging` the buffer in host memory
     (at most) that an asynchronous checkpoint is copied to. `layer` is a pattern that selects the parameters listed;
@@ -42,7 +43,9 @@ def plan_report(
         def bytes_of(fqns: Iterable[str]) -> dict[str, int]:
             whole = sum(numels[fqn] for fqn in fqns)
             trained = whole - sum(numels[fqn] for fqn in frozen.intersection(fqns))
-            return {kind: each * (whole if kind == "parameters" else trained) for kind, each in BYTES.items()}
+            found = {kind: each * (whole if kind == "parameters" else trained) for kind, each in BYTES.items()}
+            found["optimizer"] -= 4 * sum(numels[fqn] for fqn in plan.matrices.intersection(fqns) - frozen)
+            return found
 
         parts, hosted = bytes_of(numels), sum(bytes_of(plan.on_host & numels.keys()).values())
         staging = parts["parameters"] + parts["optimizer"] if recipe.checkpoint.async_ else 0
@@ -219,7 +222,7 @@ def plan_text(plan: Plan, report: dict[str, Any], rank: int) -> str:
             }
             console.print(
                 f"{label.get(who, 'all ranks'):>20}: {size(held['total'])} = parameters {size(held['parameters'])} + "
-                f"gradients {size(held['gradients'])} + AdamW {size(held['optimizer'])}"
+                f"gradients {size(held['gradients'])} + optimizer {size(held['optimizer'])}"
                 + (f", {size(held['in_host_memory'])} of it in host memory" if held["in_host_memory"] else "")
                 + (f"; {size(held['staging'])} in host memory for checkpoints" if held["staging"] else ""),
                 markup=False,

@@ -65,7 +65,7 @@ class Engine:
         """Make the optimizer and put the loss around the model."""
         # To walk through all modules in each step takes the host as long as a few layers.
         self._parameters = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.model, self.recipe, self.plan.groups)
+        self.optimizer = build_optimizer(self.model, self.recipe, self.plan, self.device)
         # A model cannot see from a part of a sequence which positions its tokens have.
         self.loss_model = LossModel(
             self.model,

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim.adam import adam
 
+from ndtrain.engine.adamw import ADAMW_STATE, AdamW
+from ndtrain.engine.muon import MUON_STATE, Muon
 from ndtrain.errors import NdtrainError
 from ndtrain.layout import local_part
+from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 
 Groups = list[dict[str, Any]]
@@ -27,92 +29,74 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 class Kind:
     """Describes an optimizer: how it is built from parameter groups, and the tensors that it keeps for each parameter.
 
-    `state` maps the name of each tensor to a function that makes it, correctly sharded, for a parameter that has none
-    yet. The count of updates, `step`, belongs to the run and is not among these tensors. `heeds_found_inf` says that
+    `state` returns the names of the tensors for the parameters of a group, each shaped and sharded like its parameter.
+    The count of updates, `step`, belongs to the run and is not among these tensors. `heeds_found_inf` says that
     its `step` changes nothing where its attribute `found_inf` is 1, as torch's fused kernels do for `GradScaler`; for
     others the host has to read it.
     """
 
-    build: Callable[[Groups, Recipe], torch.optim.Optimizer]
-    state: Mapping[str, Callable[[Tensor], Tensor]]
+    build: Callable[[Groups, Recipe, Plan, torch.device], torch.optim.Optimizer]
+    state: Callable[[Mapping[str, Any]], tuple[str, ...]]
     heeds_found_inf: bool
 
 
-def _as_parameter(param: Tensor) -> Tensor:
-    return torch.zeros_like(param, memory_format=torch.preserve_format)
-
-
-class _AdamW(torch.optim.AdamW):
-    """Torch's AdamW, whose kernel gets this rank's parts: for DTensors it takes the host as long as a few layers."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            states = [self.state[param] for param in params]
-            for param, state in zip(params, states, strict=True):
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                    state["exp_avg"], state["exp_avg_sq"] = _as_parameter(param), _as_parameter(param)
-            adam(
-                [local_part(param) for param in params],
-                [local_part(param.grad) for param in params],
-                [local_part(state["exp_avg"]) for state in states],
-                [local_part(state["exp_avg_sq"]) for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                found_inf=getattr(self, "found_inf", None),
-                decoupled_weight_decay=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-
-
-def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, recipe: Recipe, plan: Plan, device: torch.device) -> torch.optim.Optimizer:
     section = recipe.optim
-    return _AdamW(
+    return AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]), eps=section.eps, fused=True)
+
+
+def _muon(groups: Groups, recipe: Recipe, plan: Plan, device: torch.device) -> torch.optim.Optimizer:
+    section = recipe.optim
+    return Muon(
         groups,
-        lr=section.lr,
+        {param.fqn: param for param in plan.params if param.fqn in plan.matrices},
+        plan.sizes,
+        momentum=0.95 if section.momentum is None else section.momentum,
+        adjust_lr=section.adjust_lr or "match_rms_adamw",
         betas=(section.betas[0], section.betas[1]),
         eps=section.eps,
-        fused=True,
+        device=device,
     )
 
 
 # Names of `optim.name`
 OPTIMIZERS: dict[str, Kind] = {
-    "adamw": Kind(_adamw, {"exp_avg": _as_parameter, "exp_avg_sq": _as_parameter}, heeds_found_inf=True)
+    "adamw": Kind(_adamw, lambda group: ADAMW_STATE, heeds_found_inf=True),
+    "muon": Kind(_muon, lambda group: MUON_STATE if group["matrices"] else ADAMW_STATE, heeds_found_inf=True),
 }
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, groups: Mapping[str, int]) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer; `groups` maps FQNs of parameters to their group among `[[optim.groups]]`.
+def build_optimizer(model: nn.Module, recipe: Recipe, plan: Plan, device: torch.device) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer, which computes on `device` what is in host memory.
 
-    It has one parameter group per device mesh, device, weight decay and peak learning rate ("peak_lr"). A fused or
-    foreach kernel cannot mix DTensors of two meshes.
+    It has one parameter group per device mesh, device, weight decay and peak learning rate ("peak_lr"), and for
+    matrices, whose FQNs it has ("matrices"). A fused or foreach kernel cannot mix DTensors of two meshes.
     """
-    alike: dict[tuple[DeviceMesh, torch.device, float, float], list[nn.Parameter]] = {}
+    alike: dict[tuple[DeviceMesh, torch.device, float, float, bool], dict[str, nn.Parameter]] = {}
     section = recipe.optim
     exempt = set() if section.decay_norms else without_decay(model)
     for fqn, param in _trainable(model):
         assert isinstance(param, DTensor)
         peak, decay = section.lr, 0.0 if fqn in exempt else section.weight_decay
-        if fqn in groups:
-            own = section.groups[groups[fqn]]
+        if fqn in plan.groups:
+            own = section.groups[plan.groups[fqn]]
             peak, decay = peak if own.lr is None else own.lr, decay if own.weight_decay is None else own.weight_decay
-        alike.setdefault((param.device_mesh, local_part(param).device, decay, peak), []).append(param)
+        key = param.device_mesh, local_part(param).device, decay, peak, fqn in plan.matrices
+        alike.setdefault(key, {})[fqn] = param
     return OPTIMIZERS[section.name].build(
         [
-            {"params": params, "weight_decay": decay, "lr": peak, "peak_lr": peak}
-            for (_, _, decay, peak), params in alike.items()
+            {
+                "params": list(params.values()),
+                "matrices": tuple(params) if matrices else (),
+                "weight_decay": decay,
+                "lr": peak,
+                "peak_lr": peak,
+            }
+            for (_, _, decay, peak, matrices), params in alike.items()
         ],
         recipe,
+        plan,
+        device,
     )
 
 
@@ -149,9 +133,9 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind
         if "step" not in state:
             on_device = group.get("fused") or group.get("capturable")
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device=param.device if on_device else "cpu")
-        for name, make in kind.state.items():
+        for name in kind.state(group):
             if name not in state:
-                state[name] = make(param)
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             tensors[f"{name}.{fqn}"] = state[name]
     return tensors
 

@@ -235,6 +235,8 @@ class _Count:
         self.flops = flops_per_token(plan, text, recipe.data.seq_len)
         self.numel, self.experts = plan.numel, expert_count(text)
         self.hosted = sum(p.numel for p in plan.params if p.fqn in plan.on_host)
+        # Parameter, gradient and AdamW's two moments, of which Muon has one for most.
+        self.each = 16 if recipe.optim.name == "adamw" else 12
         self.in_experts = sum(p.numel for p in plan.params if ".experts." in p.fqn)
         self.layers = max(1, len(plan.blocks))
         self.hidden = getattr(text, "hidden_size", 0) or 1024
@@ -248,7 +250,7 @@ class _Count:
     def bytes(self, change: Change, world_size: int) -> float:
         replicas, _, cp, tp, _ = (change[f"mesh.{axis}"] for axis in _AXES)
         tokens = change["train.micro_batch_size"] * self.recipe.data.seq_len / cp
-        states = 16 * (self.numel - self.hosted) * replicas / world_size
+        states = self.each * (self.numel - self.hosted) * replicas / world_size
         layer = self.numel / self.layers / tp
         whole = self.itemsize * (self.numel / tp if not change["fsdp.reshard_after_forward"] else 2 * layer)
         each = self.kept[change["train.activation_checkpointing"]]

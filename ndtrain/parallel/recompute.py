@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from ndtrain.hf.compat import wrap_checkpoints
 from ndtrain.mesh import Meshes
 from ndtrain.plan import Plan
-from ndtrain.torch_compat import all_to_all, flash_for_cpu, grouped_mm, packet_of, to_copy
+from ndtrain.torch_compat import TorchDispatchMode, all_to_all, flash_for_cpu, grouped_mm, packet_of, to_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,23 +36,79 @@ def apply_recomputation(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> N
     assert how is not None
     more: dict[str, Any] = {}
     if how.kind == "selective" or plan.routes:
-        more["context_fn"] = partial(create_selective_checkpoint_contexts, _policy(costly=how.kind == "selective"))
+        more["context_fn"] = partial(_contexts, costly=how.kind == "selective", routes=plan.routes)
     model.activation_checkpointing_enable({"use_reentrant": False, **more}, every_n_layers=how.every)
     if how.kind == "offload":
         wrap_checkpoints(model, _inputs_on_host)
 
 
-def _policy(*, costly: bool) -> Callable[..., CheckpointPolicy]:
-    """Return what torch asks of each operation of a block: whether its result is kept."""
+def _contexts(*, costly: bool, routes: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return what is around the forward pass of a block, and around its repetition."""
+    forward, again = create_selective_checkpoint_contexts(partial(_keeps, costly=costly))
+    if not routes or torch.compiler.is_compiling():
+        return forward, again
+    kept: list[Tensor] = []
+    # What torch's modes do not keep reaches the ones around them.
+    return _Within(_Chooses(kept), forward), _Within(_ChoosesAgain(kept), again)
 
-    def keeps(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        packet = packet_of(operator)
-        kept = packet in _CHOICES or _comes_to_host(packet, args, kwargs)
-        if costly:
-            kept = kept or packet in _COSTLY or str(packet) in _COSTLY_BY_NAME
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return keeps
+def _keeps(context: Any, operator: Any, *args: Any, costly: bool, **kwargs: Any) -> CheckpointPolicy:
+    """Say, as torch asks of each operation of a block, whether its result is kept."""
+    packet = packet_of(operator)
+    # Outside graphs results that are kept must not be changed in place, as routers do with the weights of their choice.
+    kept = _comes_to_host(packet, args, kwargs) or (packet in _CHOICES and torch.compiler.is_compiling())
+    if costly:
+        kept = kept or packet in _COSTLY or str(packet) in _COSTLY_BY_NAME
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Within:
+    """One mode of operations inside another."""
+
+    def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
+        self._modes, self._inside = (outer, inner), ExitStack()
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            self._inside.enter_context(mode)
+
+    def __exit__(self, *error: Any) -> None:
+        self._inside.__exit__(*error)
+
+
+class _Chooses(TorchDispatchMode):
+    """Keeps the indices of choices, in their order."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if packet_of(func) in _CHOICES:
+            self.kept.append(out if isinstance(out, Tensor) else out[1])
+        return out
+
+
+class _ChoosesAgain(TorchDispatchMode):
+    """Chooses what `_Chooses` has kept."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __enter__(self) -> Any:
+        self._next = iter(self.kept)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if packet_of(func) not in _CHOICES:
+            return func(*args, **(kwargs or {}))
+        indices = next(self._next)
+        if packet_of(func) is aten.argmax:
+            return indices
+        given = dict(zip(("self", "k", "dim"), args, strict=False)) | (kwargs or {})
+        return given["self"].gather(given.get("dim", -1), indices), indices
 
 
 def _comes_to_host(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

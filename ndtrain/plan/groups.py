@@ -6,8 +6,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ndtrain.errors import PlanError
+from ndtrain.hf.routers import expert_count
 from ndtrain.plan.names import expression_of, folded
+from ndtrain.plan.units import embeddings
 from ndtrain.recipe import OptimGroup
 
 if TYPE_CHECKING:
@@ -45,6 +49,23 @@ def assign(model: PreTrainedModel, groups: Sequence[OptimGroup], tied: Mapping[s
     if groups and all(fqn in found and groups[found[fqn]].frozen for fqn in trainable):
         raise PlanError("optim.groups freezes all parameters; leave some to train")
     return found
+
+
+def matrices(model: PreTrainedModel) -> frozenset[str]:
+    """Return the FQNs of weights that are matrices of hidden layers, or one matrix for each expert `[E, A, B]`.
+
+    Embeddings, the head, norms, biases, convolutions and what is no `weight` otherwise are none.
+    """
+    experts = expert_count(model.config.get_text_config())
+    outside = {embeddings(model, "output"), *(m for m in model.modules() if isinstance(m, nn.Embedding))}
+    ends = {id(param) for module in outside if module is not None for param in module.parameters()}
+    return frozenset(
+        fqn
+        for fqn, param in model.named_parameters()
+        if id(param) not in ends
+        and min(param.shape, default=0) > 1
+        and ((param.ndim == 2 and fqn.endswith(".weight")) or (param.ndim == 3 and experts == param.shape[0]))
+    )
 
 
 def _around(name: str) -> list[str]:

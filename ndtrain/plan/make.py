@@ -122,6 +122,7 @@ def make_plan(model: PreTrainedModel, sizes: MeshSizes, recipe: Recipe) -> Plan:
         cp=cp,
         groups=in_groups,
         frozen=not_trained,
+        matrices=groups.matrices(model) if recipe.optim.name == "muon" else frozenset(),
         recomputation=_recomputation(recipe),
         routes=bool(expert_count(model.config.get_text_config())),
         drops_by_rank=sizes.tp > 1 and bool(refuse.dropouts(model)),

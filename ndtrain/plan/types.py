@@ -130,6 +130,9 @@ class Plan:
     cp: str | None  # "ulysses" or "ring" if cp > 1
     groups: dict[str, int]  # FQN of a parameter -> its group among `[[optim.groups]]`, where it has one
     frozen: tuple[str, ...]  # FQNs of the parameters that the recipe freezes
+    matrices: frozenset[
+        str
+    ]  # FQNs of the parameters that an optimizer for matrices updates, where the recipe names one
     recomputation: Recomputation | None
     routes: bool  # whether blocks choose among experts
     drops_by_rank: bool  # whether each tp rank draws its own numbers for attention dropout

@@ -290,6 +290,9 @@ def _recomputation(train: TrainSection) -> Iterator[Problem]:
 
 
 def _groups(recipe: Recipe) -> Iterator[Problem]:
+    for key in ("momentum", "adjust_lr") if recipe.optim.name != "muon" else ():
+        if (value := getattr(recipe.optim, key)) is not None:
+            yield ("optim", key), f'optim.{key} = {show(value)} is for optim.name = "muon"; leave it out'
     for number, group in enumerate(recipe.optim.groups):
         at = ("optim", "groups", index(number))
         own = [key for key in ("lr", "weight_decay") if getattr(group, key) is not None]

@@ -75,10 +75,18 @@ class OptimGroup(Section):
 class OptimSection(Section):
     """The optimizer."""
 
-    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description='Optimizer; "muon" is for matrices of hidden layers, and AdamW beside it for the others.'
+    )
     lr: Annotated[float, Field(ge=0)] = Field(description="Peak learning rate.")
     betas: Betas = Field((0.9, 0.95), description="Decay of the running averages.")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the denominator.")
+    momentum: Beta | None = Field(None, description="muon: decay of the momentum, 0.95 if not given.")
+    adjust_lr: Literal["match_rms_adamw", "original"] | None = Field(
+        None,
+        description='muon: how the size of a matrix changes its rate; "match_rms_adamw" if not given, by which lr and '
+        "weight_decay are as for AdamW.",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay.")
     decay_norms: bool = Field(
         False, description="Decay norms, biases and all parameters of fewer than two dims too; embeddings always decay."
