@@ -203,7 +203,7 @@ def attention_by_documents(
 def under_masks(model: PreTrainedModel, plan: Plan, recipe: Recipe, *, kernels_of: str) -> str | None:
     """Return why the attention of `model` has to keep packed documents apart by masks; None where it need not."""
     if recipe.train.compile:
-        return "train.compile = true takes no attention by documents"
+        return "compiled blocks take no attention by documents"
     if plan.drops_by_rank:
         return "attention drops by tp rank"
     if kernels_of == "cuda" and (found := dropouts(model)):

@@ -43,7 +43,8 @@ def try_by_documents(engine: Engine, documents: AttentionByDocuments, *, low: bo
 
 def why_masks(engine: Engine) -> str | None:
     """Return a note where packed documents attend under masks, though the recipe leaves it open."""
-    if engine.documents is not None or engine.recipe.model.attn != "auto" or not engine.recipe.data.packing:
+    is_open = engine.recipe.model.attn == "auto" and engine.recipe.data.packing and engine.plan.cp != "ring"
+    if engine.documents is not None or not is_open:
         return None
     reason = under_masks(engine.model, engine.plan, engine.recipe, kernels_of=engine.kernels_of)
     return f"attention works under masks: {reason}"
