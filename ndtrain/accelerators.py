@@ -193,6 +193,13 @@ def find_device(text: str) -> Device:
     return Device(name=name, source=source, torch_name="", **values)
 
 
+def memory_bytes(device: torch.device) -> float | None:
+    """Return the memory of `device` in bytes, or None for a CPU, whose memory is others' too."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Return the dense peak of `device` for products in `dtype`, in FLOP/s, or None if the device is not known."""
     import torch

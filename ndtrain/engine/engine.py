@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from ndtrain.accelerators import memory_bytes
 from ndtrain.checkpoint import load_tensors
+from ndtrain.engine.accumulate import accumulates_locally
 from ndtrain.engine.gradients import clip_grad_norm, sum_over_tp
 from ndtrain.engine.loss import LossModel
 from ndtrain.engine.optimizers import OPTIMIZERS, build_optimizer, set_step, state_tensors
@@ -53,6 +55,8 @@ class Engine:
         self.kernels_of = kernels_of or device.type
         self.sizes = plan.sizes
         self.vocabulary = vocabulary(model)
+        # Whether micro batches add up whole gradients on every rank, which are reduced once.
+        self.accumulates_locally = accumulates_locally(recipe, plan, memory_bytes(device))
 
     def cut(self) -> None:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
@@ -107,9 +111,12 @@ class Engine:
         scales = counts.clamp(min=1).double().reciprocal().float()
         total = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
         for i, batch in enumerate(batches):
-            # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
-            if self.sizes.dp_replicate > 1:
-                cast(FSDPModule, self.model).set_requires_all_reduce(i == len(batches) - 1)
+            last, units = i == len(batches) - 1, cast(FSDPModule, self.model)
+            if self.accumulates_locally:
+                units.set_requires_gradient_sync(last)
+            elif self.sizes.dp_replicate > 1:
+                # Replicas exchange gradients once, after the last micro batch; shards are reduced at every one.
+                units.set_requires_all_reduce(last)
             rows = {key: value for key, value in batch.items() if key not in ("targets", "documents")}
             shaped = self.shape(rows) | {key: value for key, value in batch.items() if key not in rows}
             with self.apart(shaped.pop("documents", None)):

@@ -51,6 +51,11 @@ class FsdpSection(Section):
     cpu_offload: bool = Field(False, description="Keep shards in host memory.")
     param_dtype: Dtype = Field("bfloat16", description="Compute dtype.")
     reduce_dtype: Dtype = Field("float32", description="Dtype in which gradients are summed.")
+    accumulate: Literal["auto", "sharded", "local"] = Field(
+        "auto",
+        description='Gradients of several micro batches: "sharded" reduces them after each, "local" adds up whole ones '
+        'on every rank and reduces once; "auto" is "local" where a device has room for it.',
+    )
     modules: dict[str, ModulePolicy] = Field(
         {},
         description='Policies by FQN pattern ("*": any characters but a dot) or class name; needs mode = "manual". '
