@@ -20,7 +20,7 @@ from ndtrain.hf.compat import and_masks, causal_mask_function
 from ndtrain.parallel import fused
 from ndtrain.parallel.documents import AttentionByDocuments
 from ndtrain.parallel.fused import Heads, Rows, by_flash, by_flex, by_scores, visible_blocks
-from ndtrain.parallel.recompute import _policy
+from ndtrain.parallel.recompute import _contexts, _keeps
 from tests import tiny
 
 LENGTHS = ([3, 9, 12, 8], [17, 1, 14])
@@ -129,6 +129,22 @@ def test_flex_attention_sees_what_all_scores_see(heads: Heads) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("routes", [False, True])
+def test_compiled_flex_attention_goes_by_the_blocks_also_where_blocks_are_recomputed(routes: bool) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(0)
+    length, rows, heads = 300, Rows([[0, 7, 129, 255], [0]]), Heads(0.3, 140 if routes else None)
+    query, key, value = (torch.randn(2, h, length, 16) for h in (4, 2, 2))
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    expected = by_scores(query, key, value, rows, heads)
+    # Eager FlexAttention, as above, looks at each score instead.
+    for around in _contexts(costly=True, routes=routes):
+        with mock.patch.object(fused, "_flex", lambda device: compiled), torch.no_grad(), around:
+            found = by_flex(query, key, value, rows, heads)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 260])
 def test_blocks_are_those_that_a_query_sees(window: int | None) -> None:
     generator = np.random.default_rng(0)
@@ -182,4 +198,4 @@ def test_selective_recomputation_keeps_what_flash_attention_gives() -> None:
     assert fused._varlen() is not None
     operator = torch.ops.torch_attn._varlen_attn.default
     for costly, policy in ((True, CheckpointPolicy.MUST_SAVE), (False, CheckpointPolicy.PREFER_RECOMPUTE)):
-        assert _policy(costly=costly)(None, operator, torch.zeros(1)) == policy
+        assert _keeps(None, operator, torch.zeros(1), costly=costly) == policy

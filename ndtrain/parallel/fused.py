@@ -146,19 +146,20 @@ def by_flex(query: Tensor, key: Tensor, value: Tensor, rows: Rows, heads: Heads)
     """Compute `attend` by FlexAttention, which is compiled on CUDA."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    out, found = _flex(query.device.type)(
+    wanted = None if heads.sinks is None else AuxRequest(lse=True)
+    found = _flex(query.device.type)(
         *(query, key, value),
         score_mod=None if heads.softcap is None else _capped(heads.softcap),
         block_mask=rows.block_mask(query.shape[2], query.device, heads.window),
         scale=heads.scale,
         enable_gqa=key.shape[1] != query.shape[1],
-        return_aux=AuxRequest(lse=True),
+        return_aux=wanted,
     )
     if heads.sinks is not None:
         # The softmax over one more key: its weight is taken from the others.
-        kept = torch.sigmoid(found.lse - heads.sinks.float()[None, :, None])
-        out = out * kept[..., None]
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
+        found, more = found
+        found = found * torch.sigmoid(more.lse - heads.sinks.float()[None, :, None])[..., None]
+    return found.transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:
@@ -173,7 +174,7 @@ def prove(query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> str:
 
     Compared with `by_scores`. Returns the kernel's name.
     """
-    length, kernel = 40, kernel_for(query, heads)
+    length, kernel = 300, kernel_for(query, heads)  # several blocks, the last one cut
     generator = torch.Generator(query.device).manual_seed(0)
 
     def random(like: Tensor) -> Tensor:
@@ -184,8 +185,8 @@ def prove(query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> str:
     q, k, v = random(query), random(key), random(value)
     sinks = None if heads.sinks is None else heads.sinks.detach().clone().requires_grad_()
     learned = [q, k, v] if sinks is None else [q, k, v, sinks]
-    small = heads._replace(sinks=sinks, window=None if heads.window is None else min(heads.window, 5))
-    rows = Rows([[0, 7, 29], [0]])
+    small = heads._replace(sinks=sinks, window=None if heads.window is None else min(heads.window, 140))
+    rows = Rows([[0, 7, 129, 255], [0]])
     with torch.enable_grad():
         results = [compute(q, k, v, rows, small) for compute in (kernel, by_scores)]
         grad = torch.randn(results[1].shape, device=query.device, generator=generator).to(query.dtype)
@@ -267,4 +268,5 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _put(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    return put(torch.from_numpy(array), device)
+    # In order: numpy's results lie in memory as what they are of, and compiled kernels do not look at strides.
+    return put(torch.from_numpy(np.array(array, order="C")), device)

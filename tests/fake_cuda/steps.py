@@ -234,4 +234,4 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, *, block_mask: An
     assert block_mask.kv_indices.is_cuda and block_mask.full_q_indices.is_cuda
     assert block_mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
     out, lse = _Flex.apply(query, key, value)
-    return out, SimpleNamespace(lse=lse)
+    return out if options["return_aux"] is None else (out, SimpleNamespace(lse=lse))
