@@ -185,7 +185,7 @@ def prove(query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> str:
     q, k, v = random(query), random(key), random(value)
     sinks = None if heads.sinks is None else heads.sinks.detach().clone().requires_grad_()
     learned = [q, k, v] if sinks is None else [q, k, v, sinks]
-    small = heads._replace(sinks=sinks, window=None if heads.window is None else min(heads.window, 140))
+    small = heads._replace(sinks=sinks, window=None if heads.window is None else min(heads.window, 40))
     rows = Rows([[0, 7, 129, 255], [0]])
     with torch.enable_grad():
         results = [compute(q, k, v, rows, small) for compute in (kernel, by_scores)]
