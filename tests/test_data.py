@@ -1,5 +1,6 @@
 """Every token is trained exactly once per epoch, in the same global batches on every mesh."""
 
+import errno
 import itertools
 import json
 import os
@@ -313,6 +314,26 @@ def test_a_cache_hit_does_not_tokenize_again(folder: Path) -> None:
     assert reports[-1] == (total, total)
     (part,) = corpus.parts
     assert [p.name for p in cache_dir.iterdir() if p.name != ".digests.json"] == [part.key], "nothing left over"
+
+
+def test_a_cache_that_cannot_be_written_can_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in folder.iterdir():
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+    prepared = make_cache(folder)
+    for file in folder.iterdir():  # as on another machine: their digests are not known there
+        os.utime(file, (1_100_000_000, 1_100_000_000))
+
+    def read_only(*given: Any, **more: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    monkeypatch.setattr("os.mkdir", read_only)
+    assert make_cache(folder).key == prepared.key
+    (folder / "more.txt").write_text("another text")
+    with pytest.raises(
+        RecipeError, match=r"cannot write the token cache in .*Read-only file system; set NDTRAIN_CACHE"
+    ):
+        make_cache(folder)
 
 
 def test_two_tokenizers_have_two_caches(folder: Path) -> None:

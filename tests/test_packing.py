@@ -20,9 +20,9 @@ from ndtrain.data.corpus import Corpus, Part
 from ndtrain.data.index import RowIndex, build_index, open_index
 from ndtrain.data.samples import Concatenated, Whole, open_samples
 from ndtrain.errors import DamagedError, NdtrainError, RecipeError
-from tests import tiny
+from tests import proofs, tiny
 from tests.ranks import get_pool
-from tests.test_train import ALL_MESHES, ranks_of, trained
+from tests.test_train import ALL_MESHES, ranks_of
 
 
 def bounds_of(lengths: Any) -> np.ndarray:
@@ -137,7 +137,8 @@ def test_long_documents_are_cut_left_out_or_refused(tmp_path: Path) -> None:
         assert tokens == [1, 2, 3, 16, 17, 18, 19, *range(51, 60)]
         assert opened("drop", packing).describe().endswith("; longer than a row and left out: 2")
         assert opened("cut", packing).describe().endswith("; longer than a row and cut: 2")
-        with pytest.raises(RecipeError, match=r"2 of the 5 documents .* the first is document 2;.*data\.too_long"):
+        refusal = r"2 of the 5 documents .* the first is document 2, the longest has 30 tokens; .*data\.too_long"
+        with pytest.raises(RecipeError, match=refusal):
             opened("error", packing)
     assert "documents: 5; rows of 10 tokens: 6, 98.3% filled by 59 tokens" in opened("cut").describe()
     assert len({opened(how).fingerprint for how in ("cut", "drop")}) == 2
@@ -261,6 +262,27 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 # ---- what is trained
 
 
+def gradients(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics of a step, and the whole gradient of each parameter, as the optimizer gets it."""
+    from tests.trainers import trainer_of
+
+    trainer = trainer_of(path)
+    with proofs.remembered():
+        trainer.prepare()
+    engine, found = trainer.engine, {}
+    update = engine.update
+
+    def noted(step: int, *, skip: Any) -> float:
+        named = engine.model.named_parameters()
+        found.update({fqn: param.grad.full_tensor().clone() for fqn, param in named})  # type: ignore[union-attr]
+        return update(step, skip=skip)
+
+    engine.update = noted  # type: ignore[method-assign]
+    metrics = trainer.train_step()
+    ids = trainer.batches.sample_ids(0).tolist()
+    return {"tokens": metrics.tokens, "loss": metrics.loss, "grad_norm": metrics.grad_norm, "ids": ids}, found
+
+
 @pytest.mark.parametrize(
     ("mesh", "more"),
     [
@@ -293,10 +315,12 @@ def test_documents_in_shared_rows_give_the_gradient_that_they_give_alone(
             train={"global_batch_size": rows, "micro_batch_size": 3},
             **more,
         )
-        result = get_pool(ranks_of(ALL_MESHES[mesh])).run(trained, str(recipe), [], timeout=200)[0]
-        assert sorted(result["ids"][0]) == list(range(rows)), "one step is one epoch"
-        found.append(result["metrics"][0])
-    alone, shared = found
+        metrics, grads = get_pool(ranks_of(ALL_MESHES[mesh])).run(gradients, str(recipe), timeout=200)[0]
+        assert sorted(metrics["ids"]) == list(range(rows)), "one step is one epoch"
+        found.append((metrics, grads))
+    (alone, gradients_alone), (shared, gradients_shared) = found
+    for fqn, want in gradients_alone.items():
+        assert (gradients_shared[fqn] - want).abs().max() <= 1e-4 * want.abs().max(), fqn
     assert shared["tokens"] == alone["tokens"]
     assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)

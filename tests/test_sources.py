@@ -124,6 +124,24 @@ def test_a_source_that_ends_ends_the_run(tmp_path: Path, sources: list[dict[str,
         assert found.schedule.warmup_steps == (2 * steps + 50) // 100, "not of train.steps"
 
 
+def test_a_mixture_goes_on_from_the_last_step_of_an_epoch_on_fewer_ranks(
+    tmp_path: Path, sources: list[dict[str, Any]]
+) -> None:
+    recipe = recipe_of(tmp_path, sources)
+    epochs = ["data.stop=first", "train.global_batch_size=32", "train.micro_batch_size=8"]
+    text = recipe.read_text()
+    assert "steps = 6\n" in text
+    recipe.write_text(text.replace("steps = 6\n", "epochs = 2\n"))
+    order: Any = open_preview(load_recipe(recipe, epochs)).batches.order
+    last, steps = -(-order.end(1) // 32), -(-order.end(2) // 32)
+    first = run(recipe, 4, *epochs, "mesh.dp_shard=4", f"checkpoint.every={last}", stop=last)
+    second = run(recipe, 2, *epochs, "mesh.dp_shard=2", "checkpoint.every=1", stop=last + 1)
+    third = run(recipe, 1, *epochs)
+    found = np.ravel(first["ids"] + second["ids"] + third["ids"])
+    np.testing.assert_array_equal(found, order.sample_ids(0, 32 * steps))
+    assert third["metrics"][last - 1]["epoch"] >= 1 > third["metrics"][last - 2]["epoch"]
+
+
 def test_epochs_of_a_mixture_are_those_of_the_source_that_stop_names(
     tmp_path: Path, sources: list[dict[str, Any]]
 ) -> None:
@@ -207,9 +225,11 @@ def test_a_resume_goes_on_with_the_same_sources_elsewhere(tmp_path: Path, source
     run(recipe)
     copy = tmp_path / "elsewhere.jsonl"
     copy.write_bytes(Path(sources[1]["path"]).read_bytes())
-    recipe_of(tmp_path, [sources[0], sources[1] | {"path": str(copy)}, sources[2] | {"name": "x"}], steps=3)
+    changed = [sources[0], sources[1] | {"path": str(copy)}, sources[2] | {"name": "x"}]
+    twice = [source | {"weight": 2 * source.get("weight", 1)} for source in changed]
+    recipe_of(tmp_path, twice, steps=3)
     found = get_pool(1).run(resumed, str(recipe), [], timeout=100)[0]
-    assert not found["error"] and "the same content" in found["said"], found
+    assert not found["error"] and "the same content and shares" in found["said"], found
 
 
 def test_a_preview_names_the_source_of_each_row(tmp_path: Path, sources: list[dict[str, Any]]) -> None:

@@ -179,6 +179,17 @@ def test_a_run_in_windows_resumes_on_another_mesh(tmp_path: Path) -> None:
     assert one == [pytest.approx(line, rel=1e-4) for line in other]
 
 
+def test_a_resume_in_a_window_whose_files_have_changed_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    run(recipe, stop=3)
+    for file in (tmp_path / "data").iterdir():
+        file.write_text(file.read_text().replace("o", "u"))  # the same size
+    with pytest.raises(
+        RanksFailed, match=r"RecipeError: .*step-00000003: data\.path: files of window 0, in which the run"
+    ):
+        run(recipe, 2, "mesh.dp_shard=2", "train.micro_batch_size=2")
+
+
 def watched(path: str) -> list[tuple[int, list[str], list[int]]]:
     """Before each step: its number, the windows on disk, and those that are open."""
     from ndtrain.train import windows

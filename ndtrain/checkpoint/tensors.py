@@ -224,12 +224,13 @@ def load_tensors(
     tensors: Mapping[str, Tensor],
     *,
     all_of_it: bool = False,
+    cast: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill the tensors in place from a save on any mesh, reading only what this rank holds; collective.
 
-    With `all_of_it` a stored key that is not in `tensors` is an error too: it belongs to another model. `progress` is
-    called after each block.
+    With `all_of_it` a stored key that is not in `tensors` is an error too: it belongs to another model. With `cast`
+    floats may have another dtype than the tensor's. `progress` is called after each block.
 
     Raises `DamagedError` on all ranks: a key is missing, its shape or dtype differs, its pieces overlap or do not cover
     the tensor, or a file cannot be read. Some tensors may be partly filled then.
@@ -239,7 +240,7 @@ def load_tensors(
         stored, indexed = _pieces_of(directory)
         if all_of_it and (left := sorted(stored.keys() - tensors.keys())):
             raise DamagedError(f"{directory}: holds {left[0]}, which this model does not have")
-        plan = plan_held(tensors, stored, directory)
+        plan = plan_held(tensors, stored, directory, as_weights=cast)
         if indexed:
             check_headers(stored, directory, lambda number, file: file in plan)
         read_planned(plan, directory, progress=progress)

@@ -45,6 +45,8 @@ def plan_report(
             trained = whole - sum(numels[fqn] for fqn in frozen.intersection(fqns))
             found = {kind: each * (whole if kind == "parameters" else trained) for kind, each in BYTES.items()}
             found["optimizer"] -= 4 * sum(numels[fqn] for fqn in plan.matrices.intersection(fqns) - frozen)
+            if recipe.optim.state_dtype == "bfloat16":
+                found["optimizer"] //= 2
             return found
 
         parts, hosted = bytes_of(numels), sum(bytes_of(plan.on_host & numels.keys()).values())

@@ -61,10 +61,11 @@ def _digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         if abs(time.time_ns() - stamp[1]) > 2e9 and stamp_of(file) == stamp:
             memo[name], changed = [*stamp, digests[-1]], True
     if changed:
-        handle, temporary = tempfile.mkstemp(prefix=_MEMO_NAME, dir=cache_dir)
-        with os.fdopen(handle, "w") as memo_file:
-            json.dump(memo, memo_file)
-        os.replace(temporary, memo_path)
+        with suppress(OSError):  # what is prepared can be used where nothing can be written
+            handle, temporary = tempfile.mkstemp(prefix=_MEMO_NAME, dir=cache_dir)
+            with os.fdopen(handle, "w") as memo_file:
+                json.dump(memo, memo_file)
+            os.replace(temporary, memo_path)
     return digests
 
 

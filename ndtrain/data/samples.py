@@ -191,10 +191,11 @@ def open_samples(
         except OSError as error:
             raise not_written(folder, error) from error
     if too_long == "error" and index.too_long:
+        longest = max(int(np.diff(bounds).max()) for bounds in corpus.bounds_in_blocks())
         raise RecipeError(
             f"data.seq_len = {seq_len}: {index.too_long:,} of the {corpus.n_docs:,} documents of data.path are longer, "
-            f"the first is {corpus.place(index.first_too_long)}; raise data.seq_len, or set data.too_long to "
-            '"cut" or "drop"'
+            f"the first is {corpus.place(index.first_too_long)}, the longest has {longest:,} tokens; raise "
+            'data.seq_len, or set data.too_long to "cut" or "drop"'
         )
     if not len(index):
         raise NoRowsError(

@@ -124,6 +124,11 @@ class Windows:
             raise ValueError(f"cursor {cursor} is before {self._firsts[0]}, where this process begins")
         return self._number + index, self._firsts[index]
 
+    def tokens_at(self, cursor: int) -> str | None:
+        """Return the identity of the tokens of the window that a cursor is in; None if it is not open."""
+        samples = self._opened.get(self.at(cursor)[0])
+        return None if samples is None else samples.digest
+
     def size(self, number: int) -> int:
         """Return how many samples a window has, 0 if it was not opened."""
         index = number - self._number

@@ -193,12 +193,10 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step, peak=group["peak_lr"])
-        if OPTIMIZERS[self.recipe.optim.name].heeds_found_inf:
-            # A kernel on the host reads it at once, so it has to be there.
-            self.optimizer.found_inf = skip.cpu() if self.plan.on_host else skip  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not skip.item():
-            self.optimizer.step()
+        self.optimizer.rounding.update = step  # type: ignore[attr-defined]
+        # A kernel on the host reads it at once, so it has to be there.
+        self.optimizer.found_inf = skip.cpu() if self.plan.on_host else skip  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return learning_rate(self.recipe, step, peak=self.recipe.optim.lr)
 
@@ -222,5 +220,5 @@ class Engine:
         Works with and without gradients. `progress` is called after each block that is read. Raises `DamagedError` as
         `load_tensors` does.
         """
-        load_tensors(directory, self.optimizer_tensors(), all_of_it=True, progress=progress)
+        load_tensors(directory, self.optimizer_tensors(), all_of_it=True, cast=True, progress=progress)
         set_step(self.model, self.optimizer, updates)

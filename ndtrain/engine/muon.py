@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ndtrain.engine.adamw import adamw_step
+from ndtrain.engine.rounding import Rounding
 from ndtrain.layout import Box, local_part
 from ndtrain.mesh import MeshSizes
 from ndtrain.plan import ParamPlan
@@ -236,9 +237,10 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         device: torch.device,
+        rounding: Rounding,
     ) -> None:
         super().__init__(groups, {"betas": betas, "eps": eps})
-        self._momentum, self._adjust, self._device = momentum, adjust_lr, device
+        self._momentum, self._adjust, self._device, self.rounding = momentum, adjust_lr, device, rounding
         layouts: dict[Any, Cut] = {}
         self._cuts: list[Cut] = []
         self._held: list[tuple[Tensor, dict[str, Any]]] = []  # each parameter with its group
@@ -257,7 +259,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make a step. Where `found_inf`, a scalar on the device, is 1, nothing changes."""
         for bucket in self._buckets:
-            updates = [self._moved(self._held[number][0]) for number in bucket.params]
+            updates = [self._moved(*self._held[number]) for number in bucket.params]
             exchange(bucket, updates, self._device)
             for number, update in zip(bucket.params, updates, strict=True):
                 param, group = self._held[number]
@@ -271,18 +273,19 @@ class Muon(torch.optim.Optimizer):
                     local.copy_(torch.where(self._skips(local), kept, local))
         for group in self.param_groups:
             if not group["matrices"]:
-                adamw_step(group, self.state, found_inf=self.found_inf)
+                adamw_step(group, self.state, self.rounding, found_inf=self.found_inf)
 
-    def _moved(self, param: Tensor) -> Tensor:
+    def _moved(self, param: Tensor, group: dict[str, Any]) -> Tensor:
         """Return this rank's part of the momentum with the look ahead, in bfloat16, and keep the momentum."""
         if param.grad is None:
             return torch.zeros_like(local_part(param), dtype=torch.bfloat16)
         state = self.state[param]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=group["state_dtype"])
         buffer, grad = local_part(state["momentum_buffer"]), local_part(param.grad)
-        moved = buffer.lerp(grad, 1 - self._momentum)
-        buffer.copy_(torch.where(self._skips(buffer), buffer, moved) if self.found_inf is not None else moved)
+        moved = buffer.float().lerp(grad, 1 - self._momentum)
+        kept = torch.where(self._skips(buffer), buffer.float(), moved) if self.found_inf is not None else moved
+        self.rounding.store(param, [buffer], [kept])
         return grad.lerp(moved, self._momentum).bfloat16()
 
     def _skips(self, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ndtrain.engine.adamw import ADAMW_STATE, AdamW
 from ndtrain.engine.muon import MUON_STATE, Muon
+from ndtrain.engine.rounding import Rounding
 from ndtrain.errors import NdtrainError
 from ndtrain.layout import local_part
 from ndtrain.plan import Plan
@@ -25,28 +26,42 @@ Groups = list[dict[str, Any]]
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
+class Around(NamedTuple):
+    """What an optimizer may need beside its groups: `device` computes what is in host memory."""
+
+    recipe: Recipe
+    plan: Plan
+    device: torch.device
+    rounding: Rounding
+
+
 @dataclass(frozen=True)
 class Kind:
     """Describes an optimizer: how it is built from parameter groups, and the tensors that it keeps for each parameter.
 
-    `state` returns the names of the tensors for the parameters of a group, each shaped and sharded like its parameter.
-    The count of updates, `step`, belongs to the run and is not among these tensors. `heeds_found_inf` says that
-    its `step` changes nothing where its attribute `found_inf` is 1, as torch's fused kernels do for `GradScaler`; for
-    others the host has to read it.
+    Where its attribute `found_inf` is 1, its `step` changes nothing, as torch's fused kernels do for `GradScaler`.
+    `state` returns the names of the tensors for the parameters of a group, each shaped and sharded like its parameter
+    and in the group's "state_dtype". The count of updates, `step`, belongs to the run and is not among these tensors.
     """
 
-    build: Callable[[Groups, Recipe, Plan, torch.device], torch.optim.Optimizer]
+    build: Callable[[Groups, Around], torch.optim.Optimizer]
     state: Callable[[Mapping[str, Any]], tuple[str, ...]]
-    heeds_found_inf: bool
 
 
-def _adamw(groups: Groups, recipe: Recipe, plan: Plan, device: torch.device) -> torch.optim.Optimizer:
-    section = recipe.optim
-    return AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]), eps=section.eps, fused=True)
+def _adamw(groups: Groups, around: Around) -> torch.optim.Optimizer:
+    section = around.recipe.optim
+    return AdamW(
+        groups,
+        rounding=around.rounding,
+        lr=section.lr,
+        betas=(section.betas[0], section.betas[1]),
+        eps=section.eps,
+        fused=True,
+    )
 
 
-def _muon(groups: Groups, recipe: Recipe, plan: Plan, device: torch.device) -> torch.optim.Optimizer:
-    section = recipe.optim
+def _muon(groups: Groups, around: Around) -> torch.optim.Optimizer:
+    section, plan = around.recipe.optim, around.plan
     return Muon(
         groups,
         {param.fqn: param for param in plan.params if param.fqn in plan.matrices},
@@ -55,14 +70,15 @@ def _muon(groups: Groups, recipe: Recipe, plan: Plan, device: torch.device) -> t
         adjust_lr=section.adjust_lr or "match_rms_adamw",
         betas=(section.betas[0], section.betas[1]),
         eps=section.eps,
-        device=device,
+        device=around.device,
+        rounding=around.rounding,
     )
 
 
 # Names of `optim.name`
 OPTIMIZERS: dict[str, Kind] = {
-    "adamw": Kind(_adamw, lambda group: ADAMW_STATE, heeds_found_inf=True),
-    "muon": Kind(_muon, lambda group: MUON_STATE if group["matrices"] else ADAMW_STATE, heeds_found_inf=True),
+    "adamw": Kind(_adamw, lambda group: ADAMW_STATE),
+    "muon": Kind(_muon, lambda group: MUON_STATE if group["matrices"] else ADAMW_STATE),
 }
 
 
@@ -73,7 +89,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, plan: Plan, device: torch.
     matrices, whose FQNs it has ("matrices"). A fused or foreach kernel cannot mix DTensors of two meshes.
     """
     alike: dict[tuple[DeviceMesh, torch.device, float, float, bool], dict[str, nn.Parameter]] = {}
-    section = recipe.optim
+    section, rounding = recipe.optim, Rounding(recipe.train.seed)
     exempt = set() if section.decay_norms else without_decay(model)
     for fqn, param in _trainable(model):
         assert isinstance(param, DTensor)
@@ -83,6 +99,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, plan: Plan, device: torch.
             peak, decay = peak if own.lr is None else own.lr, decay if own.weight_decay is None else own.weight_decay
         key = param.device_mesh, local_part(param).device, decay, peak, fqn in plan.matrices
         alike.setdefault(key, {})[fqn] = param
+        rounding.name(fqn, param)
     return OPTIMIZERS[section.name].build(
         [
             {
@@ -91,12 +108,11 @@ def build_optimizer(model: nn.Module, recipe: Recipe, plan: Plan, device: torch.
                 "weight_decay": decay,
                 "lr": peak,
                 "peak_lr": peak,
+                "state_dtype": getattr(torch, section.state_dtype),
             }
             for (_, _, decay, peak, matrices), params in alike.items()
         ],
-        recipe,
-        plan,
-        device,
+        Around(recipe, plan, device, rounding),
     )
 
 
@@ -135,7 +151,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device=param.device if on_device else "cpu")
         for name in kind.state(group):
             if name not in state:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(param, dtype=group.get("state_dtype"))
             tensors[f"{name}.{fqn}"] = state[name]
     return tensors
 

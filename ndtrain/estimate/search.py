@@ -236,7 +236,8 @@ class _Count:
         self.numel, self.experts = plan.numel, expert_count(text)
         self.hosted = sum(p.numel for p in plan.params if p.fqn in plan.on_host)
         # Parameter, gradient and AdamW's two moments, of which Muon has one for most.
-        self.each = 16 if recipe.optim.name == "adamw" else 12
+        states = (8 if recipe.optim.name == "adamw" else 4) // (2 if recipe.optim.state_dtype == "bfloat16" else 1)
+        self.each = 8 + states
         self.in_experts = sum(p.numel for p in plan.params if ".experts." in p.fqn)
         self.layers = max(1, len(plan.blocks))
         self.hidden = getattr(text, "hidden_size", 0) or 1024

@@ -170,7 +170,9 @@ class EvalSection(DataKeys):
         default_factory=int,  # `Recipe` sets the default
         description="Steps between evaluations; 0 = only at the end. Default: checkpoint.every.",
     )
-    rows: Size | None = Field(None, description="Evaluate on the first rows alone, at most so many.")
+    rows: Size | None = Field(
+        None, description="Evaluate on the first sequences alone, at most so many of each source."
+    )
     at_start: bool = Field(False, description="Evaluate before the first step of a new run too.")
     patience: Size | None = Field(
         None, description="So many evaluations in a row without a new lowest loss end the run."

@@ -210,8 +210,8 @@ def _unusable(value: Any, at: Key) -> Iterator[Problem]:
         for key, inner in value.items():
             yield from _unusable(inner, (*at, key))
     elif isinstance(value, list):
-        for inner in value:
-            yield from _unusable(inner, at)
+        for number, inner in enumerate(value):
+            yield from _unusable(inner, (*at, index(number)))
     elif isinstance(value, float) and not math.isfinite(value):
         yield at, f"{dotted(at)} = {str(value).lower()} must be a finite number"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -15,6 +15,7 @@ LEAST_SHARE = 2.0**-17
 
 # Key -> (the supported values, why the others are refused).
 NOT_YET: dict[Key, tuple[tuple[Any, ...], str]] = {
+    ("optim", "state_dtype"): (("float32", "bfloat16"), 'ndtrain keeps no state in 8 bits yet; use "bfloat16"'),
     ("fsdp", "param_dtype"): (
         ("float32", "bfloat16"),
         'float16 needs loss scaling, which ndtrain does not have; use "bfloat16" or "float32"',

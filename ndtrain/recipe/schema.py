@@ -92,6 +92,11 @@ class OptimSection(Section):
         False, description="Decay norms, biases and all parameters of fewer than two dims too; embeddings always decay."
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    state_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="Dtype in which the optimizer's state is kept; bfloat16 is rounded at random, so that averages are "
+        "kept.",
+    )
     groups: list[OptimGroup] = Field(
         [], description="[[optim.groups]]: parameters with a learning rate or decay of their own, or frozen."
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ndtrain.data.mixture import Mixture
 from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
 from ndtrain.recipe import OF_SOURCE, Recipe, sections
@@ -238,8 +239,9 @@ def _sources(
         if before == now and saved["content"] == origin["content"]:
             meaning = "the same files give other tokens"
         return Change(key, *values, "allow", meaning)
-    if [source["weight"] for source in before] == [source["weight"] for source in now]:
-        return Change(key, *values, "free", "the same content")
+    one, other = (Mixture([source["weight"] for source in sources]).counts for sources in (before, now))
+    if (one == other).all():
+        return Change(key, *values, "free", "the same content and shares")
     return Change(key, *values, "allow", _meaning(key, state))
 
 

@@ -54,17 +54,23 @@ class Resumed(NamedTuple):
     other_data: bool  # the user allowed other samples, or another order
     same_tokens: bool  # another version of the tokenizer must have given the same tokens
 
-    def check_data(self, fingerprint: str, tokens: str | None) -> None:
-        """Raise `RecipeError` if the batches' fingerprint or their tokens' digest differs where it must not."""
-        if self.same_tokens and self.state["tokens"] != tokens:
+    def check_data(self, now: Mapping[str, Any]) -> None:
+        """Raise `RecipeError` if the data's state `now` (`data_state`) differs where it must not."""
+        if self.same_tokens and self.state["tokens"] != now["tokens"]:
             raise RecipeError(
                 f"{self.directory}: data.tokenizer gives other tokens with these versions of its packages; restore "
                 'them, choose another run.dir to train anew, or let it pass with checkpoint.allow = ["data.tokenizer"]'
             )
-        if self.state["data"] != fingerprint and not (self.other_data or self.same_tokens):
+        if self.state["data"] != now["data"] and not (self.other_data or self.same_tokens):
             raise RecipeError(
-                f"{self.directory} was trained on other samples: {self.state['data']}, now {fingerprint}; use the "
+                f"{self.directory} was trained on other samples: {self.state['data']}, now {now['data']}; use the "
                 "version of ndtrain that wrote it, or choose another run.dir to train anew"
+            )
+        window = self.state.get("window_tokens")  # None between two windows, and in checkpoints of earlier versions
+        if window not in (None, now.get("window_tokens")) and not self.other_data:
+            raise RecipeError(
+                f"{self.directory}: data.path: files of window {self.state['window'][0]}, in which the run goes on, "
+                "have other content than they had; restore them, or choose another run.dir to train anew"
             )
 
 

@@ -106,7 +106,7 @@ class Trainer:
         with self.watch.during(TOKENIZE):
             self.open_batches(resumed)
             if resumed is not None:
-                resumed.check_data(self.batches.fingerprint, self.batches.tokens)
+                resumed.check_data(data_state(self.batches, resumed.state["samples"]))
             self._find_length(resumed)
             if recipe.eval is not None:
                 self.evaluation = open_evaluation(self.engine, self.runtime, self.tokenizer, reporter, steps=self.steps)

@@ -79,9 +79,12 @@ def reach(batches: GlobalBatches, watch: Watch, *, since: int, until: int) -> No
 
 def data_state(batches: GlobalBatches, cursor: int) -> dict[str, Any]:
     """Return what train_state.json says of the data at `cursor`."""
+    found: dict[str, Any] = {"data": batches.fingerprint, "tokens": batches.tokens}
     samples = batches.samples
-    window = {"window": samples.at(cursor)} if isinstance(samples, Windows) else {}
-    return {"data": batches.fingerprint, "tokens": batches.tokens, **window}
+    if isinstance(samples, Windows):
+        # Files are known by name and size alone: what the cursor counts in has to be what it was.
+        found |= {"window": samples.at(cursor), "window_tokens": samples.tokens_at(cursor)}
+    return found
 
 
 def close_data(batches: GlobalBatches) -> None:

@@ -309,9 +309,23 @@ ODD = [
         asked(reply("a"), {"role": "user", "content": "q"}, reply("b", train=False)),
         ["a" + END],
     ),
+    Odd(
+        "training and loss = false",
+        "chatml",
+        asked(
+            reply("a", training=False), {"role": "user", "content": "q"}, reply("b", loss=True), reply("c", loss=False)
+        ),
+        ["b" + END],
+    ),
+    Odd("a loss that is a number", "chatml", asked(reply("a", loss=0)), "loss is a number; it can be true or false"),
     Odd("weight 0.5", "chatml", asked(reply("a", weight=0.5)), "weight is 0.5; it can be 0 or 1"),
     Odd("weight that is a string", "chatml", asked(reply("a", weight="1")), 'weight is "1"'),
-    Odd("weight against train", "chatml", asked(reply("a", weight=1, train=False)), "contradicts"),
+    Odd(
+        "weight against train",
+        "chatml",
+        asked(reply("a", weight=1, train=False)),
+        "weight = 1, train = false contradict",
+    ),
     Odd("all weights 0", "chatml", asked(reply("a", weight=0)), "no token carries loss"),
     Odd("weights that marks cannot tell", "chatml", asked(reply("", weight=0), reply("b")), "do not tell"),
     Odd("loss on parts of a message", "chatml", asked(reply("a", train_detail=[])), 'has "train_detail"'),

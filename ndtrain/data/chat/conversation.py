@@ -25,8 +25,10 @@ _ROLE_OF = {
     **dict.fromkeys(("observation", "function_response"), "tool"),
 }
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Say which parts of a message carry loss, in a way that is not supported.
-_DETAILS = ("train_detail", "training_detail", "loss_mask")
+# The names, beside weight, by which a message says whether it carries loss: of OpenAI's rows, axolotl and ms-swift.
+_FLAGS = ("train", "training", "loss")
+# Say which parts of a message carry loss, or how much, in a way that is not supported.
+_DETAILS = ("train_detail", "training_detail", "loss_mask", "loss_scale", "loss_weight")
 # Variables that transformers gives to a template, or that mean something else to it.
 _RESERVED = {
     *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
@@ -188,15 +190,17 @@ def _of_sharegpt(message: Message, where: str) -> Message:
 
 
 def _carries_loss(message: Message, where: str) -> bool:
-    """Return what "weight" and "train" say, and take them out of the message."""
-    weight, train = message.pop("weight", None), message.pop("train", None)
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{where}: train is {kind_of(train)}; it can be true or false")
-    if weight is not None and (not isinstance(weight, int | float) or isinstance(weight, bool) or weight not in (0, 1)):
-        raise RowError(f"{where}: weight is {_quoted(weight)}; it can be 0 or 1")
-    if weight is not None and train is not None and bool(weight) != train:
-        raise RowError(f"{where}: weight = {weight} contradicts train = {str(train).lower()}")
-    return bool(weight) if weight is not None else train is not False
+    """Return what "weight" and the flags say, and take them out of the message."""
+    said = {name: message.pop(name) for name in ("weight", *_FLAGS) if name in message}
+    for name, value in said.items():
+        if name != "weight" and not isinstance(value, bool):
+            raise RowError(f"{where}: {name} is {kind_of(value)}; it can be true or false")
+        if name == "weight" and (isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1)):
+            raise RowError(f"{where}: weight is {_quoted(value)}; it can be 0 or 1")
+    if len(set(map(bool, said.values()))) > 1:
+        given = ", ".join(f"{name} = {str(value).lower()}" for name, value in said.items())
+        raise RowError(f"{where}: {given} contradict each other")
+    return all(said.values())
 
 
 def _content(value: Any, where: str, accepts: Accepts) -> Any:

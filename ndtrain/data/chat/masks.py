@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ndtrain.hf.tokenizer import HubTokenizer
 
 # Of what rows become; a change of it makes the caches of earlier versions useless.
-_VERSION = 1
+_VERSION = 2
 
 
 class _Endless(RowError):
