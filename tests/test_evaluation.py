@@ -267,6 +267,18 @@ def test_after_a_resume_no_evaluation_is_lost_or_made_twice(
     assert losses(tmp_path / "cut/run") == losses(tmp_path / "whole/run")
 
 
+def test_a_run_says_when_it_is_evaluated_on_what_it_trains_on(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    recipe = recipe_for(world, tmp_path, "llama", "1", held_out={"rows": 2})
+    line = "note: [eval] reads what is trained on"
+    own = run(recipe, f"eval.path={world['corpus']}", "train.steps=1", "schedule.warmup_steps=0")["said"]
+    assert any(said.startswith(line) for said in own)
+    other = run(recipe, f"run.dir={tmp_path}/other", "train.steps=1", "schedule.warmup_steps=0")["said"]
+    assert not any(said.startswith(line) for said in other)
+
+
 def stopped_while_evaluating(path: str, at_step: int) -> str:
     """Run until a stop is requested of rank 1 in the middle of the evaluation of a step; return how it ended."""
     import signal

@@ -135,7 +135,17 @@ def test_windows_without_rows_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("2GB", 2e9), ("1.5 MiB", 1.5 * 2**20), ("700KB", 7e5), ("3TB", 3e12), ("5B", 5), ("4KiB", 4096)]
+    ("text", "size"),
+    [
+        ("2GB", 2e9),
+        ("1.5 MiB", 1.5 * 2**20),
+        ("700KB", 7e5),
+        ("3TB", 3e12),
+        ("5B", 5),
+        ("4KiB", 4096),
+        ("5kB", 5000),
+        ("0.5GB", 5e8),
+    ],
 )
 def test_sizes(text: str, size: float) -> None:
     assert window_bytes(text) == size
@@ -309,6 +319,7 @@ REFUSED = {
     "epochs": (["train.epochs=1"], r"data\.window = \"2300B\" does not go with train\.epochs"),
     "sources": (['data.sources=[{path="a"}]'], r"data\.window = \"2300B\" does not go with \[\[data\.sources\]\]"),
     "tokens": (["data.format=tokens"], r'data\.window = "2300B" is for text and chat'),
+    "nothing": (["data.window=0B"], r'data\.window = "0B" must be a size'),
     "no size": (["data.window=2 gigabytes"], r'data\.window = "2 gigabytes" must be a size, such as "500MB"'),
 }
 

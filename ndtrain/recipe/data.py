@@ -129,8 +129,8 @@ class DataKeys(RowKeys):
 
 def window_bytes(window: str) -> int:
     """Return how many bytes `data.window` stands for, at least 1."""
-    number, unit = window.rstrip("B").rstrip("KMGTi"), window.lstrip("0123456789. ")
-    base = 1024 if "i" in unit else 1000
+    number, unit = window.rstrip("B").rstrip("kKMGTi"), window.lstrip("0123456789. ").upper()
+    base = 1024 if "I" in unit else 1000
     return max(1, int(float(number) * base ** " KMGT".index(unit[:1] if unit[:1] in tuple("KMGT") else " ")))
 
 
@@ -151,7 +151,7 @@ class DataSection(DataKeys):
         None, description='Local directory or hub id; by default model.name. "bytes" is built in.'
     )
     shuffle: bool = Field(True, description="Shuffle samples by train.seed and epoch.")
-    window: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?([KMGT]i?)?B)?$")] = Field(
+    window: Annotated[str, Field(pattern=r"^((0*[1-9]\d*(\.\d+)?|0+\.\d*[1-9]\d*) ?([kKMGT]i?)?B)?$")] = Field(
         "",
         description='Prepare and shuffle the data in windows of files of this size, e.g. "2GB"; "" takes all of it at '
         "once.",

@@ -148,6 +148,12 @@ def open_evaluation(
     engine: Engine, runtime: Runtime, tokenizer: ByteTokenizer | HubTokenizer, reporter: Reporter, *, steps: int
 ) -> Evaluation:
     """Open the rows of [eval], tokenizing what is not cached; collective. Raises what `open_held_out` raises."""
+    data, held_out = engine.recipe.data, engine.recipe.eval
+    if all(getattr(data, key) == getattr(held_out, key) for key in ("path", "subset", "split", "revision", "sources")):
+        reporter.info(
+            "note: [eval] reads what is trained on, so its loss is not of held-out data; give it other files, or "
+            "another split"
+        )
     rows = open_held_out(engine.recipe, runtime, engine.sizes, tokenizer, reporter, vocabulary=engine.vocabulary)
     return Evaluation(engine, rows, steps=steps)
 
