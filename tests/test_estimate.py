@@ -73,6 +73,17 @@ def test_packed_rows_on_cuda_cost_what_rows_of_one_document_cost(
     assert packed.flops < masked.flops and packed.peak_bytes < masked.peak_bytes
 
 
+def test_masks_that_a_run_makes_are_counted_on_cuda_too(tmp_path: Path) -> None:
+    config = tiny.CONFIGS["llama"]
+    by_documents, masked = (
+        estimated(
+            recipe_for(tmp_path, "llama", {}, config, data={"seq_len": 512}, model={"attn": attn}), 1, on_cuda=True
+        )
+        for attn in ("auto", "sdpa")
+    )
+    assert by_documents.flops < masked.flops and by_documents.peak_bytes < masked.peak_bytes
+
+
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "width"),
     [("llama", "none", 32), ("llama", "none", 64), ("llama", "full", 32), ("qwen3_moe", "none", 32)],

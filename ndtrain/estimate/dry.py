@@ -54,7 +54,8 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int, o
     """Record what `rank` does in one optimizer step after the first. `model` (on meta) is sharded: do not reuse it.
 
     Tokens are spread evenly over experts. With `on_cuda` attention takes the kernels of such a device, and each packed
-    row is one document. Raises `PlanError` for a model whose shapes depend on tensors' values.
+    row is one document where no mask keeps documents apart. Raises `PlanError` for a model whose shapes depend on
+    tensors' values.
     """
     if dist.is_initialized():
         raise NdtrainError("a dry step needs a process without a process group, since it starts its own")
@@ -78,7 +79,8 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int, o
                 without_data(plan, packing=bool(recipe.data.packing)),
             ):
                 loaded = batches(recipe, plan)
-                if on_cuda and engine.marks_documents:
+                masked = engine.documents is None and plan.cp != "ring"
+                if on_cuda and engine.marks_documents and not masked:
                     loaded = [{**batch, "documents": batch["input_ids"][:, :0]} for batch in loaded]
                 run_step(engine, recorder, loaded)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
