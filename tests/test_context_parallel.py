@@ -16,7 +16,7 @@ from ndtrain.errors import PlanError
 from ndtrain.hf.attention_functions import take_attention
 from ndtrain.parallel.cp import ContextParallel, Ring, Ulysses, kernels
 from ndtrain.parallel.cp.ring import ring_attention
-from ndtrain.parallel.cp.visible import Visible, segments
+from ndtrain.parallel.cp.visible import CAUSAL, Documents, Visible, segments
 from tests.ranks import get_pool
 from tests.tiny import CONFIGS as MODELS
 
@@ -31,6 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
     "window of a few tokens, plain": {"mask": "window", "plain": True},
     "packed": {"mask": "packed"},
     "packed and window": {"mask": "packed window"},
+    "documents": {"mask": "packed", "known": True, "keys": 2},
+    "documents of an odd segment length, plain": {"mask": "packed", "known": True, "plain": True, "length": 40},
+    "documents and window": {"mask": "packed window", "known": True},
+    "known window": {"mask": "window", "known": True},
     "sinks": {"sinks": True, "keys": 2},
     "sinks and window, plain": {"sinks": True, "mask": "window", "plain": True},
     "soft caps": {"softcap": 1.5, "keys": 2},
@@ -42,6 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+CUTS, WINDOW = ([3, 17, 18], [29]), 7
+
+
 def whole_mask(name: str, length: int) -> Tensor:
     """bool [2, 1, length, length]"""
     rows = torch.arange(length)
@@ -49,9 +56,9 @@ def whole_mask(name: str, length: int) -> Tensor:
     if name == "full":
         mask[:] = True
     if "window" in name:
-        mask &= rows[:, None] - rows < 7
+        mask &= rows[:, None] - rows < WINDOW
     if "packed" in name:
-        for row, cuts in enumerate(([3, 17, 18], [29])):
+        for row, cuts in enumerate(CUTS):
             document = sum((rows >= cut).long() for cut in cuts)
             mask[row] &= document[:, None] == document
     if name == "hidden":
@@ -85,6 +92,7 @@ def error(
     softcap: float | None = None,
     scale: float = 0.25,
     plain: bool = False,
+    known: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> float:
     generator = torch.Generator().manual_seed(1)
@@ -113,17 +121,17 @@ def error(
     def pair(query: int, key: int, size: int) -> Tensor:
         return sees[:, :, query : query + size, key : key + size]
 
+    asked: Any = {"causal": CAUSAL, "full": "full"}.get(mask, pair)
+    if known:
+        asked = Documents(
+            [[0, *cuts] for cuts in CUTS] if "packed" in mask else [[0]], WINDOW if "window" in mask else None
+        )
     ours = [mine(t).requires_grad_() for t in (q, k, v)]
     if s is not None:
         ours.append(s.detach().to(dtype).requires_grad_())
     out = ring_attention(
         *ours[:3],
-        seen=Visible(
-            mask if mask in ("causal", "full") else pair,  # type: ignore[arg-type]
-            length=length_of_segment,
-            rank=rank,
-            cp=cp,
-        ),
+        seen=Visible(asked, length=length_of_segment, rank=rank, cp=cp),
         kernel=kernels.choose(ours[0], softcap=softcap, plain=plain),
         scale=scale,
         group=group,
@@ -164,7 +172,7 @@ def test_causal_work_is_the_same_on_every_rank_and_unseen_blocks_are_skipped() -
 
     def area(rank: int, source: int) -> float:
         total = 0.0
-        for span in Visible("causal", length=length, rank=rank, cp=cp).spans(source):
+        for span in Visible(CAUSAL, length=length, rank=rank, cp=cp).spans(source):
             queries, keys = (len(range(2 * length)[s]) for s in (span.queries, span.keys))
             total += queries * keys / (2 if span.causal else 1)
         return total
@@ -179,6 +187,38 @@ def test_causal_work_is_the_same_on_every_rank_and_unseen_blocks_are_skipped() -
     spans = [len(Visible(window, length=length, rank=1, cp=cp).spans(source)) for source in range(cp)]
     # Segments 1 and 6 see themselves and the segment before each: 0 and 5, of ranks 0 and 2.
     assert spans == [1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 60, 1500])
+@pytest.mark.parametrize(("cp", "length"), [(2, 40), (3, 25), (2, 1100)])
+def test_spans_of_documents_show_each_key_that_is_seen_once_and_no_other(
+    cp: int, length: int, window: int | None
+) -> None:
+    whole = 2 * cp * length
+    generator = torch.Generator().manual_seed(0)
+    cuts = [sorted({*torch.randint(1, whole, (5,), generator=generator).tolist()}), [length], []]
+    places = torch.arange(whole)
+    distance = places[:, None] - places
+    seen = torch.stack([(distance >= 0).clone() for _ in cuts])
+    for row, at in zip(seen, cuts, strict=True):
+        document = torch.bucketize(places, torch.tensor([0, *at]), right=True)
+        row &= document[:, None] == document
+        if window is not None:
+            row &= distance < window
+    held = [torch.cat([places[i * length : (i + 1) * length] for i in segments(rank, cp)]) for rank in range(cp)]
+    for rank in range(cp):
+        visible = Visible(Documents([[0, *at] for at in cuts], window), length=length, rank=rank, cp=cp)
+        for source in range(cp):
+            found = torch.zeros(len(cuts), 2 * length, 2 * length, dtype=torch.int32)
+            for span in visible.spans(source):
+                shape = found[span.rows, span.queries, span.keys].shape
+                shown = torch.ones(shape, dtype=torch.int32)
+                assert span.mask is None or shape[1] * shape[2] <= 4 * max(1024, window or 0) ** 2
+                if span.causal:
+                    assert shape[1] == shape[2] and span.mask is None
+                    shown = shown.tril()
+                found[span.rows, span.queries, span.keys] += shown if span.mask is None else shown * span.mask[0]
+            assert torch.equal(found, seen[:, held[rank]][:, :, held[source]].int())
 
 
 def llama() -> Any:

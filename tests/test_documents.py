@@ -83,9 +83,9 @@ def kept(path: str, breaks: bool) -> tuple[bool, list[str]]:
 
     said = Said()
     # A document that begins one token late.
-    bounds = documents._bounds
+    bounds = documents.document_bounds
     wrong = lambda found: [[0, *(first + 1 for first in row[1:])] for row in bounds(found)]  # noqa: E731
-    with mock.patch.object(documents, "_bounds", wrong if breaks else bounds):
+    with mock.patch.object(documents, "document_bounds", wrong if breaks else bounds):
         trainer = trainer_of(path, said=said)
         trainer.prepare()
         trainer.train_step()
@@ -118,6 +118,67 @@ def test_recomputed_blocks_keep_documents_apart_in_the_backward_pass(
         found = get_pool(1).run(trained, str(recipe), more, timeout=100)[0]["metrics"]
         runs.append([(line["loss"], line["grad_norm"]) for line in found])
     assert runs[1] == [pytest.approx(pair, rel=1e-5) for pair in runs[0]]
+
+
+def trained_at_once(path: str, overrides: list[str]) -> dict[str, Any]:
+    """A run in which one function takes all documents, as on CUDA, where it is a kernel that is proved."""
+    with (
+        mock.patch("ndtrain.engine.engine.attention_by_documents", lambda model, *_, **__: at_once(model)),
+        mock.patch("ndtrain.parallel.fused.prove", lambda *_: "one kernel"),
+    ):
+        return trained(path, overrides, proves=True)
+
+
+def at_once(model: Any) -> AttentionByDocuments:
+    return AttentionByDocuments(model, fused=True)
+
+
+def kept_at_once(path: str) -> tuple[bool, list[str], float]:
+    """Whether one kernel for all documents is kept where it fails, what was said, and the loss of a step."""
+    from tests.trainers import Said, trainer_of
+
+    said = Said()
+    with (
+        mock.patch("ndtrain.engine.engine.attention_by_documents", lambda model, *_, **__: at_once(model)),
+        mock.patch("ndtrain.parallel.fused.prove", lambda *_: "one kernel"),
+        mock.patch("ndtrain.parallel.fused.by_scores", side_effect=RuntimeError("no kernel for this card")),
+    ):
+        trainer = trainer_of(path, said=said)
+        trainer.prepare()
+        made = trainer.train_step()
+    return trainer.engine.documents.enabled, said.said, made.loss  # type: ignore[union-attr]
+
+
+def test_a_kernel_that_fails_leaves_the_masks(world: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    recipe = recipe_for(world, tmp_path, "llama", "dp_shard2", steps=3)
+    enabled, said, loss = get_pool(2).run(kept_at_once, str(recipe), timeout=200)[0]
+    assert not enabled and any(
+        "attention works under masks, since" in line and "for this card" in line for line in said
+    )
+    found = get_pool(2).run(trained, str(recipe), [f"run.dir={tmp_path}/other", "model.attn=sdpa"], timeout=100)
+    assert loss == pytest.approx(found[0]["metrics"][0]["loss"], rel=1e-5)
+
+
+# gpt_oss makes masks that keep no documents apart, so that only attention by documents packs it.
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text"])
+def test_documents_are_apart_whatever_attends(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    runs: list[list[Any]] = []
+    for name, mesh, train, overrides in (
+        ("one by one", "1", trained, []),
+        ("at once", "1", trained_at_once, []),
+        ("ring", "cp2", trained, ["cp.kind=ring"]),
+        ("ulysses", "cp2", trained, ["cp.kind=ulysses"]),
+        ("ulysses at once", "cp2", trained_at_once, ["cp.kind=ulysses"]),
+    ):
+        recipe = recipe_for(world, tmp_path, kind, mesh, steps=3)
+        more = [*overrides, f"run.dir={tmp_path}/{name}"]
+        found = get_pool(1 if mesh == "1" else 2).run(train, str(recipe), more, timeout=100)[0]["metrics"]
+        runs.append([pytest.approx((line["loss"], line["grad_norm"]), rel=1e-4) for line in found])
+    assert all([pair.expected for pair in run] == runs[0] for run in runs[1:])
 
 
 @pytest.mark.parametrize(("kind", "relative"), [("llama4_text", False), ("deepseek_v32", False), ("gemma3_text", True)])

@@ -55,6 +55,24 @@ def estimated(recipe: Recipe, ranks: int, **more: Any) -> StepEstimate:
     return estimate_step(recipe, sizes_for(recipe, ranks), **more)
 
 
+@pytest.mark.parametrize(("kind", "mesh"), [("llama", {}), ("qwen3", {}), ("llama", {"cp": 2}), ("gpt_oss", {})])
+def test_packed_rows_on_cuda_cost_what_rows_of_one_document_cost(
+    tmp_path: Path, kind: str, mesh: dict[str, int]
+) -> None:
+    half = {"param_dtype": "bfloat16"}
+    packed, alone, masked = (
+        estimated(
+            recipe_for(tmp_path, kind, mesh, tiny.CONFIGS[kind], data={"seq_len": 128, "packing": packing}, fsdp=half),
+            mesh.get("cp", 1),
+            on_cuda=on_cuda,
+        )
+        for packing, on_cuda in ((True, True), (False, True), (True, False))
+    )
+    if kind != "gpt_oss":  # eager attention multiplies all scores
+        assert packed.flops == pytest.approx(alone.flops, rel=1e-3)
+    assert packed.flops < masked.flops and packed.peak_bytes < masked.peak_bytes
+
+
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "width"),
     [("llama", "none", 32), ("llama", "none", 64), ("llama", "full", 32), ("qwen3_moe", "none", 32)],
@@ -288,7 +306,7 @@ def test_suggestions_fit_and_the_first_is_no_slower_than_other_meshes(
     assert 1 <= len(found) <= 5
     assert [s.times.step for s in found] == sorted(s.times.step for s in found)
     best = found[0]
-    again = estimated(changed(recipe, best.change), 4)
+    again = estimated(changed(recipe, best.change), 4, on_cuda=True)
     assert again.peak_bytes == best.step.peak_bytes and again.room(device) >= 0
     for mesh in ({"mesh.dp_shard": 4}, {"mesh.dp_shard": 2, "mesh.tp": 2}, {"mesh.dp_shard": 2, "mesh.cp": 2}):
         other = estimated(changed(recipe, mesh), 4)
@@ -346,7 +364,7 @@ def test_a_candidate_that_fails_is_one_line_and_the_search_goes_on(
     recipe, device = recipe_for(tmp_path, "llama", {}, {"num_hidden_layers": 1}), find_device(small_device)
     good = estimated(recipe, 1)
 
-    def broken(recipe: Recipe, sizes: Any) -> StepEstimate:
+    def broken(recipe: Recipe, sizes: Any, **more: Any) -> StepEstimate:
         if sizes.tp == 2:
             raise AttributeError("'Attention' object has no attribute 'scale'\nand more")
         if sizes.cp == 2:
@@ -369,7 +387,7 @@ def test_a_candidate_that_fails_is_one_line_and_the_search_goes_on(
     report = json.loads(suggest_text(recipe, world_size=4, device=small_device, ranks_per_node=4, as_json=True))
     assert [(one["change"], one["reason"]) for one in report["failed"]] == [(o.change, o.reason) for o in found.failed]
 
-    def hopeless(recipe: Recipe, sizes: Any) -> StepEstimate:
+    def hopeless(recipe: Recipe, sizes: Any, **more: Any) -> StepEstimate:
         raise ZeroDivisionError
 
     monkeypatch.setattr(search, "estimate_step", hopeless)
@@ -417,7 +435,7 @@ def test_a_step_that_does_not_fit_gets_the_excess_and_a_fix(
     text = inspect_text(recipe, world_size=2, device=f"{small_device},memory=1e5")
     assert "no single change was found that makes it fit" in text and "failed: " not in text
 
-    def broken(recipe: Recipe, sizes: Any) -> StepEstimate:
+    def broken(recipe: Recipe, sizes: Any, **more: Any) -> StepEstimate:
         raise AttributeError("no such part")
 
     monkeypatch.setattr(search, "estimate_step", broken)

@@ -68,3 +68,10 @@ def test_a_step_on_cuda_waits_and_runs_no_more_than_it_did(tmp_path: Path) -> No
 def test_experts_and_sinks_run_on_cuda_on_every_axis() -> None:
     out = fake_cuda("--types", "gpt_oss", "gemma2", "--meshes", "tp2", "cp2-ulysses", "dp_shard2-tp2-ep4")
     assert "FAILS" not in out, out
+
+
+def test_packed_rows_of_8k_take_flash_attention_and_no_mask() -> None:
+    lines = fake_cuda("--types", "llama", "qwen3", "gpt_oss", "--meshes", "dp_shard2", "--length", "8192").splitlines()
+    assert len(lines) == 3 and all("'masks': 0," in line for line in lines), lines
+    # GPT-OSS has sinks, so FlexAttention takes it.
+    assert ["'_varlen_attn': 4," in line for line in lines] == [True, True, False], lines

@@ -65,7 +65,8 @@ def inspect_text(
         other, theirs, _ = _planned(other, world_size, rank)
         there = plan_report(theirs, other, rank=rank, ranks_per_node=ranks_per_node, layer=layer)
         return json.dumps({"from": report, "to": there}, indent=2) if as_json else _difference(report, there)
-    step = estimate_plan(recipe, plan, model, rank=rank) if dry_run or target is not None else None
+    on_cuda = target is not None
+    step = estimate_plan(recipe, plan, model, rank=rank, on_cuda=on_cuda) if dry_run or on_cuda else None
     if step is not None:
         report["step"] = step_report(step, target, ranks_per_node)
     if html is not None:

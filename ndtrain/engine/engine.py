@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,8 +41,18 @@ class Engine:
     loss_model: LossModel
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: PreTrainedModel, *, device: torch.device):
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        kernels_of: Literal["cpu", "cuda"] | None = None,
+    ):
+        """`kernels_of` is the type of device whose attention kernels are taken; by default that of `device`."""
         self.recipe, self.plan, self.model, self.device = recipe, plan, model, device
+        self.kernels_of = kernels_of or device.type
         self.sizes = plan.sizes
         self.vocabulary = vocabulary(model)
         # Whether micro batches add up whole gradients on every rank, which are reduced once.
@@ -51,8 +61,9 @@ class Engine:
     def cut(self) -> None:
         """Build the meshes and apply the plan to the model, which stays on meta. Collective."""
         self.meshes = build_mesh(self.sizes, self.device.type)
+        # First, so that a rank of ulysses, which has whole sequences of some heads, attends by it.
+        self.documents = attention_by_documents(self.model, self.plan, self.recipe, kernels_of=self.kernels_of)
         self.context, self.sequence = parallelize(self.model, self.plan, self.meshes, recipe=self.recipe)
-        self.documents = attention_by_documents(self.model, self.plan, self.recipe, device=self.device)
 
     def finish(self) -> None:
         """Make the optimizer and put the loss around the model."""
@@ -116,18 +127,36 @@ class Engine:
     @property
     def marks_documents(self) -> bool:
         """Whether micro batches have to say of which document each token is; flash attention finds that itself."""
-        return self.sizes.cp == 1 and bool(self.recipe.data.packing) and "flash" not in self.recipe.model.attn
+        finds_them = "flash" in self.recipe.model.attn and self.plan.cp != "ring"
+        return bool(self.recipe.data.packing) and not finds_them
 
-    def apart(self, documents: torch.Tensor | None) -> AbstractContextManager[None]:
-        """Let forward and backward inside keep these documents apart, as `documents_of` returns them.
+    def on_device(self, batch: Batch) -> Batch:
+        """Return a micro batch of the host on the device, but its documents, which the host has to know."""
+        return {
+            name: values if name == "documents" else values.to(self.device, non_blocking=True)
+            for name, values in batch.items()
+        }
 
-        None leaves it to transformers to find them.
+    @contextmanager
+    def apart(self, documents: torch.Tensor | None) -> Iterator[None]:
+        """Let forward and backward inside keep these documents apart, as `documents_of` returns them, on the host.
+
+        None leaves it to transformers to find them. Under cp, after `shape`.
         """
-        if documents is None:
-            return nullcontext()
-        if self.documents is not None and self.documents.enabled:
-            return self.documents.given(documents)
-        return documents_given(self.model, documents)
+        split = self.context is not None and self.context.enabled
+        by_documents = self.documents if self.documents is not None and self.documents.enabled else None
+        if split and self.plan.cp == "ring":
+            by_documents = None
+        with ExitStack() as stack:
+            if documents is not None:
+                masked = documents if by_documents is None else documents[:, :0]
+                if self.context is not None and split:
+                    stack.enter_context(self.context.apart(masked))
+                elif by_documents is None:
+                    stack.enter_context(documents_given(self.model, masked.to(self.device, non_blocking=True)))
+                if by_documents is not None:
+                    stack.enter_context(by_documents.given(documents))
+            yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -147,8 +176,9 @@ class Engine:
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Return the summed cross-entropy, in float32, of this rank's part of a micro batch before `shape`."""
         rows = {key: value for key, value in batch.items() if key != "documents"}
+        shaped = self.shape(rows)
         with self.apart(batch.get("documents")):
-            return self.loss_model.evaluate(self.shape(rows))
+            return self.loss_model.evaluate(shaped)
 
     def clip(self) -> torch.Tensor:
         """Complete the gradients over tp and scale them to `optim.max_grad_norm`; return their norm before scaling."""

@@ -25,9 +25,9 @@ from ndtrain.hf.compat import dispatch_wrapped, documents_found_by, find_packed_
 from ndtrain.hf.model import tie
 from ndtrain.hf.positions import fix_frequencies
 from ndtrain.mesh import Meshes
-from ndtrain.parallel import recompute
+from ndtrain.parallel import fused, recompute
 from ndtrain.parallel.cp import kernels
-from ndtrain.parallel.cp.visible import Visible
+from ndtrain.parallel.cp.visible import CAUSAL, Visible
 from ndtrain.plan import Plan
 from ndtrain.recipe import Recipe
 from ndtrain.torch_compat import (
@@ -50,10 +50,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -> Record:
+def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int, on_cuda: bool) -> Record:
     """Record what `rank` does in one optimizer step after the first. `model` (on meta) is sharded: do not reuse it.
 
-    Tokens are spread evenly over experts. Raises `PlanError` for a model whose shapes depend on tensors' values.
+    Tokens are spread evenly over experts. With `on_cuda` attention takes the kernels of such a device, and each packed
+    row is one document. Raises `PlanError` for a model whose shapes depend on tensors' values.
     """
     if dist.is_initialized():
         raise NdtrainError("a dry step needs a process without a process group, since it starts its own")
@@ -64,7 +65,8 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
         # other names, which are gone or are other groups now.
         forget_shardings()
         # No step depends on how many there are.
-        engine = Engine(recipe.with_steps(recipe.train.steps or 1), plan, model, device=torch.device("cpu"))
+        recipe = recipe.with_steps(recipe.train.steps or 1)
+        engine = Engine(recipe, plan, model, device=torch.device("cpu"), kernels_of="cuda" if on_cuda else "cpu")
         engine.cut()
         fix_frequencies(model, None)
         recorder = Recorder(axes(engine.meshes))
@@ -75,7 +77,10 @@ def dry_step(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int) -
                 watched(recorder),
                 without_data(plan, packing=bool(recipe.data.packing)),
             ):
-                run_step(engine, recorder, batches(recipe, plan))
+                loaded = batches(recipe, plan)
+                if on_cuda and engine.marks_documents:
+                    loaded = [{**batch, "documents": batch["input_ids"][:, :0]} for batch in loaded]
+                run_step(engine, recorder, loaded)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise PlanError(
                 f"{plan.model_type} cannot be run on tensors without data: it needs the values that {error} returns; "
@@ -241,8 +246,9 @@ def watched(recorder: Recorder) -> Iterator[None]:
 def without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
     """Replace the code that reads tensors' values.
 
-    Tokens go to every ep rank in equal parts. Packed rows get a mask, but ring attention takes each as one document;
-    rows that are not packed are one document. Ring attention's kernels are not checked.
+    Tokens go to every ep rank in equal parts. Packed rows get a mask where documents are not given, but ring attention
+    takes each as one document then, without windows; rows that are not packed are one document. Ring attention's
+    kernels are not checked, and flash attention stands for all kernels by documents.
     """
     sizes = plan.sizes
     to_list = FakeTensor.tolist
@@ -269,7 +275,9 @@ def without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
     find = Visible.find
 
     def whole_documents(visible: Visible, source: int) -> Any:
-        return find(Visible("causal", length=visible.length, rank=visible.rank, cp=visible.cp), source)
+        if callable(visible.mask):  # which is made and read
+            visible = Visible(CAUSAL, length=visible.length, rank=visible.rank, cp=visible.cp)
+        return find(visible, source)
 
     with (
         documents_found_by(find_packed_sequence_indices if packing else lambda positions: None),
@@ -278,5 +286,6 @@ def without_data(plan: Plan, *, packing: bool) -> Iterator[None]:
         mock.patch.object(FakeTensor, "tolist", even),
         grouped_mm_wrapped(with_shapes),
         mock.patch.object(kernels, "prove", lambda *args: None),
+        mock.patch.object(fused, "kernel_for", lambda *args: fused.by_flash),
     ):
         yield

@@ -108,6 +108,18 @@ def _backward(causal_at: int) -> Callable[..., float]:
     return flops
 
 
+def _varlen(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Any, longest: int, *more: Any, **__: Any) -> float:
+    """Count causal attention of sequences that are all as long as the longest."""
+    pairs = 0.5 * q.shape[1] * (begins.shape[0] - 1) * longest**2
+    return 2 * pairs * (q.shape[2] + v.shape[2])
+
+
+def _varlen_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *sizes: Any, **options: Any
+) -> float:
+    return 2.5 * _varlen(q, k, v, *sizes, **options)
+
+
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
     """Count the product of rows sorted by expert with each expert's matrix, or (both 2-D) its gradient."""
     return 2.0 * a.shape[-2] * a.shape[-1] * b.shape[-1]
@@ -124,15 +136,21 @@ _FORMULAS: dict[Any, Callable[..., float]] = {
 }
 
 
+# Operators that exist once their module is imported.
+_BY_NAME: dict[str, Callable[..., float]] = {
+    "torch_attn._varlen_attn": _varlen,
+    "torch_attn._varlen_attn_backward": _varlen_backward,
+    "transformers.grouped_mm_fallback": _grouped,
+    "transformers.grouped_mm_fallback_backward": lambda a, b, *_, **__: 2 * _grouped(a, b),
+}
+
+
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     packet = packet_of(func)
     if packet in _FORMULAS:
         return int(_FORMULAS[packet](*args, **kwargs))
-    name = str(packet)
-    if name == "transformers.grouped_mm_fallback":
-        return int(_grouped(args[0], args[1]))
-    if name == "transformers.grouped_mm_fallback_backward":
-        return 2 * int(_grouped(args[0], args[1]))
+    if (name := str(packet)) in _BY_NAME:
+        return int(_BY_NAME[name](*args, **kwargs))
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     return 0

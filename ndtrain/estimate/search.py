@@ -180,7 +180,7 @@ def _try(
     """Return the suggestion of `change`, why it failed, or None if its step does not fit."""
     try:
         other = changed(recipe, change)
-        step = estimate_step(other, sizes_for(other, world_size))
+        step = estimate_step(other, sizes_for(other, world_size), on_cuda=True)
         return Suggestion(change, step, step.times(device, ranks_per_node)) if step.room(device) >= 0 else None
     except NdtrainError as error:
         return Failure(change, str(error))

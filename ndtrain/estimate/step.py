@@ -131,13 +131,15 @@ class StepEstimate:
         return self.model_flops / seconds / device.peak(self.recipe.fsdp.param_dtype)
 
 
-def estimate_step(recipe: Recipe, sizes: MeshSizes, *, rank: int = 0) -> StepEstimate:
+def estimate_step(recipe: Recipe, sizes: MeshSizes, *, rank: int = 0, on_cuda: bool = False) -> StepEstimate:
     """Dry-run a step of `recipe` on a mesh of `sizes`. Raises the errors of `run` and of `dry_step`."""
     model = meta_model(recipe)
-    return estimate_plan(recipe, make_plan(model, sizes, recipe), model, rank=rank)
+    return estimate_plan(recipe, make_plan(model, sizes, recipe), model, rank=rank, on_cuda=on_cuda)
 
 
-def estimate_plan(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int = 0) -> StepEstimate:
+def estimate_plan(
+    recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: int = 0, on_cuda: bool = False
+) -> StepEstimate:
     """Like `estimate_step`, for a plan and its model on meta; the model must not be reused."""
     sizes, length = plan.sizes, recipe.data.seq_len
     tokens = recipe.train.global_batch_size * length / sizes.world_size
@@ -149,11 +151,14 @@ def estimate_plan(recipe: Recipe, plan: Plan, model: PreTrainedModel, *, rank: i
             part = meta_model(recipe)
             cut_short(part, plan, layers)
             try:
-                records.append((weight, dry_step(recipe, make_plan(part, sizes, recipe), part, rank=rank)))
+                records.append(
+                    (weight, dry_step(recipe, make_plan(part, sizes, recipe), part, rank=rank, on_cuda=on_cuda))
+                )
             except NdtrainError:
                 raise
             except Exception:  # a model whose layers depend on one another
                 break
         if len(records) == 2:
             return StepEstimate(recipe, plan, rank, tuple(records), shallow, model_flops)
-    return StepEstimate(recipe, plan, rank, ((1, dry_step(recipe, plan, model, rank=rank)),), None, model_flops)
+    record = dry_step(recipe, plan, model, rank=rank, on_cuda=on_cuda)
+    return StepEstimate(recipe, plan, rank, ((1, record),), None, model_flops)

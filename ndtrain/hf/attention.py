@@ -8,6 +8,9 @@ from functools import cache
 
 from torch import nn
 
+# Arguments of transformers' attention functions that ours read, or that are in masks already.
+KNOWN = ("dropout", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "position_ids")
+
 _CHOICE = re.compile(r"topk|dynamic_mask|self\.(indexer|compressor)\b")
 
 

@@ -38,9 +38,10 @@ def take_attention(model: PreTrainedModel, attention: Callable[..., Any], mask: 
     """Make every module of `model` that uses the model's attention function use `attention`, with masks from `mask`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    base = str(attention_name(model.config))
+    wrapped = attention_name(model.config)
+    base = str(wrapped)
     name = _Name(f"{base}_ndtrain_{next(_names)}")  # keeps `base`: models search it for "flash"
-    name.instead_of = base
+    name.instead_of = wrapped  # which may be one of ours
     # As plain text: torch.compile traces no dict with keys of a class of ours.
     AttentionInterface.register(str(name), attention)
     AttentionMaskInterface.register(str(name), mask)
@@ -82,10 +83,10 @@ def own_attention(name: str, module: nn.Module) -> Callable[..., Any]:
     """
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    own = getattr(sys.modules[module.__class__.__module__], "eager_attention_forward", None)
     if own is None:
         raise PlanError(
-            f"the file of {type(module).__name__} defines no eager_attention_forward, which ndtrain has to call; "
+            f"the file of {module.__class__.__name__} defines no eager_attention_forward, which ndtrain has to call; "
             "set mesh.cp = 1"
         )
     return own

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Read in transformers 5.23 (the lowest that pyproject.toml allows) and 5.24.
 _T, _MASKS, _WEIGHTS = "transformers", "transformers.masking_utils", "transformers.core_model_loading"
 _TP, _EP = "transformers.distributed.tensor_parallel", "transformers.distributed.expert_parallel"
-_TOKENS = f"{_T}:TokenizersBackend"
+_TOKENS, _CAUSAL = f"{_T}:TokenizersBackend", "masks that need not be made"
 _MODEL, _STYLE, _CONVERT, _DRY = f"{_T}:PreTrainedModel", "a style of tensor parallelism", "saved names", "a dry step"
 NAMES: dict[str, Private] = {
     "ACT2FN": Private(f"{_T}.activations:ACT2FN", "the names that `hidden_act` may have"),
@@ -46,6 +46,14 @@ NAMES: dict[str, Private] = {
         "documents of whole sequences under cp",
         "mask_function position_ids",
     ),
+    "causal_mask_function": Private(f"{_MASKS}:causal_mask_function", _CAUSAL, "batch_idx head_idx q_idx kv_idx"),
+    "sliding_window_causal_mask_function": Private(
+        f"{_MASKS}:sliding_window_causal_mask_function", _CAUSAL, "sliding_window"
+    ),
+    "packed_sequence_mask_function": Private(
+        f"{_MASKS}:packed_sequence_mask_function", _CAUSAL, "packed_sequence_mask"
+    ),
+    "and_masks": Private(f"{_MASKS}:and_masks", _CAUSAL, ""),
     "blockwise_overlay": Private(
         f"{_MASKS}:blockwise_overlay", "images of whole sequences under cp", "block_sequence_ids"
     ),

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 _CHOICES = {aten.topk, aten.argmax}
 # Products, attention, and what ranks exchange.
 _COSTLY = {*flop_registry, flash_for_cpu, grouped_mm, all_to_all}
-_COSTLY_BY_NAME = {"transformers.grouped_mm_fallback"}
+_COSTLY_BY_NAME = {"transformers.grouped_mm_fallback", "torch_attn._varlen_attn"}
 
 
 def apply_recomputation(model: PreTrainedModel, plan: Plan, meshes: Meshes) -> None:
@@ -76,7 +76,15 @@ class _Within:
         self._inside.__exit__(*error)
 
 
-class _Chooses(TorchDispatchMode):
+class _OutsideGraphs(TorchDispatchMode):
+    """Leaves what is compiled inside, as FlexAttention is, to the compiler."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+class _Chooses(_OutsideGraphs):
     """Keeps the indices of choices, in their order."""
 
     def __init__(self, kept: list[Tensor]) -> None:
@@ -90,7 +98,7 @@ class _Chooses(TorchDispatchMode):
         return out
 
 
-class _ChoosesAgain(TorchDispatchMode):
+class _ChoosesAgain(_OutsideGraphs):
     """Chooses what `_Chooses` has kept."""
 
     def __init__(self, kept: list[Tensor]) -> None:

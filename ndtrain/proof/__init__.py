@@ -8,7 +8,7 @@ the run computes in, so that no error hides in rounding; then it is run once mor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from ndtrain.hf.attention_functions import attention_computes_in
 from ndtrain.proof.batch import check_same_batch
 from ndtrain.proof.dropout import check_dropout
 from ndtrain.proof.eval_mode import check_eval_mode
-from ndtrain.proof.masks import check_masks, try_by_documents
+from ndtrain.proof.masks import check_masks, try_by_documents, why_masks
 from ndtrain.proof.parts import check_parts
 from ndtrain.proof.record import Record, identity, recall, remember
 from ndtrain.proof.reference import References
@@ -43,19 +43,27 @@ def prove(engine: Engine, references: References | None) -> Proof:
     Sequence parallelism that changes the model is switched off, with a note. Raises `PlanError` for any other failure.
     Collective.
     """
-    notes: list[str] = []
+    notes = list(filter(None, [why_masks(engine)]))
     sequence, low = engine.sequence, engine.plan.low_precision
 
     def keep_or_drop_sequence_parallelism(limits: Limits) -> None:
         if sequence is not None and sequence.enabled and (note := try_sequence_parallel(engine, sequence, limits)):
             notes.append(note)
 
+    def keep_or_drop_attention_by_documents(*, low: bool) -> None:
+        documents, context = engine.documents, engine.context
+        # A ring keeps documents apart itself, and is compared with the model on whole sequences.
+        whole = context.off() if context is not None and engine.plan.cp == "ring" else nullcontext()
+        if documents is not None and documents.enabled:
+            with whole:
+                note = try_by_documents(engine, documents, low=low)
+            notes.extend([note] if note else [])
+
     modules = _modules(engine)
     with extra_states.kept(engine.model):
         with _float32(engine):
             keep_or_drop_sequence_parallelism(FLOAT32)
-            if engine.documents is not None and (note := try_by_documents(engine, engine.documents)):
-                notes.append(note)
+            keep_or_drop_attention_by_documents(low=False)
             known = check_masks(engine, low=False) and (references is None or check_parts(engine, references))
             if known and engine.context is not None:
                 check_context_parallel(engine)
@@ -66,6 +74,7 @@ def prove(engine: Engine, references: References | None) -> Proof:
         if known and low:
             # Its kernels are others, whose rounding hides small errors: only what is far off is found.
             keep_or_drop_sequence_parallelism(LOW)
+            keep_or_drop_attention_by_documents(low=True)
             check_masks(engine, low=True)
     if changed := [name for name, kind in _modules(engine).items() if modules.get(name) != kind]:
         raise PlanError(

@@ -7,32 +7,47 @@ import torch.distributed as dist
 
 from ndtrain.data import micro_batches
 from ndtrain.engine import Engine
-from ndtrain.errors import PlanError
+from ndtrain.errors import PlanError, one_line
 from ndtrain.parallel import AttentionByDocuments
+from ndtrain.parallel.documents import under_masks
 from ndtrain.proof.noise import models_own_errors, probe, tokens
 
 
-def try_by_documents(engine: Engine, documents: AttentionByDocuments) -> str | None:
-    """Switch attention by documents off where packed documents get other logits than alone; return a note then.
+def try_by_documents(engine: Engine, documents: AttentionByDocuments, *, low: bool) -> str | None:
+    """Switch attention by documents off where packed documents get other logits than alone; return a note.
 
-    Collective. Whether the model's own masks keep them apart is left to `check_masks`.
+    Collective. Alone they attend as the model does by itself. Whether its masks keep documents apart is left to
+    `check_masks`. If `low`, only the kernels are compared, since rounding can send tokens to other experts.
     """
     half = max(1, min(16, engine.recipe.data.seq_len // 2))
     row, positions = tokens(engine, 2 * half), torch.arange(half, device=engine.device)
+    different, reason = 0.0, "by documents this model would compute something else"
     try:
-        with models_own_errors(engine):
+        # Kernels are proved in what the run computes in.
+        with models_own_errors(engine, low=low), documents.proving(low == engine.plan.low_precision):
             packed = probe(engine, [row], positions.repeat(2)).view(2, half, -1)
-            alone = probe(engine, [row[:half], row[half:]], positions)
-        different = float((packed - alone).abs().max() / alone.abs().max())
-    except PlanError:  # which `check_masks` meets too, if it is not for this
-        different = 1.0
+        if not low:
+            with models_own_errors(engine), documents.off():
+                alone = probe(engine, [row[:half], row[half:]], positions)
+            different = float((packed - alone).abs().max() / alone.abs().max())
+    except PlanError as error:  # which `check_masks` meets too, if it is not for this
+        different, reason = 1.0, one_line(error)
     # All ranks decide alike. Weights without finite logits show nothing.
     largest = torch.tensor(different if different == different else 0.0, device=engine.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     documents.enabled = float(largest) < 1e-3
-    if documents.enabled:
+    if not documents.enabled:
+        return f"attention works under masks, since {reason}"
+    return f"packed documents attend by {' and '.join(sorted(documents.kernels))}" if documents.kernels else None
+
+
+def why_masks(engine: Engine) -> str | None:
+    """Return a note where packed documents attend under masks, though the recipe leaves it open."""
+    is_open = engine.recipe.model.attn == "auto" and engine.recipe.data.packing and engine.plan.cp != "ring"
+    if engine.documents is not None or not is_open:
         return None
-    return "attention works under masks, since by documents this model would compute something else"
+    reason = under_masks(engine.model, engine.plan, engine.recipe, kernels_of=engine.kernels_of)
+    return f"attention works under masks: {reason}"
 
 
 def check_masks(engine: Engine, *, low: bool) -> bool:

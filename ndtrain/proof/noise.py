@@ -42,7 +42,7 @@ def forward(engine: Engine, ids: torch.Tensor, positions: torch.Tensor) -> torch
     packed = bool(engine.recipe.data.packing)
     if packed or (engine.context is not None and engine.context.enabled):
         inputs["position_ids"] = batch["position_ids"]
-    marked = packed and engine.documents is not None
+    marked = engine.marks_documents
     documents = documents_of(positions.expand_as(ids).numpy(force=True)) if marked else None
     with engine.apart(torch.from_numpy(documents) if documents is not None else None):
         logits: torch.Tensor = engine.model(**inputs, use_cache=False).logits

@@ -30,9 +30,10 @@ def check_parts(engine: Engine, references: References) -> bool:
     plan, model = engine.plan, engine.model
     model.train(not dropouts(model))
     with ExitStack() as whole_sequences:
-        for split in (engine.context, engine.sequence):
-            if split is not None:
-                whole_sequences.enter_context(split.off())
+        # Also off is attention by documents, which has been compared already: the parts alone take masks.
+        for part in (engine.context, engine.sequence, engine.documents):
+            if part is not None:
+                whole_sequences.enter_context(part.off())
         with models_own_errors(engine):
             with references.recording(model):
                 learn(engine)

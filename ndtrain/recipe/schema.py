@@ -44,7 +44,7 @@ class ModelSection(Section):
     attn: Text = Field(
         "auto",
         description='Attention implementation: any name in transformers\' AttentionInterface; "auto" is sdpa, or eager '
-        "for a model that has none, and on CPU packed documents attend one by one, without a mask.",
+        "for a model that has none, and packed documents attend without a mask of a whole row, where that is the same.",
     )
     experts: Text = Field("auto", description="Experts implementation: any name in transformers' experts interface.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")

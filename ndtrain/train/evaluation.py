@@ -70,8 +70,7 @@ class Evaluation:
             for own, batches in zip(sums, self.batches.values(), strict=True):
                 rows, per_round = batches.global_batch_size, batches.batch_ranks * batches.micro_batch_size
                 for number, batch in enumerate(batches.each(0), start=1):
-                    on_device = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-                    own[0] += engine.loss_sum(on_device)
+                    own[0] += engine.loss_sum(engine.on_device(batch))
                     own[1] += labels_count([batch])
                     if not goes_on(before + min(number * per_round, rows), self.rows):
                         return None

@@ -253,7 +253,7 @@ class Trainer:
         reach(self.batches, self.watch, since=self.cursor, until=after + size if goes_on else after)
         loaded = self._prefetch.take(self.cursor, then=after if goes_on else None)
         counts = count_targets(loaded, engine, self.batches.sources_of(self.cursor))
-        batches = [{key: value.to(engine.device, non_blocking=True) for key, value in b.items()} for b in loaded]
+        batches = [engine.on_device(batch) for batch in loaded]
         if not self._same_batch:
             check_same_batch(batches[0], engine.meshes)
             self._same_batch = True

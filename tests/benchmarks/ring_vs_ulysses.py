@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ndtrain.parallel.cp import kernels, ring, ulysses
-from ndtrain.parallel.cp.visible import Visible
+from ndtrain.parallel.cp.visible import CAUSAL, Visible
 from tests.ranks import RankPool
 
 
@@ -61,7 +61,7 @@ def measure(seq: int, heads: int, keys: int, size: int, dtype: str, repeats: int
     group, cp, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     shapes = [(1, n, seq // cp, size) for n in (heads, keys, keys)]
     inputs = [torch.randn(shape, dtype=getattr(torch, dtype), requires_grad=True) for shape in shapes]
-    seen = Visible("causal", length=seq // (2 * cp), rank=rank, cp=cp)
+    seen = Visible(CAUSAL, length=seq // (2 * cp), rank=rank, cp=cp)
 
     def by_ring() -> Tensor:
         kernel = kernels.choose(inputs[0], softcap=None, plain=False)

@@ -61,7 +61,7 @@ def best_of(recipe: Recipe, ranks: int, mesh: dict[str, int]) -> tuple[float, fl
         }
         other = changed(recipe, {**{f"mesh.{axis}": size for axis, size in mesh.items()}, **settings})
         try:
-            step = estimate_step(other, sizes_for(other, ranks))
+            step = estimate_step(other, sizes_for(other, ranks), on_cuda=True)
         except NdtrainError as error:
             print(f"  {mesh} {settings}: {error}", file=sys.stderr)
             continue

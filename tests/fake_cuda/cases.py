@@ -7,7 +7,6 @@ from typing import Any
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
-_EAGER = {"model": {"attn": "eager"}}
 _RING, _ULYSSES = {"cp": {"kind": "ring"}}, {"cp": {"kind": "ulysses"}}
 _WHOLE = {"tp": {"sequence_parallel": False}}
 
@@ -17,7 +16,7 @@ DENSE = (
 )
 EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe")
 # type -> sections that it needs
-FAMILIES: dict[str, dict[str, Any]] = {kind: {} for kind in (*DENSE, *EXPERTS)} | {"gemma2": _EAGER, "gpt_oss": _EAGER}
+FAMILIES: dict[str, dict[str, Any]] = {kind: {} for kind in (*DENSE, *EXPERTS)}
 
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp_shard2": ({"dp_shard": 2}, {}),

@@ -132,6 +132,7 @@ def present(waits: Callable[[str], None]) -> Iterator[None]:
         patches.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         patches.enter_context(mock.patch.object(_Stream, "waits", staticmethod(waits)))
         patches.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
+        patches.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor))
         for name, answer in answers.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, answer))
         yield

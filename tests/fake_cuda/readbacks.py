@@ -6,7 +6,7 @@ import linecache
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,20 @@ class ReadBacks(TorchDispatchMode):
     A truth value of `all` is False and of `any` True, as in a batch of packed documents; other numbers are 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, squares: Collection[int] = ()) -> None:
         super().__init__()
-        self.kernels = 0
+        self._squares = {(size, size) for size in squares}
+        self.kernels = self.masks = 0
         self.collectives: Counter[str] = Counter()
+        self.attention: Counter[str] = Counter()  # forward passes, by operator
         self.found: Counter[tuple[str, str]] = Counter()  # (what, line of code)
         self._of_all: dict[int, weakref.ref[Tensor]] = {}  # by id: tensors compare element by element
 
     def restart(self) -> None:
         """Forget what was counted."""
-        self.kernels = 0
+        self.kernels = self.masks = 0
         self.collectives.clear()
+        self.attention.clear()
         self.found.clear()
 
     def waits(self, what: str) -> None:
@@ -65,8 +68,6 @@ class ReadBacks(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         packet = packet_of(func)
-        if packet is aten._pin_memory:  # fake tensors cannot be
-            return args[0]
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         on_device = any(t.is_cuda for t in given)
         if packet is aten._local_scalar_dense:
@@ -107,6 +108,9 @@ class ReadBacks(TorchDispatchMode):
                 self.collectives[name] += 1
         elif not (func.namespace == "prim" or func.is_view or packet in FREE):
             self.kernels += any(t.is_cuda for t in (*given, *made))
+            self.masks += any(t.shape[-2:] in self._squares for t in made)
+            if ("attention" in packet.__name__ or "attn" in packet.__name__) and "backward" not in packet.__name__:
+                self.attention[packet.__name__] += 1
         return out
 
     def _copied(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from ndtrain.estimate.dry import without_data
 from ndtrain.hf.compat import documents_found_by, find_packed_sequence_indices
 from ndtrain.hf.model import meta_model, tie
 from ndtrain.hf.positions import fix_frequencies
+from ndtrain.parallel import documents, fused
+from ndtrain.parallel.cp import interface
 from ndtrain.parallel.cp.visible import Visible
 from ndtrain.plan import make_plan
 from ndtrain.recipe import load_recipe
@@ -40,41 +47,49 @@ from tests.fake_cuda.readbacks import ReadBacks
 
 aten = torch.ops.aten
 
+LENGTH = 104  # whose halves and quarters too are unlike other sizes of the models
+
 
 @dataclass(frozen=True)
 class Counts:
     """What one step runs on the device, and each place where the host waits for it."""
 
     kernels: int
+    masks: int  # tensors with two dims of the length of a row, or of its part on a rank
+    attention: dict[str, int]  # forward passes of attention, by operator
     collectives: dict[str, int]
     read_backs: dict[str, int]  # {"what, at a line": times}
 
     @property
     def golden(self) -> dict[str, int]:
         """All counts by kind."""
-        return {"kernels": self.kernels, "read_backs": sum(self.read_backs.values()), **self.collectives}
+        waits = sum(self.read_backs.values())
+        return {"kernels": self.kernels, "read_backs": waits, "masks": self.masks, **self.attention, **self.collectives}
 
 
-def counted(kind: str, mesh: dict[str, int], more: dict[str, Any]) -> Counts:
-    """Return the counts of rank 0's second step: two micro batches in bfloat16. Raises what a run would."""
+def counted(kind: str, mesh: dict[str, int], more: dict[str, Any], *, length: int = LENGTH) -> Counts:
+    """Return the counts of rank 0's second step: two micro batches in bfloat16, of rows of several documents.
+
+    Raises what a run would.
+    """
     ranks = math.prod(size for axis, size in mesh.items() if axis != "ep")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         batch_ranks = mesh.get("dp_replicate", 1) * mesh.get("dp_shard", 1)
         path = tiny.recipe_file(
             Path(folder) / "recipe.toml",
-            model={"type": kind, "init": "random", "config": tiny.CONFIGS.get(kind) or tiny.MATRIX[kind]}
-            | more.get("model", {}),
-            corpus=tiny.write_corpus(Path(folder) / "corpus"),
+            model={"type": kind, "init": "random", "config": _config(kind, length)} | more.get("model", {}),
+            corpus=_documents(Path(folder) / "documents.jsonl", length),
             run_dir=Path(folder) / "run",
             mesh=mesh,
             accumulation=2,
             batch_ranks=batch_ranks,
+            data={"seq_len": length},
             **{"fsdp": {"param_dtype": "bfloat16"}, **{key: part for key, part in more.items() if key != "model"}},
         )
         recipe = load_recipe(path)
         model = meta_model(recipe)
         plan = make_plan(model, sizes_for(recipe, ranks), recipe)
-        counts = ReadBacks()
+        counts = ReadBacks(squares={length // parts for parts in (1, 2, 4)})
         stack.enter_context(present(counts.waits))
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         stack.callback(dist.destroy_process_group)
@@ -87,18 +102,27 @@ def counted(kind: str, mesh: dict[str, int], more: dict[str, Any]) -> Counts:
         trainer.open_batches()
         trainer._find_length(None)
         engine = trainer.engine
+        # The host knows what is in its tensors.
+        size = recipe.train.global_batch_size
+        loaded = {cursor: trainer.batches.load(cursor) for cursor in range(0, 3 * size, size)}
+        stack.enter_context(mock.patch.object(trainer.batches, "load", loaded.__getitem__))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with _Made(fake):
             engine.cut()
         fix_frequencies(model, None)
-        find = Visible.find
+        find, kernel_for = Visible.find, fused.kernel_for
         stack.enter_context(fake)
         stack.enter_context(without_data(plan, packing=recipe.data.packing))
         # What a dry step replaces, but a run reads.
         stack.enter_context(mock.patch.object(Visible, "find", find))
+        stack.enter_context(mock.patch.object(fused, "kernel_for", kernel_for))
         stack.enter_context(documents_found_by(find_packed_sequence_indices))
         stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
+        stack.enter_context(mock.patch.object(fused, "_flex", lambda device: _flex_attention))
+        for module in (documents, interface):
+            unwrapped = partial(_unwrapped, module.document_bounds)
+            stack.enter_context(mock.patch.object(module, "document_bounds", unwrapped))
         stack.enter_context(counts.reading())
         apply_to_tensors(model, lambda tensor: torch.empty_like(tensor, device=device))
         tie(model)
@@ -111,9 +135,28 @@ def counted(kind: str, mesh: dict[str, int], more: dict[str, Any]) -> Counts:
         trainer.optimize()
     return Counts(
         counts.kernels,
+        counts.masks,
+        dict(sorted(counts.attention.items())),
         dict(sorted(counts.collectives.items())),
         {f"{what}, {line}": times for (what, line), times in sorted(counts.found.items())},
     )
+
+
+def _config(kind: str, length: int) -> dict[str, Any]:
+    config = dict(tiny.CONFIGS.get(kind) or tiny.MATRIX[kind])
+    positions = next(key for key in ("max_position_embeddings", "n_positions") if key in config)
+    return {**config, positions: max(config[positions], length)}
+
+
+def _documents(path: Path, length: int) -> Path:
+    """Write documents of up to half a row, for a few steps."""
+    sizes = itertools.cycle(range(3, length // 2, max(1, length // 40)))
+    written = 0
+    with path.open("w") as file:
+        while written < 40 * length:
+            written += (size := next(sizes))
+            file.write(json.dumps({"text": "a" * size}) + "\n")
+    return path
 
 
 def found_in(fault: Callable[[Tensor], object]) -> list[str]:
@@ -165,3 +208,30 @@ def _attention(
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     efficient = aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+
+
+def _unwrapped(function: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+    """Call `function` with a tensor of the host as it is, which a fake mode would replace."""
+    with unset_fake_temporarily():
+        return function(tensor)
+
+
+class _Flex(torch.autograd.Function):
+    """Returns what FlexAttention's compiled kernels return, and takes what they take."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.save_for_backward(query, key, value)
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, **options: Any) -> Any:
+    assert block_mask.kv_indices.is_cuda and block_mask.full_q_indices.is_cuda
+    assert block_mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
+    out, lse = _Flex.apply(query, key, value)
+    return out if options["return_aux"] is None else (out, SimpleNamespace(lse=lse))

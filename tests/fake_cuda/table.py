@@ -15,7 +15,7 @@ from ndtrain.errors import NdtrainError, one_line
 from tests import fake_cuda
 from tests.fake_cuda.cases import FAMILIES, GOLDEN, MESHES, RECIPES, fits, sections
 from tests.fake_cuda.faults import FAULTS
-from tests.fake_cuda.steps import Counts, counted, found_in
+from tests.fake_cuda.steps import LENGTH, Counts, counted, found_in
 
 Cells = dict[tuple[str, str], Counts | str]
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--golden", action="store_true", help="Write the counts of the golden recipes to golden.json.")
     parser.add_argument("--faults", action="store_true", help="Print as JSON what is found of code with faults.")
     parser.add_argument("--json", type=Path, help="Write the counts of the golden recipes to this file.")
+    parser.add_argument("--length", type=int, default=LENGTH, help="Tokens of a row.")
     options = parser.parse_args()
     if options.faults:
         print(json.dumps({name: found_in(fault) for name, fault in FAULTS.items()}))
@@ -37,7 +38,12 @@ def main() -> None:
         found = {"versions": versions, "counts": {name: _golden(name) for name in RECIPES}}
         (GOLDEN if options.golden else options.json).write_text(json.dumps(found, indent=2) + "\n")
         return
-    cells = {(kind, mesh): _cell(kind, mesh) for kind in options.types for mesh in options.meshes if fits(kind, mesh)}
+    cells = {
+        (kind, mesh): _cell(kind, mesh, options.length)
+        for kind in options.types
+        for mesh in options.meshes
+        if fits(kind, mesh)
+    }
     if options.table is not None:
         options.table.write_text(_table(cells, options.types, options.meshes))
 
@@ -47,10 +53,10 @@ def _golden(name: str) -> dict[str, int]:
     return counted(kind, MESHES[mesh][0], sections(kind, mesh)).golden
 
 
-def _cell(kind: str, mesh: str) -> Counts | str:
+def _cell(kind: str, mesh: str, length: int) -> Counts | str:
     """Return the counts of a step, or why there is none, and print them."""
     try:
-        found = counted(kind, MESHES[mesh][0], sections(kind, mesh))
+        found = counted(kind, MESHES[mesh][0], sections(kind, mesh), length=length)
     except NdtrainError as error:
         print(f"{mesh} {kind}: refused: {one_line(error)}", flush=True)
         return "refused"

@@ -1,10 +1,14 @@
-"""Which causal LM types keep packed documents apart: by documents (`model.attn = "auto"` on CPU), and under masks.
+"""Which causal LM types keep packed documents apart: one by one, all at once, and under masks.
+
+The first is what `model.attn = "auto"` does on CPU, the second, which reads windows, soft caps and sinks from what the
+model hands over, on CUDA; a kernel's work is done by plain products here.
 
     OMP_NUM_THREADS=1 python -m tests.matrix.packing [--table tests/matrix/PACKING.md] [TYPE ...]
 
 Each type, tiny and in float32, takes two rows of packed documents, and each document alone: its logits and the
-gradients of all weights are compared. A run of ndtrain checks the same before its first step, uses masks where "by
-documents" differs, or where a model's masks are chunks or choose keys, and refuses what differs under both.
+gradients of all weights are compared. A run of ndtrain checks the same before its first step, uses masks where its
+attention by documents differs or cannot be, or where a model's masks are chunks or choose keys, and refuses what
+differs under masks too.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor
 
 from ndtrain.data.batches import documents_of
+from ndtrain.parallel import fused
 from ndtrain.parallel.documents import AttentionByDocuments
 from tests.matrix.results import CONFIGS, absent
 
@@ -68,8 +74,8 @@ def worst(model: Any, ids: Tensor, weights: Tensor, apart: AbstractContextManage
     return max(found)
 
 
-def outcomes(kind: str) -> tuple[str, str, str]:
-    """The attention, and what packed rows give by documents and under masks."""
+def outcomes(kind: str) -> tuple[str, str, str, str]:
+    """The attention, and what packed rows give one by one, all at once and under masks."""
     try:
         attn, model = "sdpa", built(kind, "sdpa")
     except ValueError as error:
@@ -86,17 +92,23 @@ def outcomes(kind: str) -> tuple[str, str, str]:
         parts.append(torch.cat([result(model, ids[at], weights[at], None)[0] for at in pieces]))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     expected = torch.stack(parts), gradients
-    by_documents = AttentionByDocuments(model)
+    other = built(kind, attn)
+    one_by_one, at_once = AttentionByDocuments(model), AttentionByDocuments(other, fused=True)
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in LENGTHS])
     documents = torch.from_numpy(documents_of(positions.numpy()))
     found = []
-    for apart in (by_documents.given(documents), nullcontext()):
+    for taken, apart in (
+        (model, one_by_one.given(documents)),
+        (other, at_once.given(documents)),
+        (model, nullcontext()),
+    ):
         try:
-            difference = worst(model, ids, weights, apart, expected)
+            with mock.patch.object(fused, "kernel_for", lambda *_: fused.by_scores):
+                difference = worst(taken, ids, weights, apart, expected)
             found.append("agrees" if difference < 1e-4 else f"differs ({difference:.0e})")
         except Exception as error:  # of the model's own code
             found.append(f"cannot ({type(error).__name__})")
-    return attn, found[0], found[1]
+    return attn, *found  # type: ignore[return-value]
 
 
 def main() -> None:
@@ -112,19 +124,19 @@ def main() -> None:
         try:
             row = outcomes(kind)
         except Exception as error:  # whatever a model's code raises
-            row = ("-", f"cannot run ({type(error).__name__})", "-")
+            row = ("-", f"cannot run ({type(error).__name__})", "-", "-")
         rows.append((kind, *row))
         print("| " + " | ".join(rows[-1]) + " |", flush=True)
-    agree = [sum(row[column] == "agrees" for row in rows) for column in (2, 3)]
-    both = sum("agrees" in row[2:] for row in rows)
+    agree = [sum(row[column] == "agrees" for row in rows) for column in (2, 3, 4)]
+    any_way = sum("agrees" in row[2:] for row in rows)
     line = (
-        f"{len(rows)} types: {agree[0]} keep documents apart by documents, {agree[1]} under masks, {both} one way or "
-        "the other."
+        f"{len(rows)} types: {agree[0]} keep documents apart one by one, {agree[1]} all at once, {agree[2]} under "
+        f"masks, {any_way} one way or another."
     )
     print(line)
     if options.table is not None:
         head = f"# Packed documents\n\n{__doc__}\n\ntorch {torch.__version__}, transformers {transformers.__version__}."
-        table = "| type | attention | by documents | under masks |\n|---|---|---|---|\n"
+        table = "| type | attention | one by one | all at once | under masks |\n|---|---|---|---|---|\n"
         text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
         options.table.write_text(f"{head} {line}\n\n{table}{text}", encoding="utf-8")
     sys.exit(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from ndtrain.hf.compat import (
     remap_positions_for_packed_sequence,
 )
 from ndtrain.hf.positions import position_embeddings, positions_from_ids, takes_positions
+from ndtrain.parallel.fused import document_bounds, put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,18 +33,22 @@ IGNORE = -100
 class ContextParallel(ABC):
     """Spreads the attention of one model over the ranks of one cp group, and splits its batches.
 
-    Call `split` with every micro batch: it remembers the positions of the whole sequences, from which masks are made.
-    Outside `off()` the model takes and returns this rank's part of each sequence.
+    Call `split` with every micro batch: it remembers the positions of the whole sequences, from which masks are made;
+    and run the model inside `apart` where its documents are known. Outside `off()` the model takes and returns this
+    rank's part of each sequence.
     """
 
     kind: str
 
     def __init__(self, model: PreTrainedModel, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, group.size(), group.rank()
-        self.base = str(attention_name(model.config))
+        self.base = attention_name(model.config) or "eager"  # also equal to what a function of ours stands for
         self.enabled = True
         self.positions: Tensor | None = None
         self.own_positions: Tensor | None = None
+        self.bounds: list[list[int]] | None = None
+        self.documents: Tensor | None = None
+        self._packed = True
         self._count_positions = positions_from_ids(model)
         take_attention(model, self._attention, self._mask)
         forward, model_takes_positions = model.forward, takes_positions(model)
@@ -54,7 +59,7 @@ class ContextParallel(ABC):
         def with_whole_positions(*args: Any, **kwargs: Any) -> Any:
             if not model_takes_positions:
                 kwargs.pop("position_ids", None)
-            with self._masks_of_whole_sequences(model):
+            with self._masks_of_whole_sequences(model) if self.enabled else nullcontext():
                 return forward(*args, **kwargs)
 
         model.forward = with_whole_positions  # type: ignore[method-assign]
@@ -67,6 +72,23 @@ class ContextParallel(ABC):
             yield
         finally:
             self.enabled = True
+
+    @contextmanager
+    def apart(self, documents: Tensor) -> Iterator[None]:
+        """Keep these documents `[B, S]` on the host apart inside, counted from 0 in each row; `[B, 0]` if each is one.
+
+        Call it after `split`, around the backward pass too, in which blocks may be recomputed.
+        """
+        assert self.positions is not None
+        self.bounds = document_bounds(documents) if documents.numel() else [[0]]
+        if documents.numel():
+            # What `split` has added counts its positions from 0.
+            padding = documents[:, -1:].expand(-1, self.positions.shape[1] - documents.shape[1]) + 1
+            self.documents = put(torch.cat([documents, padding], dim=1), self.positions.device)
+        try:
+            yield
+        finally:
+            self.bounds = self.documents = None
 
     # ---- splitting a sequence
 
@@ -92,7 +114,7 @@ class ContextParallel(ABC):
                 else nn.functional.pad(v, (0, padding), value=filler[key])
                 for key, v in batch.items()
             }
-        self.positions = batch["position_ids"]
+        self.positions, self._packed = batch["position_ids"], packed
         if self._count_positions is not None:
             batch = {**batch, "position_ids": self._count_positions(batch["input_ids"])}
         parts = {key: self.part_of(v) for key, v in batch.items()}
@@ -171,9 +193,13 @@ class ContextParallel(ABC):
         def whole(position_ids: Tensor) -> Tensor:
             return self.positions if self.enabled and self.positions is not None else position_ids
 
+        def find(position_ids: Tensor) -> Tensor | None:
+            known = self.enabled and (self.bounds is not None or not self._packed)
+            return self.documents if known else find_packed_sequence_indices(whole(position_ids))
+
         return masks_made_by(
             model,
-            find=lambda position_ids: find_packed_sequence_indices(whole(position_ids)),
+            find=find,
             remap=lambda mask, position_ids: remap_positions_for_packed_sequence(mask, whole(position_ids)),
             overlay=lambda ids: blockwise_overlay(self.gather(ids) if self.enabled else ids),
         )

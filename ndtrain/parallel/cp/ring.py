@@ -8,18 +8,20 @@ travel once, however many query heads share them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ndtrain.errors import PlanError
+from ndtrain.hf.attention import KNOWN
+from ndtrain.hf.causal import Packed, causal_attention
 from ndtrain.hf.compat import sdpa_mask
 from ndtrain.parallel.cp import kernels, visible
 from ndtrain.parallel.cp.interface import ContextParallel
 from ndtrain.parallel.cp.kernels import Kernel
-from ndtrain.parallel.cp.visible import Visible
+from ndtrain.parallel.cp.visible import CAUSAL, Documents, PairMask, Visible
 
 
 def pass_on(buffer: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
@@ -64,13 +66,17 @@ class _RingAttention(torch.autograd.Function):
             arriving = pass_on(block, group) if step + 1 < size else None
             k, v = _unpack(block, key, value)
             for span in seen.spans((rank - step) % size):
+                rows, queries, keys = span.rows, span.queries, span.keys
                 part = kernel.forward(
-                    *(query[:, :, span.queries], k[:, :, span.keys], v[:, :, span.keys]),
+                    *(query[rows, :, queries], k[rows, :, keys], v[rows, :, keys]),
                     scale=scale,
                     causal=span.causal,
                     mask=span.mask,
                 )
-                _merge(out[:, :, span.queries], lse[:, :, span.queries], *part)
+                if span.first:
+                    out[rows, :, queries], lse[rows, :, queries] = part
+                else:
+                    _merge(out[rows, :, queries], lse[rows, :, queries], *part)
             if arriving is not None:
                 block = arriving()
         if sinks is not None:
@@ -98,17 +104,17 @@ class _RingAttention(torch.autograd.Function):
             block_grad = torch.zeros_like(block, dtype=lse.dtype)
             grad_k, grad_v = _unpack(block_grad, key, value)
             for span in ctx.seen.spans((rank - step) % size):
-                rows, columns = span.queries, span.keys
+                rows, queries, keys = span.rows, span.queries, span.keys
                 dq, dk, dv = ctx.kernel.backward(
-                    *(grad[:, :, rows], query[:, :, rows], k[:, :, columns], v[:, :, columns]),
-                    *(out[:, :, rows], lse[:, :, rows]),
+                    *(grad[rows, :, queries], query[rows, :, queries], k[rows, :, keys], v[rows, :, keys]),
+                    *(out[rows, :, queries], lse[rows, :, queries]),
                     scale=ctx.scale,
                     causal=span.causal,
                     mask=span.mask,
                 )
-                grad_query[:, :, rows] += dq
-                grad_k[:, :, columns] += dk
-                grad_v[:, :, columns] += dv
+                grad_query[rows, :, queries] += dq
+                grad_k[rows, :, keys] += dk
+                grad_v[rows, :, keys] += dv
             # The gradients of a block follow it round the ring in float32 and are back on its rank after the last step.
             if travelling is not None:
                 block_grad += travelling()
@@ -146,8 +152,6 @@ class Ring(ContextParallel):
     """Context parallelism that passes keys and values round the ring; works with any number of heads."""
 
     kind = "ring"
-    # Arguments of transformers' attention functions that `attend` reads or that its masks already contain.
-    _KNOWN = ("dropout", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "position_ids")
 
     def __init__(self, model: Any, group: dist.ProcessGroup):
         super().__init__(model, group)
@@ -161,7 +165,7 @@ class Ring(ContextParallel):
     ) -> Tensor:
         caller = type(module).__name__
         for name, given in kwargs.items():
-            if name not in self._KNOWN and isinstance(given, Tensor) and given.ndim:
+            if name not in KNOWN and isinstance(given, Tensor) and given.ndim:
                 raise PlanError(
                     f'{caller} passes {name} to its attention function, and cp.kind = "ring" cannot split it; '
                     f"{_OTHERWISE}"
@@ -193,25 +197,36 @@ class Ring(ContextParallel):
 
     def mask(self, q_length: int, kv_length: int, **kwargs: Any) -> Tensor:
         """Return a stand-in without memory; the mask itself is made for one pair of segments at a time in `attend`."""
-        # The conditions under which sdpa_mask makes no mask (transformers 5.23).
-        local, padding = kwargs.get("local_size"), kwargs.get("attention_mask")
-        skips = (padding is None or bool(padding.all())) and (local is None or local > self._length() * 2 * self.size)
-        make: Any
-        if skips and kwargs.get("allow_is_causal_skip", True):
-            make = "causal"
-        elif skips and kwargs.get("allow_is_bidirectional_skip", False):
-            make = "full"
-        else:
-            given = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-
-            def make(query: int, key: int, length: int) -> Tensor:
-                offsets = {"q_length": length, "kv_length": length, "q_offset": query, "kv_offset": key}
-                return cast(Tensor, sdpa_mask(**{**given, **offsets}))
-
         device = kwargs.get("device", "cpu")
         stand_in = torch.ones((), dtype=torch.bool, device=device).expand(kwargs["batch_size"], 1, q_length, kv_length)
-        stand_in.visible = Visible(make, length=self._length(), rank=self.rank, cp=self.size)  # type: ignore[attr-defined]
+        stand_in.visible = self._visible(self._asked(kwargs), device)  # type: ignore[attr-defined]
         return stand_in
+
+    def _asked(self, kwargs: dict[str, Any]) -> Documents | PairMask | Literal["full"]:
+        """Return what mask a transformers mask function is asked for by these arguments."""
+        assert self.positions is not None
+        packed = None if self.documents is None else Packed(self.positions, self.documents)
+        # Some types make masks that keep no documents apart.
+        causal = causal_attention(kwargs, packed) or causal_attention(kwargs)
+        if causal is not None:
+            return Documents(self.bounds or [[0]], causal.window)
+        # The conditions under which sdpa_mask makes no mask (transformers 5.23).
+        local, padding = kwargs.get("local_size"), kwargs.get("attention_mask")
+        if (padding is None or bool(padding.all())) and (local is None or local > self._length() * 2 * self.size):
+            if kwargs.get("allow_is_causal_skip", True):
+                return CAUSAL
+            if kwargs.get("allow_is_bidirectional_skip", False):
+                return "full"
+        given = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+        def make(query: int, key: int, length: int) -> Tensor:
+            offsets = {"q_length": length, "kv_length": length, "q_offset": query, "kv_offset": key}
+            return cast(Tensor, sdpa_mask(**{**given, **offsets}))
+
+        return make
+
+    def _visible(self, mask: Documents | PairMask | Literal["full"], device: torch.device | str) -> Visible:
+        return Visible(mask, length=self._length(), rank=self.rank, cp=self.size, device=device)
 
     def _seen(self, mask: Tensor | None, module: nn.Module, is_causal: bool | None) -> Visible:
         if mask is not None:
@@ -228,7 +243,7 @@ class Ring(ContextParallel):
                 f'"ring" cannot know which keys its queries see; {_OTHERWISE}'
             )
         causal = self.base == "sdpa" and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        return Visible("causal" if causal else "full", length=self._length(), rank=self.rank, cp=self.size)
+        return self._visible(CAUSAL if causal else "full", "cpu")
 
     def _length(self) -> int:
         """Return the tokens of a segment."""

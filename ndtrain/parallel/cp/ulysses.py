@@ -151,5 +151,7 @@ class _ModuleView:
         self.__dict__.update(attributes)
         self._module = module
 
+    __class__ = property(lambda self: type(self._module))  # type: ignore[assignment]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
