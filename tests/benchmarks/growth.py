@@ -4,8 +4,8 @@
 
 Each point is a run of its own under torchrun. "Host" is the main thread's time of a step whose arithmetic is nothing
 (as in host_time.py), "step" the time of one with arithmetic, and "per FLOP" that over the model's FLOPs (6 for each
-weight that a token is multiplied by, and causal attention), relative to the first point of the axis. Along dp_shard the work of a rank stays the same; tp and cp
-divide it. The plot needs matplotlib.
+weight that a token is multiplied by, and causal attention), relative to the first point of the axis. Along dp_shard
+the work of a rank stays the same; tp and cp divide it. The plot needs matplotlib.
 """
 
 import argparse
