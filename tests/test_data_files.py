@@ -153,6 +153,9 @@ def test_files_without_rows_are_tokens(tmp_path: Path) -> None:
         assert with_format(recipe_of(tmp_path, path=f"{folder}/{path}")).data.format == found, path
     (folder / "c.bin").unlink()
     assert with_format(recipe_of(tmp_path, path=str(folder))).data.format == "tokens"
+    tokens = recipe_of(tmp_path, path=str(folder))
+    named = tokens.model_copy(update={"data": tokens.data.model_copy(update={"columns": {"text": "a"}})})
+    asks(lambda: with_format(named), 'data.columns = {"text": "a"} is for text and chat, and the data\'s format is')
     (folder / "d.txt").write_text("a row")
     assert with_format(recipe_of(tmp_path, path=str(folder))).data.format == "text"
 

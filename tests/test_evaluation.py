@@ -277,6 +277,13 @@ def test_a_run_says_when_it_is_evaluated_on_what_it_trains_on(
     assert any(said.startswith(line) for said in own)
     other = run(recipe, f"run.dir={tmp_path}/other", "train.steps=1", "schedule.warmup_steps=0")["said"]
     assert not any(said.startswith(line) for said in other)
+    held_out = json.dumps(str(world["root"] / "held-out"))
+    text = recipe.read_text()
+    assert f"path = {held_out}\n" in text
+    sources = f'sources = [{{ path = {held_out} }}, {{ path = "{world["corpus"]}" }}]\n'
+    recipe.write_text(text.replace(f"path = {held_out}\n", sources))
+    one = run(recipe, f"run.dir={tmp_path}/one", "train.steps=1", "schedule.warmup_steps=0")["said"]
+    assert any(said.startswith(f"{line} ({world['corpus']})") for said in one)
 
 
 def stopped_while_evaluating(path: str, at_step: int) -> str:

@@ -178,6 +178,7 @@ WRONG = [
         ['data.too_long = "drop" does not apply to data.packing = "concat"'],
     ),
     ("data", "format = 'chat'\npacking = 'concat'", ["which is not for chat"]),
+    ("data", "format = 'tokens'\ncolumns = { text = 'a' }", ['data.columns = {"text": "a"} is for text and chat']),
     ("data", "format = 'text'\ntrain_on = ['user']", ['data.train_on = ["user"] is for chat']),
     ("data", "format = 'tokens'\non_bad_row = 'skip'", ['data.on_bad_row = "skip" is for text and chat']),
     ("data", "format = 'chat'\nspecial_tokens = 'parse'", ['is for text, and the data\'s format is "chat"']),
@@ -261,7 +262,6 @@ def test_an_error_names_the_key_the_value_and_the_rule(recipe: Any, section: str
     [
         ('columns = { tex = "content" }', "text has text; chat has messages"),
         ('columns = { text = "a", messages = "b" }', "chat has messages"),
-        ('format = "tokens"\ncolumns = { input_ids = "ids" }', "tokens has none"),
         ('format = "text"\ncolumns = { messages = "a" }', "text has text ("),
     ],
 )

@@ -142,6 +142,19 @@ def test_a_mixture_goes_on_from_the_last_step_of_an_epoch_on_fewer_ranks(
     assert third["metrics"][last - 1]["epoch"] >= 1 > third["metrics"][last - 2]["epoch"]
 
 
+def test_a_run_that_its_first_source_has_ended_goes_on_with_another_stop(
+    tmp_path: Path, sources: list[dict[str, Any]]
+) -> None:
+    recipe = recipe_of(tmp_path, sources)
+    batch = ["train.global_batch_size=32", "train.micro_batch_size=8"]
+    order: Any = open_preview(load_recipe(recipe, ["data.stop=first", *batch])).batches.order
+    last = -(-order.end(1) // 32)
+    first = run(recipe, 1, "data.stop=first", f"train.steps={last + 9}", *batch)
+    second = run(recipe, 1, "data.stop=never", f"train.steps={last + 1}", *batch)
+    found = np.ravel(first["ids"] + second["ids"])
+    np.testing.assert_array_equal(found, order.sample_ids(0, 32 * (last + 1)))
+
+
 def test_epochs_of_a_mixture_are_those_of_the_source_that_stop_names(
     tmp_path: Path, sources: list[dict[str, Any]]
 ) -> None:

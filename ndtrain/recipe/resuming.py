@@ -38,7 +38,7 @@ NEVER |= {f"model.config.{key}": "the checkpoint's tensors have other shapes" fo
 # What a change of these sections or keys leaves as it was: what is trained, and on what. All others change it.
 _FREE = (
     *("mesh", "fsdp", "tp", "ep", "cp", "load", "optim", "schedule", "checkpoint", "log", "run", "train", "eval"),
-    *("model.attn", "model.experts", "model.dtype", "model.trust_remote_code", "data.workers"),
+    *("model.attn", "model.experts", "model.dtype", "model.trust_remote_code", "data.workers", "data.stop"),
 )
 _NOT_FREE = ("train.seed", *NEVER)
 

@@ -228,16 +228,17 @@ def _data(data: DataSection) -> Iterator[Problem]:
 
 def _columns(data: DataSection) -> Iterator[Problem]:
     formats = {name: own for name, own in COLUMNS.items() if data.format in ("auto", name)}
-    if data.columns and not any(data.columns.keys() <= set(own) for own in formats.values()):
+    if formats and data.columns and not any(data.columns.keys() <= set(own) for own in formats.values()):
         yield (
             ("data", "columns"),
             f"data.columns = {show(data.columns)} must have names of one format's fields: "
-            + ("; ".join(f"{name} has {', '.join(own)}" for name, own in formats.items()) or "tokens has none"),
+            + "; ".join(f"{name} has {', '.join(own)}" for name, own in formats.items()),
         )
 
 
 # Keys of [data] that are for some formats only.
 _FOR: dict[str, tuple[str, ...]] = {
+    "columns": ("text", "chat"),
     "special_tokens": ("text",),
     "train_on": ("chat",),
     "chat_template": ("chat",),

@@ -144,15 +144,20 @@ class Evaluation:
         return True
 
 
+def _places(recipe: Recipe) -> set[tuple[str, ...]]:
+    """Return where [data] and its sources are read: path, subset, split and revision of each."""
+    parts = [part.data for part in recipe.parts()]
+    return {(data.path or "", data.subset or "", data.split or "train", data.revision) for data in parts}
+
+
 def open_evaluation(
     engine: Engine, runtime: Runtime, tokenizer: ByteTokenizer | HubTokenizer, reporter: Reporter, *, steps: int
 ) -> Evaluation:
     """Open the rows of [eval], tokenizing what is not cached; collective. Raises what `open_held_out` raises."""
-    data, held_out = engine.recipe.data, engine.recipe.eval
-    if all(getattr(data, key) == getattr(held_out, key) for key in ("path", "subset", "split", "revision", "sources")):
+    if both := sorted(_places(engine.recipe) & _places(engine.recipe.held_out())):
         reporter.info(
-            "note: [eval] reads what is trained on, so its loss is not of held-out data; give it other files, or "
-            "another split"
+            f"note: [eval] reads what is trained on ({', '.join(path for path, *_ in both)}), so its loss is not of "
+            "held-out data; give it other files, or another split"
         )
     rows = open_held_out(engine.recipe, runtime, engine.sizes, tokenizer, reporter, vocabulary=engine.vocabulary)
     return Evaluation(engine, rows, steps=steps)
