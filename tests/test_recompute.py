@@ -14,7 +14,7 @@ from ndtrain.errors import RecipeError
 from ndtrain.recipe import load_recipe
 from ndtrain.torch_compat import TorchDispatchMode, flash_for_cpu, in_backward, packet_of
 from tests import proofs
-from tests.ranks import get_pool
+from tests.ranks import RanksFailed, get_pool
 from tests.test_estimate import MODELS, estimated
 from tests.test_estimate import recipe_for as dry_recipe
 from tests.test_train import RING, recipe_for, world  # noqa: F401
@@ -80,6 +80,19 @@ def test_every_choice_trains_alike(world: dict[str, Any], tmp_path: Path, case: 
     assert again["selective"]["products"] == 0
     assert again["full"]["products"] == 2 * again["{every=2}"]["products"] > 0
     assert not any(one["choices"] for one in again.values())
+
+
+@pytest.mark.parametrize("mesh", ["1", "ep2"])
+def test_a_model_that_changes_what_is_kept_is_refused_before_its_weights_are_read(
+    world: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    mesh: str,
+) -> None:
+    recipe = recipe_for(world, tmp_path, "gpt_oss_biased", mesh, data={"packing": False}, model={"attn": "eager"})
+    ranks = load_recipe(recipe).mesh.least_ranks
+    message = r'PlanError: gpt_oss changes results of matrix products in place, .*"selective" keeps; set it to "full"'
+    with pytest.raises(RanksFailed, match=message):
+        get_pool(ranks).run(steps, str(recipe), "selective", timeout=200)
 
 
 def compiled_steps(path: str, budget: float) -> tuple[list[tuple[float, float]], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,11 @@ def test_chat_trains_alike_on_every_mesh(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, conversations())
     alone = losses(recipe)
     assert len(alone) == 3
-    for number, mesh in enumerate(({"dp_shard": 2, "cp": 2}, {"dp_shard": 2, "tp": 2})):
+    for number, mesh in enumerate(({"dp_shard": 2, "cp": 2}, {"dp_shard": 2, "tp": 2}, {"dp_shard": 1, "tp": 2})):
         sizes = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
-        again = losses(recipe, 4, *sizes, f"run.dir={tmp_path}/run{number}", "train.micro_batch_size=2")
+        again = losses(
+            recipe, math.prod(mesh.values()), *sizes, f"run.dir={tmp_path}/run{number}", "train.micro_batch_size=2"
+        )
         assert again == [pytest.approx(pair, rel=1e-4) for pair in alone]
 
 

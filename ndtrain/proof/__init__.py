@@ -21,6 +21,7 @@ from ndtrain.proof.batch import check_same_batch
 from ndtrain.proof.dropout import check_dropout
 from ndtrain.proof.eval_mode import check_eval_mode
 from ndtrain.proof.masks import check_masks, try_by_documents, why_masks
+from ndtrain.proof.noise import check_recomputation
 from ndtrain.proof.parts import check_parts
 from ndtrain.proof.record import Record, identity, recall, remember
 from ndtrain.proof.reference import References
@@ -65,6 +66,8 @@ def prove(engine: Engine, references: References | None) -> Proof:
             keep_or_drop_sequence_parallelism(FLOAT32)
             keep_or_drop_attention_by_documents(low=False)
             known = check_masks(engine, low=False) and (references is None or check_parts(engine, references))
+            if references is None:
+                check_recomputation(engine)  # which parts are checked with
             if known and engine.context is not None:
                 check_context_parallel(engine)
             if known and engine.sizes.tp > 1:
@@ -76,6 +79,7 @@ def prove(engine: Engine, references: References | None) -> Proof:
             keep_or_drop_sequence_parallelism(LOW)
             keep_or_drop_attention_by_documents(low=True)
             check_masks(engine, low=True)
+            check_recomputation(engine, low=True)
     if changed := [name for name, kind in _modules(engine).items() if modules.get(name) != kind]:
         raise PlanError(
             f"{engine.plan.model_type} replaces its module {changed[0]} while it runs on a short row, so that what was "

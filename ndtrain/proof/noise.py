@@ -79,6 +79,14 @@ def learn(engine: Engine) -> torch.Tensor:
     return logits.detach()
 
 
+def check_recomputation(engine: Engine, *, low: bool = False) -> None:
+    """Raise `PlanError` if the backward pass cannot compute again what the plan says; `low` as `models_own_errors`."""
+    if engine.plan.recomputation is not None:
+        with models_own_errors(engine, low=low):
+            learn(engine)
+        engine.model.zero_grad(set_to_none=True)
+
+
 @contextmanager
 def models_own_errors(engine: Engine, *, low: bool = False) -> Iterator[None]:
     """Raise what a model's own code raises inside as the `PlanError` of `_does_not_run`.
