@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import resource
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from ndtrain.errors import RecipeError
@@ -37,6 +37,10 @@ class Device:
     @property
     def figures(self) -> dict[str, float]:
         return {key: getattr(self, key) for key in FIGURES}
+
+    def in_tf32(self) -> Device:
+        """Return the device with float32 products in TF32, for which datasheets give half the peak of bfloat16."""
+        return replace(self, float32=self.bfloat16 / 2)
 
     def peak(self, dtype: str) -> float:
         return self.float32 if dtype in ("float32", "float64", "int") else self.bfloat16
@@ -200,7 +204,14 @@ def memory_bytes(device: torch.device) -> float | None:
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
-def peak_flops(device: torch.device, dtype: str) -> float | None:
+def has_tf32(device: torch.device) -> bool:
+    """Return whether `device` can multiply float32 in TF32."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def peak_flops(device: torch.device, dtype: str, *, tf32: bool = False) -> float | None:
     """Return the dense peak of `device` for products in `dtype`, in FLOP/s, or None if the device is not known."""
     import torch
 
@@ -209,7 +220,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     # A part of a device (MIG) has a part of its peak.
     found = None if " MIG " in name else next((d for d in DEVICES.values() if re.search(d.torch_name, name)), None)
-    return None if found is None else found.peak(dtype)
+    return None if found is None else (found.in_tf32() if tf32 else found).peak(dtype)
 
 
 # Instructions for bfloat16 products, as torch names them, of x86 and of ARM.

@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ndtrain.accelerators import emulates_bfloat16
+from ndtrain.accelerators import emulates_bfloat16, find_device
 from ndtrain.data import micro_batches
+from ndtrain.errors import RecipeError
 from ndtrain.mesh import MeshSizes
+from ndtrain.recipe import load_recipe
 from ndtrain.train.length import arithmetic
+from ndtrain.train.setup import slow_dtype
 from tests.tiny import recipe_file, save_model
 from tests.trainers import Said, trainer_of
 
@@ -91,6 +94,18 @@ def test_a_run_notes_once_that_the_cpu_has_no_bfloat16(
     assert len(notes) == (dtype == "bfloat16")
     assert all('set fsdp.param_dtype = "float32"' in note for note in notes)
     assert f'note: data.path = "{corpus}": files read: 1; left out: 1 .bin' in said.said
+
+
+def test_tf32_is_chosen_told_and_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_file(tmp_path / "recipe.toml", model={"type": "llama"}, corpus=tmp_path, run_dir=tmp_path / "run")
+    chosen, usual = load_recipe(recipe, ["train.tf32=true"]), load_recipe(recipe)
+    with pytest.raises(RecipeError, match=r"train\.tf32 = true: this cpu device has no TF32; leave it out"):
+        list(slow_dtype(chosen, torch.device("cpu")))
+    for capability, notes in (((7, 5), 0), ((9, 0), 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert len(list(slow_dtype(usual, torch.device("cuda")))) == notes
+    assert not list(slow_dtype(chosen, torch.device("cuda")))
+    assert find_device("h100").in_tf32().peak("float32") == 494.5e12
 
 
 def test_a_cpu_with_instructions_for_bfloat16_emulates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

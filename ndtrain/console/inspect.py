@@ -58,7 +58,7 @@ def inspect_text(
     `layer` shows only the parameters whose names match; `other` is a recipe to compare with; `dry_run` adds a step's
     memory, FLOPs and collectives, and `device` their time. Writes the page to `html` and the mesh's picture to `svg`.
     """
-    target = find_device(device) if device is not None else None
+    target = _device(device, recipe) if device is not None else None
     recipe, plan, model = _planned(recipe, world_size, rank)
     report = plan_report(plan, recipe, rank=rank, ranks_per_node=ranks_per_node, layer=layer)
     if other is not None:
@@ -77,6 +77,12 @@ def inspect_text(
         return json.dumps(report, indent=2)
     text = plan_text(plan, report, rank)
     return text if step is None else f"{text}\n\n{_step_text(step, report['step'], target, ranks_per_node)}"
+
+
+def _device(text: str, recipe: Recipe) -> Device:
+    """Return the device of `--device`, as a run of `recipe` uses it."""
+    found = find_device(text)
+    return found.in_tf32() if recipe.train.tf32 else found
 
 
 def _write(path: Path, text: str) -> None:
@@ -155,7 +161,7 @@ def suggest_text(recipe: Recipe, *, world_size: int, device: str, ranks_per_node
 
     Shows on standard error how far the search is, if that is a terminal.
     """
-    target = find_device(device)
+    target = _device(device, recipe)
     recipe = _source(recipe)
     with CountProgress() as progress:
         search = suggest(

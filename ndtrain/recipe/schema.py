@@ -153,6 +153,10 @@ class TrainSection(Section):
         "(needs compile).",
     )
     compile: bool = Field(False, description="torch.compile each block.")
+    tf32: bool = Field(
+        False,
+        description="CUDA: round the factors of float32 products to TF32's 10 bits, which is several times faster.",
+    )
     max_bad_steps: Size = Field(
         10,
         description="A step whose loss or gradient is not finite is skipped; this many in a row end the run "

@@ -69,7 +69,8 @@ class Measure:
         self.engine, self.ranks = engine, ranks
         config = engine.model.config.get_text_config()
         self._flops_per_token = flops_per_token(engine.plan, config, engine.recipe.data.seq_len)
-        self._peak_flops = peak_flops(engine.device, engine.recipe.fsdp.param_dtype)
+        recipe = engine.recipe
+        self._peak_flops = peak_flops(engine.device, recipe.fsdp.param_dtype, tf32=recipe.train.tf32)
         self._labels = [source.label for source in engine.recipe.data.sources]
 
     def reduce(self, sums: Tensor, norm: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import torch
+
 from ndtrain import proof
-from ndtrain.accelerators import emulates_bfloat16
+from ndtrain.accelerators import emulates_bfloat16, has_tf32
 from ndtrain.checkpoint import CheckpointStore, load_tensors, read_state
 from ndtrain.checkpoint.manifest import read_manifest
 from ndtrain.engine import Engine
@@ -42,7 +44,6 @@ from ndtrain.train.source import load_start
 from ndtrain.train.state import check_run_dir, check_state
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
 
@@ -84,7 +85,13 @@ def open_run_dir(run_dir: Path) -> None:
 
 
 def slow_dtype(recipe: Recipe, device: torch.device) -> Iterator[str]:
-    """Yield a note where the device computes in the recipe's dtype without instructions for it."""
+    """Yield a note where the device computes in the recipe's dtype without instructions for it, or could be faster.
+
+    Raises `RecipeError` if it lacks the TF32 that the recipe asks for.
+    """
+    tf32 = has_tf32(device)
+    if recipe.train.tf32 and not tf32:
+        raise RecipeError(f"train.tf32 = true: this {device.type} device has no TF32; leave it out")
     fsdp = recipe.fsdp
     dtypes = {fsdp.param_dtype, *(policy.mixed_precision for policy in fsdp.modules.values())}
     if "bfloat16" in dtypes and emulates_bfloat16(device):
@@ -92,6 +99,8 @@ def slow_dtype(recipe: Recipe, device: torch.device) -> Iterator[str]:
             f"this {device.type} has no instructions for bfloat16, which can be several times slower than "
             'float32 on it; set fsdp.param_dtype = "float32" (and mixed_precision in [fsdp.modules])'
         )
+    if "float32" in dtypes and tf32 and not recipe.train.tf32:
+        yield "products in float32 take all of its bits; train.tf32 = true rounds to 10 and is several times faster"
 
 
 def find_resumed(
@@ -227,6 +236,8 @@ def build(engine: Engine, resumed: Resumed | None, *, runtime: Runtime, reporter
             "rounding alone; check the weights"
         )
     engine.finish()
+    if recipe.train.tf32:  # the proof was in float32
+        torch.set_float32_matmul_precision("high")
     if recipe.train.compile:
         # Graphs that an earlier start has compiled are taken from there.
         if is_local(run_dir := to_path(recipe.run.dir)):
