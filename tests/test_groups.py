@@ -115,7 +115,7 @@ def test_a_resume_that_trains_other_parameters_is_refused(world: dict[str, Any],
     recipe = recipe_for(world, tmp_path, "llama", "1", **goes_on, optim={"groups": GROUPS[1:]})
     with pytest.raises(RanksFailed, match=r"RecipeError: .*optim\.groups was .* optimizer state for what was trained"):
         get_pool(1).run(trained, str(recipe), [], timeout=200)
-    slower = [GROUPS[0], {**GROUPS[1], "lr": 0.001}, GROUPS[2]]
+    slower = [GROUPS[0], {**GROUPS[1], "lr": 0.001}]
     recipe = recipe_for(world, tmp_path, "llama", "1", **goes_on, optim={"groups": slower})
     get_pool(1).run(trained, str(recipe), [], timeout=200)
 
@@ -157,3 +157,6 @@ def test_a_tied_weight_is_matched_by_each_of_its_names(tmp_path: Path) -> None:
     tied = {"tie_word_embeddings": True}
     _, plan = plan_for(meta_recipe(tmp_path, "qwen3", tied, optim={"groups": groups}), MeshSizes(1, 1, 1, 1))
     assert plan.groups == {"model.embed_tokens.weight": 0}
+    two = [{"match": ["model.embed_tokens"], "lr": 0.1}, {"match": ["lm_head", "model.norm"], "lr": 0.5}]
+    with pytest.raises(PlanError, match=r"are one tied weight, in optim\.groups\[0\] and \[1\]; name it in one"):
+        plan_for(meta_recipe(tmp_path, "qwen3", tied, optim={"groups": two}), MeshSizes(1, 1, 1, 1))

@@ -45,6 +45,8 @@ def test_rounding_is_to_one_of_two_neighbours_and_right_in_the_mean() -> None:
     assert ((found.mean(0) - values).abs() < 0.05 * step).all()
     kept = torch.tensor([0.0, -0.0, 1.0, -2.5, torch.inf, -torch.inf])
     assert torch.equal(rounded(kept, 1).float(), kept), "what bfloat16 has is not changed"
+    for bits in (0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1):
+        assert rounded(torch.tensor([bits], dtype=torch.int32).view(torch.float32), 1).isnan().all()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

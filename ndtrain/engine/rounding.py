@@ -38,4 +38,5 @@ class Rounding:
             )
             # A float32 is a bfloat16 and 16 more bits: what they are carries with the chance that they stand for.
             noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
-            kept.copy_(((value.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32))
+            rounded = ((value.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+            kept.copy_(torch.where(value.isfinite(), rounded, value))

@@ -23,28 +23,39 @@ def assign(model: PreTrainedModel, groups: Sequence[OptimGroup], tied: Mapping[s
 
     A pattern stands for parameters and for modules with all their parameters; `*` matches any characters but a dot. A
     tied weight is matched by each of its names. Raises `PlanError` for a pattern that matches nothing, for a group of
-    which others leave nothing, and if all parameters are frozen.
+    which others leave nothing, for names of one weight in different groups, and if all parameters are frozen.
     """
     aliases: dict[str, list[str]] = {}
     for alias, source in tied.items():
         aliases.setdefault(source, []).append(alias)
     names = {fqn: [fqn, *aliases.get(fqn, [])] for fqn, _ in model.named_parameters()}
-    known = sorted({around for own in names.values() for name in own for around in _around(name)})
-    found: dict[str, int] = {}
+    around = {name: _around(name) for own in names.values() for name in own}
+    known = {prefix for prefixes in around.values() for prefix in prefixes}
+    by_name: dict[str, int] = {}
     for number, group in enumerate(groups):
-        at, matched = f"optim.groups[{number}]", set[str]()
+        at, chosen = f"optim.groups[{number}]", set[str]()
         for pattern in group.match:
             expression = expression_of(pattern)
-            chosen = {name for name in known if expression.fullmatch(name)}
-            if not chosen:
-                near = difflib.get_close_matches(pattern, {*map(folded, known)}, n=1)
+            hit = {name for name in known if expression.fullmatch(name)}
+            if not hit:
+                near = difflib.get_close_matches(pattern, sorted({*map(folded, known)}), n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise PlanError(f'{at}.match: "{pattern}" matches nothing in {model.config.model_type}{hint}')
-            matched |= {fqn for fqn, own in names.items() if any(chosen & {*_around(name)} for name in own)}
-        new = dict.fromkeys(sorted(matched - found.keys()), number)
+            chosen |= hit
+        new = [name for name, prefixes in around.items() if name not in by_name and chosen.intersection(prefixes)]
         if not new:
             raise PlanError(f"{at}: the groups before it have all that it matches; put it before them, or leave it out")
-        found |= new
+        by_name |= dict.fromkeys(new, number)
+    found: dict[str, int] = {}
+    for fqn, own in names.items():
+        numbers = {by_name[name]: name for name in own if name in by_name}
+        if len(numbers) > 1:
+            (one, name), (two, other), *_ = sorted(numbers.items())
+            raise PlanError(
+                f"{name} and {other} are one tied weight, in optim.groups[{one}] and [{two}]; name it in one of them"
+            )
+        if numbers:
+            found[fqn] = next(iter(numbers))
     trainable = [fqn for fqn, param in model.named_parameters() if param.requires_grad and param.numel()]
     if groups and all(fqn in found and groups[found[fqn]].frozen for fqn in trainable):
         raise PlanError("optim.groups freezes all parameters; leave some to train")

@@ -180,7 +180,7 @@ def _recorded(state: Mapping[str, Any], recipe: Recipe, origin: Mapping[str, Any
 def _frozen(groups: Sequence[Mapping[str, Any]] | None) -> list[tuple[bool, list[str]]]:
     """Return what decides which parameters `[[optim.groups]]` freeze, nothing if it freezes none."""
     found = [(bool(group.get("frozen")), list(group["match"])) for group in groups or ()]
-    return found if any(frozen for frozen, _ in found) else []
+    return found[: max((at for at, (frozen, _) in enumerate(found, 1) if frozen), default=0)]
 
 
 def _upgrade(saved: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
