@@ -195,7 +195,8 @@ def test_masks_are_known_by_what_makes_them(kind: str, found: Causal | None) -> 
 def test_selective_recomputation_keeps_what_flash_attention_gives() -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
-    assert fused._varlen() is not None
+    if fused._varlen() is None:
+        pytest.skip("this torch has no varlen attention that takes windows and grouped heads")
     operator = torch.ops.torch_attn._varlen_attn.default
     for costly, policy in ((True, CheckpointPolicy.MUST_SAVE), (False, CheckpointPolicy.PREFER_RECOMPUTE)):
         assert _keeps(None, operator, torch.zeros(1), costly=costly) == policy
