@@ -149,6 +149,7 @@ def test_the_page_agrees_with_the_plan_on_every_rank(browser: Chrome, tmp_path: 
 def test_ranks_can_be_chosen_with_mouse_and_keyboard(browser: Chrome, tmp_path: Path) -> None:
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
 
     plan = shown(browser, tmp_path, "64")
     about = browser.find_element(By.ID, "about")
@@ -175,7 +176,9 @@ def test_ranks_can_be_chosen_with_mouse_and_keyboard(browser: Chrome, tmp_path: 
     opened = browser.find_element(By.CSS_SELECTOR, "details[open]")
     param = plan.params[0]
     local = param.local_shape(plan.sizes, 0)
-    assert f"{local[0]} × {local[1]}" in opened.text and "dim 0: 0:" in opened.text  # noqa: RUF001
+    # A browser tells the page of an opened layer a moment later.
+    WebDriverWait(browser, 10).until(lambda _: f"{local[0]} × {local[1]}" in opened.text)  # noqa: RUF001
+    assert "dim 0: 0:" in opened.text
     assert len(opened.find_elements(By.CSS_SELECTOR, ".drawing .held")) >= 1
     assert browser.get_log("browser") == []
 
